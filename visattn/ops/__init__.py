@@ -1,0 +1,15 @@
+"""Functions: tensors in, tensors out. Layouts are channels-last and heads-last; see each function's docstring."""
+
+from visattn.ops.dispatch import BackendError, use_backend
+from visattn.ops.neighborhood import neighborhood_attention
+from visattn.ops.padding import pad_to_at_least, pad_to_multiple
+from visattn.ops.rel_pos import resize_rel_pos
+
+__all__ = [
+    "BackendError",
+    "neighborhood_attention",
+    "pad_to_at_least",
+    "pad_to_multiple",
+    "resize_rel_pos",
+    "use_backend",
+]

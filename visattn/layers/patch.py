@@ -1,0 +1,95 @@
+"""Images to token maps, and maps to maps of half the size; outputs are channels-last, any input size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ConvTokenizer(nn.Module):
+    """Two 3x3 convolutions of stride 2, nothing between them, then LayerNorm: [B, I, H, W] -> [B, H/4, W/4, C]."""
+
+    def __init__(
+        self,
+        in_chans: int,
+        embed_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.proj = nn.Sequential(
+            nn.Conv2d(in_chans, embed_dim // 2, 3, stride=2, padding=1, **dd),
+            nn.Conv2d(embed_dim // 2, embed_dim, 3, stride=2, padding=1, **dd),
+        )
+        self.norm = nn.LayerNorm(embed_dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class PatchTokenizer(nn.Module):
+    """Linear embedding of p x p patches, then LayerNorm: [B, I, H, W] -> [B, H/p, W/p, C].
+
+    Images that p does not divide are zero-padded at the bottom and right.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        embed_dim: int,
+        patch_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.patch_size = [patch_size, patch_size]
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size, **dd)
+        self.norm = nn.LayerNorm(embed_dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.ops.visattn.pad_to_multiple(x.permute(0, 2, 3, 1), self.patch_size)
+        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class ConvDownsampler(nn.Module):
+    """3x3 convolution of stride 2, then LayerNorm: [B, H, W, C] -> [B, H/2, W/2, 2C]."""
+
+    def __init__(
+        self,
+        dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.reduction = nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False, **dd)
+        self.norm = nn.LayerNorm(2 * dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """Swin's 2x2 merge, LayerNorm(4C) before Linear(4C, 2C): [B, H, W, C] -> [B, H/2, W/2, 2C].
+
+    Odd maps are zero-padded at the bottom and right. The four neighbours are concatenated column by column.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm = nn.LayerNorm(4 * dim, **dd)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.ops.visattn.pad_to_multiple(x, [2, 2])
+        b, h, w, c = x.shape
+        x = x.reshape(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        return self.reduction(self.norm(x))

@@ -1,0 +1,96 @@
+"""Which implementation of an op runs: chosen from shapes, dtypes and device, never from data.
+
+Precedence of a request: the call's `backend=` argument, then `use_backend(...)`, then the environment variable
+`VISATTN_BACKEND`, then "auto". "auto" takes the first backend that can run; any other name takes that one or raises
+the reason why it cannot. The choice is made while an op is traced, so `torch.compile` and `torch.export` bake it in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+_logger = logging.getLogger("visattn")
+_requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("visattn_backend", default=None)
+
+
+class BackendError(RuntimeError):
+    """The requested backend does not exist for this op or cannot run this call; the message says why."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    Attributes:
+        name: What users write in `backend=`.
+        refusal: Called with the op's checked arguments; returns why this backend cannot run them, or None if it can.
+        run: Called with the same arguments; returns the op's result.
+    """
+
+    name: str
+    refusal: Callable[..., str | None]
+    run: Callable[..., Any]
+
+
+def always(*args: Any, **kwargs: Any) -> None:
+    """The `refusal` of a backend that runs everything."""
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Request backend `name` for every op called in this context that does not name one itself."""
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+@functools.lru_cache(maxsize=256)
+def _log_once(op: str, backend: str, reason: str) -> None:
+    _logger.debug("%s: backend %r passed over: %s", op, backend, reason)
+
+
+class Dispatcher:
+    """The ordered backends of one op; "auto" prefers the earlier ones."""
+
+    def __init__(self, op: str, backends: tuple[Backend, ...]) -> None:
+        self.op = op
+        self.backends = backends
+
+    def select(self, requested: str, *args: Any, **kwargs: Any) -> Backend:
+        """The backend for these arguments.
+
+        Raises:
+            BackendError: An explicitly requested backend is unknown or refuses, or none can run.
+        """
+        if requested == "auto":
+            requested = _requested.get() or os.environ.get("VISATTN_BACKEND") or "auto"
+        refusals = {}
+        for backend in self.backends:
+            if requested not in ("auto", backend.name):
+                continue
+            reason = backend.refusal(*args, **kwargs)
+            if reason is None:
+                return backend
+            refusals[backend.name] = reason
+            _log_once(self.op, backend.name, reason)
+        if not refusals:
+            names = ", ".join(repr(b.name) for b in self.backends)
+            raise BackendError(f"{self.op}: expected backend 'auto', {names}; got {requested!r}")
+        why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+        raise BackendError(f"{self.op}: no requested backend can run this call ({why}); try backend='auto'")
+
+    def __call__(self, requested: str, *args: Any, **kwargs: Any) -> Any:
+        return self.select(requested, *args, **kwargs).run(*args, **kwargs)
+
+    def explain(self, *args: Any, **kwargs: Any) -> dict[str, str]:
+        """For each backend, "ok" or the reason why it cannot run these arguments."""
+        return {b.name: b.refusal(*args, **kwargs) or "ok" for b in self.backends}

@@ -1,0 +1,126 @@
+"""Which keys a query sees: the one truth that references, masks, bias indices and kernels read.
+
+Integer arithmetic only, one axis at a time; a window on a map is the product of its axes. Lengths may be symbolic
+(torch.export, torch.compile with dynamic shapes), so nothing here branches on a length.
+
+Words used below, per axis of length `L` with dilation `D`:
+    group      the tokens `g, g + D, g + 2D, ...`; there are `D` groups, of `ceil((L - g) / D)` tokens each
+    position   the rank `p` of a token inside its group: token `i` has group `i % D` and position `i // D`
+    window     positions `[start, stop)` of the same group: what the query attends to
+
+Sources: Neighborhood Attention (arXiv:2204.07143), Dilated NA (arXiv:2209.15001), Generalized NA (arXiv:2504.16922).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a sliding-window attention problem: its length in tokens and how windows lie on it."""
+
+    length: int
+    kernel_size: int
+    dilation: int = 1
+    stride: int = 1
+    is_causal: bool = False
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """For each of the `L` queries of an axis, its at most `K` keys."""
+
+    index: Tensor  # [L, K] token index of each key; an invisible key repeats the query's own index
+    visible: Tensor  # [L, K] bool; False only on causal axes
+    displacement: Tensor  # [L, K] key position - query position + K - 1, in [0, 2K - 2] wherever a bias is defined
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """An axis cut into `T` tiles of `t` queries, each with the `U` keys that hold every window of the tile."""
+
+    query_index: Tensor  # [T, t] token index of each query; queries past the end repeat the last one of the group
+    key_index: Tensor  # [T, U] token index of each key; keys past the end repeat the last one of the group
+    visible: Tensor  # [T, t, U] bool
+    displacement: Tensor  # [T, t, U] key position - query position + K - 1, clamped to [0, 2K - 2]
+    slot: Tensor  # [L] where token i lies in the flattened [T * t] queries
+
+
+def window(position: Tensor, group_length: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+    """Positions `[start, stop)` that the query at `position` sees.
+
+    The `stride` queries of one block share the window of the block's leader. A window is shifted at the border, never
+    cut, so a query always has exactly `kernel_size` keys; on a causal axis it ends at the query and may hold fewer.
+    """
+    k, s = axis.kernel_size, axis.stride
+    offset = s - 1 if axis.is_causal else s // 2
+    leader = torch.minimum(position // s * s + offset, group_length - 1)
+    if axis.is_causal:
+        return (leader - (k - 1)).clamp(min=0), position + 1
+    start = torch.minimum((leader - k // 2).clamp(min=0), group_length - k)
+    return start, start + k
+
+
+def _group_length(group: Tensor, axis: Axis) -> Tensor:
+    return (axis.length - group + axis.dilation - 1) // axis.dilation
+
+
+def neighbors(axis: Axis, device: torch.device | str | None = None) -> Neighbors:
+    """The keys of every query of `axis`, in order of position."""
+    token = torch.arange(axis.length, device=device)
+    group, position = token % axis.dilation, token // axis.dilation
+    start, stop = window(position, _group_length(group, axis), axis)
+    key = start[:, None] + torch.arange(axis.kernel_size, device=device)
+    visible = key < stop[:, None]
+    index = torch.where(visible, key * axis.dilation + group[:, None], token[:, None])
+    return Neighbors(index, visible, key - position[:, None] + axis.kernel_size - 1)
+
+
+def tile_sizes(axis: Axis, tile: int) -> tuple[int, int]:
+    """How many queries `t` and keys `U` a tile of `axis` holds, for a wish of about `tile` queries.
+
+    `t` is a multiple of the stride, so that tiles do not split blocks that share a window. A known length is cut evenly
+    (28 as 4 x 7, not 3 x 8 + 4), and a group of at most two tiles becomes one (dense attention inside the group); a
+    symbolic length is never branched on.
+    """
+    longest = -(-axis.length // axis.dilation) if isinstance(axis.length, int) else None
+    if longest is not None:
+        if longest <= max(2 * tile, axis.kernel_size) and axis.stride < axis.kernel_size:
+            return longest, longest
+        tile = -(-longest // -(-longest // tile))
+    t = -(-tile // axis.stride) * axis.stride
+    keys = axis.kernel_size + t - axis.stride
+    return t, keys if longest is None else min(keys, longest)
+
+
+def sees_all(axis: Axis, tile: int) -> bool:
+    """True when every query of a tile sees every key of it, so that no mask is needed."""
+    return tile_sizes(axis, tile)[1] == axis.kernel_size and not axis.is_causal
+
+
+def tiles(axis: Axis, tile: int, device: torch.device | str | None = None) -> Tiles:
+    """Cut `axis` into tiles of queries with their union of keys; see `tile_sizes`."""
+    t, u = tile_sizes(axis, tile)
+    d = axis.dilation
+    per_group = ((axis.length + d - 1) // d + t - 1) // t
+    number = torch.arange(d * per_group, device=device)
+    group, base = number // per_group, number % per_group * t  # [T]
+    length = _group_length(group, axis)
+
+    query = torch.minimum(base[:, None] + torch.arange(t, device=device), length[:, None] - 1)  # [T, t]
+    start, stop = window(query, length[:, None], axis)
+    first = torch.minimum(start[:, 0], length - u).clamp(min=0)  # starts grow with the position
+    key = first[:, None] + torch.arange(u, device=device)  # [T, U]
+    visible = (key[:, None, :] >= start[:, :, None]) & (key[:, None, :] < stop[:, :, None])
+    reach = axis.kernel_size - 1
+    displacement = (key[:, None, :] - query[:, :, None] + reach).clamp(0, 2 * reach)
+
+    token = torch.arange(axis.length, device=device)
+    rank = token // d
+    slot = (token % d * per_group + rank // t) * t + rank % t
+    key = torch.minimum(key, length[:, None] - 1)
+    return Tiles(query * d + group[:, None], key * d + group[:, None], visible, displacement, slot)

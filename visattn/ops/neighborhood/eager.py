@@ -1,0 +1,142 @@
+"""Neighborhood attention as a few dense attentions: tiles of queries against the union of their windows.
+
+Each dilation group is a smaller map of its own. A tile of queries and the keys of all its windows are gathered by
+`index_select` (its backward, `index_add`, is far cheaper than that of `unfold`) straight into the layout in which the
+mask, which is the same for every image, broadcasts: tiles and heads as the batch of
+`scaled_dot_product_attention`, images as its heads.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visattn.ops.geometry import Axis, Tiles, sees_all, tiles
+
+# Queries per tile and axis. About 64 queries in all: more would see more masked keys, fewer would starve the GEMMs.
+_TILE = {1: 64, 2: 8, 3: 4}
+
+
+def _outer(per_axis: list[Tensor], sizes: list[int]) -> Tensor:
+    """Row-major index [T, t] of the product of per-axis indices [T_a, t_a] with values below `sizes[a]`."""
+    index = per_axis[0]
+    for values, size in zip(per_axis[1:], sizes[1:], strict=True):
+        index = index[:, None, :, None] * size + values[None, :, None, :]
+        index = index.flatten(2).flatten(0, 1)
+    return index
+
+
+def _gather(x: Tensor, token: Tensor) -> Tensor:
+    """Tokens `token` [T, t] of x [B, *spatial, N, D], laid out as [T, N, B, t, D] in one copy of whole rows."""
+    batch, heads = x.shape[0], x.shape[-2]
+    rows = x.reshape(batch, -1, heads, x.shape[-1])
+    image = torch.arange(batch, device=x.device)[:, None] * rows.shape[1]
+    head = torch.arange(heads, device=x.device)[:, None, None]
+    index = (token[:, None, None, :] + image) * heads + head
+    return rows.flatten(0, 2).index_select(0, index.flatten()).reshape(*index.shape, x.shape[-1])
+
+
+def _scatter(x: Tensor, cut: list[Tiles], lengths: list[int]) -> Tensor:
+    """Inverse of `_gather` for the queries: [T, N, B, t, ...] -> [B, *spatial, N, ...], leaving out repeated queries."""
+    _, heads, batch, size = x.shape[:4]
+    tile, rank = cut[0].slot // cut[0].query_index.shape[1], cut[0].slot % cut[0].query_index.shape[1]
+    for part in cut[1:]:
+        number, t = part.query_index.shape
+        tile = (tile[:, None] * number + part.slot // t).flatten()
+        rank = (rank[:, None] * t + part.slot % t).flatten()
+    image = torch.arange(batch, device=x.device)[:, None, None]
+    head = torch.arange(heads, device=x.device)
+    index = ((tile[:, None] * heads + head) * batch + image) * size + rank[:, None]
+    return x.flatten(0, 3).index_select(0, index.flatten()).reshape(batch, *lengths, heads, *x.shape[4:])
+
+
+def _interleave(table: Tensor, axes: int) -> Tensor:
+    """[n, T_1, t_1, U_1, T_2, t_2, U_2, ...] -> [T_1 T_2 ..., n, t_1 t_2 ..., U_1 U_2 ...]."""
+    tile, query, key = ([1 + 3 * a + part for a in range(axes)] for part in range(3))
+    table = table.permute(*tile, 0, *query, *key)
+    return table.flatten(-axes).flatten(-1 - axes, -2).flatten(0, axes - 1)
+
+
+def _mask(cut: list[Tiles], dtype: torch.dtype) -> Tensor:
+    """[T, 1, t, U]: 0 where a query sees a key, -inf elsewhere."""
+    zero = torch.zeros((), dtype=dtype, device=cut[0].visible.device)
+    total = zero.reshape((1,) * (1 + 3 * len(cut)))
+    for a, part in enumerate(cut):
+        shape = (1,) * (1 + 3 * a) + tuple(part.visible.shape) + (1,) * (3 * (len(cut) - 1 - a))
+        total = total + zero.masked_fill(~part.visible, float("-inf")).reshape(shape)
+    return _interleave(total, len(cut))
+
+
+def _read_bias(bias: Tensor, cut: list[Tiles]) -> Tensor:
+    """[T, N, t, U]: the table [N, 2K-1, ...] read at the displacement of every query and key.
+
+    One `index_select` per axis, last axis first, so that the large gather copies whole rows.
+    """
+    for a in reversed(range(len(cut))):
+        bias = bias.index_select(a + 1, cut[a].displacement.flatten())
+    for a in reversed(range(len(cut))):
+        bias = bias.unflatten(a + 1, cut[a].displacement.shape)
+    return _interleave(bias, len(cut))
+
+
+def neighborhood_eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    axes: tuple[Axis, ...],
+    bias: Tensor | None,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    extra_bias: Tensor | None,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """See `visattn.ops.neighborhood_attention`. Shapes below: T tiles of t queries and U keys (E extra ones)."""
+    tile = _TILE[len(axes)]
+    lengths = [axis.length for axis in axes]
+    cut = [tiles(axis, tile, q.device) for axis in axes]
+    key_token = _outer([c.key_index for c in cut], lengths)
+    query_token = _outer([c.query_index for c in cut], lengths)
+
+    # A bias that trains would push SDPA off its flash path (4x slower than explicit products on a CPU).
+    trains = torch.is_grad_enabled() and any(b is not None and b.requires_grad for b in (bias, extra_bias))
+    explicit = trains or return_lse
+    dtype = torch.promote_types(q.dtype, torch.float32) if explicit else q.dtype
+
+    added = None  # [T, N or 1, B or 1, t, U (+ E)]
+    if not all(sees_all(axis, tile) for axis in axes):
+        added = _mask(cut, dtype)[:, :, None]
+    if bias is not None:
+        table = _read_bias(bias.to(dtype), cut)[:, :, None]
+        added = table if added is None else added + table
+
+    query, key, value = _gather(q, query_token), _gather(k, key_token), _gather(v, key_token)
+    if extra_k is not None and extra_v is not None:
+        number, keys = len(key_token), key.shape[-2]
+        key = torch.cat([key, extra_k.permute(2, 0, 1, 3).expand(number, -1, -1, -1, -1)], dim=-2)
+        value = torch.cat([value, extra_v.permute(2, 0, 1, 3).expand(number, -1, -1, -1, -1)], dim=-2)
+        extra = None
+        if extra_bias is not None:
+            extra = _gather(extra_bias.to(dtype).expand(*q.shape[:-1], -1), query_token)
+        if added is not None or extra is not None:
+            added = key.new_zeros(1, dtype=dtype) if added is None else added
+            extra = key.new_zeros(1, dtype=dtype) if extra is None else extra
+            parts = (added.expand(*query.shape[:-1], keys), extra.expand(*query.shape[:-1], extra_k.shape[1]))
+            added = torch.cat(parts, dim=-1)
+
+    if explicit:
+        scores = (query * scale @ key.mT).to(dtype)
+        scores = scores if added is None else scores.add_(added)
+        out = scores.softmax(dim=-1).to(value.dtype) @ value
+        lse = _scatter(scores.logsumexp(dim=-1), cut, lengths) if return_lse else None
+        return _scatter(out, cut, lengths), lse
+
+    # Dimensions over which the mask is constant go together: (N, B) without a bias, B alone with one.
+    dim = 1 if added is None or added.shape[1] == 1 else 0
+    query, key, value = (x.flatten(dim, dim + 1) for x in (query, key, value))
+    added = None if added is None else added.flatten(dim, dim + 1)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale)
+    heads = q.shape[-2]
+    out = out.unflatten(dim, (heads, q.shape[0]) if dim == 1 else (-1, heads))
+    return _scatter(out, cut, lengths), None

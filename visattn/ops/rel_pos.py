@@ -1,0 +1,20 @@
+"""Relative position tables: resizing one learned for another window."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visattn.ops.registration import composite
+
+
+def _resize_rel_pos(table: Tensor, size: list[int]) -> Tensor:
+    if all(isinstance(n, int) and n == m for n, m in zip(size, table.shape[-2:], strict=True)):
+        return table
+    resized = F.interpolate(table[None].to(torch.float32), size=size, mode="bicubic", align_corners=False)
+    return resized[0].to(table.dtype)
+
+
+# Bicubic, as the official checkpoints were carried from one window to another; the same size returns the table itself.
+resize_rel_pos = composite("resize_rel_pos(Tensor(a) table, SymInt[2] size) -> Tensor(a)", _resize_rel_pos)
