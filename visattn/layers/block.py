@@ -1,7 +1,5 @@
 """The pre-norm transformer block on channels-last maps."""
 
-from __future__ import annotations
-
 import torch
 from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Weight initialisation shared by the transformer families."""
 
-from __future__ import annotations
-
 from timm.layers import trunc_normal_
 from torch import nn
 

@@ -1,7 +1,5 @@
 """Self-attention modules over `visattn.ops.neighborhood_attention`, channels-last."""
 
-from __future__ import annotations
-
 import torch
 from timm.layers import to_2tuple, trunc_normal_
 from torch import Tensor, nn
@@ -60,7 +58,7 @@ class NeighborhoodAttention(nn.Module):
         x = torch.ops.visattn.neighborhood_attention(
             q, k, v, self.kernel_size, self.dilation, self.stride, self.is_causal, self.rpb
         )
-        x = x.reshape(b, hp, wp, c)[:, :h, :w]
+        x = torch.ops.visattn.fit(x.reshape(b, hp, wp, c), [h, w])
         return self.proj_drop(self.proj(x))
 
     def extra_repr(self) -> str:

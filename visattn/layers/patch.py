@@ -1,7 +1,5 @@
 """Images to token maps, and maps to maps of half the size; outputs are channels-last, any input size."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -11,8 +11,6 @@ What differs from the official code, and why:
     * Dilations are an argument. They do not change the parameters, so one checkpoint serves all tasks.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -479,7 +477,11 @@ def dinat_large_21k(pretrained: bool = False, **kwargs: Any) -> NAT:
 
 @register_model
 def dinat_large_21k_11x11(pretrained: bool = False, **kwargs: Any) -> NAT:
-    return _create_nat("dinat_large_21k_11x11", pretrained, **{**_LARGE, **_DILATED, "kernel_size": 11, "drop_path_rate": 0.2, **kwargs})
+    return _create_nat(
+        "dinat_large_21k_11x11",
+        pretrained,
+        **{**_LARGE, **_DILATED, "kernel_size": 11, "drop_path_rate": 0.2, **kwargs},
+    )
 
 
 @register_model

@@ -9,8 +9,6 @@ What differs from the official code, and why:
     * Layers are called `blocks`. `checkpoint_filter_fn` renames official keys.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -244,6 +242,7 @@ default_cfgs = generate_default_cfgs(
         "vitrpb_small.in1k": _cfg("vitrpb_small"),
         "vitrpb_base.in1k": _cfg("vitrpb_base"),
         "test_dinat_isotropic.untrained": _cfg(input_size=(3, 160, 160), pool_size=(10, 10)),
+        "test_vitrpb.untrained": _cfg(input_size=(3, 160, 160), pool_size=(10, 10)),
     }
 )
 
@@ -278,8 +277,9 @@ def _create_isotropic(variant: str, pretrained: bool = False, **kwargs: Any) -> 
     )
 
 
+_TEST = {"embed_dim": 64, "depth": 4, "num_heads": 2}
 _SMALL = {"embed_dim": 384, "num_heads": 12, "drop_path_rate": 0.1}
-_BASE = {"embed_dim": 768, "num_heads": 24, "drop_path_rate": 0.1}
+_BASE = {"embed_dim": 768, "num_heads": 24, "drop_path_rate": 0.4}
 
 
 @register_model
@@ -294,9 +294,7 @@ def nat_isotropic_base(pretrained: bool = False, **kwargs: Any) -> IsotropicNAT:
 
 @register_model
 def dinat_isotropic_small(pretrained: bool = False, **kwargs: Any) -> IsotropicNAT:
-    return _create_isotropic(
-        "dinat_isotropic_small", pretrained, **{**_SMALL, "dilations": "classification", **kwargs}
-    )
+    return _create_isotropic("dinat_isotropic_small", pretrained, **{**_SMALL, "dilations": "classification", **kwargs})
 
 
 @register_model
@@ -317,5 +315,11 @@ def vitrpb_base(pretrained: bool = False, **kwargs: Any) -> IsotropicNAT:
 @register_model
 def test_dinat_isotropic(pretrained: bool = False, **kwargs: Any) -> IsotropicNAT:
     """Under 1M parameters, for tests."""
-    args = {"embed_dim": 64, "depth": 4, "num_heads": 2, "kernel_size": 3, "dilations": "classification"}
+    args = {**_TEST, "kernel_size": 3, "dilations": "classification"}
     return _create_isotropic("test_dinat_isotropic", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def test_vitrpb(pretrained: bool = False, **kwargs: Any) -> IsotropicNAT:
+    """Under 1M parameters, for tests."""
+    return _create_isotropic("test_vitrpb", pretrained, **{**_TEST, "kernel_size": None, "rel_pos_size": 10, **kwargs})

@@ -2,11 +2,12 @@
 
 from visattn.ops.dispatch import BackendError, use_backend
 from visattn.ops.neighborhood import neighborhood_attention
-from visattn.ops.padding import pad_to_at_least, pad_to_multiple
+from visattn.ops.padding import fit, pad_to_at_least, pad_to_multiple
 from visattn.ops.rel_pos import resize_rel_pos
 
 __all__ = [
     "BackendError",
+    "fit",
     "neighborhood_attention",
     "pad_to_at_least",
     "pad_to_multiple",

@@ -1,7 +1,6 @@
 """Which keys a query sees: the one truth that references, masks, bias indices and kernels read.
 
-Integer arithmetic only, one axis at a time; a window on a map is the product of its axes. Lengths may be symbolic
-(torch.export, torch.compile with dynamic shapes), so nothing here branches on a length.
+Integer arithmetic only, one axis at a time; a window on a map is the product of its axes.
 
 Words used below, per axis of length `L` with dilation `D`:
     group      the tokens `g, g + D, g + 2D, ...`; there are `D` groups, of `ceil((L - g) / D)` tokens each
@@ -83,18 +82,15 @@ def neighbors(axis: Axis, device: torch.device | str | None = None) -> Neighbors
 def tile_sizes(axis: Axis, tile: int) -> tuple[int, int]:
     """How many queries `t` and keys `U` a tile of `axis` holds, for a wish of about `tile` queries.
 
-    `t` is a multiple of the stride, so that tiles do not split blocks that share a window. A known length is cut evenly
-    (28 as 4 x 7, not 3 x 8 + 4), and a group of at most two tiles becomes one (dense attention inside the group); a
-    symbolic length is never branched on.
+    `t` is a multiple of the stride, so that tiles do not split blocks that share a window. A group is cut evenly (28 as
+    4 x 7, not 3 x 8 + 4), and one of at most two tiles becomes one (dense attention inside the group).
     """
-    longest = -(-axis.length // axis.dilation) if isinstance(axis.length, int) else None
-    if longest is not None:
-        if longest <= max(2 * tile, axis.kernel_size) and axis.stride < axis.kernel_size:
-            return longest, longest
-        tile = -(-longest // -(-longest // tile))
-    t = -(-tile // axis.stride) * axis.stride
-    keys = axis.kernel_size + t - axis.stride
-    return t, keys if longest is None else min(keys, longest)
+    longest = -(-axis.length // axis.dilation)
+    if longest <= max(2 * tile, axis.kernel_size) and axis.stride < axis.kernel_size:
+        return longest, longest
+    t = -(-longest // -(-longest // tile))
+    t = -(-t // axis.stride) * axis.stride
+    return t, min(axis.kernel_size + t - axis.stride, longest)
 
 
 def sees_all(axis: Axis, tile: int) -> bool:

@@ -1,6 +1,13 @@
-"""Zero-padding at the bottom and right of channels-last maps, as ops that trace, script and export at any size."""
+"""Padding and cropping of channels-last maps at the bottom and right, as ops that trace, script and export.
+
+All are one operation, `fit`: give a map [B, *spatial, C] a new spatial size. With known sizes it is a slice or a pad.
+While a graph with symbolic sizes is traced it is one opaque node, so that the graph does not come to depend on whether
+anything was padded or cropped at the traced size.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,22 +16,46 @@ from torch import Tensor
 from visattn.ops.registration import composite
 
 
-def _pad(x: Tensor, amounts: list[int]) -> Tensor:
-    if all(isinstance(a, int) and a == 0 for a in amounts):
-        return x
-    pairs = [0, 0]
-    for amount in reversed(amounts):
-        pairs += [0, amount]
-    return F.pad(x, pairs)
+def _fit(x: Tensor, size: list[int]) -> Tensor:
+    if any(isinstance(n, torch.SymInt) for n in (*x.shape, *size)):
+        return torch.ops.visattn.fit_opaque(x, size)
+    pads = [0, 0]
+    for axis, n in reversed(list(enumerate(size, start=1))):
+        if n < x.shape[axis]:
+            x = x.narrow(axis, 0, n)
+        pads += [0, n - x.shape[axis]]
+    return F.pad(x, pads) if any(pads) else x
 
 
 def _pad_to_at_least(x: Tensor, size: list[int]) -> Tensor:
-    return _pad(x, [torch.sym_max(s - n, 0) for s, n in zip(size, x.shape[1:-1], strict=True)])
+    return _fit(x, [torch.sym_max(n, s) for n, s in zip(x.shape[1:-1], size, strict=True)])
 
 
 def _pad_to_multiple(x: Tensor, multiple: list[int]) -> Tensor:
-    return _pad(x, [-n % m for m, n in zip(multiple, x.shape[1:-1], strict=True)])
+    return _fit(x, [(n + m - 1) // m * m for n, m in zip(x.shape[1:-1], multiple, strict=True)])
 
 
-pad_to_at_least = composite("pad_to_at_least(Tensor(a) x, int[] size) -> Tensor(a)", _pad_to_at_least)
-pad_to_multiple = composite("pad_to_multiple(Tensor(a) x, int[] multiple) -> Tensor(a)", _pad_to_multiple)
+@torch.library.custom_op("visattn::fit_opaque", mutates_args=(), schema="(Tensor x, SymInt[] size) -> Tensor")
+def _fit_opaque(x: Tensor, size: Any) -> Tensor:
+    return _fit(x, size).clone(memory_format=torch.contiguous_format)
+
+
+@_fit_opaque.register_fake
+def _(x: Tensor, size: Any) -> Tensor:
+    return x.new_empty((x.shape[0], *size, x.shape[-1]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Any], output: Tensor) -> None:
+    ctx.size = inputs[0].shape[1:-1]
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return torch.ops.visattn.fit_opaque(grad, ctx.size), None
+
+
+_fit_opaque.register_autograd(_differentiate, setup_context=_setup_context)
+
+# x: [B, *spatial, C]; `size` and `multiple` have one entry per spatial axis. Padding is zero.
+pad_to_at_least = composite("pad_to_at_least(Tensor(a) x, SymInt[] size) -> Tensor(a)", _pad_to_at_least)
+pad_to_multiple = composite("pad_to_multiple(Tensor(a) x, SymInt[] multiple) -> Tensor(a)", _pad_to_multiple)
+fit = composite("fit(Tensor(a) x, SymInt[] size) -> Tensor(a)", _fit)

@@ -91,7 +91,7 @@ def neighborhood_eager(
     extra_bias: Tensor | None,
     scale: float,
     return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, ...]:
     """See `visattn.ops.neighborhood_attention`. Shapes below: T tiles of t queries and U keys (E extra ones)."""
     tile = _TILE[len(axes)]
     lengths = [axis.length for axis in axes]
@@ -129,8 +129,8 @@ def neighborhood_eager(
         scores = (query * scale @ key.mT).to(dtype)
         scores = scores if added is None else scores.add_(added)
         out = scores.softmax(dim=-1).to(value.dtype) @ value
-        lse = _scatter(scores.logsumexp(dim=-1), cut, lengths) if return_lse else None
-        return _scatter(out, cut, lengths), lse
+        results = (out, scores.logsumexp(dim=-1)) if return_lse else (out,)
+        return tuple(_scatter(x, cut, lengths) for x in results)
 
     # Dimensions over which the mask is constant go together: (N, B) without a bias, B alone with one.
     dim = 1 if added is None or added.shape[1] == 1 else 0
@@ -139,4 +139,4 @@ def neighborhood_eager(
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale)
     heads = q.shape[-2]
     out = out.unflatten(dim, (heads, q.shape[0]) if dim == 1 else (-1, heads))
-    return _scatter(out, cut, lengths), None
+    return (_scatter(out, cut, lengths),)

@@ -28,7 +28,7 @@ def neighborhood_reference(
     extra_bias: Tensor | None,
     scale: float,
     return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, ...]:
     """See `visattn.ops.neighborhood_attention`; `S` below is the number of tokens, `M` the keys of one query."""
     found = [neighbors(axis, q.device) for axis in axes]
     index = _product([n.index for n in found], [a.length for a in axes])  # [S, M]
@@ -54,4 +54,4 @@ def neighborhood_reference(
     if extra_v is not None:
         out = out + torch.einsum("bsne,bend->bsnd", weights[..., index.shape[1] :], extra_v.to(dtype))
     out = out.to(v.dtype).reshape(*q.shape[:-1], v.shape[-1])
-    return out, scores.logsumexp(dim=-1).reshape(q.shape[:-1]) if return_lse else None
+    return (out, scores.logsumexp(dim=-1).reshape(q.shape[:-1])) if return_lse else (out,)
