@@ -516,6 +516,6 @@ def dinat_s_large_21k(pretrained: bool = False, **kwargs: Any) -> NAT:
 
 @register_model
 def test_dinat(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """Under 1M parameters; head dim 24 and a dilation per stage, for tests and first runs."""
-    args = {"embed_dim": 24, "depths": (2, 2, 2, 1), "num_heads": (1, 2, 4, 8), "kernel_size": 3, "mlp_ratio": 2.0}
+    """Under 1M parameters; head dim 20 and a dilation per stage, for tests and first runs."""
+    args = {"embed_dim": 20, "depths": (2, 2, 2, 1), "num_heads": (1, 2, 4, 8), "kernel_size": 3, "mlp_ratio": 2.0}
     return _create_nat("test_dinat", pretrained, **{**args, "dilations": ((1, 4), (1, 2), (1, 2), (1,)), **kwargs})

@@ -242,7 +242,7 @@ default_cfgs = generate_default_cfgs(
         "vitrpb_small.in1k": _cfg("vitrpb_small"),
         "vitrpb_base.in1k": _cfg("vitrpb_base"),
         "test_dinat_isotropic.untrained": _cfg(input_size=(3, 160, 160), pool_size=(10, 10)),
-        "test_vitrpb.untrained": _cfg(input_size=(3, 160, 160), pool_size=(10, 10)),
+        "test_isotropic_vitrpb.untrained": _cfg(input_size=(3, 160, 160), pool_size=(10, 10)),
     }
 )
 
@@ -320,6 +320,8 @@ def test_dinat_isotropic(pretrained: bool = False, **kwargs: Any) -> IsotropicNA
 
 
 @register_model
-def test_vitrpb(pretrained: bool = False, **kwargs: Any) -> IsotropicNAT:
+def test_isotropic_vitrpb(pretrained: bool = False, **kwargs: Any) -> IsotropicNAT:
     """Under 1M parameters, for tests."""
-    return _create_isotropic("test_vitrpb", pretrained, **{**_TEST, "kernel_size": None, "rel_pos_size": 10, **kwargs})
+    return _create_isotropic(
+        "test_isotropic_vitrpb", pretrained, **{**_TEST, "kernel_size": None, "rel_pos_size": 10, **kwargs}
+    )

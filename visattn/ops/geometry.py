@@ -89,7 +89,7 @@ def tile_sizes(axis: Axis, tile: int) -> tuple[int, int]:
     if longest <= max(2 * tile, axis.kernel_size) and axis.stride < axis.kernel_size:
         return longest, longest
     t = -(-longest // -(-longest // tile))
-    t = -(-t // axis.stride) * axis.stride
+    t = max(t // axis.stride, 1) * axis.stride
     return t, min(axis.kernel_size + t - axis.stride, longest)
 
 

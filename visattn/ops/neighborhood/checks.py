@@ -40,7 +40,7 @@ def checked_axes(
         if k * d > n:
             raise ValueError(
                 f"expected kernel_size * dilation <= size on every axis, got kernel_size {kernel_size}, dilation "
-                f"{dilation} on a map of {tuple(spatial)}; try torch.ops.visattn.pad_to_at_least before projecting q, k, v"
+                f"{dilation} on a map of {tuple(spatial)}; try visattn.ops.pad_to_at_least before projecting q, k, v"
             )
     return tuple(Axis(*a) for a in zip(spatial, kernel_size, dilation, stride, is_causal, strict=True))
 

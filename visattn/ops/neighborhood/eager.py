@@ -8,6 +8,8 @@ mask, which is the same for every image, broadcasts: tiles and heads as the batc
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,16 +31,15 @@ def _outer(per_axis: list[Tensor], sizes: list[int]) -> Tensor:
 
 def _gather(x: Tensor, token: Tensor) -> Tensor:
     """Tokens `token` [T, t] of x [B, *spatial, N, D], laid out as [T, N, B, t, D] in one copy of whole rows."""
-    batch, heads = x.shape[0], x.shape[-2]
-    rows = x.reshape(batch, -1, heads, x.shape[-1])
-    image = torch.arange(batch, device=x.device)[:, None] * rows.shape[1]
+    batch, *spatial, heads, _ = x.shape
+    image = torch.arange(batch, device=x.device)[:, None] * math.prod(spatial)
     head = torch.arange(heads, device=x.device)[:, None, None]
     index = (token[:, None, None, :] + image) * heads + head
-    return rows.flatten(0, 2).index_select(0, index.flatten()).reshape(*index.shape, x.shape[-1])
+    return x.flatten(0, -2).index_select(0, index.flatten()).reshape(*index.shape, x.shape[-1])
 
 
 def _scatter(x: Tensor, cut: list[Tiles], lengths: list[int]) -> Tensor:
-    """Inverse of `_gather` for the queries: [T, N, B, t, ...] -> [B, *spatial, N, ...], leaving out repeated queries."""
+    """Inverse of `_gather` for queries: [T, N, B, t, ...] -> [B, *spatial, N, ...], without the repeated ones."""
     _, heads, batch, size = x.shape[:4]
     tile, rank = cut[0].slot // cut[0].query_index.shape[1], cut[0].slot % cut[0].query_index.shape[1]
     for part in cut[1:]:

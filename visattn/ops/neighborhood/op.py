@@ -141,12 +141,17 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
     schema=f"(Tensor grad_out, Tensor? grad_lse, bool[] needs, {_opaque_arguments}) -> Tensor[]",
 )
 def _opaque_backward(grad_out: Tensor, grad_lse: Tensor | None, needs: list[bool], *args: Any) -> list[Tensor]:
-    with torch.enable_grad():
-        tensors = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(args[:7], needs, strict=True)]
-        results = _run(tensors, args[7:11], *args[11:], grad_lse is not None)
-    grads = (grad_out,) if grad_lse is None else (grad_out, grad_lse)
-    wanted = [t for t, n in zip(tensors, needs, strict=True) if n]
-    return [g.contiguous() for g in torch.autograd.grad(results, wanted, grads)]
+    tensors, how = list(args[:7]), args[7:]
+    wanted = [i for i, n in enumerate(needs) if n]
+
+    def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
+        for i, t in zip(wanted, inputs, strict=True):
+            tensors[i] = t
+        return _run(tensors, how[:4], *how[4:], grad_lse is not None)
+
+    # A kernel runs below autograd, where only a functional transform can differentiate.
+    _, differentiate = torch.func.vjp(forward, *(tensors[i] for i in wanted))
+    return [g.contiguous() for g in differentiate((grad_out,) if grad_lse is None else (grad_out, grad_lse))]
 
 
 @_opaque_backward.register_fake

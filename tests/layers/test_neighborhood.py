@@ -1,0 +1,72 @@
+"""Attention modules: the padding of natten 0.14, tables at other sizes, gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests import tolerances
+from tests.tolerances import relative_error
+from visattn.layers import GlobalAttention, NeighborhoodAttention
+from visattn.ops import neighborhood_attention
+
+
+def natten_014(module, x):
+    """The official module: pad to kernel x dilation before the projection, attend by definition, crop, project."""
+    _, h, w, c = x.shape
+    kernel, dilation = module.kernel_size[0], module.dilation[0]
+    x = F.pad(x, (0, 0, 0, max(kernel * dilation - w, 0), 0, max(kernel * dilation - h, 0)))
+    qkv = module.qkv(x).reshape(*x.shape[:3], 3, module.num_heads, c // module.num_heads)
+    out = neighborhood_attention(*qkv.unbind(3), kernel, dilation, bias=module.rpb, backend="reference")
+    return module.proj(out.flatten(3)[:, :h, :w])
+
+
+@pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (7, 1), (3, 2), (5, 3)])
+@pytest.mark.parametrize("size", [(1, 1), (4, 17), (17, 4), (15, 15), (21, 16)])
+def test_any_size_with_all_gradients(kernel, dilation, size):
+    module = NeighborhoodAttention(24, 3, kernel, dilation, dtype=torch.float64)
+    torch.nn.init.normal_(module.rpb)
+    torch.nn.init.normal_(module.qkv.bias)
+    x = torch.randn(2, *size, 24, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *module.parameters()]
+    results = []
+    for run in (module, lambda y: natten_014(module, y)):
+        out = run(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for got, expected in zip(*results, strict=True):
+        assert relative_error(got, expected) <= tolerances.OP[torch.float64]
+
+
+def test_padding_tokens_carry_the_projection_bias():
+    """The trap: padding comes before qkv, so a border token sees qkv.bias, not zeros."""
+    module = NeighborhoodAttention(8, 2, 3, dtype=torch.float64)
+    x = torch.randn(1, 2, 2, 8, dtype=torch.float64)
+    before = module(x)
+    with torch.no_grad():
+        module.qkv.bias[16:] += 1.0  # values: every neighbour moves by one, padding included
+    shift = module.proj.weight.sum(1)
+    torch.testing.assert_close(module(x) - before, shift.expand(1, 2, 2, 8))
+
+
+def test_global_attention_is_softmax_over_the_map_with_the_swin_index():
+    module = GlobalAttention(12, 2, (3, 4), dtype=torch.float64)
+    torch.nn.init.normal_(module.rpb)
+    x = torch.randn(2, 3, 4, 12, dtype=torch.float64)
+    q, k, v = module.qkv(x).reshape(2, 12, 3, 2, 6).permute(2, 0, 3, 1, 4)
+    rows, cols = torch.arange(12) // 4, torch.arange(12) % 4
+    bias = module.rpb[:, rows[None] - rows[:, None] + 2, cols[None] - cols[:, None] + 3]
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).reshape(2, 3, 4, 12)
+    assert relative_error(module(x), module.proj(expected)) <= tolerances.OP[torch.float64]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 9), (8, 5)])
+def test_global_attention_takes_any_size(size):
+    module = GlobalAttention(12, 2, 4)
+    out = module(torch.randn(1, *size, 12))
+    assert out.shape == (1, *size, 12)
+    out.sum().backward()
+    assert module.rpb.grad.isfinite().all()
+
+
+def test_heads_must_divide_channels():
+    with pytest.raises(ValueError, match="expected dim divisible by num_heads, got 10 and 3"):
+        NeighborhoodAttention(10, 3)

@@ -1,0 +1,161 @@
+"""What every model keeps beyond timm's own suite (tools/run_timm_tests.py): tracing, saving, precision, memory."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models._registry import _model_entrypoints
+from timm.optim import create_optimizer_v2
+
+import visattn  # noqa: F401
+from tests.tolerances import SAME_MODEL, relative_error
+
+OURS = sorted(n for n, fn in _model_entrypoints.items() if fn.__module__.startswith("visattn."))
+SMALL = [n for n in OURS if n.startswith("test_")]
+SIZE = (2, 3, 96, 128)
+
+
+@pytest.fixture(params=SMALL)
+def model(request):
+    return timm.create_model(request.param).eval()
+
+
+@pytest.fixture
+def image():
+    return torch.randn(SIZE)
+
+
+def test_names_and_modules_shadow_nothing_of_timm():
+    shipped = {n: fn.__module__ for n, fn in _model_entrypoints.items() if fn.__module__.startswith("timm.")}
+    assert len(shipped) > 1000
+    assert not set(OURS) & set(shipped)
+    last = {_model_entrypoints[n].__module__.rpartition(".")[2] for n in OURS}
+    assert not last & {module.rpartition(".")[2] for module in shipped.values()}
+
+
+def test_small_variants_have_under_a_million_parameters():
+    assert SMALL
+    for name in SMALL:
+        assert sum(p.numel() for p in timm.create_model(name, device="meta").parameters()) < 1e6
+
+
+def test_every_parameter_trains_with_drop_path(model, image):
+    model = timm.create_model(model.pretrained_cfg["architecture"], drop_path_rate=0.2).train()
+    model(image).square().mean().backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+
+
+def test_drop_path_rates_grow_to_the_given_one(model):
+    model = timm.create_model(model.pretrained_cfg["architecture"], drop_path_rate=0.3)
+    rates = [m.drop_prob for m in model.modules() if isinstance(m, timm.layers.DropPath)]
+    assert rates == sorted(rates)
+    assert rates[-1] == pytest.approx(0.3)
+
+
+@torch.no_grad()
+def test_saved_model_is_the_same(model, image, tmp_path):
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    other = timm.create_model(
+        model.pretrained_cfg["architecture"], checkpoint_path=str(tmp_path / "model.safetensors")
+    ).eval()
+    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
+    assert torch.equal(model(image), other(image))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_is_close(model, image, dtype):
+    expected = model(image)
+    with torch.autocast("cpu", dtype):
+        out = model(image)
+    assert out.isfinite().all()
+    assert torch.cosine_similarity(out.float(), expected).min() > 0.999
+
+
+@torch.no_grad()
+def test_compile_without_graph_breaks(model, image):
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert relative_error(compiled(image), model(image)) <= SAME_MODEL
+
+
+def test_compiled_model_trains(model, image):
+    grads = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        run(image).square().mean().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert relative_error(grads[1], grads[0]) <= 10 * SAME_MODEL
+
+
+@torch.no_grad()
+def test_export_with_dynamic_batch_and_size(model):
+    batch = torch.export.Dim("batch", min=1)
+    height, width = (torch.export.Dim(n, min=33, max=1024) for n in ("height", "width"))
+    program = torch.export.export(
+        model, (torch.randn(3, 3, 160, 192),), dynamic_shapes={"x": {0: batch, 2: height, 3: width}}
+    )
+    for size in ((1, 3, 33, 40), (2, 3, 97, 131), (4, 3, 256, 160)):
+        image = torch.randn(size)
+        assert relative_error(program.module()(image), model(image)) <= SAME_MODEL
+
+
+@torch.no_grad()
+def test_export_of_a_known_size_needs_no_visattn(model, image):
+    program = torch.export.export(model, (image,)).run_decompositions()
+    assert not [n for n in program.graph.nodes if "visattn" in str(n.target)]
+    assert relative_error(program.module()(image), model(image)) <= SAME_MODEL
+
+
+@torch.no_grad()
+def test_output_formats_agree(model, image):
+    nchw = model.forward_intermediates(image, intermediates_only=True)
+    nhwc = model.forward_intermediates(image, intermediates_only=True, output_fmt="NHWC")
+    for a, b in zip(nchw, nhwc, strict=True):
+        assert torch.equal(a, b.permute(0, 3, 1, 2))
+    with pytest.raises(ValueError, match="expected output_fmt"):
+        model.forward_intermediates(image, output_fmt="NLC")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("feature_cls", ["getter", "list", "hook", "dict"])
+def test_features_are_the_intermediates(model, image, feature_cls):
+    name = model.pretrained_cfg["architecture"]
+    if feature_cls != "getter" and "isotropic" in name:
+        pytest.skip("one stage: maps of blocks come from the getter")
+    number = len(model.feature_info)
+    features = timm.create_model(
+        name, features_only=True, feature_cls=feature_cls, out_indices=tuple(range(number))
+    ).eval()
+    state = model.state_dict()
+    target = features.model if feature_cls == "getter" else features
+    renamed = {k.replace("stages.", "stages_", 1) if feature_cls != "getter" else k: v for k, v in state.items()}
+    target.load_state_dict({k: v for k, v in renamed.items() if k in target.state_dict()})
+    maps = features(image)
+    maps = list(maps.values()) if isinstance(maps, dict) else maps
+    expected = model.forward_intermediates(image, intermediates_only=True)
+    for got, want in zip(maps, expected, strict=True):
+        got = got if got.shape == want.shape else got.permute(0, 3, 1, 2)
+        assert torch.equal(got, want)
+
+
+def test_init_after_to_empty(model):
+    name = model.pretrained_cfg["architecture"]
+    empty = timm.create_model(name, device="meta", dtype=torch.float64).to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in empty.parameters():
+            parameter.fill_(float("nan"))
+    empty.init_weights()
+    assert empty(torch.randn(1, 3, 64, 64, dtype=torch.float64)).isfinite().all()
+
+
+def test_weight_decay_spares_position_tables_and_layers_have_their_rates(model):
+    optimizer = create_optimizer_v2(model, weight_decay=0.1, layer_decay=0.5)
+    named = {id(p): n for n, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = named[id(parameter)]
+            assert (group["weight_decay"] == 0) == (parameter.ndim <= 1 or name.endswith("rpb")), name
+            if name.startswith("head."):
+                assert group["lr_scale"] == 1
+            if name.startswith("patch_embed."):
+                assert group["lr_scale"] == min(g["lr_scale"] for g in optimizer.param_groups)

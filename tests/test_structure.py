@@ -1,0 +1,50 @@
+"""The walls of the house: which rooms may import which."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "visattn").rglob("*.py"))
+# room -> what it must not import
+WALLS = {
+    "ops": ("timm", "visattn.layers", "visattn.models", "train", "tools"),
+    "layers": ("visattn.models", "train", "tools"),
+    "models": ("train", "tools"),
+}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_walls(path):
+    room = path.relative_to(ROOT / "visattn").parts[0]
+    found = list(imports(path))
+    for wall in WALLS.get(room, ()):
+        assert not [name for name in found if f"{name}.".startswith(f"{wall}.")]
+    if room == "models" and path.name != "__init__.py":
+        families = [name for name in found if name.startswith("visattn.models.")]
+        assert not [name for name in families if not name.split(".")[2].startswith("_")], "a family imports another"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_assert_for_users(path):
+    assert not [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
+
+
+def test_import_loads_nothing_heavy():
+    code = (
+        "import torch, timm, sys; before = set(sys.modules); import visattn;"
+        "print(*sorted({m.partition('.')[0] for m in set(sys.modules) - before}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == ["torch", "visattn"]

@@ -1,0 +1,386 @@
+"""Render model_cards/<family>.md from model_cards/<family>.yaml, and check the data against the models.
+
+    python tools/make_cards.py                  # write every .md
+    python tools/make_cards.py --check          # CI: exit 1 and say what differs
+    python tools/make_cards.py --update nat     # recompute params and gmacs of one family, then write its .md
+
+The check compares the rendering with the file on disk; parameters, GMACs, input size and classes with the models; the
+listed names with timm's registry; URLs and licence with `default_cfgs`. Models are built on the meta device, so no
+weights are allocated. Published numbers are the authors': they are shown as given and never computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+CARDS = Path(__file__).resolve().parents[1] / "model_cards"
+PACKAGE = "visattn"
+
+
+class CardError(ValueError):
+    """A card that is incomplete or contradicts itself."""
+
+
+@dataclass
+class Published:
+    """What the authors report of one variant; `gflops` of the papers counts multiply-adds, our GMACs."""
+
+    source: str
+    top1: float | None = None
+    params_m: float | None = None
+    gflops: float | None = None
+
+
+@dataclass
+class Variant:
+    """One registered model. `params` and `gmacs` are ours, computed with `classes` outputs at `size` x `size`."""
+
+    name: str
+    size: int
+    classes: int
+    params: int | None
+    gmacs: float | None
+    file: str | None = None
+    published: Published | None = None
+
+
+@dataclass
+class Results:
+    """One table of published results; each row gives a variant, the columns' values and the checkpoint file."""
+
+    title: str
+    source: str
+    columns: list[str]
+    rows: list[list]
+    note: str | None = None
+
+
+@dataclass
+class Paper:
+    title: str
+    authors: str
+    venue: str
+    arxiv: str
+    bibtex: str
+
+
+@dataclass
+class Code:
+    url: str
+    commit: str
+    licence: str
+
+
+@dataclass
+class Weights:
+    """Where the authors' files lie (`base` + a variant's `file`) and under which terms."""
+
+    base: str
+    licence: str
+    licence_id: str
+    note: str
+
+
+@dataclass
+class Card:
+    """The contents of one yaml file."""
+
+    family: str
+    title: str
+    modules: list[str]
+    summary: str
+    papers: list[Paper]
+    code: Code
+    weights: Weights
+    sources: dict[str, str]
+    usage: str
+    input: list[str]
+    limits: list[str]
+    variants: list[Variant]
+    results: list[Results] = field(default_factory=list)
+
+
+NESTED = {"papers": [Paper], "code": Code, "weights": Weights, "variants": [Variant], "results": [Results]}
+
+
+def build(cls, data, where: str):
+    """Make a dataclass from a mapping; refuse missing and unknown keys by name."""
+    if not isinstance(data, dict):
+        raise CardError(f"expected a mapping at {where}, got {type(data).__name__}")
+    fields = {item.name: item for item in dataclasses.fields(cls)}
+    for key in data:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            raise CardError(f"expected a known key at {where}, got {key!r}; try {close[0] if close else list(fields)}")
+    required = [key for key, item in fields.items() if item.default is item.default_factory is dataclasses.MISSING]
+    if missing := [key for key in required if key not in data]:
+        raise CardError(f"expected {', '.join(missing)} at {where}, got {', '.join(map(str, data))}")
+    return cls(**data)
+
+
+def load(path: Path) -> Card:
+    """Read and cross-check one yaml file."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise CardError(f"expected yaml in {path.name}, got: {error}") from error
+    card = build(Card, data, path.name)
+    for key, kind in NESTED.items():
+        value = getattr(card, key)
+        if isinstance(kind, list):
+            value = [build(kind[0], item, f"{path.name}: {key}[{index}]") for index, item in enumerate(value)]
+        else:
+            value = build(kind, value, f"{path.name}: {key}")
+        setattr(card, key, value)
+    for variant in card.variants:
+        if variant.published is not None:
+            variant.published = build(Published, variant.published, f"{path.name}: {variant.name}.published")
+
+    names = [variant.name for variant in card.variants]
+    if card.family != path.stem:
+        raise CardError(f"expected family {path.stem!r} in {path.name}, got {card.family!r}")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise CardError(f"expected each variant of {path.name} once, got {', '.join(repeated)} again")
+    used = [table.source for table in card.results] + [v.published.source for v in card.variants if v.published]
+    if unknown := sorted(set(used) - set(card.sources)):
+        raise CardError(f"expected sources named in {path.name}, got {', '.join(unknown)}; try {list(card.sources)}")
+    for table in card.results:
+        for row in table.rows:
+            # a row is: variant, one value a column, checkpoint file
+            if len(row) != len(table.columns) + 2 or row[0] not in names:
+                raise CardError(
+                    f"expected [variant, {', '.join(table.columns)}, file] in {table.title!r} of {path.name}, got {row}"
+                )
+    return card
+
+
+def registered(modules: Iterable[str]) -> list[str]:
+    """visattn's models that timm lists under these registry modules."""
+    import timm
+
+    import visattn  # noqa: F401  registers the models
+
+    names = timm.list_models(module=list(modules))
+    return [name for name in names if timm.model_entrypoint(name).__module__.startswith(f"{PACKAGE}.")]
+
+
+def measure(name: str, size: int) -> tuple[int, float, int]:
+    """Parameters, GMACs (rounded to 3 decimals) and classes of a model at a square input, on the meta device."""
+    import timm
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = timm.create_model(name, device="meta").eval()
+    # Under inference_mode visattn's ops reach the counter whole, and their own formulas count exactly the visible keys.
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, model.in_chans, size, size, device="meta"))
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return params, round(counter.get_total_flops() / 2e9, 3), model.num_classes
+
+
+def check_models(card: Card, only: Iterable[str] | None = None) -> list[str]:
+    """What differs between the card and the models; `only` limits the measured variants, not the list of names."""
+    import timm
+
+    problems = []
+    found, listed = set(registered(card.modules)), {variant.name for variant in card.variants}
+    for name in sorted(listed - found):
+        problems.append(f"{name}: listed, but not registered by modules {', '.join(card.modules)}")
+    for name in sorted(found - listed):
+        problems.append(f"{name}: registered, but not listed")
+
+    for variant in card.variants:
+        if variant.name not in found or (only is not None and variant.name not in only):
+            continue
+        params, gmacs, classes = measure(variant.name, variant.size)
+        configs = timm.models.get_arch_pretrained_cfgs(variant.name).values()
+        url = card.weights.base + variant.file if variant.file else None
+        expected = {
+            "params": (variant.params, params),
+            "gmacs": (variant.gmacs, gmacs),
+            "classes": (variant.classes, classes),
+            "size": ([variant.size], sorted({config.input_size[-1] for config in configs})),
+            "weights": ([url] if url else [], sorted({config.url for config in configs if config.url})),
+            "licence": (
+                [card.weights.licence_id] if url else [],
+                sorted({str(config.license) for config in configs if config.url}),
+            ),
+        }
+        problems += [
+            f"{variant.name}: {key} is {ours} in the card, {theirs} in the model"
+            for key, (ours, theirs) in expected.items()
+            if ours != theirs
+        ]
+    return problems
+
+
+def update(path: Path) -> None:
+    """Rewrite params and gmacs in the yaml text, leaving everything else as it was typed."""
+    card, text = load(path), path.read_text(encoding="utf-8")
+    found = set(registered(card.modules))
+    edits = []
+    for node in _entry(yaml.compose(text), "variants").value:
+        name = _entry(node, "name").value
+        if name not in found:
+            print(f"{path.name}: {name} is not registered, left as it is", file=sys.stderr)
+            continue
+        params, gmacs, _ = measure(name, int(_entry(node, "size").value))
+        for key, value in {"params": params, "gmacs": gmacs}.items():
+            mark = _entry(node, key)
+            edits.append((mark.start_mark.index, mark.end_mark.index, str(value)))
+    for start, end, value in sorted(edits, reverse=True):
+        text = text[:start] + value + text[end:]
+    path.write_text(text, encoding="utf-8")
+
+
+def _entry(mapping: yaml.MappingNode, key: str) -> yaml.Node:
+    return next(value for name, value in mapping.value if name.value == key)
+
+
+def render(card: Card) -> str:
+    """The markdown of a card."""
+    parts = [f"<!-- Generated by tools/make_cards.py from {card.family}.yaml: edit that file. -->", f"# {card.title}"]
+    parts += [card.summary.strip(), "## Models", _variants(card), _variants_note(card)]
+    parts += ["## How to use", f"```python\n{card.usage.strip()}\n```"]
+    parts += ["## Input", _bullets(card.input), "## Limits", _bullets(card.limits)]
+    if card.results:
+        parts += ["## Published results", "Reported by the authors, not reproduced here."]
+        for results in card.results:
+            source = f"Source: {card.sources[results.source]}."
+            parts += [f"### {results.title}", _results(card, results), f"{results.note or ''} {source}".strip()]
+    parts += ["## Licence", _licence(card), "## Citation", _papers(card)]
+    parts += [f"```bibtex\n{paper.bibtex.strip()}\n```" for paper in card.papers]
+    return "\n\n".join(parts) + "\n"
+
+
+def _variants(card: Card) -> str:
+    rows = []
+    for variant in card.variants:
+        published = variant.published
+        top1 = f"{published.top1:.1f}" if published and published.top1 is not None else "–"
+        gflops = f"{published.gflops:g}" if published and published.gflops is not None else "–"
+        rows.append(
+            [
+                f"`{variant.name}`",
+                "–" if variant.params is None else f"{variant.params / 1e6:.2f}",
+                "–" if variant.gmacs is None else f"{variant.gmacs:.3f}",
+                gflops,
+                f"{variant.size}",
+                f"{variant.classes}",
+                top1,
+                _link(card, variant.file),
+            ]
+        )
+    head = ["name", "params (M)", "GMACs", "GFLOPs, published", "size", "classes", "top-1, published (%)", "weights"]
+    return _table(head, rows, left=(0, 7))
+
+
+def _variants_note(card: Card) -> str:
+    used = sorted({variant.published.source for variant in card.variants if variant.published})
+    sources = "; ".join(card.sources[key] for key in used)
+    return (
+        "Parameters and GMACs (multiply-adds of matrix products, convolutions and attention, one image of the given "
+        "size) are counted from the models in this repository. What papers call FLOPs are multiply-adds too. "
+        f"Published numbers: {sources}.\n\n{card.weights.note.strip()}"
+    )
+
+
+def _results(card: Card, results: Results) -> str:
+    rows = [[f"`{row[0]}`", *(_cell(value) for value in row[1:-1]), _link(card, row[-1])] for row in results.rows]
+    texts = {i for i, _ in enumerate(results.columns, 1) if any(isinstance(row[i], str) for row in results.rows)}
+    titles = [name if i in texts else f"{name}, published" for i, name in enumerate(results.columns, 1)]
+    head = ["backbone", *titles, "checkpoint"]
+    return _table(head, rows, left={0, *texts, len(head) - 1})
+
+
+def _cell(value) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def _link(card: Card, file: str | None) -> str:
+    return f"[{file.rpartition('/')[2]}]({card.weights.base}{file})" if file else "–"
+
+
+def _licence(card: Card) -> str:
+    code = (
+        f"The algorithm follows [{card.code.url.partition('://')[2]}]({card.code.url}) at commit "
+        f"`{card.code.commit[:7]}` ({card.code.licence}); no code is copied. This repository: Apache-2.0."
+    )
+    return f"{code}\n\nWeights: {card.weights.licence.strip()}"
+
+
+def _papers(card: Card) -> str:
+    return _bullets(
+        f"{paper.authors}: {paper.title}. {paper.venue}, [arXiv:{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})."
+        for paper in card.papers
+    )
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {' '.join(line.split())}" for line in lines)
+
+
+def _table(head: list[str], rows: list[list[str]], left: Iterable[int]) -> str:
+    rule = ["---" if index in left else "---:" for index in range(len(head))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
+
+
+def check(path: Path, only: Iterable[str] | None = None) -> list[str]:
+    """All problems of one card, empty when it is right."""
+    card = load(path)
+    target = path.with_suffix(".md")
+    on_disk = target.read_text(encoding="utf-8") if target.is_file() else ""
+    lines = difflib.unified_diff(
+        on_disk.splitlines(),
+        render(card).splitlines(),
+        f"{target.name} on disk",
+        f"{target.name} rendered",
+        lineterm="",
+    )
+    return [*lines, *check_models(card, only)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help="file names without .yaml (default: every card)")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--check", action="store_true", help="write nothing; exit 1 when anything differs")
+    mode.add_argument("--update", action="store_true", help="recompute params and gmacs before rendering")
+    parser.add_argument("--cards", type=Path, default=CARDS, help="folder of the cards")
+    args = parser.parse_args(argv)
+
+    known = {path.stem: path for path in sorted(args.cards.glob("*.yaml"))}
+    unknown = sorted(set(args.families) - set(known))
+    if unknown or not known:
+        print(f"error: expected cards in {args.cards}, got no {', '.join(unknown) or '*.yaml'}", file=sys.stderr)
+        return 1
+    status = 0
+    for family in args.families or known:
+        path = known[family]
+        try:
+            if args.check:
+                problems = check(path)
+                print("\n".join([f"{path.name}: {len(problems) or 'no'} difference(s)", *problems]))
+                status |= bool(problems)
+                continue
+            if args.update:
+                update(path)
+            path.with_suffix(".md").write_text(render(load(path)), encoding="utf-8")
+        except CardError as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

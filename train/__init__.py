@@ -1,0 +1,1 @@
+"""The trainer: `python -m train`. It imports visattn, is never imported by it, and is not installed."""

@@ -1,0 +1,29 @@
+"""Failures a user can act on. `python -m train` prints their text without a traceback and exits with `exit_code`."""
+
+
+class TrainError(Exception):
+    """Base of all; the text says: expected ..., got ...; try ... ."""
+
+    exit_code = 2
+
+
+class ConfigError(TrainError, ValueError):
+    """An option, or a combination of options, that cannot work."""
+
+
+class DataError(TrainError, ValueError):
+    """The images are there but do not form a data set."""
+
+
+class DataNotFoundError(TrainError, FileNotFoundError):
+    """The data folder, or one of its splits, is missing."""
+
+
+class CheckpointError(TrainError, ValueError):
+    """A checkpoint that is missing, damaged, unsafe, or of another run."""
+
+
+class NonFiniteLossError(TrainError, FloatingPointError):
+    """The loss became NaN or infinite; raised before the optimizer sees its gradient."""
+
+    exit_code = 1
