@@ -40,7 +40,7 @@ class Config:
     interpolation: Resize | None = None  # test-time resize; None: as img_size
     crop_pct: float | None = None  # share of the resized test image that the centre crop keeps; None: as img_size
 
-    epochs: int = 20  # length of the cosine schedule, warm-up included
+    epochs: int = 15  # length of the cosine schedule, warm-up included
     cooldown_epochs: int = 0  # further epochs at min_lr
     batch_size: int = 64  # images per forward pass
     grad_accum: int = 1  # forward passes per optimizer update

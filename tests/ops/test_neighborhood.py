@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests import tolerances
 from tests.tolerances import relative_error
-from visattn.ops import BackendError, neighborhood_attention, use_backend
+from visattn.ops import BackendError, explain, neighborhood_attention, use_backend
 from visattn.ops.neighborhood.op import dispatcher
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("op_na*.npz"))
@@ -215,21 +215,19 @@ def test_mistakes_are_named(change, error, message):
 
 
 def test_backend_requests(monkeypatch):
-    seen = []
-    for backend in dispatcher.backends:
-        run = backend.run
-        name = backend.name
-        monkeypatch.setitem(backend.__dict__, "run", lambda *a, run=run, name=name: (seen.append(name), run(*a))[1])
     q, k, v = torch.randn(3, 1, 4, 4, 1, 4)
-    neighborhood_attention(q, k, v, 3)
-    with use_backend("reference"):
+    with explain() as decisions:
         neighborhood_attention(q, k, v, 3)
-        neighborhood_attention(q, k, v, 3, backend="eager")
-    monkeypatch.setenv("VISATTN_BACKEND", "reference")
-    neighborhood_attention(q, k, v, 3)
-    with use_backend("eager"):
+        with use_backend("reference"):
+            neighborhood_attention(q, k, v, 3)
+            neighborhood_attention(q, k, v, 3, backend="eager")
+        monkeypatch.setenv("VISATTN_BACKEND", "reference")
         neighborhood_attention(q, k, v, 3)
-    assert seen == ["eager", "reference", "eager", "reference", "eager"]
+        with use_backend("eager"):
+            neighborhood_attention(q, k, v, 3)
+    assert [d.backend for d in decisions] == ["eager", "reference", "eager", "reference", "eager"]
+    neighborhood_attention(q, k, v, 3)
+    assert len(decisions) == 5, "the context has ended"
 
 
 def test_eager_makes_no_gathered_copy_of_all_neighborhoods():

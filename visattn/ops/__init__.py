@@ -1,12 +1,13 @@
 """Functions: tensors in, tensors out. Layouts are channels-last and heads-last; see each function's docstring."""
 
-from visattn.ops.dispatch import BackendError, use_backend
+from visattn.ops.dispatch import BackendError, explain, use_backend
 from visattn.ops.neighborhood import neighborhood_attention
 from visattn.ops.padding import fit, pad_to_at_least, pad_to_multiple
 from visattn.ops.rel_pos import resize_rel_pos
 
 __all__ = [
     "BackendError",
+    "explain",
     "fit",
     "neighborhood_attention",
     "pad_to_at_least",

@@ -18,6 +18,7 @@ from typing import Any
 
 _logger = logging.getLogger("visattn")
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("visattn_backend", default=None)
+_decisions: contextvars.ContextVar[list[Decision] | None] = contextvars.ContextVar("visattn_decisions", default=None)
 
 
 class BackendError(RuntimeError):
@@ -53,6 +54,26 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
+@dataclass(frozen=True)
+class Decision:
+    """What ran one call of an op, and why the backends preferred to it did not."""
+
+    op: str
+    backend: str
+    refusals: dict[str, str]
+
+
+@contextlib.contextmanager
+def explain() -> Iterator[list[Decision]]:
+    """Collect the choice made by every op called in this context, in order, e.g. for a forward pass of a model."""
+    decisions: list[Decision] = []
+    token = _decisions.set(decisions)
+    try:
+        yield decisions
+    finally:
+        _decisions.reset(token)
+
+
 @functools.lru_cache(maxsize=256)
 def _log_once(op: str, backend: str, reason: str) -> None:
     _logger.debug("%s: backend %r passed over: %s", op, backend, reason)
@@ -79,6 +100,8 @@ class Dispatcher:
                 continue
             reason = backend.refusal(*args, **kwargs)
             if reason is None:
+                if (decisions := _decisions.get()) is not None:
+                    decisions.append(Decision(self.op, backend.name, refusals))
                 return backend
             refusals[backend.name] = reason
             _log_once(self.op, backend.name, reason)
@@ -90,7 +113,3 @@ class Dispatcher:
 
     def __call__(self, requested: str, *args: Any, **kwargs: Any) -> Any:
         return self.select(requested, *args, **kwargs).run(*args, **kwargs)
-
-    def explain(self, *args: Any, **kwargs: Any) -> dict[str, str]:
-        """For each backend, "ok" or the reason why it cannot run these arguments."""
-        return {b.name: b.refusal(*args, **kwargs) or "ok" for b in self.backends}

@@ -12,7 +12,8 @@ from visattn.ops.registration import composite
 def _resize_rel_pos(table: Tensor, size: list[int]) -> Tensor:
     if all(isinstance(n, int) and n == m for n, m in zip(size, table.shape[-2:], strict=True)):
         return table
-    resized = F.interpolate(table[None].to(torch.promote_types(table.dtype, torch.float32)), size=size, mode="bicubic", align_corners=False)
+    dtype = torch.promote_types(table.dtype, torch.float32)
+    resized = F.interpolate(table[None].to(dtype), size=size, mode="bicubic", align_corners=False)
     return resized[0].to(table.dtype)
 
 
