@@ -49,20 +49,20 @@ def test_neighbors_are_the_definition(axis):
 def test_tiles_hold_every_window(axis, tile):
     cut = tiles(axis, tile)
     t, u = tile_sizes(axis, tile)
-    assert cut.query_index.shape[1] == t
-    assert cut.key_index.shape[1] == u
-    assert cut.query_index.flatten()[cut.slot].tolist() == list(range(axis.length))
+    assert cut.query_index().shape[1] == t
+    assert cut.key_index().shape[1] == u
+    assert cut.query_index().flatten()[cut.slot].tolist() == list(range(axis.length))
     for i, slot in enumerate(cut.slot.tolist()):
         number, rank = divmod(slot, t)
-        visible = cut.visible[number, rank]
-        keys = cut.key_index[number][visible].tolist()
+        visible = cut.visible()[number, rank]
+        keys = cut.key_index()[number][visible].tolist()
         assert keys == visible_keys(i, axis)
         if axis.stride == 1 and not axis.is_causal:
             expected = [(j - i) // axis.dilation + axis.kernel_size - 1 for j in keys]
-            assert cut.displacement[number, rank][visible].tolist() == expected
-    assert cut.visible.any(-1).all(), "a query without keys would be NaN"
+            assert cut.displacement()[number, rank][visible].tolist() == expected
+    assert cut.visible().any(-1).all(), "a query without keys would be NaN"
     if sees_all(axis, tile):
-        assert cut.visible.all()
+        assert cut.visible().all()
 
 
 @pytest.mark.parametrize(

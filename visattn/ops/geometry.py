@@ -40,13 +40,36 @@ class Neighbors:
 
 @dataclass(frozen=True)
 class Tiles:
-    """An axis cut into `T` tiles of `t` queries, each with the `U` keys that hold every window of the tile."""
+    """An axis cut into `T` tiles of `t` queries, each with the `U` keys that hold every window of the tile.
 
-    query_index: Tensor  # [T, t] token index of each query; queries past the end repeat the last one of the group
-    key_index: Tensor  # [T, U] token index of each key; keys past the end repeat the last one of the group
-    visible: Tensor  # [T, t, U] bool
-    displacement: Tensor  # [T, t, U] key position - query position + K - 1, clamped to [0, 2K - 2]
+    Queries past the end of their group repeat its last one; keys past the end are never visible.
+    """
+
+    axis: Axis
+    group: Tensor  # [T, 1]
+    group_length: Tensor  # [T, 1]
+    query: Tensor  # [T, t] positions
+    key: Tensor  # [T, U] positions
     slot: Tensor  # [L] where token i lies in the flattened [T * t] queries
+
+    def query_index(self) -> Tensor:
+        """[T, t] token index of each query."""
+        return self.query * self.axis.dilation + self.group
+
+    def key_index(self) -> Tensor:
+        """[T, U] token index of each key; keys past the end repeat the last one."""
+        return torch.minimum(self.key, self.group_length - 1) * self.axis.dilation + self.group
+
+    def visible(self) -> Tensor:
+        """[T, t, U] whether a query sees a key."""
+        start, stop = window(self.query, self.group_length, self.axis)
+        key = self.key[:, None, :]
+        return (key >= start[:, :, None]) & (key < stop[:, :, None])
+
+    def displacement(self) -> Tensor:
+        """[T, t, U] key position - query position + K - 1, clamped to [0, 2K - 2]."""
+        reach = self.axis.kernel_size - 1
+        return (self.key[:, None, :] - self.query[:, :, None] + reach).clamp(0, 2 * reach)
 
 
 def window(position: Tensor, group_length: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
@@ -107,16 +130,14 @@ def tiles(axis: Axis, tile: int, device: torch.device | str | None = None) -> Ti
     group, base = number // per_group, number % per_group * t  # [T]
     length = _group_length(group, axis)
 
-    query = torch.minimum(base[:, None] + torch.arange(t, device=device), length[:, None] - 1)  # [T, t]
-    start, stop = window(query, length[:, None], axis)
-    first = torch.minimum(start[:, 0], length - u).clamp(min=0)  # starts grow with the position
-    key = first[:, None] + torch.arange(u, device=device)  # [T, U]
-    visible = (key[:, None, :] >= start[:, :, None]) & (key[:, None, :] < stop[:, :, None])
-    reach = axis.kernel_size - 1
-    displacement = (key[:, None, :] - query[:, :, None] + reach).clamp(0, 2 * reach)
-
     token = torch.arange(axis.length, device=device)
     rank = token // d
     slot = (token % d * per_group + rank // t) * t + rank % t
-    key = torch.minimum(key, length[:, None] - 1)
-    return Tiles(query * d + group[:, None], key * d + group[:, None], visible, displacement, slot)
+
+    group, base, length = group[:, None], base[:, None], length[:, None]  # [T, 1]
+    query = torch.minimum(base + torch.arange(t, device=device), length - 1)
+    if t == u and t * d == axis.length:  # one tile holds a group, and no group is shorter than another
+        return Tiles(axis, group, length, query, query, slot)
+    first, _ = window(query[:, :1], length, axis)  # starts grow with the position
+    key = torch.minimum(first, length - u).clamp(min=0) + torch.arange(u, device=device)
+    return Tiles(axis, group, length, query, key, slot)

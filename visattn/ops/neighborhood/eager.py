@@ -29,27 +29,36 @@ def _outer(per_axis: list[Tensor], sizes: list[int]) -> Tensor:
     return index
 
 
-def _gather(x: Tensor, token: Tensor) -> Tensor:
-    """Tokens `token` [T, t] of x [B, *spatial, N, D], laid out as [T, N, B, t, D] in one copy of whole rows."""
-    batch, *spatial, heads, _ = x.shape
-    image = torch.arange(batch, device=x.device)[:, None] * math.prod(spatial)
-    head = torch.arange(heads, device=x.device)[:, None, None]
-    index = (token[:, None, None, :] + image) * heads + head
-    return x.flatten(0, -2).index_select(0, index.flatten()).reshape(*index.shape, x.shape[-1])
+def _rows(token: Tensor, batch: int, tokens: int, heads: int) -> Tensor:
+    """Row of the flattened [B * S * N, D] tensor, for [T, N, B, t] and tokens [T, t]."""
+    image = torch.arange(batch, device=token.device)[:, None] * tokens
+    head = torch.arange(heads, device=token.device)[:, None, None]
+    return (token[:, None, None, :] + image) * heads + head
 
 
-def _scatter(x: Tensor, cut: list[Tiles], lengths: list[int]) -> Tensor:
+def _gather(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of x [B, *spatial, N, D], laid out as [T, N, B, t, D] in one copy."""
+    return x.flatten(0, -2).index_select(0, rows.flatten()).reshape(*rows.shape, x.shape[-1])
+
+
+def _scatter(x: Tensor, cut: list[Tiles]) -> Tensor:
     """Inverse of `_gather` for queries: [T, N, B, t, ...] -> [B, *spatial, N, ...], without the repeated ones."""
-    _, heads, batch, size = x.shape[:4]
-    tile, rank = cut[0].slot // cut[0].query_index.shape[1], cut[0].slot % cut[0].query_index.shape[1]
-    for part in cut[1:]:
-        number, t = part.query_index.shape
+    tile, rank = torch.zeros_like(cut[0].slot[:1]), torch.zeros_like(cut[0].slot[:1])
+    for part in cut:
+        number, t = part.query.shape
         tile = (tile[:, None] * number + part.slot // t).flatten()
         rank = (rank[:, None] * t + part.slot % t).flatten()
-    image = torch.arange(batch, device=x.device)[:, None, None]
+    heads, batch = x.shape[1:3]
     head = torch.arange(heads, device=x.device)
-    index = ((tile[:, None] * heads + head) * batch + image) * size + rank[:, None]
-    return x.flatten(0, 3).index_select(0, index.flatten()).reshape(batch, *lengths, heads, *x.shape[4:])
+    image = torch.arange(batch, device=x.device)[:, None, None]
+    # In the order in which x lies in memory (attention leaves [T, t, heads, D]), so that flattening copies nothing.
+    order = sorted(range(4), key=x.stride, reverse=True)
+    rows = image.new_zeros(())
+    for dim in order:
+        rows = rows * x.shape[dim] + (tile[:, None], head, image, rank[:, None])[dim]
+    spatial = [part.axis.length for part in cut]
+    x = x.permute(*order, *range(4, x.ndim)).flatten(0, 3)
+    return x.index_select(0, rows.flatten()).reshape(batch, *spatial, heads, *x.shape[1:])
 
 
 def _interleave(table: Tensor, axes: int) -> Tensor:
@@ -61,11 +70,12 @@ def _interleave(table: Tensor, axes: int) -> Tensor:
 
 def _mask(cut: list[Tiles], dtype: torch.dtype) -> Tensor:
     """[T, 1, t, U]: 0 where a query sees a key, -inf elsewhere."""
-    zero = torch.zeros((), dtype=dtype, device=cut[0].visible.device)
+    zero = torch.zeros((), dtype=dtype, device=cut[0].slot.device)
     total = zero.reshape((1,) * (1 + 3 * len(cut)))
     for a, part in enumerate(cut):
-        shape = (1,) * (1 + 3 * a) + tuple(part.visible.shape) + (1,) * (3 * (len(cut) - 1 - a))
-        total = total + zero.masked_fill(~part.visible, float("-inf")).reshape(shape)
+        hidden = ~part.visible()
+        shape = (1,) * (1 + 3 * a) + tuple(hidden.shape) + (1,) * (3 * (len(cut) - 1 - a))
+        total = total + zero.masked_fill(hidden, float("-inf")).reshape(shape)
     return _interleave(total, len(cut))
 
 
@@ -74,10 +84,11 @@ def _read_bias(bias: Tensor, cut: list[Tiles]) -> Tensor:
 
     One `index_select` per axis, last axis first, so that the large gather copies whole rows.
     """
+    where = [part.displacement() for part in cut]
     for a in reversed(range(len(cut))):
-        bias = bias.index_select(a + 1, cut[a].displacement.flatten())
+        bias = bias.index_select(a + 1, where[a].flatten())
     for a in reversed(range(len(cut))):
-        bias = bias.unflatten(a + 1, cut[a].displacement.shape)
+        bias = bias.unflatten(a + 1, where[a].shape)
     return _interleave(bias, len(cut))
 
 
@@ -94,11 +105,15 @@ def neighborhood_eager(
     return_lse: bool,
 ) -> tuple[Tensor, ...]:
     """See `visattn.ops.neighborhood_attention`. Shapes below: T tiles of t queries and U keys (E extra ones)."""
+    batch, *spatial, heads, _ = q.shape
     tile = _TILE[len(axes)]
-    lengths = [axis.length for axis in axes]
-    cut = [tiles(axis, tile, q.device) for axis in axes]
-    key_token = _outer([c.key_index for c in cut], lengths)
-    query_token = _outer([c.query_index for c in cut], lengths)
+    distinct = {axis: tiles(axis, tile, q.device) for axis in axes}
+    cut = [distinct[axis] for axis in axes]
+    query_rows = _rows(_outer([c.query_index() for c in cut], spatial), batch, math.prod(spatial), heads)
+    if all(c.key is c.query for c in cut):
+        key_rows = query_rows
+    else:
+        key_rows = _rows(_outer([c.key_index() for c in cut], spatial), batch, math.prod(spatial), heads)
 
     # A bias that trains would push SDPA off its flash path (4x slower than explicit products on a CPU).
     trains = torch.is_grad_enabled() and any(b is not None and b.requires_grad for b in (bias, extra_bias))
@@ -112,14 +127,14 @@ def neighborhood_eager(
         table = _read_bias(bias.to(dtype), cut)[:, :, None]
         added = table if added is None else added + table
 
-    query, key, value = _gather(q, query_token), _gather(k, key_token), _gather(v, key_token)
+    query, key, value = _gather(q, query_rows), _gather(k, key_rows), _gather(v, key_rows)
     if extra_k is not None and extra_v is not None:
-        number, keys = len(key_token), key.shape[-2]
+        number, keys = key.shape[0], key.shape[-2]
         key = torch.cat([key, extra_k.permute(2, 0, 1, 3).expand(number, -1, -1, -1, -1)], dim=-2)
         value = torch.cat([value, extra_v.permute(2, 0, 1, 3).expand(number, -1, -1, -1, -1)], dim=-2)
         extra = None
         if extra_bias is not None:
-            extra = _gather(extra_bias.to(dtype).expand(*q.shape[:-1], -1), query_token)
+            extra = _gather(extra_bias.to(dtype).expand(*q.shape[:-1], -1), query_rows)
         if added is not None or extra is not None:
             added = key.new_zeros(1, dtype=dtype) if added is None else added
             extra = key.new_zeros(1, dtype=dtype) if extra is None else extra
@@ -131,13 +146,12 @@ def neighborhood_eager(
         scores = scores if added is None else scores.add_(added)
         out = scores.softmax(dim=-1).to(value.dtype) @ value
         results = (out, scores.logsumexp(dim=-1)) if return_lse else (out,)
-        return tuple(_scatter(x, cut, lengths) for x in results)
+        return tuple(_scatter(x, cut) for x in results)
 
     # Dimensions over which the mask is constant go together: (N, B) without a bias, B alone with one.
     dim = 1 if added is None or added.shape[1] == 1 else 0
     query, key, value = (x.flatten(dim, dim + 1) for x in (query, key, value))
     added = None if added is None else added.flatten(dim, dim + 1)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale)
-    heads = q.shape[-2]
-    out = out.unflatten(dim, (heads, q.shape[0]) if dim == 1 else (-1, heads))
-    return (_scatter(out, cut, lengths),)
+    out = out.unflatten(dim, (heads, batch) if dim == 1 else (-1, heads))
+    return (_scatter(out, cut),)
