@@ -159,3 +159,11 @@ def test_weight_decay_spares_position_tables_and_layers_have_their_rates(model):
                 assert group["lr_scale"] == 1
             if name.startswith("patch_embed."):
                 assert group["lr_scale"] == min(g["lr_scale"] for g in optimizer.param_groups)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("name", OURS)
+def test_every_variant_runs_on_a_ragged_image(name):
+    model = timm.create_model(name, features_only=True, feature_cls="getter").eval()
+    assert all(feature.isfinite().all() for feature in model(torch.randn(1, 3, 97, 131)))

@@ -172,7 +172,6 @@ def test_any_input_size(name, size):
         assert feature.isfinite().all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [*SIZES, (800, 1216)], ids=str)
 def test_mini_at_any_input_size(size):
     with torch.inference_mode():

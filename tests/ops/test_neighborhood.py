@@ -128,6 +128,14 @@ def test_matches_reference(backend, problem):
     compare(problem, backend, torch.float64)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+@settings(max_examples=5000, deadline=None)
+@given(problem=problems())
+def test_matches_reference_long(backend, problem):
+    compare(problem, backend, torch.float64)
+
+
 PLAIN = {"value_dim": 24, "bias": True, "extra": 3, "extra_bias": "query", "strided": True, "lse": False, "seed": 0}
 CASES = {
     "tiles": {**PLAIN, "window": ([7, 7], [1, 1], [1, 1], [False, False]), "shape": (2, 29, 18, 2, 24)},
