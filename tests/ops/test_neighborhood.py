@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tolerances
 from tests.tolerances import relative_error
@@ -58,6 +59,7 @@ def problems(draw):
         "extra": draw(st.sampled_from([0, 0, 1, 3])),
         "extra_bias": draw(st.sampled_from([None, "query", "head", "image"])),
         "strided": draw(st.booleans()),
+        "scale": draw(st.sampled_from([None, 0.7])),
         "lse": draw(st.booleans()),
         "seed": draw(st.integers(0, 2**31)),
     }
@@ -99,6 +101,7 @@ def call(tensors, problem, backend):
         views["v"],
         *problem["window"],
         **{n: views.get(n) for n in names},
+        scale=problem["scale"],
         return_lse=problem["lse"],
         backend=backend,
     )
@@ -136,7 +139,16 @@ def test_matches_reference_long(backend, problem):
     compare(problem, backend, torch.float64)
 
 
-PLAIN = {"value_dim": 24, "bias": True, "extra": 3, "extra_bias": "query", "strided": True, "lse": False, "seed": 0}
+PLAIN = {
+    "value_dim": 24,
+    "bias": True,
+    "extra": 3,
+    "extra_bias": "query",
+    "strided": True,
+    "scale": None,
+    "lse": False,
+    "seed": 0,
+}
 CASES = {
     "tiles": {**PLAIN, "window": ([7, 7], [1, 1], [1, 1], [False, False]), "shape": (2, 29, 18, 2, 24)},
     "dilated": {**PLAIN, "window": ([3, 5], [4, 2], [1, 1], [False, False]), "shape": (2, 13, 21, 1, 24)},
@@ -238,20 +250,37 @@ def test_backend_requests(monkeypatch):
     assert len(decisions) == 5, "the context has ended"
 
 
+class Recorder(TorchDispatchMode):
+    """Names of the operations that ran, and the size of the largest tensor that they made."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.largest = set(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.add(func.overloadpacket.__name__)
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor):
+                self.largest = max(self.largest, t.untyped_storage().nbytes())
+        return out
+
+
 def test_eager_makes_no_gathered_copy_of_all_neighborhoods():
     """The largest tensor grows with the tile, not with kernel_size ** 2 copies of the keys."""
-
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        bytes = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for t in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(t, torch.Tensor):
-                    self.bytes = max(self.bytes, t.untyped_storage().nbytes())
-            return out
-
     q, k, v = torch.randn(3, 1, 56, 56, 2, 32)
-    with torch.no_grad(), Largest() as largest:
+    with torch.no_grad(), Recorder() as recorder:
         neighborhood_attention(q, k, v, 7)
-    assert largest.bytes <= 4 * k.numel() * k.element_size()  # gathering would take 49 times
+    assert recorder.largest <= 4 * k.numel() * k.element_size()  # gathering would take 49 times
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_fused_attention_unless_the_bias_trains(trains):
+    """A mask that requires a gradient makes SDPA four times slower on a CPU, even where no gradient is taken."""
+    q, k, v = torch.randn(3, 1, 14, 14, 2, 32)
+    bias = torch.nn.Parameter(torch.randn(2, 13, 13))
+    with torch.set_grad_enabled(trains), Recorder() as recorder:
+        neighborhood_attention(q, k, v, 7, bias=bias)
+    assert ("_scaled_dot_product_flash_attention_for_cpu" in recorder.names) == (not trains)
+    assert not {n for n in recorder.names if "math" in n}
+    assert ("_softmax" in recorder.names) == trains
