@@ -1,0 +1,47 @@
+"""What the README shows is what happens. `.ci/run` runs its shell commands; here are its Python examples."""
+
+import re
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_python_examples_run():
+    names = {}
+    with torch.no_grad():
+        for block in blocks("python"):
+            exec(compile(block, "README.md", "exec"), names)
+    assert names["logits"].shape == (2, 10)
+    assert [m.shape[-1] for m in names["maps"]] == [80, 40, 20, 10]
+    assert names["out"].shape == names["q"].shape
+    assert {d.backend for d in names["decisions"]} == {"eager"}
+
+
+def test_two_commands_for_ci():
+    train, test = blocks("bash")
+    assert train.strip().endswith("python -m train")
+    assert test.strip().endswith("python -m pytest")
+
+
+def test_links_lead_somewhere():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    assert links
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_measured_table_is_the_committed_one():
+    """Every time in the README's table stands in the benchmark's results."""
+    results = (ROOT / "tools/results/bench_ops_cpu.md").read_text()
+    measured = {f"{float(cell):.1f}" for cell in re.findall(r"\| (\d+\.\d\d) \| \d+\.\d\d \|", results)}
+    rows = [line for line in README.splitlines() if re.search(r"\| forward", line)]
+    assert rows
+    for row in rows:
+        for cell in row.split("|")[3:7]:
+            assert cell.strip() in measured | {"–"}, row
