@@ -120,8 +120,6 @@ def test_output_formats_agree(model, image):
 @pytest.mark.parametrize("feature_cls", ["getter", "list", "hook", "dict"])
 def test_features_are_the_intermediates(model, image, feature_cls):
     name = model.pretrained_cfg["architecture"]
-    if feature_cls != "getter" and "isotropic" in name:
-        pytest.skip("one stage: maps of blocks come from the getter")
     number = len(model.feature_info)
     features = timm.create_model(
         name, features_only=True, feature_cls=feature_cls, out_indices=tuple(range(number))
@@ -165,5 +163,5 @@ def test_weight_decay_spares_position_tables_and_layers_have_their_rates(model):
 @torch.no_grad()
 @pytest.mark.parametrize("name", OURS)
 def test_every_variant_runs_on_a_ragged_image(name):
-    model = timm.create_model(name, features_only=True, feature_cls="getter").eval()
+    model = timm.create_model(name, features_only=True).eval()
     assert all(feature.isfinite().all() for feature in model(torch.randn(1, 3, 97, 131)))

@@ -162,7 +162,7 @@ SIZES = [(224, 224), (256, 192), (97, 131), (32, 32), (1, 1)]
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", ["test_dinat", "test_dinat_isotropic", "test_isotropic_vitrpb", "dinat_s_tiny"])
 def test_any_input_size(name, size):
-    model = timm.create_model(name, features_only=True, feature_cls="getter").eval()
+    model = timm.create_model(name, features_only=True).eval()
     with torch.inference_mode():
         maps = model(torch.randn(1, 3, *size))
     for feature, channels, stride in zip(

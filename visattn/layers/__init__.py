@@ -4,6 +4,7 @@ from visattn.layers.block import TransformerBlock
 from visattn.layers.init import init_weights
 from visattn.layers.neighborhood import GlobalAttention, NeighborhoodAttention
 from visattn.layers.patch import ConvDownsampler, ConvTokenizer, PatchMerging, PatchTokenizer
+from visattn.layers.stage import Stage
 
 __all__ = [
     "ConvDownsampler",
@@ -12,6 +13,7 @@ __all__ = [
     "NeighborhoodAttention",
     "PatchMerging",
     "PatchTokenizer",
+    "Stage",
     "TransformerBlock",
     "init_weights",
 ]

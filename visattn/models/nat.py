@@ -17,18 +17,15 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype
+from timm.layers import calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from visattn import layers
+from visattn.models._backbone import Backbone
 from visattn.ops import resize_rel_pos
 
 __all__ = ["NAT"]
-
-# B batch, H W map, C channels, N heads, D head dim. Maps are [B, H, W, C] between the stem and the head.
 
 # Dilations of the odd blocks of each stage (even blocks have 1). They are repeated to the depth of the stage; a stage
 # with fewer odd blocks than entries takes the last ones. "classification" is map size // 7 at 224 x 224.
@@ -70,43 +67,7 @@ def resolve_dilations(dilations: str | Sequence[Sequence[int]], depths: Sequence
     return resolved
 
 
-class NATStage(nn.Module):
-    """An optional downsampler, then blocks of neighborhood attention: [B, H, W, C] -> [B, H', W', C']."""
-
-    def __init__(
-        self,
-        downsample: nn.Module,
-        dim: int,
-        num_heads: int,
-        kernel_size: int,
-        dilations: list[int],
-        mlp_ratio: float,
-        qkv_bias: bool,
-        proj_drop: float,
-        drop_path: list[float],
-        layer_scale: float | None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.grad_checkpointing = False
-        self.downsample = downsample
-        self.blocks = nn.Sequential()
-        for dilation, rate in zip(dilations, drop_path, strict=True):
-            attn = layers.NeighborhoodAttention(
-                dim, num_heads, kernel_size, dilation, qkv_bias, proj_drop=proj_drop, **dd
-            )
-            self.blocks.append(layers.TransformerBlock(dim, attn, mlp_ratio, proj_drop, rate, layer_scale, **dd))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-
-class NAT(nn.Module):
+class NAT(Backbone):
     """NAT, DiNAT (overlapping convolutions between stages) and DiNAT_s (Swin's patch layout).
 
     Args:
@@ -151,14 +112,8 @@ class NAT(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(in_chans, num_classes, global_pool)
         dd = {"device": device, "dtype": dtype}
-        self.in_chans = in_chans
-        self.num_classes = num_classes
-        self.global_pool = global_pool
-        self.output_fmt = "NHWC"
-        self.feature_info: list[dict[str, Any]] = []
-
         if overlapped:
             self.patch_embed = layers.ConvTokenizer(in_chans, embed_dim, **dd)
         else:
@@ -168,134 +123,20 @@ class NAT(nn.Module):
         self.stages = nn.Sequential()
         for i, stage_dilations in enumerate(resolve_dilations(dilations, depths)):
             dim = embed_dim * 2**i
-            self.stages.append(
-                NATStage(
-                    downsampler(dim // 2, **dd) if i else nn.Identity(),
-                    dim,
-                    num_heads[i],
-                    kernel_size,
-                    stage_dilations,
-                    mlp_ratio,
-                    qkv_bias,
-                    proj_drop_rate,
-                    rates[i],
-                    layer_scale,
-                    **dd,
+            blocks = []
+            for dilation, rate in zip(stage_dilations, rates[i], strict=True):
+                attn = layers.NeighborhoodAttention(
+                    dim, num_heads[i], kernel_size, dilation, qkv_bias, proj_drop=proj_drop_rate, **dd
                 )
-            )
+                blocks.append(layers.TransformerBlock(dim, attn, mlp_ratio, proj_drop_rate, rate, layer_scale, **dd))
+            self.stages.append(layers.Stage(downsampler(dim // 2, **dd) if i else nn.Identity(), blocks))
             self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
-
-        self.num_features = self.feature_info[-1]["num_chs"]
-        self.norm = nn.LayerNorm(self.num_features, **dd)
-        self.head = ClassifierHead(
-            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt, **dd
-        )
-        self.head_hidden_size = self.head.num_features
-        self.init_weights(needs_reset=False)
-
-    @torch.jit.ignore
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialise all parameters in place; `needs_reset=True` also those that reset themselves on construction."""
-        layers.init_weights(self, needs_reset)
+        self._build_head(drop_rate, **dd)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Patterns of parameters that weight decay leaves alone."""
         return {"*.rpb"}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Groups of parameters from stem to head, for layer-wise learning rates."""
-        blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
-        return {"stem": r"^patch_embed", "blocks": r"^stages\.(\d+)" if coarse else blocks}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks' activations in the backward pass instead of keeping them."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The final linear layer."""
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier; `global_pool=None` keeps the pooling."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, pool_type=global_pool, in_features=self.num_features, **get_device_dtype(self))
-        self.head_hidden_size = self.head.num_features
-        if global_pool is not None:
-            self.global_pool = global_pool
-
-    def _forward_stages(self, x: Tensor, number: int) -> list[Tensor]:
-        """The outputs of the first `number` stages for an image."""
-        x = self.patch_embed(x)
-        outputs = []
-        for i, stage in enumerate(self.stages):
-            if i < number:
-                x = stage(x)
-                outputs.append(x)
-        return outputs
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Feature maps of stages.
-
-        Args:
-            x: Images [B, in_chans, H, W].
-            indices: The last n stages if an int, all if None, else these stages.
-            norm: Apply the final norm to the last stage's map.
-            stop_early: Skip the stages after the last one asked for.
-            output_fmt: "NCHW" or "NHWC", of the intermediate maps.
-            intermediates_only: Return the maps alone.
-
-        Returns:
-            The maps, or (output of `forward_features`, maps).
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"expected output_fmt 'NCHW' or 'NHWC', got {output_fmt!r}")
-        number = len(self.stages)
-        take_indices, max_index = feature_take_indices(number, indices)
-        maps = self._forward_stages(x, max_index + 1 if stop_early else number)
-        final = self.norm(maps[-1]) if len(maps) == number else maps[-1]
-        taken = [final if norm and i == number - 1 else maps[i] for i in take_indices]
-        if output_fmt == "NCHW":
-            taken = [t.permute(0, 3, 1, 2).contiguous() for t in taken]
-        return taken if intermediates_only else (final, taken)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what `forward_intermediates(indices)` does not need; returns the absolute indices."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        shortened = max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
-        if prune_norm or shortened:
-            self.norm = nn.Identity()  # it is sized for the last stage
-        if shortened:
-            self.num_features = self.feature_info[max_index]["num_chs"]
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """[B, in_chans, H, W] -> normalised map [B, H/32, W/32, num_features]."""
-        return self.norm(self._forward_stages(x, len(self.stages))[-1])
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool and classify the map of `forward_features`; `pre_logits` stops before the classifier."""
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 _URL = "https://shi-labs.com/projects/"
@@ -384,7 +225,7 @@ def _create_nat(variant: str, pretrained: bool = False, **kwargs: Any) -> NAT:
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter", "flatten_sequential": True},
         **kwargs,
     )
 

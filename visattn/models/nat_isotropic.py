@@ -6,7 +6,8 @@ https://github.com/SHI-Labs/Neighborhood-Attention-Transformer (MIT).
 What differs from the official code, and why:
     * Any image size (official: 224 x 224 only): images are padded to whole patches, maps smaller than
       kernel x dilation as in `visattn.models.nat`, and vitrpb interpolates its position table.
-    * Layers are called `blocks`. `checkpoint_filter_fn` renames official keys.
+    * Every layer is a stage of one block, so that features are counted as in the other families.
+      `checkpoint_filter_fn` renames official keys.
 """
 
 import re
@@ -15,21 +16,18 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype
+from timm.layers import calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from visattn import layers
+from visattn.models._backbone import Backbone
 from visattn.ops import resize_rel_pos
 
 __all__ = ["IsotropicNAT"]
 
-# B batch, H W map, C channels. Maps are [B, H, W, C] between the stem and the head.
 
-
-class IsotropicNAT(nn.Module):
+class IsotropicNAT(Backbone):
     """One patch embedding, then blocks of equal width: NAT, DiNAT or, without a kernel size, a ViT.
 
     Args:
@@ -75,18 +73,8 @@ class IsotropicNAT(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(in_chans, num_classes, global_pool)
         dd = {"device": device, "dtype": dtype}
-        self.in_chans = in_chans
-        self.num_classes = num_classes
-        self.global_pool = global_pool
-        self.num_features = embed_dim
-        self.output_fmt = "NHWC"
-        self.grad_checkpointing = False
-        self.feature_info = [
-            {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{i}"} for i in range(depth)
-        ]
-
         presets = {"none": [1] * depth, "classification": [1 + i % 2 for i in range(depth)]}
         if isinstance(dilations, str) and dilations not in presets:
             raise ValueError(f"expected dilations of one of {sorted(presets)} or one int per block, got {dilations!r}")
@@ -95,8 +83,9 @@ class IsotropicNAT(nn.Module):
             raise ValueError(f"expected {depth} dilations, one per block, got {len(steps)}")
 
         self.patch_embed = layers.PatchTokenizer(in_chans, embed_dim, patch_size, **dd)
-        self.blocks = nn.Sequential()
-        for dilation, rate in zip(steps, calculate_drop_path_rates(drop_path_rate, depth), strict=True):
+        self.stages = nn.Sequential()
+        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        for i, (dilation, rate) in enumerate(zip(steps, rates, strict=True)):
             attn: nn.Module
             if kernel_size is None:
                 attn = layers.GlobalAttention(embed_dim, num_heads, rel_pos_size, qkv_bias, proj_drop_rate, **dd)
@@ -105,113 +94,14 @@ class IsotropicNAT(nn.Module):
                     embed_dim, num_heads, kernel_size, dilation, qkv_bias, proj_drop=proj_drop_rate, **dd
                 )
             block = layers.TransformerBlock(embed_dim, attn, mlp_ratio, proj_drop_rate, rate, layer_scale, **dd)
-            self.blocks.append(block)
-        self.norm = nn.LayerNorm(embed_dim, **dd)
-        self.head = ClassifierHead(
-            embed_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt, **dd
-        )
-        self.head_hidden_size = self.head.num_features
-        self.init_weights(needs_reset=False)
-
-    @torch.jit.ignore
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialise all parameters in place; `needs_reset=True` also those that reset themselves on construction."""
-        layers.init_weights(self, needs_reset)
+            self.stages.append(layers.Stage(nn.Identity(), [block]))
+            self.feature_info.append({"num_chs": embed_dim, "reduction": patch_size, "module": f"stages.{i}"})
+        self._build_head(drop_rate, **dd)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Patterns of parameters that weight decay leaves alone."""
         return {"*.rpb"}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Groups of parameters from stem to head, for layer-wise learning rates."""
-        return {"stem": r"^patch_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks' activations in the backward pass instead of keeping them."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The final linear layer."""
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier; `global_pool=None` keeps the pooling."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, pool_type=global_pool, **get_device_dtype(self))
-        self.head_hidden_size = self.head.num_features
-        if global_pool is not None:
-            self.global_pool = global_pool
-
-    def _forward_blocks(self, x: Tensor, number: int) -> list[Tensor]:
-        """The outputs of the first `number` blocks for an image."""
-        x = self.patch_embed(x)
-        outputs = []
-        for i, block in enumerate(self.blocks):
-            if i < number:
-                if self.grad_checkpointing and not torch.jit.is_scripting():
-                    x = checkpoint(block, x)
-                else:
-                    x = block(x)
-                outputs.append(x)
-        return outputs
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Feature maps of blocks.
-
-        Args:
-            x: Images [B, in_chans, H, W].
-            indices: The last n blocks if an int, all if None, else these blocks.
-            norm: Apply the final norm to all maps (they have one width).
-            stop_early: Skip the blocks after the last one asked for.
-            output_fmt: "NCHW" or "NHWC", of the intermediate maps.
-            intermediates_only: Return the maps alone.
-
-        Returns:
-            The maps, or (output of `forward_features`, maps).
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"expected output_fmt 'NCHW' or 'NHWC', got {output_fmt!r}")
-        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        maps = self._forward_blocks(x, max_index + 1 if stop_early else len(self.blocks))
-        taken = [self.norm(maps[i]) if norm else maps[i] for i in take_indices]
-        if output_fmt == "NCHW":
-            taken = [t.permute(0, 3, 1, 2).contiguous() for t in taken]
-        return taken if intermediates_only else (self.norm(maps[-1]), taken)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what `forward_intermediates(indices)` does not need; returns the absolute indices."""
-        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: max_index + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """[B, in_chans, H, W] -> normalised map [B, H/patch, W/patch, embed_dim]."""
-        return self.norm(self._forward_blocks(x, len(self.blocks))[-1])
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool and classify the map of `forward_features`; `pre_logits` stops before the classifier."""
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def _cfg(name: str = "", **kwargs: Any) -> dict[str, Any]:
@@ -256,7 +146,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     for key, value in state_dict.items():
         if key.endswith(".relative_position_index"):
             continue
-        key = re.sub(r"^layers\.", "blocks.", key)
+        key = re.sub(r"^layers\.(\d+)\.", r"stages.\1.blocks.0.", key)
         key = re.sub(r"\.gamma([12])$", r".ls\1.gamma", key)
         key = re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)
         if key.endswith(".rpb") and key in own:
@@ -266,13 +156,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def _create_isotropic(variant: str, pretrained: bool = False, **kwargs: Any) -> IsotropicNAT:
-    out_indices = kwargs.pop("out_indices", 3)
     return build_model_with_cfg(
         IsotropicNAT,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        feature_cfg={"out_indices": 3, "feature_cls": "getter", "flatten_sequential": True},
         **kwargs,
     )
 
