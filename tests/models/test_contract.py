@@ -63,6 +63,12 @@ def test_saved_model_is_the_same(model, image, tmp_path):
 
 
 @torch.no_grad()
+def test_hub_folder_round_trip(model, image, tmp_path):
+    timm.models.save_for_hf(model, tmp_path)
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(image), model(image))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_is_close(model, image, dtype):
     expected = model(image)
@@ -70,6 +76,13 @@ def test_autocast_is_close(model, image, dtype):
         out = model(image)
     assert out.isfinite().all()
     assert torch.cosine_similarity(out.float(), expected).min() > 0.999
+
+
+@torch.no_grad()
+def test_script_and_fx(model, image):
+    expected = model(image)
+    for run in (torch.jit.script(model), torch.jit.script(torch.fx.symbolic_trace(model))):
+        assert relative_error(run(image), expected) <= SAME_MODEL
 
 
 @torch.no_grad()

@@ -78,6 +78,23 @@ def test_filter_passes_native_keys(name):
     assert filter_fn(model)(headless, model).keys() == headless.keys()
 
 
+def test_official_checkpoint_file_loads_as_pretrained(tmp_path):
+    """The whole way of `pretrained=True`, from a file of the official layout, also for grey images and 5 classes."""
+    golden = json.loads((GOLDEN / "nat_mini.json").read_text())
+    torch.save({k: v.float() for k, v in official_weights(golden).items()}, tmp_path / "nat_mini.pth")
+    args = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "nat_mini.pth")}}
+    model = timm.create_model("nat_mini", **args).eval()
+    with torch.no_grad():
+        logits = model(fill.image(**golden["input"]))
+    assert logits.norm().item() == pytest.approx(golden["logits_norm"], rel=MODEL_GOLDEN)
+
+    other = timm.create_model("nat_mini", in_chans=1, num_classes=5, **args)
+    first = model.patch_embed.proj[0].weight
+    torch.testing.assert_close(other.patch_embed.proj[0].weight, first.sum(1, keepdim=True))
+    assert torch.equal(other.stages[2].blocks[1].attn.rpb, model.stages[2].blocks[1].attn.rpb)
+    assert other.head.fc.out_features == 5
+
+
 def test_layer_scale_keys_of_the_official_checkpoint():
     model = timm.create_model("nat_small", device="meta")
     official = {"levels.1.blocks.0.gamma1": torch.ones(192), "levels.0.downsample.reduction.weight": torch.ones(1)}

@@ -24,9 +24,6 @@ class Backbone(nn.Module):
         global_pool: Pooling before the classifier; "" leaves it out.
     """
 
-    patch_embed: nn.Module
-    stages: nn.Sequential
-
     def __init__(self, in_chans: int, num_classes: int, global_pool: str) -> None:
         super().__init__()
         self.in_chans = in_chans
