@@ -30,7 +30,7 @@ class Backbone(nn.Module):
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.output_fmt = "NHWC"
-        self.feature_info: list[dict[str, Any]] = []
+        self.feature_info = []
 
     def _build_head(self, drop_rate: float, device: Any, dtype: Any) -> None:
         """Final norm and classifier for the last stage; then initialise the whole model."""
