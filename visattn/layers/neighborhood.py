@@ -5,12 +5,47 @@ from timm.layers import to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 
-class NeighborhoodAttention(nn.Module):
+class _SelfAttention(nn.Module):
+    """Projections, heads and position table, named as in the official modules; subclasses attend."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        table_size: tuple[int, ...] | None,
+        qkv_bias: bool,
+        proj_drop: float,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"expected dim divisible by num_heads, got {dim} and {num_heads}")
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.rpb = None if table_size is None else nn.Parameter(torch.empty(num_heads, *table_size, **dd))
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.rpb is not None:
+            trunc_normal_(self.rpb, std=0.02)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, H, W, C] -> q, k, v [B, H, W, N, D], views of one projection."""
+        b, h, w, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, h, w, 3, self.num_heads, c // self.num_heads).unbind(3)
+        return q, k, v
+
+
+class NeighborhoodAttention(_SelfAttention):
     """Multi-head neighborhood attention on maps of any size, with a learned relative position bias.
 
     A map smaller than `kernel_size * dilation` is zero-padded at the bottom and right before the projection and
     cropped after the attention, as natten 0.14 did when the official weights were trained: padding tokens are real
-    neighbours that carry the bias of `qkv`. Parameter names are those of the official modules.
+    neighbours that carry the bias of `qkv`.
 
     Shapes: [B, H, W, dim] -> [B, H, W, dim].
 
@@ -29,43 +64,28 @@ class NeighborhoodAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"expected dim divisible by num_heads, got {dim} and {num_heads}")
-        dd = {"device": device, "dtype": dtype}
-        self.num_heads = num_heads
+        table = tuple(2 * k - 1 for k in to_2tuple(kernel_size)) if rel_pos_bias else None
+        super().__init__(dim, num_heads, table, qkv_bias, proj_drop, device, dtype)
         self.kernel_size = list(to_2tuple(kernel_size))
         self.dilation = list(to_2tuple(dilation))
         self.stride = [1, 1]
         self.is_causal = [False, False]
         self.min_size = [k * d for k, d in zip(self.kernel_size, self.dilation, strict=True)]
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        table = (num_heads, *(2 * k - 1 for k in self.kernel_size))
-        self.rpb = nn.Parameter(torch.empty(table, **dd)) if rel_pos_bias else None
-        self.proj = nn.Linear(dim, dim, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        if self.rpb is not None:
-            trunc_normal_(self.rpb, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        _, h, w, c = x.shape
-        x = torch.ops.visattn.pad_to_at_least(x, self.min_size)
-        b, hp, wp, _ = x.shape
-        q, k, v = self.qkv(x).reshape(b, hp, wp, 3, self.num_heads, c // self.num_heads).unbind(3)
+        _, h, w, _ = x.shape
+        q, k, v = self._project(torch.ops.visattn.pad_to_at_least(x, self.min_size))
         x = torch.ops.visattn.neighborhood_attention(
             q, k, v, self.kernel_size, self.dilation, self.stride, self.is_causal, self.rpb
         )
-        x = torch.ops.visattn.fit(x.reshape(b, hp, wp, c), [h, w])
+        x = torch.ops.visattn.fit(x.flatten(3), [h, w])
         return self.proj_drop(self.proj(x))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation}"
 
 
-class GlobalAttention(nn.Module):
+class GlobalAttention(_SelfAttention):
     """Multi-head attention over the whole map, with a relative position table learned on maps of `feat_size`.
 
     This is neighborhood attention with a window as large as the map; the table is interpolated for other map sizes.
@@ -83,23 +103,12 @@ class GlobalAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"expected dim divisible by num_heads, got {dim} and {num_heads}")
-        dd = {"device": device, "dtype": dtype}
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.rpb = nn.Parameter(torch.empty(num_heads, *(2 * n - 1 for n in to_2tuple(feat_size)), **dd))
-        self.proj = nn.Linear(dim, dim, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        trunc_normal_(self.rpb, std=0.02)
+        table = tuple(2 * n - 1 for n in to_2tuple(feat_size))
+        super().__init__(dim, num_heads, table, qkv_bias, proj_drop, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, h, w, c = x.shape
-        q, k, v = self.qkv(x).reshape(b, h, w, 3, self.num_heads, c // self.num_heads).unbind(3)
+        _, h, w, _ = x.shape
+        q, k, v = self._project(x)
         bias = torch.ops.visattn.resize_rel_pos(self.rpb, [2 * h - 1, 2 * w - 1])
         x = torch.ops.visattn.neighborhood_attention(q, k, v, [h, w], [1, 1], [1, 1], [False, False], bias)
-        return self.proj_drop(self.proj(x.reshape(b, h, w, c)))
+        return self.proj_drop(self.proj(x.flatten(3)))
