@@ -104,6 +104,17 @@ def test_layer_scale_keys_of_the_official_checkpoint():
     ]
 
 
+def test_computed_indices_of_the_official_checkpoint_are_left_out():
+    golden = json.loads((GOLDEN / "vitrpb_small.json").read_text())
+    assert golden["skip"]
+    model = timm.create_model("vitrpb_small", device="meta")
+    official = {
+        "model": {key: torch.zeros(1) for key in [*golden["keys"], *golden["skip"]] if not key.endswith(".rpb")}
+    }
+    tables = {key for key in model.state_dict() if key.endswith(".rpb")}
+    assert filter_fn(model)(official, model).keys() == model.state_dict().keys() - tables
+
+
 def test_7x7_checkpoint_into_an_11x11_model():
     golden = json.loads((GOLDEN / "dinat_mini.json").read_text())
     model = timm.create_model("dinat_mini", kernel_size=11)

@@ -12,7 +12,7 @@ class _SelfAttention(nn.Module):
         self,
         dim: int,
         num_heads: int,
-        table_size: tuple[int, ...] | None,
+        table_size: tuple[int, ...],
         qkv_bias: bool,
         proj_drop: float,
         device: torch.device | str | None,
@@ -24,14 +24,13 @@ class _SelfAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.rpb = None if table_size is None else nn.Parameter(torch.empty(num_heads, *table_size, **dd))
+        self.rpb = nn.Parameter(torch.empty(num_heads, *table_size, **dd))
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        if self.rpb is not None:
-            trunc_normal_(self.rpb, std=0.02)
+        trunc_normal_(self.rpb, std=0.02)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, H, W, C] -> q, k, v [B, H, W, N, D], views of one projection."""
@@ -59,12 +58,11 @@ class NeighborhoodAttention(_SelfAttention):
         kernel_size: int | tuple[int, int] = 7,
         dilation: int | tuple[int, int] = 1,
         qkv_bias: bool = True,
-        rel_pos_bias: bool = True,
         proj_drop: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        table = tuple(2 * k - 1 for k in to_2tuple(kernel_size)) if rel_pos_bias else None
+        table = tuple(2 * k - 1 for k in to_2tuple(kernel_size))
         super().__init__(dim, num_heads, table, qkv_bias, proj_drop, device, dtype)
         self.kernel_size = list(to_2tuple(kernel_size))
         self.dilation = list(to_2tuple(dilation))

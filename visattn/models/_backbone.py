@@ -1,5 +1,7 @@
 """What timm asks of every model, written once for networks of a stem, stages, a norm and a head."""
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from visattn import layers
+from visattn.ops import resize_rel_pos
 
 # B batch, H W map, C channels. Maps are [B, H, W, C] between the stem and the head.
 
@@ -151,3 +154,24 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def convert_checkpoint(state_dict: dict[str, Any], model: nn.Module, rename: Callable[[str], str]) -> dict[str, Tensor]:
+    """The part of `checkpoint_filter_fn` that families share; keys of this package's own files pass unchanged.
+
+    Unwraps the file, leaves out position indices that are computed here, names layer scale and classifier as timm does,
+    and fits relative position tables to the model. `rename` does what is special to the family's official files.
+    """
+    state_dict = state_dict.get("model", state_dict)
+    state_dict = state_dict.get("state_dict", state_dict)
+    own = model.state_dict()
+    converted = {}
+    for key, value in state_dict.items():
+        if key.endswith(".relative_position_index"):
+            continue
+        key = re.sub(r"\.gamma([12])$", r".ls\1.gamma", rename(key))
+        key = re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)
+        if key.endswith(".rpb") and key in own:
+            value = resize_rel_pos(value, own[key].shape[1:])
+        converted[key] = value
+    return converted

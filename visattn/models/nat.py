@@ -22,8 +22,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._backbone import Backbone
-from visattn.ops import resize_rel_pos
+from visattn.models._backbone import Backbone, convert_checkpoint
 
 __all__ = ["NAT"]
 
@@ -201,22 +200,16 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+def _rename(key: str) -> str:
+    if not re.match(r"(levels|layers)\.\d+\.", key):
+        return key
+    key = re.sub(r"^(levels|layers)\.", "stages.", key)
+    return re.sub(r"^stages\.(\d+)\.downsample", lambda m: f"stages.{int(m[1]) + 1}.downsample", key)
+
+
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Rename official keys and fit relative position tables to the model's kernel; native keys pass unchanged."""
-    state_dict = state_dict.get("model", state_dict)
-    state_dict = state_dict.get("state_dict", state_dict)
-    own = model.state_dict()
-    filtered = {}
-    for key, value in state_dict.items():
-        if re.match(r"(levels|layers)\.\d+\.", key):
-            key = re.sub(r"^(levels|layers)\.", "stages.", key)
-            key = re.sub(r"^stages\.(\d+)\.downsample", lambda m: f"stages.{int(m[1]) + 1}.downsample", key)
-            key = re.sub(r"\.gamma([12])$", r".ls\1.gamma", key)
-        key = re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)
-        if key.endswith(".rpb") and key in own:
-            value = resize_rel_pos(value, own[key].shape[1:])
-        filtered[key] = value
-    return filtered
+    return convert_checkpoint(state_dict, model, _rename)
 
 
 def _create_nat(variant: str, pretrained: bool = False, **kwargs: Any) -> NAT:
