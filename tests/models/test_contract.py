@@ -126,7 +126,7 @@ def test_output_formats_agree(model, image):
     for a, b in zip(nchw, nhwc, strict=True):
         assert torch.equal(a, b.permute(0, 3, 1, 2))
     with pytest.raises(ValueError, match="expected output_fmt"):
-        model.forward_intermediates(image, output_fmt="NLC")
+        model.forward_intermediates(image, output_fmt="NHCW")
 
 
 @torch.no_grad()

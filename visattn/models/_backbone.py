@@ -5,56 +5,92 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, get_device_dtype
+from timm.layers import ClassifierHead, LayerNorm2d, get_device_dtype
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from visattn import layers
 from visattn.ops import resize_rel_pos
 
-# B batch, H W map, C channels. Maps are [B, H, W, C] between the stem and the head.
+# B batch, H W map, C channels. Maps are [B, H, W, C] or [B, C, H, W] between the stem and the head: see `output_fmt`.
+
+_NORMS = {
+    "NHWC": {"layer": nn.LayerNorm},
+    "NCHW": {"layer": LayerNorm2d, "batch": nn.BatchNorm2d},
+}
 
 
 class Backbone(nn.Module):
     """Base class of the model families.
 
-    A family's constructor calls `super().__init__(...)`, builds `patch_embed` (image to map) and `stages`
+    A family's constructor calls `super().__init__(...)`, builds `patch_embed` (the stem: image to map) and `stages`
     (`nn.Sequential` of `layers.Stage`), appends to `feature_info` once per stage, and ends with `_build_head(...)`.
+    A family whose stem output is a feature level of its own appends an entry for "patch_embed" first.
 
     Args:
         in_chans: Channels of the image.
         num_classes: Width of the classifier; 0 leaves it out.
         global_pool: Pooling before the classifier; "" leaves it out.
+        output_fmt: Layout of the maps, "NHWC" or "NCHW".
     """
 
-    def __init__(self, in_chans: int, num_classes: int, global_pool: str) -> None:
+    def __init__(self, in_chans: int, num_classes: int, global_pool: str, output_fmt: str = "NHWC") -> None:
         super().__init__()
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = global_pool
-        self.output_fmt = "NHWC"
+        self.output_fmt = output_fmt
         self.feature_info = []
 
-    def _build_head(self, drop_rate: float, device: Any, dtype: Any) -> None:
-        """Final norm and classifier for the last stage; then initialise the whole model."""
+    def _build_head(
+        self,
+        drop_rate: float,
+        out_norm: str | None,
+        device: Any,
+        dtype: Any,
+        norm: nn.Module | None = None,
+        head: nn.Module | None = None,
+    ) -> None:
+        """Final norm, classifier and norms of the feature levels; then initialise the whole model.
+
+        Args:
+            drop_rate: Dropout before the classifier.
+            out_norm: "layer", for channels-first maps also "batch": one norm per feature level, applied to what
+                `forward_intermediates` and `features_only` return and to nothing else; None leaves them out.
+            device: Device of the new parameters.
+            dtype: Dtype of the new parameters.
+            norm: Norm of the last map; default LayerNorm.
+            head: Classifier with timm's head interface; default `ClassifierHead`.
+        """
         dd = {"device": device, "dtype": dtype}
+        norms = _NORMS[self.output_fmt]
+        if out_norm is not None and out_norm not in norms:
+            raise ValueError(f"expected out_norm None or one of {sorted(norms)}, got {out_norm!r}")
         self.num_features = self.feature_info[-1]["num_chs"]
-        self.norm = nn.LayerNorm(self.num_features, **dd)
-        self.head = ClassifierHead(
-            self.num_features,
-            self.num_classes,
-            pool_type=self.global_pool,
-            drop_rate=drop_rate,
-            input_fmt=self.output_fmt,
-            **dd,
-        )
+        self.norm = norms["layer"](self.num_features, **dd) if norm is None else norm
+        if head is None:
+            head = ClassifierHead(
+                self.num_features,
+                self.num_classes,
+                pool_type=self.global_pool,
+                drop_rate=drop_rate,
+                input_fmt=self.output_fmt,
+                **dd,
+            )
+        self.head = head
         self.head_hidden_size = self.head.num_features
+        levels = self.feature_info if out_norm else []
+        self.out_norms = nn.ModuleList([norms[out_norm](level["num_chs"], **dd) for level in levels])
         self.init_weights(needs_reset=False)
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
         """Initialise all parameters in place; `needs_reset=True` also those that reset themselves on construction."""
         layers.init_weights(self, needs_reset)
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
+        """Nothing to do: every model takes images of any size. Families with windows to set have more arguments."""
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -73,18 +109,29 @@ class Backbone(nn.Module):
         """The final linear layer."""
         return self.head.fc
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier; `global_pool=None` keeps the pooling."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
+        """Replace the classifier; `global_pool=None` keeps the pooling, `reset_other` drops the head's other layers."""
         self.num_classes = num_classes
-        self.head.reset(num_classes, pool_type=global_pool, in_features=self.num_features, **get_device_dtype(self))
+        self.head.reset(
+            num_classes,
+            pool_type=global_pool,
+            reset_other=reset_other,
+            in_features=self.num_features,
+            **get_device_dtype(self),
+        )
         self.head_hidden_size = self.head.num_features
         if global_pool is not None:
             self.global_pool = global_pool
 
-    def _forward_stages(self, x: Tensor, number: int) -> list[Tensor]:
-        """The outputs of the first `number` stages for an image."""
+    def _number_of_stages(self, level: int) -> int:
+        """How many stages feature level `level` needs."""
+        return level if self.feature_info[0]["module"] == "patch_embed" else level + 1
+
+    def _forward_levels(self, x: Tensor, last: int) -> list[Tensor]:
+        """The maps of the feature levels up to `last` for an image."""
         x = self.patch_embed(x)
-        outputs = []
+        number = self._number_of_stages(last)
+        outputs = [x] if number == last else []
         for i, stage in enumerate(self.stages):
             if i < number:
                 x = stage(x)
@@ -100,14 +147,14 @@ class Backbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Feature maps of stages.
+        """Feature maps, one per entry of `feature_info`; normalised by `out_norms` if the model was built with them.
 
         Args:
             x: Images [B, in_chans, H, W].
-            indices: The last n stages if an int, all if None, else these stages.
-            norm: Apply the final norm to the maps that have its width.
+            indices: The last n levels if an int, all if None, else these levels.
+            norm: Apply the final norm to the maps that have its width (no effect with `out_norm`).
             stop_early: Skip the stages after the last one asked for.
-            output_fmt: "NCHW" or "NHWC", of the intermediate maps.
+            output_fmt: "NCHW", "NHWC" or "NLC" (L = H * W), of the intermediate maps.
             intermediates_only: Return the maps alone.
 
         Returns:
@@ -116,37 +163,55 @@ class Backbone(nn.Module):
         Raises:
             ValueError: Another output format.
         """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"expected output_fmt 'NCHW' or 'NHWC', got {output_fmt!r}")
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        maps = self._forward_stages(x, max_index + 1 if stop_early else len(self.stages))
-        taken = [self.norm(maps[i]) if norm and self._has_norm_width(i) else maps[i] for i in take_indices]
-        if output_fmt == "NCHW":
-            taken = [t.permute(0, 3, 1, 2).contiguous() for t in taken]
+        if output_fmt not in ("NCHW", "NHWC", "NLC"):
+            raise ValueError(f"expected output_fmt 'NCHW', 'NHWC' or 'NLC', got {output_fmt!r}")
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        maps = self._forward_levels(x, max_index if stop_early else len(self.feature_info) - 1)
+        taken = []
+        for i in take_indices:
+            level = maps[i]
+            if len(self.out_norms):
+                level = self.out_norms[i](level)
+            elif norm and self._has_norm_width(i):
+                level = self.norm(level)
+            taken.append(self._to_format(level, output_fmt))
         if intermediates_only:
             return taken
         return (self.norm(maps[-1]) if self._has_norm_width(len(maps) - 1) else maps[-1]), taken
 
-    def _has_norm_width(self, stage: int) -> bool:
-        return self.feature_info[stage]["num_chs"] == self.num_features
+    def _to_format(self, x: Tensor, output_fmt: str) -> Tensor:
+        if output_fmt == "NCHW":
+            return x if self.output_fmt == "NCHW" else x.permute(0, 3, 1, 2).contiguous()
+        x = x.permute(0, 2, 3, 1) if self.output_fmt == "NCHW" else x
+        return x.flatten(1, 2) if output_fmt == "NLC" else x
+
+    def _has_norm_width(self, level: int) -> bool:
+        return self.feature_info[level]["num_chs"] == self.num_features
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove what `forward_intermediates(indices)` does not need; returns the absolute indices."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         narrower = not self._has_norm_width(max_index)
-        self.stages = self.stages[: max_index + 1]
+        self.stages = self.stages[: self._number_of_stages(max_index)]
+        self.feature_info = self.feature_info[: max_index + 1]
+        for i in range(len(self.out_norms)):
+            if i not in take_indices:
+                self.out_norms[i] = nn.Identity()
         if prune_norm or narrower:
             self.norm = nn.Identity()
         self.num_features = self.feature_info[max_index]["num_chs"]
         if prune_head or narrower:
-            self.reset_classifier(0, "")
+            self.reset_classifier(0, "", reset_other=True)
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """[B, in_chans, H, W] -> normalised map of the last stage [B, H', W', num_features]."""
-        return self.norm(self._forward_stages(x, len(self.stages))[-1])
+        """[B, in_chans, H, W] -> normalised map of the last stage, [B, H', W', C'] or [B, C', H', W']."""
+        x = self.patch_embed(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify the map of `forward_features`; `pre_logits` stops before the classifier."""

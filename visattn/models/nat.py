@@ -86,6 +86,8 @@ class NAT(Backbone):
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout after attention and MLP projections.
         drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
+        out_norm: "layer" normalises every feature map that `features_only` returns; None returns them as they are.
+        img_size: No effect, as for timm's models of any input size; accepted so that callers may always give it.
 
     Raises:
         ValueError: Dilations or heads that do not fit.
@@ -108,6 +110,8 @@ class NAT(Backbone):
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        out_norm: str | None = None,
+        img_size: int | tuple[int, int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -130,7 +134,7 @@ class NAT(Backbone):
                 blocks.append(layers.TransformerBlock(dim, attn, mlp_ratio, proj_drop_rate, rate, layer_scale, **dd))
             self.stages.append(layers.Stage(downsampler(dim // 2, **dd) if i else nn.Identity(), blocks))
             self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
-        self._build_head(drop_rate, **dd)
+        self._build_head(drop_rate, out_norm, **dd)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
