@@ -2,16 +2,19 @@
 
 from visattn.ops.dispatch import BackendError, explain, use_backend
 from visattn.ops.neighborhood import neighborhood_attention
-from visattn.ops.padding import fit, pad_to_at_least, pad_to_multiple
+from visattn.ops.padding import fit, pad_same, pad_to_at_least, pad_to_multiple
 from visattn.ops.rel_pos import resize_rel_pos
+from visattn.ops.window import window_attention
 
 __all__ = [
     "BackendError",
     "explain",
     "fit",
     "neighborhood_attention",
+    "pad_same",
     "pad_to_at_least",
     "pad_to_multiple",
     "resize_rel_pos",
     "use_backend",
+    "window_attention",
 ]

@@ -7,11 +7,15 @@ Words used below, per axis of length `L` with dilation `D`:
     position   the rank `p` of a token inside its group: token `i` has group `i % D` and position `i // D`
     window     positions `[start, stop)` of the same group: what the query attends to
 
-Sources: Neighborhood Attention (arXiv:2204.07143), Dilated NA (arXiv:2209.15001), Generalized NA (arXiv:2504.16922).
+Partitions (`Partition`) cut an axis into windows that do not overlap: a token sees the tokens of its own window.
+
+Sources: Neighborhood Attention (arXiv:2204.07143), Dilated NA (arXiv:2209.15001), Generalized NA (arXiv:2504.16922),
+Swin (arXiv:2103.14030), MaxViT (arXiv:2204.01697).
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -141,3 +145,59 @@ def tiles(axis: Axis, tile: int, device: torch.device | str | None = None) -> Ti
     first, _ = window(query[:, :1], length, axis)  # starts grow with the position
     key = torch.minimum(first, length - u).clamp(min=0) + torch.arange(u, device=device)
     return Tiles(axis, group, length, query, key, slot)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One axis cut into windows of at most `window` tokens.
+
+    Attributes:
+        length: Tokens on the axis.
+        window: Tokens of a full window. Windows are consecutive runs of tokens; the last one may be shorter.
+        shift: If not 0, the first window has only this many tokens (Swin's shifted windows).
+        is_grid: Instead, a window takes tokens at equal distances over the whole axis (MaxViT's grid); there are
+            `ceil(length / window)` of them.
+    """
+
+    length: int
+    window: int
+    shift: int = 0
+    is_grid: bool = False
+
+    def layout(self) -> tuple[int, int, int]:
+        """(windows, slots of each, empty slots before the first token).
+
+        With these empty slots and more at the end, the axis has windows x slots places: window-major for runs,
+        slot-major for a grid. `slots` is below `window` when no window is full.
+        """
+        if self.is_grid:
+            windows = -(-self.length // self.window)
+            return windows, -(-self.length // windows), 0
+        first = self.shift or self.window
+        if self.length <= first:
+            return 1, self.length, 0
+        empty = self.window - first
+        return -(-(self.length + empty) // self.window), self.window, empty
+
+    def place(self, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+        """The window [length] of each token and its rank [length] inside it."""
+        windows, slots, empty = self.layout()
+        token = torch.arange(self.length, device=device) + empty
+        return (token % windows, token // windows) if self.is_grid else (token // slots, token % slots)
+
+    def occupied(self, device: torch.device | str | None = None) -> Tensor:
+        """[windows, slots] whether a slot holds a token."""
+        windows, slots, _ = self.layout()
+        filled = torch.zeros(windows, slots, dtype=torch.bool, device=device)
+        filled[self.place(device)] = True
+        return filled
+
+    def pairs(self) -> int:
+        """How many (query, key) pairs see each other."""
+        windows, slots, empty = self.layout()
+        if self.is_grid:
+            sizes = [len(range(i, self.length, windows)) for i in range(windows)]
+        else:
+            edges = [max(i * slots - empty, 0) for i in range(windows)] + [self.length]
+            sizes = [b - a for a, b in itertools.pairwise(edges)]
+        return sum(n * n for n in sizes)

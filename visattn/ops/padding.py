@@ -1,8 +1,9 @@
-"""Padding and cropping of channels-last maps at the bottom and right, as ops that trace, script and export.
+"""Padding and cropping of channels-last maps, as ops that trace, script and export.
 
-All are one operation, `fit`: give a map [B, *spatial, C] a new spatial size. With known sizes it is a slice or a pad.
-While a graph with symbolic sizes is traced it is one opaque node, so that the graph does not come to depend on whether
-anything was padded or cropped at the traced size.
+All but one work at the bottom and right and are one operation, `fit`: give a map [B, *spatial, C] a new spatial size.
+The other, `pad_same`, pads both sides for a strided window. With known sizes they are slices or pads. While a graph
+with symbolic sizes is traced they are one opaque node, so that the graph does not come to depend on whether anything
+was padded or cropped at the traced size.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visattn.ops.registration import composite
+from visattn.ops.registration import composite, opaque, sizes_are_known
 
 
 def _fit(x: Tensor, size: list[int]) -> Tensor:
@@ -55,7 +56,42 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 
 _fit_opaque.register_autograd(_differentiate, setup_context=_setup_context)
 
+
+def _same(n: int, kernel: int, stride: int) -> int:
+    """Padding in all, so that a window of `kernel` every `stride` has ceil(n / stride) places."""
+    return torch.sym_max(((n + stride - 1) // stride - 1) * stride + kernel - n, 0)
+
+
+def _run_pad_same(x: Tensor, kernel: list[int], stride: list[int]) -> Tensor:
+    pads = [0, 0]
+    for n, k, s in zip(reversed(x.shape[1:-1]), reversed(kernel), reversed(stride), strict=True):
+        total = _same(n, k, s)
+        pads += [total // 2, total - total // 2]
+    return F.pad(x, pads)
+
+
+def _fake_pad_same(x: Tensor, kernel: list[int], stride: list[int]) -> tuple[Tensor]:
+    size = [n + _same(n, k, s) for n, k, s in zip(x.shape[1:-1], kernel, stride, strict=True)]
+    return (x.new_empty((x.shape[0], *size, x.shape[-1])),)
+
+
+_pad_same_opaque = opaque(
+    "pad_same",
+    "Tensor x, SymInt[] kernel, SymInt[] stride",
+    1,
+    lambda *args: (_run_pad_same(*args),),
+    _fake_pad_same,
+)
+
+
+def _pad_same(x: Tensor, kernel: list[int], stride: list[int]) -> Tensor:
+    return _run_pad_same(x, kernel, stride) if sizes_are_known((x,)) else _pad_same_opaque(x, kernel, stride)[0]
+
+
 # x: [B, *spatial, C]; `size` and `multiple` have one entry per spatial axis. Padding is zero.
 pad_to_at_least = composite("pad_to_at_least(Tensor(a) x, SymInt[] size) -> Tensor(a)", _pad_to_at_least)
 pad_to_multiple = composite("pad_to_multiple(Tensor(a) x, SymInt[] multiple) -> Tensor(a)", _pad_to_multiple)
 fit = composite("fit(Tensor(a) x, SymInt[] size) -> Tensor(a)", _fit)
+# TensorFlow's rule "SAME": the bottom and right get the odd zero. An even length before a window of 3 every 2 is padded
+# by (0, 1), an odd one by (1, 1).
+pad_same = composite("pad_same(Tensor x, SymInt[] kernel, SymInt[] stride) -> Tensor", _pad_same)

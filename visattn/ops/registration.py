@@ -2,14 +2,19 @@
 
 Called through `torch.ops`, an op is a single node for fx tracing and TorchScript, while autograd, the meta device,
 `torch.compile` and `torch.export` see through a composite op to the PyTorch operations inside it.
+
+While a graph with symbolic sizes is traced, an op that would cut a map according to its size becomes one opaque node
+instead, which runs when the sizes are known.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _library = torch.library.Library("visattn", "DEF")
 
@@ -19,3 +24,97 @@ def composite(schema: str, fn: Callable[..., Any]) -> Any:
     name = _library.define(schema)
     _library.impl(name, fn, "CompositeImplicitAutograd")
     return getattr(torch.ops.visattn, name.rpartition("::")[2])
+
+
+def sizes_are_known(args: tuple[Any, ...]) -> bool:
+    """False while a graph is traced in which a size of a tensor, or an int among the arguments, is symbolic."""
+    for arg in args:
+        values = arg.shape if isinstance(arg, Tensor) else arg if isinstance(arg, (list, tuple)) else (arg,)
+        if any(isinstance(n, torch.SymInt) for n in values):
+            return False
+    return True
+
+
+def opaque(
+    name: str,
+    arguments: str,
+    results: int,
+    run: Callable[..., tuple[Tensor, ...]],
+    fake: Callable[..., tuple[Tensor, ...]],
+) -> Any:
+    """Define `visattn::<name>_opaque`, differentiable, which tracing does not look into; returns its `torch.ops` entry.
+
+    Args:
+        name: Name of the op.
+        arguments: The schema between the parentheses, without default values.
+        results: How many tensors it returns, always as a tuple; one that is not asked for is an empty tensor.
+        run: The implementation. The backward pass runs it again and differentiates it.
+        fake: Empty tensors of the results' shapes and dtypes.
+    """
+    is_tensor = [argument.startswith("Tensor") for argument in arguments.split(", ")]
+    positions = [i for i, yes in enumerate(is_tensor) if yes]
+    returned = f"({', '.join(['Tensor'] * results)},)" if results == 1 else f"({', '.join(['Tensor'] * results)})"
+    returned = "Tensor[]" if results == 1 else returned
+
+    @torch.library.custom_op(f"visattn::{name}_opaque", mutates_args=(), schema=f"({arguments}) -> {returned}")
+    def forward(*args: Any) -> Any:
+        out = tuple(x.contiguous() for x in run(*args))
+        return list(out) if results == 1 else out
+
+    @forward.register_fake
+    def _(*args: Any) -> Any:
+        out = fake(*args)
+        return list(out) if results == 1 else out
+
+    @torch.library.custom_op(
+        f"visattn::{name}_opaque_backward",
+        mutates_args=(),
+        schema=f"(Tensor[] grads, bool[] needs, {arguments}) -> Tensor[]",
+    )
+    def backward(grads: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
+        inputs, wanted = list(args), [i for i, n in zip(positions, needs, strict=True) if n]
+
+        def call(*given: Tensor) -> tuple[Tensor, ...]:
+            for i, t in zip(wanted, given, strict=True):
+                inputs[i] = t
+            return tuple(run(*inputs))
+
+        # A kernel runs below autograd, where only a functional transform can differentiate.
+        _, differentiate = torch.func.vjp(call, *(args[i] for i in wanted))
+        return [g.contiguous() for g in differentiate(tuple(grads))]
+
+    @backward.register_fake
+    def _(grads: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
+        return [args[i].new_empty(args[i].shape) for i, n in zip(positions, needs, strict=True) if n]
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*(inputs[i] for i in positions))
+        ctx.others = [x for x, yes in zip(inputs, is_tensor, strict=True) if not yes]
+
+    def differentiate(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        grads = grads[0] if results == 1 else grads
+        tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
+        args = [next(tensors) if yes else next(others) for yes in is_tensor]
+        needs = [ctx.needs_input_grad[i] for i in positions]
+        found = iter(getattr(torch.ops.visattn, f"{name}_opaque_backward")(list(grads), needs, *args))
+        return tuple(next(found) if yes and ctx.needs_input_grad[i] else None for i, yes in enumerate(is_tensor))
+
+    forward.register_autograd(differentiate, setup_context=setup_context)
+    return getattr(torch.ops.visattn, f"{name}_opaque")
+
+
+def attention_op(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Any:
+    """Define op `schema` (one result) with implementation `run`; opaque where sizes are symbolic.
+
+    `run` and `fake` take the schema's arguments by position; `run`'s own default values stand for those left out.
+    """
+    name, _, rest = schema.partition("(")
+    arguments = ", ".join(a.partition("=")[0] for a in rest.rpartition(")")[0].split(", "))
+    hidden = opaque(name, arguments, 1, lambda *args: (run(*args),), lambda *args: (fake(*args),))
+    defaults = [p.default for p in inspect.signature(run).parameters.values()]
+
+    def call(*args: Any) -> Tensor:
+        args = (*args, *defaults[len(args) :])
+        return run(*args) if sizes_are_known(args) else hidden(*args)[0]
+
+    return composite(schema, call)

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
+from visattn.ops.checks import per_axis, spatial_axes
 from visattn.ops.neighborhood.op import attend, attend_lse
-
-
-def _per_axis(name: str, value: Any, kind: type, axes: int) -> list[Any]:
-    values = [value] * axes if isinstance(value, kind) else list(value)
-    if len(values) != axes or not all(isinstance(x, kind) for x in values):
-        raise ValueError(f"expected {name} of one {kind.__name__} or {axes} (one per spatial axis), got {value!r}")
-    return values
 
 
 def neighborhood_attention(
@@ -67,14 +60,12 @@ def neighborhood_attention(
 
     Sources: arXiv:2204.07143 eq. 1-3 (NA), arXiv:2209.15001 eq. 2 (dilation), arXiv:2504.16922 (stride).
     """
-    axes = q.ndim - 3
-    if axes not in (1, 2, 3):
-        raise ValueError(f"expected q of shape [B, *spatial, N, D] with 1 to 3 spatial axes, got {tuple(q.shape)}")
+    axes = spatial_axes(q)
     windows = (
-        _per_axis("kernel_size", kernel_size, int, axes),
-        _per_axis("dilation", dilation, int, axes),
-        _per_axis("stride", stride, int, axes),
-        _per_axis("is_causal", is_causal, bool, axes),
+        per_axis("kernel_size", kernel_size, int, axes),
+        per_axis("dilation", dilation, int, axes),
+        per_axis("stride", stride, int, axes),
+        per_axis("is_causal", is_causal, bool, axes),
     )
     op = attend_lse if return_lse else attend
     return op(q, k, v, *windows, bias, extra_k, extra_v, extra_bias, scale, backend)

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from visattn.ops.checks import check_dtypes, check_qkv, check_table
 from visattn.ops.geometry import Axis
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Tensor | None) -> None:
-    if k.shape != q.shape or v.shape[:-1] != q.shape[:-1]:
-        raise ValueError(
-            f"expected k like q and v [B, *spatial, N, Dv], got q {tuple(q.shape)}, k {tuple(k.shape)}, "
-            f"v {tuple(v.shape)}"
-        )
+    check_qkv(q, k, v)
     if (extra_k is None) != (extra_v is None):
         raise ValueError("expected extra_k and extra_v together, got only one of them")
-    given = [t for t in (q, k, v, extra_k, extra_v) if t is not None]
-    if not q.is_floating_point() or any(t.dtype != q.dtype for t in given):
-        raise TypeError(f"expected q, k, v (and extra keys) of one floating dtype, got {[t.dtype for t in given]}")
+    check_dtypes(q, extra_k, extra_v)
     if extra_k is not None and extra_v is not None:
         head = (q.shape[0], extra_k.shape[1], q.shape[-2])
         if tuple(extra_k.shape) != (*head, q.shape[-1]) or tuple(extra_v.shape) != (*head, v.shape[-1]):
@@ -55,9 +50,7 @@ def check_bias(
     if bias is not None:
         if any(a.stride > 1 or a.is_causal for a in axes):
             raise ValueError(f"expected stride 1 and no causal axis with a bias, got {axes}")
-        table = (q.shape[-2], *(2 * a.kernel_size - 1 for a in axes))
-        if tuple(bias.shape) != table:
-            raise ValueError(f"expected bias {table} ([N, 2 * kernel_size - 1 per axis]), got {tuple(bias.shape)}")
+        check_table(q, bias, [a.kernel_size for a in axes])
     if extra_bias is not None:
         if extra_k is None:
             raise ValueError("expected extra_k and extra_v with extra_bias, got extra_bias alone")

@@ -1,8 +1,7 @@
 """Neighborhood attention as registered ops: `torch.ops.visattn.neighborhood_attention` and `..._lse`.
 
-With known sizes both are composites of PyTorch operations. While a graph with symbolic sizes is traced they become one
-opaque node instead, `neighborhood_attention_opaque`, which runs when the sizes are known: how a map is cut into tiles
-depends on them.
+With known sizes both are composites of PyTorch operations. How a map is cut into tiles depends on its size, so while a
+graph with symbolic sizes is traced they become one opaque node instead, `neighborhood_attention_opaque`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from visattn.ops.dispatch import Backend, Dispatcher, always
 from visattn.ops.neighborhood.checks import check_bias, check_tensors, checked_axes
 from visattn.ops.neighborhood.eager import neighborhood_eager
 from visattn.ops.neighborhood.reference import neighborhood_reference
-from visattn.ops.registration import composite
+from visattn.ops.registration import composite, opaque, sizes_are_known
 
 dispatcher = Dispatcher(
     "neighborhood_attention",
@@ -68,10 +67,10 @@ def _attend(
 ) -> Tensor | tuple[Tensor, ...]:
     tensors = (q, k, v, bias, extra_k, extra_v, extra_bias)
     window = (kernel_size, dilation, stride, is_causal)
-    if all(isinstance(n, int) for t in tensors if t is not None for n in t.shape):
+    if sizes_are_known((*tensors, *window)):
         results = _run(tensors, window, scale, backend, return_lse)
     else:
-        results = torch.ops.visattn.neighborhood_attention_opaque(*tensors, *window, scale, backend, return_lse)
+        results = _opaque(*tensors, *window, scale, backend, return_lse)
     return tuple(results) if return_lse else results[0]
 
 
@@ -105,74 +104,29 @@ def _flops(
     return 2 * math.prod(q_shape[:-1]) * keys * (q_shape[-1] + v_shape[-1])
 
 
-# The opaque node. Results that are not asked for are empty tensors, as an op cannot return None.
-
-_opaque_arguments = (
-    f"Tensor q, Tensor k, Tensor v, {', '.join(f'Tensor? {name}' for name in _OPTIONAL)}, {_WINDOW}, "
-    "float? scale, str backend"
-)
+# The opaque node. The lse that is not asked for is an empty tensor, as an op cannot return None.
 
 
-def _score_dtype(q: Tensor) -> torch.dtype:
-    return torch.promote_types(q.dtype, torch.float32)
+def _with_lse(*args: Any) -> tuple[Tensor, ...]:
+    out, *lse = _run(args[:7], args[7:11], *args[11:])
+    return out, lse[0] if lse else _no_lse(args[0])
 
 
-@torch.library.custom_op(
-    "visattn::neighborhood_attention_opaque",
-    mutates_args=(),
-    schema=f"({_opaque_arguments}, bool return_lse) -> (Tensor, Tensor)",
-)
-def _opaque(*args: Any) -> tuple[Tensor, Tensor]:
-    q, (scale, backend, return_lse) = args[0], args[11:]
-    out, *lse = _run(args[:7], args[7:11], scale, backend, return_lse)
-    return out.contiguous(), lse[0].contiguous() if return_lse else q.new_empty(0, dtype=_score_dtype(q))
+def _no_lse(q: Tensor) -> Tensor:
+    return q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-@_opaque.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor]:
+def _fake(*args: Any) -> tuple[Tensor, Tensor]:
     q, v, return_lse = args[0], args[2], args[-1]
-    lse = q.new_empty(q.shape[:-1] if return_lse else 0, dtype=_score_dtype(q))
-    return v.new_empty((*q.shape[:-1], v.shape[-1])), lse
+    lse = _no_lse(q)
+    return v.new_empty((*q.shape[:-1], v.shape[-1])), lse.new_empty(q.shape[:-1]) if return_lse else lse
 
 
-@torch.library.custom_op(
-    "visattn::neighborhood_attention_opaque_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_out, Tensor? grad_lse, bool[] needs, {_opaque_arguments}) -> Tensor[]",
+_opaque = opaque(
+    "neighborhood_attention",
+    f"Tensor q, Tensor k, Tensor v, {', '.join(f'Tensor? {name}' for name in _OPTIONAL)}, {_WINDOW}, "
+    "float? scale, str backend, bool return_lse",
+    2,
+    _with_lse,
+    _fake,
 )
-def _opaque_backward(grad_out: Tensor, grad_lse: Tensor | None, needs: list[bool], *args: Any) -> list[Tensor]:
-    tensors, how = list(args[:7]), args[7:]
-    wanted = [i for i, n in enumerate(needs) if n]
-
-    def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
-        for i, t in zip(wanted, inputs, strict=True):
-            tensors[i] = t
-        return _run(tensors, how[:4], *how[4:], grad_lse is not None)
-
-    # A kernel runs below autograd, where only a functional transform can differentiate.
-    _, differentiate = torch.func.vjp(forward, *(tensors[i] for i in wanted))
-    return [g.contiguous() for g in differentiate((grad_out,) if grad_lse is None else (grad_out, grad_lse))]
-
-
-@_opaque_backward.register_fake
-def _(grad_out: Tensor, grad_lse: Tensor | None, needs: list[bool], *args: Any) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t, n in zip(args[:7], needs, strict=True) if n]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:7])
-    ctx.rest, ctx.return_lse = inputs[7:13], inputs[13]
-
-
-def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:7])
-    grad_lse = grad_lse if ctx.return_lse else None
-    found = iter(
-        torch.ops.visattn.neighborhood_attention_opaque_backward(
-            grad_out, grad_lse, needs, *ctx.saved_tensors, *ctx.rest
-        )
-    )
-    return tuple(next(found) if n else None for n in needs) + (None,) * 7
-
-
-_opaque.register_autograd(_differentiate, setup_context=_setup_context)

@@ -1,0 +1,34 @@
+"""Window attention by its definition: attention over the whole map, restricted to pairs of the same window."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from visattn.ops.geometry import Partition
+
+
+def window_reference(
+    q: Tensor, k: Tensor, v: Tensor, axes: tuple[Partition, ...], bias: Tensor | None, scale: float
+) -> Tensor:
+    """See `visattn.ops.window_attention`; `S` below is the number of tokens."""
+    sizes = [axis.length for axis in axes]
+    together = torch.ones((), dtype=torch.bool, device=q.device)
+    entry = []  # per axis, where a pair's displacement lies in the table
+    for a, axis in enumerate(axes):
+        window, rank = axis.place(q.device)
+        outer = [1] * (2 * len(axes))
+        outer[a] = outer[a + len(axes)] = axis.length
+        together = together & (window[:, None] == window).reshape(outer)
+        entry.append((rank - rank[:, None] + axis.window - 1).clamp(0, 2 * axis.window - 2).reshape(outer))
+    tokens = q.shape[1:-2].numel()
+
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    query, key, value = (x.flatten(1, -3).to(dtype) for x in (q, k, v))  # [B, S, N, D]
+    scores = torch.einsum("bqnd,bknd->bnqk", query * scale, key)
+    if bias is not None:
+        table = bias.to(dtype)[(slice(None), *(e.expand(*sizes, *sizes) for e in entry))]
+        scores = scores + table.reshape(len(bias), tokens, tokens)
+    scores = scores.masked_fill(~together.expand(*sizes, *sizes).reshape(tokens, tokens), float("-inf"))
+    out = torch.einsum("bnqk,bknd->bqnd", scores.softmax(dim=-1), value)
+    return out.to(v.dtype).reshape(*q.shape[:-1], v.shape[-1])
