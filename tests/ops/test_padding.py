@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from timm.layers.padding import pad_same
 
 from visattn import ops
 
@@ -46,3 +47,26 @@ def test_resize_rel_pos_keeps_the_centre_and_symmetry():
     torch.testing.assert_close(resized, resized.flip(1, 2))
     torch.testing.assert_close(resized[:, 10, 10], table[:, 6, 6])
     assert ops.resize_rel_pos(table, [13, 13]) is table or torch.equal(ops.resize_rel_pos(table, [13, 13]), table)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (2, 2), (5, 3), (3, 1)])
+@pytest.mark.parametrize("size", [(1, 2), (7, 8), (9, 12)], ids=str)
+def test_pad_same_is_tensorflows_rule(kernel, stride, size):
+    x = torch.randn(2, *size, 3, dtype=torch.float64, requires_grad=True)
+    got = ops.pad_same(x, [kernel] * 2, [stride] * 2)
+    expected = pad_same(x.permute(0, 3, 1, 2), [kernel] * 2, [stride] * 2).permute(0, 2, 3, 1)
+    assert torch.equal(got, expected)
+    got.square().sum().backward()
+    assert torch.equal(x.grad, 2 * x)
+
+
+def test_pad_same_needs_a_kernel_of_at_least_the_stride():
+    with pytest.raises(ValueError, match="expected a kernel of at least the stride"):
+        ops.pad_same(torch.randn(1, 4, 4, 1), [3, 1], [2, 2])
+
+
+@pytest.mark.parametrize("size", [(6, 9), (7, 8)], ids=str)
+def test_opaque_pad_same(size):
+    x = torch.randn(2, *size, 3, requires_grad=True)
+    torch.library.opcheck(torch.ops.visattn.pad_same_opaque.default, (x, [3, 3], [2, 2]))
+    assert torch.equal(torch.ops.visattn.pad_same_opaque(x, [3, 3], [2, 2])[0], ops.pad_same(x, [3, 3], [2, 2]))

@@ -15,8 +15,10 @@ def tensors(requires_grad=True, dtype=torch.float64):
     return [torch.randn(s, dtype=dtype, requires_grad=requires_grad) for s in shapes]
 
 
-class Attend(torch.nn.Module):
+class Neighborhood(torch.nn.Module):
     """The op as a module, the way that models call it."""
+
+    tables = ((2, 5, 5),)
 
     def forward(self, q, k, v, bias):
         b, h, w, n, d = q.shape
@@ -26,9 +28,35 @@ class Attend(torch.nn.Module):
         return torch.ops.visattn.fit(out.flatten(3), [h, w])
 
 
-def module_inputs(h=9, w=7, batch=2):
+class Window(torch.nn.Module):
+    """Shifted windows, then a grid whose cells grow with the map."""
+
+    tables = ((2, 7, 7), (2, 9, 9))
+
+    def forward(self, q, k, v, bias, table):
+        x = torch.ops.visattn.window_attention(q, k, v, [4, 4], [1, 2], False, bias)
+        _, h, w, _, _ = q.shape
+        size = [-(-h // 2), -(-w // 2)]
+        table = torch.ops.visattn.resize_rel_pos(table, [2 * size[0] - 1, 2 * size[1] - 1], "bilinear")
+        return torch.ops.visattn.window_attention(x, k, v, size, [0, 0], True, table).flatten(3)
+
+
+class Halo(torch.nn.Module):
+    """Queries at half the resolution, keys outside the map hidden."""
+
+    tables = ((15, 4), (15, 4))
+
+    def forward(self, q, k, v, rel_h, rel_w):
+        q = q[:, ::2, ::2]
+        return torch.ops.visattn.halo_attention(q, k, v, [4, 4], [2, 2], [2, 2], rel_h, rel_w, True).flatten(3)
+
+
+MODULES = [Neighborhood, Window, Halo]
+
+
+def module_inputs(module, h=9, w=7, batch=2):
     shape = (batch, h, w, 2, 4)
-    return [torch.randn(s, requires_grad=True) for s in (shape, shape, shape, (2, 5, 5))]
+    return [torch.randn(s, requires_grad=True) for s in (shape, shape, shape, *module.tables)]
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
@@ -64,12 +92,36 @@ def test_opaque_equals_composite(return_lse, given):
         assert relative_error(a, b) <= tolerances.OP[torch.float64]
 
 
+@pytest.mark.parametrize("with_tables", [False, True])
+@pytest.mark.parametrize(
+    ("op", "shapes", "args"),
+    [
+        ("window_attention", [(2, 9, 7, 2, 4)] * 3 + [(2, 7, 7)], lambda q, k, v, t=None: (
+            q, k, v, [4, 4], [1, 2], False, t, None, "auto")),
+        ("halo_attention", [(2, 5, 4, 2, 4), (2, 9, 7, 2, 4), (2, 9, 7, 2, 3), (15, 4), (15, 4)],
+         lambda q, k, v, h=None, w=None: (q, k, v, [4, 4], [2, 2], [2, 2], h, w, True, None, "auto")),
+    ],
+    ids=["window", "halo"],
+)  # fmt: skip
+def test_other_opaque_ops(op, shapes, args, with_tables):
+    """opcheck, and the same result and gradients as the composite op."""
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes[: None if with_tables else 3]]
+    opaque, composite = getattr(torch.ops.visattn, f"{op}_opaque"), getattr(torch.ops.visattn, op)
+    torch.library.opcheck(opaque.default, args(*inputs))
+    results = []
+    for out in (opaque(*args(*inputs))[0], composite(*args(*inputs))):
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for a, b in zip(*results, strict=True):
+        assert relative_error(a, b) <= tolerances.OP[torch.float64]
+
+
+@pytest.mark.parametrize("kind", MODULES)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_fullgraph_trains(dynamic):
-    module = Attend()
+def test_compile_fullgraph_trains(kind, dynamic):
+    module = kind()
     compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for size in ((9, 7), (4, 11)):
-        inputs = module_inputs(*size)
+        inputs = module_inputs(kind, *size)
         grads = []
         for run in (module, compiled):
             out = run(*inputs)
@@ -78,20 +130,23 @@ def test_compile_fullgraph_trains(dynamic):
             assert relative_error(a, b) <= tolerances.SAME_MODEL
 
 
-def test_export_of_known_sizes_is_plain_pytorch():
-    inputs = tuple(module_inputs())
-    program = torch.export.export(Attend(), inputs).run_decompositions()
+@pytest.mark.parametrize("kind", MODULES)
+def test_export_of_known_sizes_is_plain_pytorch(kind):
+    inputs = tuple(module_inputs(kind))
+    program = torch.export.export(kind(), inputs).run_decompositions()
     assert not [n for n in program.graph.nodes if "visattn" in str(n.target)]
-    assert relative_error(program.module()(*inputs), Attend()(*inputs)) <= tolerances.SAME_MODEL
+    assert relative_error(program.module()(*inputs), kind()(*inputs)) <= tolerances.SAME_MODEL
 
 
-def test_export_with_dynamic_sizes():
-    b, h, w = (torch.export.Dim(name, min=low, max=64) for name, low in (("b", 1), ("h", 3), ("w", 2)))
+@pytest.mark.parametrize("kind", MODULES)
+def test_export_with_dynamic_sizes(kind):
+    b, h, w = (torch.export.Dim(name, min=low, max=64) for name, low in (("b", 1), ("h", 3), ("w", 3)))
     shapes = {0: b, 1: h, 2: w}
-    program = torch.export.export(Attend(), tuple(module_inputs(batch=3)), dynamic_shapes=(shapes,) * 3 + (None,))
-    for size in ((9, 7, 1), (3, 2, 2), (40, 33, 1)):
-        inputs = module_inputs(*size)
-        assert relative_error(program.module()(*inputs), Attend()(*inputs)) <= tolerances.SAME_MODEL
+    inputs = tuple(module_inputs(kind, batch=3))
+    program = torch.export.export(kind(), inputs, dynamic_shapes=(shapes,) * 3 + (None,) * len(kind.tables))
+    for size in ((9, 7, 1), (3, 3, 2), (40, 33, 1)):
+        inputs = module_inputs(kind, *size)
+        assert relative_error(program.module()(*inputs), kind()(*inputs)) <= tolerances.SAME_MODEL
 
 
 def test_script_and_meta():
@@ -118,3 +173,21 @@ def test_flops_count_visible_keys_only():
         with torch.inference_mode(), FlopCounterMode(display=False) as counter:
             ops.neighborhood_attention(q, k, v, kernel, extra_k=ek, extra_v=ek)
         assert counter.get_total_flops() == 2 * 2 * 14 * 14 * 3 * (kernel[0] * kernel[1] + extra) * (8 + 8)
+
+
+def test_flops_of_windows_and_halos_count_visible_keys_only():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    q, k, v = torch.randn(3, 2, 9, 14, 3, 8, device="meta")
+    table = torch.randn(11, 8, device="meta")
+    calls = [
+        (lambda: ops.window_attention(q, k, v, 7), (7 * 7 + 2 * 2) * (7 * 7 * 2) * 16),
+        (lambda: ops.window_attention(q, k, v, 7, grid=True), (5 * 5 + 4 * 4) * (7 * 7 * 2) * 16),
+        (lambda: ops.halo_attention(q, k, v, 4, 1, mask_border=False), 9 * 14 * 36 * 16),
+        (lambda: ops.halo_attention(q, k, v, 4, 1), (4 * 5 + 4 * 6 + 2) * (4 * 5 + 4 * 6 + 4 * 6 + 2 * 3) * 16),
+        (lambda: ops.halo_attention(q, k, v, 4, 1, 1, table, None, False), 9 * 14 * (36 * 16 + 6 * 8)),
+    ]
+    for call, multiplications in calls:
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            call()
+        assert counter.get_total_flops() == 2 * 2 * 3 * multiplications

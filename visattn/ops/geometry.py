@@ -7,10 +7,11 @@ Words used below, per axis of length `L` with dilation `D`:
     position   the rank `p` of a token inside its group: token `i` has group `i % D` and position `i // D`
     window     positions `[start, stop)` of the same group: what the query attends to
 
-Partitions (`Partition`) cut an axis into windows that do not overlap: a token sees the tokens of its own window.
+Partitions (`Partition`) cut an axis into windows that do not overlap: a token sees the tokens of its own window. Halos
+(`Halo`) let the queries of a block see its surroundings too.
 
 Sources: Neighborhood Attention (arXiv:2204.07143), Dilated NA (arXiv:2209.15001), Generalized NA (arXiv:2504.16922),
-Swin (arXiv:2103.14030), MaxViT (arXiv:2204.01697).
+Swin (arXiv:2103.14030), MaxViT (arXiv:2204.01697), HaloNet (arXiv:2103.12731).
 """
 
 from __future__ import annotations
@@ -201,3 +202,56 @@ class Partition:
             edges = [max(i * slots - empty, 0) for i in range(windows)] + [self.length]
             sizes = [b - a for a, b in itertools.pairwise(edges)]
         return sum(n * n for n in sizes)
+
+
+@dataclass(frozen=True)
+class Halo:
+    """One axis cut into blocks of keys; the queries of a block see the window of the block and a halo on both sides.
+
+    Attributes:
+        length: Keys on the axis.
+        block: Keys of a block; the last block may be shorter.
+        halo: Keys that a window holds on each side of the block.
+        stride: Keys per query; divides `block`.
+    """
+
+    length: int
+    block: int
+    halo: int
+    stride: int = 1
+
+    @property
+    def window(self) -> int:
+        """Slots of a window."""
+        return self.block + 2 * self.halo
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.length // self.block)
+
+    @property
+    def queries(self) -> int:
+        """Queries on the axis."""
+        return -(-self.length // self.stride)
+
+    @property
+    def queries_per_block(self) -> int:
+        return self.block // self.stride
+
+    def key_index(self, device: torch.device | str | None = None) -> Tensor:
+        """[blocks, window] key in each slot; outside [0, length) there is none."""
+        first = torch.arange(self.blocks, device=device) * self.block - self.halo
+        return first[:, None] + torch.arange(self.window, device=device)
+
+    def displacement(self, device: torch.device | str | None = None) -> Tensor:
+        """[queries_per_block, window] slot - query rank in the block + window - 1, in [0, 2 * window - 2]."""
+        rank = torch.arange(self.queries_per_block, device=device)
+        return torch.arange(self.window, device=device) - rank[:, None] + self.window - 1
+
+    def pairs(self, mask_border: bool) -> int:
+        """How many (query, slot) pairs take part."""
+        if not mask_border:
+            return self.queries * self.window
+        ends = [((i + 1) * self.block + self.halo, i * self.block - self.halo) for i in range(self.blocks)]
+        keys = [min(stop, self.length) - max(start, 0) for stop, start in ends]
+        return sum(keys[i // self.queries_per_block] for i in range(self.queries))

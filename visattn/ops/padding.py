@@ -58,20 +58,20 @@ _fit_opaque.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def _same(n: int, kernel: int, stride: int) -> int:
-    """Padding in all, so that a window of `kernel` every `stride` has ceil(n / stride) places."""
-    return torch.sym_max(((n + stride - 1) // stride - 1) * stride + kernel - n, 0)
+    """Length that gives a window of `kernel` every `stride` ceil(n / stride) places."""
+    return (n - 1) // stride * stride + kernel
 
 
 def _run_pad_same(x: Tensor, kernel: list[int], stride: list[int]) -> Tensor:
     pads = [0, 0]
     for n, k, s in zip(reversed(x.shape[1:-1]), reversed(kernel), reversed(stride), strict=True):
-        total = _same(n, k, s)
+        total = _same(n, k, s) - n
         pads += [total // 2, total - total // 2]
     return F.pad(x, pads)
 
 
 def _fake_pad_same(x: Tensor, kernel: list[int], stride: list[int]) -> tuple[Tensor]:
-    size = [n + _same(n, k, s) for n, k, s in zip(x.shape[1:-1], kernel, stride, strict=True)]
+    size = [_same(n, k, s) for n, k, s in zip(x.shape[1:-1], kernel, stride, strict=True)]
     return (x.new_empty((x.shape[0], *size, x.shape[-1])),)
 
 
@@ -85,6 +85,8 @@ _pad_same_opaque = opaque(
 
 
 def _pad_same(x: Tensor, kernel: list[int], stride: list[int]) -> Tensor:
+    if any(k < s for k, s in zip(kernel, stride, strict=True)):
+        raise ValueError(f"expected a kernel of at least the stride, got {list(kernel)} and {list(stride)}")
     return _run_pad_same(x, kernel, stride) if sizes_are_known((x,)) else _pad_same_opaque(x, kernel, stride)[0]
 
 

@@ -1,0 +1,49 @@
+"""Pooling of 2 x 2 pixels: values at the border of odd maps, gradients, tracing."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from visattn import ops
+
+
+@pytest.mark.parametrize("kind", ["avg", "max"])
+@pytest.mark.parametrize("size", [(1, 1), (4, 6), (5, 6), (7, 3)], ids=str)
+def test_border_windows_hold_what_the_map_has(kind, size):
+    x = torch.randn(2, *size, 3, dtype=torch.float64, requires_grad=True)
+    repeated = F.pad(x.permute(0, 3, 1, 2), (0, size[1] % 2, 0, size[0] % 2), mode="replicate")
+    pool = F.avg_pool2d if kind == "avg" else F.max_pool2d
+    expected = pool(repeated, 2).permute(0, 2, 3, 1)
+    got = ops.pool2x2(x, kind)
+    torch.testing.assert_close(got, expected)
+    grads = [torch.autograd.grad(out.square().sum(), x, retain_graph=True)[0] for out in (got, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def test_channels_last_maps_are_not_copied():
+    x = torch.randn(1, 4, 6, 8)
+    assert ops.pool2x2(x, "avg").is_contiguous()
+
+
+@pytest.mark.parametrize("kind", ["avg", "max"])
+def test_opaque(kind):
+    x = torch.randn(2, 5, 6, 3, requires_grad=True)
+    torch.library.opcheck(torch.ops.visattn.pool2x2_opaque.default, (x, kind))
+    assert torch.equal(torch.ops.visattn.pool2x2_opaque(x, kind)[0], ops.pool2x2(x, kind))
+
+
+def test_export_does_not_depend_on_parity():
+    class Pool(torch.nn.Module):
+        def forward(self, x):
+            return ops.pool2x2(ops.pool2x2(x, "max"), "avg")
+
+    shapes = {"x": {i: torch.export.Dim(n, min=5, max=64) for i, n in ((1, "h"), (2, "w"))}}
+    program = torch.export.export(Pool(), (torch.randn(1, 12, 16, 3),), dynamic_shapes=shapes)
+    for size in ((12, 16), (13, 14), (7, 9)):
+        x = torch.randn(1, *size, 3)
+        assert torch.equal(program.module()(x), Pool()(x))
+
+
+def test_unknown_kind():
+    with pytest.raises(ValueError, match="expected kind 'avg' or 'max', got 'min'"):
+        ops.pool2x2(torch.randn(1, 2, 2, 1), "min")

@@ -1,0 +1,205 @@
+"""Halo attention as batched attention of blocks against their windows, a few blocks at a time.
+
+The relative term of a query is a number per window row plus a number per window column, so it is kept as these
+`rows + columns` numbers and spread over the window by a product with ones and zeros when the logits are made. Nothing
+of the size of the logits outlives a chunk: the backward pass makes them again, and the only things kept for it are the
+inputs. Windows are strided views of the padded map, copied once; their gradients are added up block by block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visattn.ops.geometry import Halo
+
+# Logits per chunk: they should stay in a core's cache. At most so many chunks, as each costs a dozen calls.
+_CHUNK, _CHUNKS = 1 << 19, 32
+
+
+def _cut_queries(q: Tensor, axes: tuple[Halo, Halo]) -> Tensor:
+    """[B, H', W', N, D] -> [T, N, t, D]: the t queries of each of the T = B * rows * columns blocks."""
+    (a, b), (h, w) = axes, q.shape[1:3]
+    ta, tb = a.queries_per_block, b.queries_per_block
+    q = F.pad(q, (0, 0, 0, 0, 0, b.blocks * tb - w, 0, a.blocks * ta - h))
+    q = q.unflatten(2, (b.blocks, tb)).unflatten(1, (a.blocks, ta))
+    return q.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(0, 2)
+
+
+def _join_queries(x: Tensor, axes: tuple[Halo, Halo]) -> Tensor:
+    """Inverse of `_cut_queries`."""
+    a, b = axes
+    x = x.unflatten(2, (a.queries_per_block, b.queries_per_block)).unflatten(0, (-1, a.blocks, b.blocks))
+    x = x.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(1, 2)
+    return x[:, : a.queries, : b.queries].contiguous()
+
+
+def _windows(x: Tensor, axes: tuple[Halo, Halo]) -> Tensor:
+    """[B, H, W, N, D] -> [T, N, slots of a window, D], zero outside the map."""
+    pads = [0, 0, 0, 0]
+    for axis in reversed(axes):
+        pads += [axis.halo, axis.blocks * axis.block + axis.halo - axis.length]
+    x = F.pad(x, pads)
+    for a, axis in enumerate(axes, start=1):
+        x = x.unfold(a, axis.window, axis.block)
+    return x.permute(0, 1, 2, 3, 5, 6, 4).flatten(4, 5).flatten(0, 2)
+
+
+def _add_windows(x: Tensor, axes: tuple[Halo, Halo]) -> Tensor:
+    """Transpose of `_windows`: the sum over all slots that hold a key."""
+    a, b = axes
+    x = x.unflatten(2, (a.window, b.window)).unflatten(0, (-1, a.blocks, b.blocks))
+    (pa, pb), (na, nb) = ((-(-axis.window // axis.block) for axis in axes), (axis.blocks for axis in axes))
+    total = x.new_zeros(x.shape[0], na + pa - 1, a.block, nb + pb - 1, b.block, *x.shape[3::3])
+    for i in range(pa):
+        for j in range(pb):
+            part = x[..., i * a.block : (i + 1) * a.block, j * b.block : (j + 1) * b.block, :]
+            rows, columns = part.shape[4:6]
+            total[:, i : i + na, :rows, j : j + nb, :columns] += part.permute(0, 1, 4, 2, 5, 3, 6)
+    total = total.flatten(3, 4).flatten(1, 2)
+    return total[:, a.halo : a.halo + a.length, b.halo : b.halo + b.length].contiguous()
+
+
+class _Relative:
+    """What the logits of a query hold besides q k^T: a term per row and one per column of the window."""
+
+    def __init__(
+        self, q: Tensor, axes: tuple[Halo, Halo], rel_h: Tensor | None, rel_w: Tensor | None, mask_border: bool
+    ) -> None:
+        self.axes = axes
+        self.windows = [axis.window for axis in axes]
+        tables = zip((rel_h, rel_w), self.windows, strict=True)
+        self.tables = [q.new_zeros(2 * w - 1, q.shape[-1]) if t is None else t.to(q.dtype) for t, w in tables]
+        self.outside = None
+        if mask_border:
+            # Finite, as it is multiplied by zeros below; twice it is still finite.
+            far = torch.finfo(q.dtype).min / 4
+            index = [axis.key_index(q.device) for axis in axes]
+            outside = [(i < 0) | (i >= axis.length) for i, axis in zip(index, axes, strict=True)]
+            self.outside = [torch.zeros_like(o, dtype=q.dtype).masked_fill(o, far) for o in outside]
+        rows, columns = (torch.eye(w, dtype=q.dtype, device=q.device) for w in self.windows)
+        rows, columns = rows[:, :, None].expand(-1, -1, len(columns)), columns[:, None].expand(-1, len(rows), -1)
+        self.spread = torch.cat([rows.flatten(1), columns.flatten(1)])  # [w_h + w_w, w_h * w_w] of ones and zeros
+
+    def _places(self, number: int, heads: int) -> list[tuple[list[int], list[int], int]]:
+        """Size, strides and offset of the terms [T, N, t_h, t_w, w] as views of queries x table [T, N, t, 2w - 1].
+
+        The entry of a slot is slot - rank + w - 1: the step from rank to rank is one less than that of the products.
+        """
+        (th, tw), (wh, ww) = (a.queries_per_block for a in self.axes), self.windows
+        eh, ew = 2 * wh - 1, 2 * ww - 1
+        return [
+            ([number, heads, th, tw, wh], [heads * th * tw * eh, th * tw * eh, tw * eh - 1, eh, 1], wh - 1),
+            ([number, heads, th, tw, ww], [heads * th * tw * ew, th * tw * ew, tw * ew, ew - 1, 1], ww - 1),
+        ]
+
+    def terms(self, q: Tensor, tiles: slice) -> Tensor:
+        """[T, N, t, w_h + w_w] for the queries [T, N, t, D] of the blocks `tiles`."""
+        places = self._places(*q.shape[:2])
+        rows, columns = ((q @ t.mT).as_strided(*p) for t, p in zip(self.tables, places, strict=True))
+        if self.outside is not None:
+            tile = torch.arange(tiles.start, tiles.stop, device=q.device)
+            row, column = tile // self.axes[1].blocks % self.axes[0].blocks, tile % self.axes[1].blocks
+            rows = rows + self.outside[0][row][:, None, None, None]
+            columns = columns + self.outside[1][column][:, None, None, None]
+        return torch.cat([rows, columns], dim=-1).flatten(2, 3)
+
+    def gradients(self, q: Tensor, grad_terms: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Gradients of the queries [T, N, t, D] and of both tables."""
+        parts = grad_terms.unflatten(2, [a.queries_per_block for a in self.axes]).split(self.windows, dim=-1)
+        products = [
+            torch.as_strided_scatter(q.new_zeros(*q.shape[:-1], len(table)), part, *place)
+            for table, part, place in zip(self.tables, parts, self._places(*q.shape[:2]), strict=True)
+        ]
+        grad_q = sum(p @ t for p, t in zip(products, self.tables, strict=True))
+        return grad_q, [p.flatten(0, 2).mT @ q.flatten(0, 2) for p in products]
+
+
+def _chunks(q: Tensor, slots: int) -> list[slice]:
+    """Slices of the blocks of queries [T, N, t, D]."""
+    number = max(1, q.shape[0])
+    step = max(1, _CHUNK // max(1, q[:1, ..., 0].numel() * slots), -(-number // _CHUNKS))
+    return [slice(i, min(i + step, number)) for i in range(0, number, step)]
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
+    axes: tuple[Halo, Halo],
+    mask_border: bool,
+    scale: float,
+) -> Tensor:
+    plain = rel_h is None and rel_w is None and not mask_border
+    relative = None if plain else _Relative(q, axes, rel_h, rel_w, mask_border)
+    query, key, value = _cut_queries(q, axes), _windows(k, axes), _windows(v, axes)
+    found = []
+    for tiles in _chunks(query, key.shape[-2]):
+        part = query[tiles]
+        added = relative.terms(part, tiles) @ relative.spread if relative else None
+        found.append(F.scaled_dot_product_attention(part, key[tiles], value[tiles], attn_mask=added, scale=scale))
+    return _join_queries(torch.cat(found), axes)
+
+
+class _HaloAttention(torch.autograd.Function):
+    """`_forward`, keeping only its inputs for the backward pass."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return _forward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:5])
+        ctx.how = inputs[5:]
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *tables = ctx.saved_tensors
+        axes, mask_border, scale = ctx.how
+        query, grad = _cut_queries(q, axes), _cut_queries(grad_out, axes)
+        key, value = _windows(k, axes), _windows(v, axes)
+        relative = _Relative(q, axes, *tables, mask_border)
+        # Queries and keys widened by the terms and by ones and zeros: their product is the logits.
+        wide = torch.cat([key, relative.spread.mT.expand(*key.shape[:2], -1, -1)], dim=-1)
+        dim, dtype = q.shape[-1], torch.promote_types(q.dtype, torch.float32)
+        found, grad_tables = [], []
+        for tiles in _chunks(query, key.shape[-2]):
+            part, keys, out = query[tiles], wide[tiles], grad[tiles]
+            scaled = part * scale
+            logits = torch.cat([scaled, relative.terms(part, tiles)], dim=-1) @ keys.mT
+            weights = logits.to(dtype).softmax(dim=-1)
+            grad_logits = (out @ value[tiles].mT).to(dtype)
+            # The derivative of softmax: weights * (grad - sum of weights * grad).
+            grad_logits = torch.ops.aten._softmax_backward_data(grad_logits, weights, -1, dtype).to(q.dtype)
+            grad_wide = grad_logits @ keys
+            grad_part, grads = relative.gradients(part, grad_wide[..., dim:])
+            grad_part = grad_part + grad_wide[..., :dim] * scale
+            grad_tables.append(grads)
+            found.append((grad_part, grad_logits.mT @ scaled, weights.to(q.dtype).mT @ out))
+        grad_q, grad_k, grad_v = (torch.cat(x) for x in zip(*found, strict=True))
+        grads = (_join_queries(grad_q, axes), _add_windows(grad_k, axes), _add_windows(grad_v, axes))
+        totals = (sum(parts) for parts in zip(*grad_tables, strict=True))
+        grad_tables = [None if t is None else g.to(t.dtype) for t, g in zip(tables, totals, strict=True)]
+        return (*grads, *grad_tables, None, None, None)
+
+
+def halo_eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    axes: tuple[Halo, Halo],
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
+    mask_border: bool,
+    scale: float,
+) -> Tensor:
+    """See `visattn.ops.halo_attention`."""
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, rel_h, rel_w))
+    run = _HaloAttention.apply if trains else _forward
+    return run(q, k, v, rel_h, rel_w, axes, mask_border, scale)
