@@ -22,157 +22,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from op_problems import PROBLEMS, Attend, Problem
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.profiler import profile
 
-from visattn.ops import neighborhood_attention
-from visattn.ops.geometry import Axis, neighbors
-
 TOLERANCE = 1e-5  # norm-wise, float32 against float64
 MODES = ("forward", "forward+backward")
 
 
-@dataclass(frozen=True)
-class Case:
-    """One 2-D neighborhood attention problem."""
-
-    name: str
-    batch: int
-    size: tuple[int, int]
-    heads: int
-    dim: int
-    kernel_size: int
-    dilation: int = 1
-    bias: bool = False
-
-    def axes(self) -> tuple[Axis, Axis]:
-        return tuple(Axis(n, self.kernel_size, self.dilation) for n in self.size)
-
-    def inputs(self) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        shape = (self.batch, *self.size, self.heads, self.dim)
-        tensors = {n: torch.randn(shape, generator=generator) for n in ("q", "k", "v")}
-        if self.bias:
-            width = 2 * self.kernel_size - 1
-            tensors["bias"] = torch.randn(self.heads, width, width, generator=generator)
-        return tensors
-
-
-CASES = [
-    Case("na2d_56", 2, (56, 56), 2, 32, 7),
-    Case("na2d_56_bias", 2, (56, 56), 2, 32, 7, bias=True),
-    Case("na2d_56_d8", 2, (56, 56), 2, 32, 7, dilation=8),
-    Case("na2d_28_d4_bias", 2, (28, 28), 4, 32, 7, dilation=4, bias=True),
-    Case("na2d_14_bias", 2, (14, 14), 8, 32, 7, bias=True),
-]
-
-
-def _flat_neighbors(case: Case) -> tuple[Tensor, Tensor]:
-    """Key index [S, K * K] of every query, and the index of its entry in the flattened bias table."""
-    rows, cols = (neighbors(axis) for axis in case.axes())
-    width = 2 * case.kernel_size - 1
-    index = rows.index[:, None, :, None] * case.size[1] + cols.index[None, :, None, :]
-    entry = rows.displacement[:, None, :, None] * width + cols.displacement[None, :, None, :]
-    return index.flatten(2).flatten(0, 1), entry.flatten(2).flatten(0, 1)
-
-
-Attend = Callable[..., Tensor]
-
-
-def gather(case: Case) -> Attend:
-    """The definition: a copy of the K * K keys and values of every query."""
-    index, entry = _flat_neighbors(case)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        query, keys, values = (x.flatten(1, 2) for x in (q, k, v))
-        scores = torch.einsum("bsnd,bsmnd->bsnm", query * case.dim**-0.5, keys[:, index])
-        if bias is not None:
-            scores = scores + bias.flatten(1)[:, entry].transpose(0, 1)
-        return torch.einsum("bsnm,bsmnd->bsnd", scores.softmax(-1), values[:, index]).reshape(q.shape)
-
-    return attend
-
-
-def unfold(case: Case) -> Attend:
-    """Windows by `Tensor.unfold`, the border ones repeated."""
-    h, w = case.size
-    k_size = case.kernel_size
-    starts = [neighbors(axis).index[:, 0] for axis in case.axes()]
-    _, entry = _flat_neighbors(case)
-
-    def windows(x: Tensor) -> Tensor:  # [B, H, W, N, D, K, K]
-        return x.unfold(1, k_size, 1).unfold(2, k_size, 1).index_select(1, starts[0]).index_select(2, starts[1])
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        scores = torch.einsum("bhwnd,bhwndij->bhwnij", q * case.dim**-0.5, windows(k)).flatten(-2)
-        if bias is not None:
-            scores = scores + bias.flatten(1)[:, entry].transpose(0, 1).unflatten(0, (h, w))
-        weights = scores.softmax(-1).unflatten(-1, (k_size, k_size))
-        return torch.einsum("bhwnij,bhwndij->bhwnd", weights, windows(v))
-
-    return attend
-
-
-def dense_sdpa(case: Case) -> Attend:
-    """`scaled_dot_product_attention` over the whole map with a mask that holds window and bias."""
-    index, entry = _flat_neighbors(case)
-    tokens = index.shape[0]
-    mask = torch.full((1, 1, tokens, tokens), float("-inf")).scatter_(3, index[None, None], 0.0)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        added = mask
-        if bias is not None:
-            values = bias.flatten(1)[:, entry]
-            added = mask.expand(1, len(bias), -1, -1).scatter(3, index.expand(1, len(bias), -1, -1), values[None])
-        query, key, value = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(query, key, value, added).transpose(1, 2).reshape(q.shape)
-
-    return attend
-
-
-def natten(case: Case) -> Attend:
-    """natten >= 0.20, whose CPU path is eager FlexAttention."""
-    from natten import na2d
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return na2d(q, k, v, kernel_size=case.kernel_size, dilation=case.dilation)
-
-    return attend
-
-
-def visattn_eager(case: Case) -> Attend:
-    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        return neighborhood_attention(q, k, v, case.kernel_size, case.dilation, bias=bias, backend="eager")
-
-    return attend
-
-
-def _natten_refusal(case: Case, mode: str) -> str | None:
-    try:
-        import natten  # noqa: F401
-    except ImportError:
-        return "not installed"
-    if case.bias:
-        return "no relative position bias since 0.20"
-    return "FlexAttention has no backward on CPU" if mode != "forward" else None
-
-
-# name -> (builder, refusal(case, mode) or None when it runs everything)
-PROVIDERS: dict[str, tuple[Callable[[Case], Attend], Callable[[Case, str], str | None] | None]] = {
-    "gather": (gather, None),
-    "unfold": (unfold, lambda case, mode: "no dilation" if case.dilation > 1 else None),
-    "dense SDPA": (dense_sdpa, None),
-    "natten": (natten, _natten_refusal),
-    "visattn eager": (visattn_eager, None),
-}
-
-
 @dataclass
 class Result:
-    """One cell of the table; times in milliseconds, memory in MB, ratios against `gather`."""
+    """One cell of the table; times in milliseconds, memory in MB, ratios against the case's first peer."""
 
     case: str
     mode: str
@@ -182,11 +44,13 @@ class Result:
     calls: int = 0
     times_faster: float | None = None
     peak_mb: float | None = None
+    saved_mb: float | None = None
     note: str = ""
 
 
 def runner(attend: Attend, inputs: dict[str, Tensor], mode: str) -> Callable[[], list[Tensor]]:
     """A call that returns the output and, with the backward, the gradient of every input."""
+    inputs = attend.into(**inputs) if hasattr(attend, "into") else inputs
     if mode == "forward":
 
         def run() -> list[Tensor]:
@@ -195,20 +59,29 @@ def runner(attend: Attend, inputs: dict[str, Tensor], mode: str) -> Callable[[],
 
         return run
     leaves = {n: t.detach().clone().requires_grad_() for n, t in inputs.items()}
-    cotangent = torch.randn(inputs["q"].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    shape = attend(**inputs).shape
+    cotangent = torch.ones((), dtype=next(iter(inputs.values())).dtype).expand(shape)
 
     def run_both() -> list[Tensor]:
         out = attend(**leaves)
-        return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), cotangent.to(out.dtype))]
+        return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), cotangent)]
 
     return run_both
 
 
-def expected_results(case: Case, mode: str) -> list[Tensor]:
-    def reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        return neighborhood_attention(q, k, v, case.kernel_size, case.dilation, bias=bias, backend="reference")
+def expected_results(case: Problem, mode: str) -> dict[str, Tensor]:
+    """The output ("out") and gradients (by input) of the reference in float64."""
+    inputs = {n: t.double() for n, t in case.inputs().items()}
+    out, *grads = runner(case.visattn("reference"), inputs, mode)()
+    return {"out": out, **dict(zip(inputs, grads, strict=False))}
 
-    return runner(reference, {n: t.double() for n, t in case.inputs().items()}, mode)()
+
+def in_layout(attend: Attend, expected: dict[str, Tensor]) -> list[Tensor]:
+    """The expected results as `attend` lays them out: gradients lie as the inputs do."""
+    out, grads = expected["out"], {n: t for n, t in expected.items() if n != "out"}
+    out = attend.out(out) if hasattr(attend, "out") else out
+    grads = attend.into(**grads) if grads and hasattr(attend, "into") else grads
+    return [out, *grads.values()]
 
 
 def gate(got: list[Tensor], expected: list[Tensor]) -> float:
@@ -229,21 +102,46 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return peak
 
 
-def measure(case: Case, mode: str, names: list[str], seconds: float) -> list[Result]:
+def saved_bytes(attend: Attend, inputs: dict[str, Tensor]) -> int:
+    """What autograd keeps for the backward pass, inputs included, each storage once."""
+    inputs = attend.into(**inputs) if hasattr(attend, "into") else inputs
+    kept = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = attend(**{n: t.detach().clone().requires_grad_() for n, t in inputs.items()})
+    del out
+    return sum(kept.values())
+
+
+def providers(case: Problem) -> dict[str, tuple[Callable, Callable | None]]:
+    """The case's peers, baseline first, and this package's portable backend."""
+    return {**case.peers, "visattn eager": (lambda case: case.visattn("eager"), None)}
+
+
+def measure(case: Problem, mode: str, names: list[str] | None, seconds: float) -> list[Result]:
     """Gate every provider, then time those that passed, one call each in turn."""
     results, runs = {}, {}
+    offered = providers(case)
+    baseline = next(iter(offered))
     expected = expected_results(case, mode)
-    for name in names:
-        build, refusal = PROVIDERS[name]
+    for name in (n for n in offered if names is None or n in names):
+        build, refusal = offered[name]
         results[name] = Result(case.name, mode, name, note=(refusal(case, mode) or "") if refusal else "")
         if results[name].note:
             continue
-        run = runner(build(case), case.inputs(), mode)
-        results[name].error = gate(run(), expected)
+        attend = build(case)
+        run = runner(attend, case.inputs(), mode)
+        results[name].error = gate(run(), in_layout(attend, expected))
         if not results[name].error <= TOLERANCE:  # NaN fails too
             results[name].note = "wrong result: not timed"
             continue
         results[name].peak_mb = peak_bytes(run) / 1e6
+        if mode != "forward":
+            results[name].saved_mb = saved_bytes(attend, case.inputs()) / 1e6
         runs[name] = run
 
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -256,14 +154,14 @@ def measure(case: Case, mode: str, names: list[str], seconds: float) -> list[Res
     for name, samples in times.items():
         results[name].median_ms = statistics.median(samples) * 1e3
         results[name].calls = len(samples)
-    base = results.get("gather", Result("", "", "")).median_ms
+    base = results.get(baseline, Result("", "", "")).median_ms
     for result in results.values():
         if base and result.median_ms:
             result.times_faster = base / result.median_ms
     return list(results.values())
 
 
-COLUMNS = ("case", "mode", "provider", "median ms", "x gather", "peak MB", "error", "note")
+COLUMNS = ("case", "mode", "provider", "median ms", "x baseline", "peak MB", "saved MB", "error", "note")
 
 
 def row(r: Result) -> list[str]:
@@ -277,6 +175,7 @@ def row(r: Result) -> list[str]:
         number(r.median_ms, ".2f"),
         number(r.times_faster, ".2f"),
         number(r.peak_mb, ".1f"),
+        number(r.saved_mb, ".1f"),
         number(r.error, ".0e"),
         r.note,
     ]
@@ -287,8 +186,9 @@ def markdown(results: list[Result], setting: dict[str, str], command: str) -> st
         "# Ops on a CPU",
         "",
         f"`{command}` ({', '.join(f'{k} {v}' for k, v in setting.items())}).",
-        "CPU time of one thread, medians of interleaved calls; `x gather` is how many times faster than the gather of",
-        "the same run. Shapes are in `tools/bench_ops.py`. Not measured on a GPU.",
+        "CPU time of one thread, medians of interleaved calls; `x baseline` is how many times faster than the first",
+        "provider of the case in the same run; `saved` is what autograd keeps for the backward pass, inputs included.",
+        "Problems and providers are in `tools/op_problems.py`. Not measured on a GPU.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
@@ -299,8 +199,9 @@ def markdown(results: list[Result], setting: dict[str, str], command: str) -> st
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=[c.name for c in CASES], default=[c.name for c in CASES])
-    parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS))
+    parser.add_argument("--cases", nargs="+", choices=[p.name for p in PROBLEMS], default=[p.name for p in PROBLEMS])
+    names = sorted({name for case in PROBLEMS for name in providers(case)})
+    parser.add_argument("--providers", nargs="+", choices=names)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--seconds", type=float, default=3.0, help="wall time per provider, case and mode (>= 5 calls)")
     parser.add_argument("--out", type=Path, help="path without suffix for the .json and .md results")
@@ -310,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     table = Table(*COLUMNS, title="one thread, CPU time")
     results = []
-    for case in (c for c in CASES if c.name in args.cases):
+    for case in (p for p in PROBLEMS if p.name in args.cases):
         for mode in args.modes:
             console.print(f"{case.name}, {mode} ...")
             measured = measure(case, mode, args.providers, args.seconds)

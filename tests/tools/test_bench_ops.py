@@ -1,11 +1,16 @@
 """The benchmark's gate: wrong results are not timed."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from tools import bench_ops
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+import bench_ops
+import op_problems
 
 ARGS = ["--cases", "na2d_14_bias", "--seconds", "0"]
 
@@ -29,12 +34,23 @@ def test_table_and_json(tmp_path):
     assert "| na2d_14_bias | forward | visattn eager |" in out.with_suffix(".md").read_text()
 
 
+@pytest.mark.parametrize("name", ["window_56", "grid_56", "halo_64_4heads"])
+def test_peers_of_the_other_ops(name):
+    case = next(p for p in op_problems.PROBLEMS if p.name == name)
+    for mode in bench_ops.MODES:
+        results = bench_ops.measure(case, mode, None, 0)
+        assert len(results) == 2
+        assert all(r.median_ms and r.error < bench_ops.TOLERANCE and not r.note for r in results)
+        assert results[0].times_faster == 1
+        assert all((r.saved_mb is None) == (mode == "forward") for r in results)
+
+
 def test_a_wrong_provider_is_not_timed(monkeypatch, tmp_path):
     def wrong(case):
-        right = bench_ops.visattn_eager(case)
+        right = case.visattn("eager")
         return lambda q, k, v, bias: right(q, k, v, bias.flip(-1))
 
-    monkeypatch.setitem(bench_ops.PROVIDERS, "wrong", (wrong, None))
+    monkeypatch.setitem(op_problems.Neighborhood.peers, "wrong", (wrong, None))
     out = tmp_path / "ops"
     assert bench_ops.main([*ARGS, "--providers", "wrong", "gather", "--modes", "forward", "--out", str(out)]) == 1
     results = {r["provider"]: r for r in json.loads(out.with_suffix(".json").read_text())["results"]}
