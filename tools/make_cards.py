@@ -5,8 +5,9 @@
     python tools/make_cards.py --update nat     # recompute params and gmacs of one family, then write its .md
 
 The check compares the rendering with the file on disk; parameters, GMACs, input size and classes with the models; the
-listed names with timm's registry; URLs and licence with `default_cfgs`. Models are built on the meta device, so no
-weights are allocated. Published numbers are the authors': they are shown as given and never computed.
+listed names with timm's registry; tags, sizes, classes, addresses and licences of weights with `default_cfgs`. Models
+are built on the meta device, so no weights are allocated. Published numbers are the authors': they are shown as given
+and never computed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class CardError(ValueError):
 
 @dataclass
 class Published:
-    """What the authors report of one variant; `gflops` of the papers counts multiply-adds, our GMACs."""
+    """What is reported of one variant or one of its weights; `gflops` of papers counts multiply-adds, our GMACs."""
 
     source: str
     top1: float | None = None
@@ -40,21 +41,43 @@ class Published:
 
 
 @dataclass
+class Pretrained:
+    """One pretrained tag, at `file` (below `weights.base`, or a full URL) or at the Hugging Face hub id `hub`.
+
+    `size` and `classes` are the variant's, `licence_id` is that of the card's weights, unless given.
+    """
+
+    tag: str
+    size: int
+    classes: int
+    licence_id: str
+    file: str | None = None
+    hub: str | None = None
+    published: Published | None = None
+
+
+@dataclass
 class Variant:
-    """One registered model. `params` and `gmacs` are ours, computed with `classes` outputs at `size` x `size`."""
+    """One registered model. `params` and `gmacs` are ours, computed with `classes` outputs at `size` x `size`.
+
+    Published numbers belong to the pretrained tags; a variant without weights has its own.
+    """
 
     name: str
     size: int
     classes: int
     params: int | None
     gmacs: float | None
-    file: str | None = None
+    pretrained: list[Pretrained] = field(default_factory=list)
     published: Published | None = None
 
 
 @dataclass
 class Results:
-    """One table of published results; each row gives a variant, the columns' values and the checkpoint file."""
+    """One table of published results; a row gives a variant, the columns' values and, if any has one, a file.
+
+    A file is a path below `weights.base` or a full URL.
+    """
 
     title: str
     source: str
@@ -81,12 +104,12 @@ class Code:
 
 @dataclass
 class Weights:
-    """Where the authors' files lie (`base` + a variant's `file`) and under which terms."""
+    """The weights' terms, and where files with a relative path lie."""
 
-    base: str
     licence: str
-    licence_id: str
     note: str
+    licence_id: str = ""
+    base: str = ""
 
 
 @dataclass
@@ -98,13 +121,13 @@ class Card:
     modules: list[str]
     summary: str
     papers: list[Paper]
-    code: Code
     weights: Weights
     sources: dict[str, str]
     usage: str
     input: list[str]
     limits: list[str]
     variants: list[Variant]
+    code: Code | None = None
     results: list[Results] = field(default_factory=list)
 
 
@@ -137,29 +160,62 @@ def load(path: Path) -> Card:
         value = getattr(card, key)
         if isinstance(kind, list):
             value = [build(kind[0], item, f"{path.name}: {key}[{index}]") for index, item in enumerate(value)]
-        else:
+        elif value is not None:
             value = build(kind, value, f"{path.name}: {key}")
         setattr(card, key, value)
     for variant in card.variants:
-        if variant.published is not None:
-            variant.published = build(Published, variant.published, f"{path.name}: {variant.name}.published")
+        where = f"{path.name}: {variant.name}"
+        variant.published = _published(variant.published, where)
+        defaults = {"size": variant.size, "classes": variant.classes, "licence_id": card.weights.licence_id}
+        variant.pretrained = [_pretrained(item, defaults, where) for item in variant.pretrained]
+        if variant.pretrained and variant.published:
+            raise CardError(f"expected published numbers below each tag, got them at {where}; try its first tag")
 
     names = [variant.name for variant in card.variants]
     if card.family != path.stem:
         raise CardError(f"expected family {path.stem!r} in {path.name}, got {card.family!r}")
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise CardError(f"expected each variant of {path.name} once, got {', '.join(repeated)} again")
-    used = [table.source for table in card.results] + [v.published.source for v in card.variants if v.published]
+    used = [table.source for table in card.results] + [published.source for published in _all_published(card)]
     if unknown := sorted(set(used) - set(card.sources)):
         raise CardError(f"expected sources named in {path.name}, got {', '.join(unknown)}; try {list(card.sources)}")
     for table in card.results:
+        length = len(table.columns) + (2 if _has_files(table) else 1)
         for row in table.rows:
-            # a row is: variant, one value a column, checkpoint file
-            if len(row) != len(table.columns) + 2 or row[0] not in names:
+            if len(row) != length or row[0] not in names:
                 raise CardError(
                     f"expected [variant, {', '.join(table.columns)}, file] in {table.title!r} of {path.name}, got {row}"
                 )
     return card
+
+
+def _published(data, where: str) -> Published | None:
+    return None if data is None else build(Published, data, f"{where}.published")
+
+
+def _pretrained(data, defaults: dict, where: str) -> Pretrained:
+    where = f"{where}.pretrained"
+    item = build(Pretrained, {**defaults, **data} if isinstance(data, dict) else data, where)
+    if bool(item.file) == bool(item.hub):
+        raise CardError(f"expected either file or hub at {where}, got {', '.join(data)}")
+    item.published = _published(item.published, f"{where}[{item.tag}]")
+    return item
+
+
+def _all_published(card: Card) -> list[Published]:
+    items = [item for variant in card.variants for item in (variant, *variant.pretrained)]
+    return [item.published for item in items if item.published is not None]
+
+
+def _has_files(table: Results) -> bool:
+    return any(len(row) > len(table.columns) + 1 for row in table.rows)
+
+
+def address(card: Card, file: str | None, hub: str | None = None) -> str:
+    """The URL of a file or of a page of the Hugging Face hub."""
+    if hub:
+        return f"https://huggingface.co/{hub}"
+    return file if "://" in file else card.weights.base + file
 
 
 def registered(modules: Iterable[str]) -> list[str]:
@@ -201,25 +257,35 @@ def check_models(card: Card, only: Iterable[str] | None = None) -> list[str]:
         if variant.name not in found or (only is not None and variant.name not in only):
             continue
         params, gmacs, classes = measure(variant.name, variant.size)
-        configs = timm.models.get_arch_pretrained_cfgs(variant.name).values()
-        url = card.weights.base + variant.file if variant.file else None
-        expected = {
-            "params": (variant.params, params),
-            "gmacs": (variant.gmacs, gmacs),
-            "classes": (variant.classes, classes),
-            "size": ([variant.size], sorted({config.input_size[-1] for config in configs})),
-            "weights": ([url] if url else [], sorted({config.url for config in configs if config.url})),
-            "licence": (
-                [card.weights.licence_id] if url else [],
-                sorted({str(config.license) for config in configs if config.url}),
-            ),
-        }
-        problems += [
-            f"{variant.name}: {key} is {ours} in the card, {theirs} in the model"
-            for key, (ours, theirs) in expected.items()
-            if ours != theirs
-        ]
+        configs = list(timm.models.get_arch_pretrained_cfgs(variant.name).values())
+        tags = [config.tag for config in configs if config.has_weights]
+        problems += _differences(
+            variant.name,
+            params=(variant.params, params),
+            gmacs=(variant.gmacs, gmacs),
+            classes=(variant.classes, classes),
+            size=(variant.size, configs[0].input_size[-1] if configs else None),
+            tags=([item.tag for item in variant.pretrained], tags),
+        )
+        for item in variant.pretrained:
+            if item.tag in tags:
+                config = next(config for config in configs if config.tag == item.tag)
+                problems += _differences(
+                    f"{variant.name}.{item.tag}",
+                    size=(item.size, config.input_size[-1]),
+                    classes=(item.classes, config.num_classes),
+                    licence=(item.licence_id, config.license),
+                    weights=(address(card, item.file, item.hub), address(card, config.url, config.hf_hub_id)),
+                )
     return problems
+
+
+def _differences(name: str, **values: tuple) -> list[str]:
+    return [
+        f"{name}: {key} is {ours} in the card, {theirs} in the model"
+        for key, (ours, theirs) in values.items()
+        if ours != theirs
+    ]
 
 
 def update(path: Path) -> None:
@@ -264,59 +330,65 @@ def render(card: Card) -> str:
 def _variants(card: Card) -> str:
     rows = []
     for variant in card.variants:
-        published = variant.published
-        top1 = f"{published.top1:.1f}" if published and published.top1 is not None else "–"
-        gflops = f"{published.gflops:g}" if published and published.gflops is not None else "–"
-        rows.append(
-            [
-                f"`{variant.name}`",
-                "–" if variant.params is None else f"{variant.params / 1e6:.2f}",
-                "–" if variant.gmacs is None else f"{variant.gmacs:.3f}",
-                gflops,
-                f"{variant.size}",
-                f"{variant.classes}",
-                top1,
-                _link(card, variant.file),
-            ]
-        )
+        params = "–" if variant.params is None else f"{variant.params / 1e6:.2f}"
+        gmacs = "–" if variant.gmacs is None else f"{variant.gmacs:.3f}"
+        for item in variant.pretrained:
+            # ours are counted at the variant's size and classes only
+            counted = (item.size, item.classes) == (variant.size, variant.classes)
+            counts = [params, gmacs] if counted else ["–", "–"]
+            link = _link(card, item.file, item.hub)
+            rows.append(_row(f"{variant.name}.{item.tag}", counts, item, link))
+        if not variant.pretrained:
+            rows.append(_row(variant.name, [params, gmacs], variant, "–"))
     head = ["name", "params (M)", "GMACs", "GFLOPs, published", "size", "classes", "top-1, published (%)", "weights"]
     return _table(head, rows, left=(0, 7))
 
 
+def _row(name: str, counts: list[str], item: Variant | Pretrained, link: str) -> list[str]:
+    published = item.published
+    gflops = "–" if published is None or published.gflops is None else f"{published.gflops:g}"
+    top1 = "–" if published is None else _cell(published.top1)
+    return [f"`{name}`", *counts, gflops, f"{item.size}", f"{item.classes}", top1, link]
+
+
 def _variants_note(card: Card) -> str:
-    used = sorted({variant.published.source for variant in card.variants if variant.published})
-    sources = "; ".join(card.sources[key] for key in used)
-    return (
+    text = (
         "Parameters and GMACs (multiply-adds of matrix products, convolutions and attention, one image of the given "
-        "size) are counted from the models in this repository. What papers call FLOPs are multiply-adds too. "
-        f"Published numbers: {sources}.\n\n{card.weights.note.strip()}"
+        "size) are counted from the models in this repository. What papers call FLOPs are multiply-adds too."
     )
+    if used := sorted({published.source for published in _all_published(card)}):
+        text += f" Published numbers: {'; '.join(card.sources[key] for key in used)}."
+    return f"{text}\n\n{card.weights.note.strip()}"
 
 
 def _results(card: Card, results: Results) -> str:
-    rows = [[f"`{row[0]}`", *(_cell(value) for value in row[1:-1]), _link(card, row[-1])] for row in results.rows]
+    number, files = len(results.columns), _has_files(results)
+    rows = [
+        [f"`{row[0]}`", *map(_cell, row[1 : number + 1]), *([_link(card, row[-1])] if files else [])]
+        for row in results.rows
+    ]
     texts = {i for i, _ in enumerate(results.columns, 1) if any(isinstance(row[i], str) for row in results.rows)}
     titles = [name if i in texts else f"{name}, published" for i, name in enumerate(results.columns, 1)]
-    head = ["backbone", *titles, "checkpoint"]
-    return _table(head, rows, left={0, *texts, len(head) - 1})
+    head = ["backbone", *titles, *(["checkpoint"] if files else [])]
+    return _table(head, rows, left={0, *texts, number + 1})
 
 
 def _cell(value) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
+    return "–" if value is None else str(value)
 
 
-def _link(card: Card, file: str | None) -> str:
-    return f"[{file.rpartition('/')[2]}]({card.weights.base}{file})" if file else "–"
+def _link(card: Card, file: str | None, hub: str | None = None) -> str:
+    return f"[{hub or file.rpartition('/')[2]}]({address(card, file, hub)})" if hub or file else "–"
 
 
 def _licence(card: Card) -> str:
-    code = (
-        f"The algorithm follows [{card.code.url.partition('://')[2]}]({card.code.url}) at commit "
-        f"`{card.code.commit[:7]}` ({card.code.licence}); no code is copied. This repository: Apache-2.0."
-    )
-    return f"{code}\n\nWeights: {card.weights.licence.strip()}"
+    code = "The algorithm follows the paper; the authors published no code."
+    if card.code is not None:
+        code = (
+            f"The algorithm follows [{card.code.url.partition('://')[2]}]({card.code.url}) at commit "
+            f"`{card.code.commit[:7]}` ({card.code.licence}); no code is copied."
+        )
+    return f"{code} This repository: Apache-2.0.\n\nWeights: {card.weights.licence.strip()}"
 
 
 def _papers(card: Card) -> str:

@@ -47,14 +47,16 @@ def test_padding_tokens_carry_the_projection_bias():
     torch.testing.assert_close(module(x) - before, shift.expand(1, 2, 2, 8))
 
 
-def test_global_attention_is_softmax_over_the_map_with_the_swin_index():
-    module = GlobalAttention(12, 2, (3, 4), dtype=torch.float64)
+@pytest.mark.parametrize("widths", [{}, {"attn_dim": 20, "out_dim": 16}], ids=str)
+def test_global_attention_is_softmax_over_the_map_with_the_swin_index(widths):
+    module = GlobalAttention(12, 2, (3, 4), **widths, dtype=torch.float64)
     torch.nn.init.normal_(module.rpb)
     x = torch.randn(2, 3, 4, 12, dtype=torch.float64)
-    q, k, v = module.qkv(x).reshape(2, 12, 3, 2, 6).permute(2, 0, 3, 1, 4)
+    q, k, v = module.qkv(x).reshape(2, 12, 3, 2, -1).permute(2, 0, 3, 1, 4)
     rows, cols = torch.arange(12) // 4, torch.arange(12) % 4
     bias = module.rpb[:, rows[None] - rows[:, None] + 2, cols[None] - cols[:, None] + 3]
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).reshape(2, 3, 4, 12)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).reshape(2, 3, 4, -1)
+    assert module(x).shape[-1] == widths.get("out_dim", 12)
     assert relative_error(module(x), module.proj(expected)) <= tolerances.OP[torch.float64]
 
 
@@ -65,6 +67,16 @@ def test_global_attention_takes_any_size(size):
     assert out.shape == (1, *size, 12)
     out.sum().backward()
     assert module.rpb.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+def test_global_attention_resizes_its_table(mode):
+    small, large = GlobalAttention(12, 2, 4, resize=mode), GlobalAttention(12, 2, (5, 9))
+    torch.nn.init.normal_(small.rpb)
+    table = F.interpolate(small.rpb[None], size=(9, 17), mode=mode, align_corners=False)[0]
+    large.load_state_dict({**small.state_dict(), "rpb": table})
+    x = torch.randn(1, 5, 9, 12)
+    assert relative_error(small(x), large(x)) <= tolerances.OP[torch.float32]
 
 
 def test_heads_must_divide_channels():

@@ -1,6 +1,8 @@
 """The model cards: the text follows from the data, and the data from the models."""
 
+import dataclasses
 import functools
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -19,6 +21,8 @@ CARDS = sorted((ROOT / "model_cards").glob("*.yaml"))
 by_family = pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
 
 # Measuring every variant takes half a minute and is left to `make_cards.py --check`: here are one of each kind.
+# The part of the card in front of DiNAT-Mini's file name.
+MINI = "\n    gmacs: 2.695\n    pretrained:\n      - tag: in1k\n        file: dinat/checkpoints/"
 MEASURED = ("test_dinat", "test_dinat_isotropic", "test_dinat", "dinat_mini")
 
 
@@ -79,22 +83,28 @@ def test_usage_runs():
 
 def test_counts_agree_with_the_papers():
     """Ours and the authors' numbers were counted by different code: 1 % covers their rounding."""
+    checked = 0
     for variant in make_cards.load(ROOT / "model_cards" / "nat.yaml").variants:
-        if variant.published is not None:
-            assert variant.params / 1e6 == pytest.approx(variant.published.params_m, rel=0.01, abs=0.5), variant.name
-            assert variant.gmacs == pytest.approx(variant.published.gflops, rel=0.01, abs=0.05), variant.name
+        for published in filter(None, [item.published for item in variant.pretrained]):
+            assert variant.params / 1e6 == pytest.approx(published.params_m, rel=0.01, abs=0.5), variant.name
+            assert variant.gmacs == pytest.approx(published.gflops, rel=0.01, abs=0.05), variant.name
+            checked += 1
+    assert checked == 22
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("params: 19984174\n    gmacs: 2.695\n    file: dinat", "params: 19984175\n    gmacs: 2.695\n    file: dinat",
+        (f"params: 19984174{MINI}", f"params: 19984175{MINI}",
          "dinat_mini: params is 19984175 in the card, 19984174 in the model"),
-        ("gmacs: 2.695\n    file: dinat", "gmacs: 2.696\n    file: dinat",
-         "dinat_mini: gmacs is 2.696 in the card, 2.695 in the model"),
-        ("dinat_mini_in1k_224.pth\n    pub", "dinat_mini_in1k.pth\n    pub", "dinat_mini: weights is ["),
-        ("licence_id: mit", "licence_id: apache-2.0", "dinat_mini: licence is ['apache-2.0'] in the card, ['mit']"),
-        ("name: test_dinat\n    size: 160", "name: test_dinat\n    size: 192", "test_dinat: size is [192]"),
+        (MINI, MINI.replace("2.695", "2.696"), "dinat_mini: gmacs is 2.696 in the card, 2.695 in the model"),
+        (MINI, MINI.replace("in1k", "in22k"), "dinat_mini: tags is ['in22k'] in the card, ['in1k'] in the model"),
+        (MINI, MINI + "checkpoints/", "dinat_mini.in1k: weights is https://shi-labs.com/projects/dinat/checkpoints/che"),
+        (MINI, MINI.replace("file", "size: 256\n        file"), "dinat_mini.in1k: size is 256 in the card, 224 in"),
+        (MINI, MINI.replace("file", "classes: 9\n        file"), "dinat_mini.in1k: classes is 9 in the card, 1000 in"),
+        (MINI, MINI.replace("file: d", "licence_id: bsd\n        file: d"), "dinat_mini.in1k: licence is bsd in the"),
+        ("licence_id: mit", "licence_id: apache-2.0", "dinat_mini.in1k: licence is apache-2.0 in the card, mit in"),
+        ("name: test_dinat\n    size: 160", "name: test_dinat\n    size: 192", "test_dinat: size is 192 in the card"),
         ("name: test_dinat\n", "name: test_dinatt\n", "test_dinatt: listed, but not registered"),
         ("top1: 82.7", "top1: 83.7", "nat.md rendered"),
     ],
@@ -126,6 +136,16 @@ def test_a_missing_or_edited_text_fails_the_check(copy, monkeypatch, capsys):
         ("[nat_mini, 46.5, 41.7, ", "[nat_mini, 46.5, ", r"expected \[variant, box AP, mask AP, file\]"),
         ("- [nat_mini, 46.5", "- [nat_nano, 46.5", r"got \['nat_nano'"),
         ("- name: nat_tiny", "- name: nat_mini", r"once, got nat_mini again"),
+        (
+            "        file: nat/",
+            "        hub: a/b\n        file: nat/",
+            "expected either file or hub at nat.yaml",
+        ),
+        (
+            "    pretrained:\n",
+            "    published: {source: nat}\n    pretrained:\n",
+            "below each tag, got them at nat.yaml",
+        ),
         ("family: nat", "family: gnat", r"expected family 'nat'"),
         ("family: nat", "family: [nat", r"expected yaml in nat.yaml"),
     ],
@@ -147,6 +167,67 @@ def test_update_rewrites_the_counts_and_nothing_else(copy, monkeypatch):
     monkeypatch.setattr(make_cards, "measure", lambda name, size: counts[name])
     make_cards.update(copy)
     assert copy.read_text() == before.replace("gmacs: 4.295\n", "gmacs: 4.295  # a comment survives\n", 1)
+
+
+def test_one_row_for_each_set_of_weights(copy):
+    """Several tags of one variant, by hub id and by URL; a variant without weights; tables with and without files."""
+    tag = "      - tag: in1k\n"
+    spoil(
+        copy,
+        tag,
+        "      - {tag: a, hub: x/y.a, size: 384, published: {source: nat, top1: 83.62, gflops: 9.25}}\n"
+        '      - {tag: b, file: "https://h.org/x/b.pth", licence_id: bsd-3-clause}\n' + tag,
+    )
+    spoil(copy, "nat/checkpoints/CLS/nat_mini.pth", "c.pth")
+    spoil(copy, "    gmacs: 0.051\n", "    gmacs: 0.051\n    published: {source: nat, top1: 1.5}\n")
+    spoil(copy, "[nat_mini, 46.5, 41.7, nat/checkpoints/DET/nat_mini_maskrcnn.pth]", "[nat_mini, 46.5, ~, ~]")
+    table = "  - title: Ninth table\n    source: nat\n    columns: [top-1]\n    rows: [[nat_mini, 80.0]]\n"
+    copy.write_text(copy.read_text() + table)
+
+    lines = make_cards.render(make_cards.load(copy)).splitlines()
+    assert [line for line in lines if line.startswith(("| `nat_mini.", "| `test_dinat`", "| `nat_mini` | 46.5"))] == [
+        "| `nat_mini.a` | – | – | 9.25 | 384 | 1000 | 83.62 | [x/y.a](https://huggingface.co/x/y.a) |",
+        "| `nat_mini.b` | 19.98 | 2.695 | – | 224 | 1000 | – | [b.pth](https://h.org/x/b.pth) |",
+        "| `nat_mini.in1k` | 19.98 | 2.695 | 2.7 | 224 | 1000 | 81.8 | [c.pth](https://shi-labs.com/projects/c.pth) |",
+        "| `test_dinat` | 0.66 | 0.051 | – | 160 | 1000 | 1.5 | – |",
+        "| `nat_mini` | 46.5 | – | – |",
+    ]
+    assert lines[lines.index("### Ninth table") + 2 :][:3] == [
+        "| backbone | top-1, published |",
+        "| --- | ---: |",
+        "| `nat_mini` | 80.0 |",
+    ]
+
+
+def test_hub_ids_are_checked_against_the_model(monkeypatch):
+    card = make_cards.load(ROOT / "model_cards" / "nat.yaml")
+    config = timm.models.get_pretrained_cfg("dinat_mini.in1k")
+    hub = dataclasses.replace(config, tag="a", url=None, hf_hub_id="timm/b", input_size=(3, 384, 384))
+    empty = dataclasses.replace(config, tag="untrained", url="")
+    configs = {"dinat_mini.in1k": config, "dinat_mini.a": hub, "dinat_mini.untrained": empty}
+    monkeypatch.setattr(make_cards, "measure", measure)
+    monkeypatch.setattr(timm.models, "get_arch_pretrained_cfgs", lambda name: configs)
+    (variant,) = (variant for variant in card.variants if variant.name == "dinat_mini")
+    for id_, problems in (
+        ("timm/b", []),
+        ("timm/c", ["dinat_mini.a: weights is https://huggingface.co/timm/c in the card, .*/timm/b in the model"]),
+    ):
+        item = make_cards.Pretrained("a", 384, 1000, "mit", hub=id_)
+        variant.pretrained = [variant.pretrained[0], item]
+        found = make_cards.check_models(card, only=["dinat_mini"])
+        assert len(found) == len(problems)
+        assert all(re.fullmatch(pattern, problem) for pattern, problem in zip(problems, found, strict=True)), found
+
+
+def test_a_card_without_official_code_and_weights(copy):
+    card = make_cards.load(copy)
+    card.code, card.weights = None, make_cards.Weights(licence="none are published.", note="No weights.")
+    for variant in card.variants:
+        variant.pretrained = []
+    card.results = []
+    text = make_cards.render(card)
+    assert "the authors published no code. This repository: Apache-2.0.\n\nWeights: none are published." in text
+    assert "Published numbers" not in text
 
 
 def test_an_unlisted_model_fails_the_check(monkeypatch):

@@ -1,7 +1,7 @@
 """The pre-norm transformer block on channels-last maps."""
 
 import torch
-from timm.layers import DropPath, LayerScale, Mlp
+from timm.layers import DropPath, LayerScale, Mlp, get_act_layer
 from torch import Tensor, nn
 
 
@@ -17,6 +17,7 @@ class TransformerBlock(nn.Module):
         proj_drop: Dropout after both linear layers of the MLP.
         drop_path: Probability of dropping a branch, per sample.
         layer_scale: Initial value of the per-channel scales; None leaves them out.
+        act: Activation of the MLP, as in timm.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class TransformerBlock(nn.Module):
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
+        act: str = "gelu",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -37,7 +39,7 @@ class TransformerBlock(nn.Module):
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=get_act_layer(act), drop=proj_drop, **dd)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from visattn.ops import resize_rel_pos
 
 # B batch, H W map, C channels. Maps are [B, H, W, C] or [B, C, H, W] between the stem and the head: see `output_fmt`.
 
-_NORMS = {
+_OUT_NORMS = {
     "NHWC": {"layer": nn.LayerNorm},
-    "NCHW": {"layer": LayerNorm2d, "batch": nn.BatchNorm2d},
+    "NCHW": {"layer": partial(LayerNorm2d, eps=1e-5), "batch": nn.BatchNorm2d},
 }
 
 
@@ -63,7 +64,7 @@ class Backbone(nn.Module):
             head: Classifier with timm's head interface; default `ClassifierHead`.
         """
         dd = {"device": device, "dtype": dtype}
-        norms = _NORMS[self.output_fmt]
+        norms = _OUT_NORMS[self.output_fmt]
         if out_norm is not None and out_norm not in norms:
             raise ValueError(f"expected out_norm None or one of {sorted(norms)}, got {out_norm!r}")
         self.num_features = self.feature_info[-1]["num_chs"]

@@ -1,0 +1,299 @@
+"""The CoAtNet family: the paper's variants, timm's networks and weights, image sizes, options."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+from timm.optim import create_optimizer_v2
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
+
+import visattn  # noqa: F401
+from tests.golden import fill
+from tests.tolerances import MODEL_GOLDEN, SAME_MODEL, relative_error
+from visattn.models.coatnet import TIMM_OPTIONS, checkpoint_filter_fn, resolve_blocks
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+# Name: parameters, and millions of them in the paper (tables 11 to 14).
+PAPER = {
+    "coatnet_0_va": (24_446_228, 25),
+    "coatnet_1_va": (41_635_184, 42),
+    "coatnet_2_va": (73_635_144, 75),
+    "coatnet_3_va": (164_605_432, 168),
+    "coatnet_4_va": (273_064_456, 275),
+    "coatnet_5_va": (682_856_600, 688),
+    "coatnet_6_va": (1_344_238_688, 1345),  # as printed; the paper says 1470
+    "coatnet_7_va": (2_432_532_472, 2440),
+}
+RW = {
+    "coatnet_nano_rw_va": "coatnet_nano_rw_224",
+    "coatnet_0_rw_va": "coatnet_0_rw_224",
+    "coatnet_1_rw_va": "coatnet_1_rw_224",
+    "coatnet_2_rw_va": "coatnet_2_rw_224",
+    "coatnet_3_rw_va": "coatnet_3_rw_224",
+    "coatnet_bn_0_rw_va": "coatnet_bn_0_rw_224",
+    "coatnet_rmlp_nano_rw_va": "coatnet_rmlp_nano_rw_224",
+    "coatnet_rmlp_1_rw_va": "coatnet_rmlp_1_rw_224",
+    "coatnet_rmlp_1_rw2_va": "coatnet_rmlp_1_rw2_224",
+    "coatnet_rmlp_2_rw_va": "coatnet_rmlp_2_rw_224",
+}
+TIMM_0 = {"head_hidden_size": 768, **TIMM_OPTIONS}
+
+
+def randomise(model):
+    skipped = {k for k, v in model.state_dict().items() if not v.is_floating_point()}
+    shapes = {k: v.shape for k, v in model.state_dict().items() if k not in skipped}
+    model.load_state_dict(fill.fill(shapes), strict=False)
+    return model.eval()
+
+
+def with_weights_of(model, theirs):
+    model.load_state_dict(checkpoint_filter_fn(theirs.state_dict(), model))
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("file", "name", "options"),
+    [("timm_coatnet_0_224", "coatnet_0_va", TIMM_0), ("timm_coatnet_0_rw_224", "coatnet_0_rw_va", {})],
+)
+def test_golden(file, name, options):
+    golden = json.loads((GOLDEN / f"{file}.json").read_text())
+    model = timm.create_model(name, **options).eval()
+    assert sum(p.numel() for p in model.parameters()) == golden["params"]
+    weights = fill.fill({k: s for k, s in golden["keys"].items() if k not in golden["skip"]})
+    missing, unexpected = model.load_state_dict(checkpoint_filter_fn(weights, model), strict=False)
+    assert not unexpected
+    assert all(key.endswith("num_batches_tracked") for key in missing)
+    features, maps = model.forward_intermediates(fill.image(**golden["input"]))
+    logits = model.forward_head(features)
+    head = torch.tensor(golden["logits"])
+    assert relative_error(logits[0, : len(head)], head) <= MODEL_GOLDEN
+    assert logits.norm().item() == pytest.approx(golden["logits_norm"], rel=MODEL_GOLDEN)
+    for level, norm, shape in zip(maps[1:], golden["stage_norms"], golden["stage_shapes"], strict=True):
+        assert list(level.shape) == shape
+        assert level.norm().item() == pytest.approx(norm, rel=MODEL_GOLDEN)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", RW)
+def test_equals_timm_with_all_options(name):
+    """Narrow and shallow, but every option of the variant, and a map that is not square."""
+    shape = {"depths": (2, 1, 2, 2), "stem_width": (8, 16)}
+    dims = (32, 64, 96, 128)
+    theirs = randomise(timm.create_model(RW[name], img_size=(96, 64), embed_dim=dims, **shape))
+    ours = with_weights_of(timm.create_model(name, img_size=(96, 64), embed_dims=dims, **shape), theirs)
+    x = torch.randn(2, 3, 96, 64)
+    assert relative_error(ours(x), theirs(x)) <= MODEL_GOLDEN
+    maps = (model.forward_intermediates(x, intermediates_only=True) for model in (ours, theirs))
+    for got, expected in zip(*maps, strict=True):
+        assert relative_error(got, expected) <= MODEL_GOLDEN
+
+
+@pytest.mark.parametrize("name", RW)
+def test_timm_weights_fit(name):
+    theirs = timm.create_model(RW[name], device="meta")
+    ours = timm.create_model(name, device="meta")
+    converted = checkpoint_filter_fn(theirs.state_dict(), ours)
+    assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in ours.state_dict().items()}
+
+
+@torch.no_grad()
+def test_equals_timm_at_256x192():
+    theirs = randomise(timm.create_model("coatnet_0_224", img_size=(256, 192)))
+    ours = with_weights_of(timm.create_model("coatnet_0_va", img_size=(256, 192), **TIMM_0), theirs)
+    x = torch.randn(1, 3, 256, 192)
+    assert relative_error(ours(x), theirs(x)) <= MODEL_GOLDEN
+
+
+@pytest.mark.parametrize("name", RW)
+def test_pretrained_tags_are_timms(name):
+    tags = [n.partition(".")[2] for n in timm.list_models(f"{name}.*", pretrained=True, include_tags=True)]
+    assert tags
+    for tag in tags:
+        cfg = get_pretrained_cfg(f"{name}.{tag}")
+        theirs = get_pretrained_cfg(cfg.hf_hub_id.removeprefix("timm/"))
+        fields = "hf_hub_id num_classes input_size pool_size crop_pct crop_mode mean std interpolation license"
+        for field in fields.split():
+            assert getattr(cfg, field) == getattr(theirs, field), field
+
+
+def test_timm_checkpoint_file_loads_as_pretrained(tmp_path):
+    """The whole way of `pretrained=True`, also for grey images, 5 classes and tables of another size."""
+    dims, depths = (32, 64, 96, 128), (1, 1, 1, 1)
+    theirs = randomise(timm.create_model("coatnet_0_rw_224", embed_dim=dims, depths=depths))
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    args = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "timm.pth")}}
+    args.update(embed_dims=dims, depths=depths)
+    model = timm.create_model("coatnet_0_rw_va", **args).eval()
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert relative_error(model(x), theirs(x)) <= MODEL_GOLDEN
+    other = timm.create_model("coatnet_0_rw_va", in_chans=1, num_classes=5, img_size=(320, 192), **args)
+    torch.testing.assert_close(other.patch_embed.conv1.weight, model.patch_embed.conv1.weight.sum(1, keepdim=True))
+    table = model.stages[2].blocks[0].attn.rpb
+    expected = F.interpolate(table[None], size=(39, 23), mode="bilinear", align_corners=False)[0]
+    torch.testing.assert_close(other.stages[2].blocks[0].attn.rpb, expected)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_parameter_counts(name):
+    """Within 3 % of the published ones; the papers' table sums up differently in itself, see the model's file."""
+    count = sum(p.numel() for p in timm.create_model(name, device="meta").parameters())
+    assert count == PAPER[name][0]
+    assert count == pytest.approx(1e6 * PAPER[name][1], rel=0.03)
+
+
+def test_printed_and_published_width_of_coatnet_6():
+    model = timm.create_model("coatnet_6_va", device="meta", embed_dims=(192, 384, (768, 1536), 3072))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(1.47e9, rel=0.01)
+
+
+def test_coatnet_6_changes_kind_and_width_within_a_stage():
+    model = timm.create_model("coatnet_6_va", device="meta")
+    blocks = model.stages[2].blocks
+    assert [type(b).__name__ for b in blocks] == ["MBConv"] * 8 + ["PooledTransformerBlock"] * 42
+    assert blocks[7].conv3.out_channels == 768
+    assert (blocks[8].shortcut.in_features, blocks[8].shortcut.out_features) == (768, 1536)
+    assert blocks[8].attn.num_heads == 1536 // 128
+    assert model.feature_info[3] == {"num_chs": 1536, "reduction": 16, "module": "stages.2"}
+
+
+@pytest.mark.parametrize(("mode", "strided"), [("conv1", "conv1"), ("dw", "conv2"), ("pool", None)])
+def test_where_the_convolutional_stages_stride(mode, strided):
+    block = timm.create_model("coatnet_0_va", device="meta", stride_mode=mode).stages[1].blocks[0]
+    assert [n for n in ("conv1", "conv2", "conv3") if getattr(block, n).stride[0] == 2] == (
+        [strided] if strided else []
+    )
+
+
+def test_defaults_are_the_papers():
+    model = timm.create_model("coatnet_0_va", device="meta")
+    conv, attention = model.stages[1].blocks[0], model.stages[2].blocks[0]
+    assert conv.conv1.stride == (2, 2)
+    assert conv.shortcut.pool.kind == attention.pool.kind == "max"
+    assert [tuple(stage.blocks[1].attn.rpb.shape) for stage in model.stages[2:]] == [(12, 27, 27), (24, 13, 13)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(224, 224), (256, 192), (97, 131), (32, 32), (1, 1), (800, 1216)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"rel_pos_dim": 8, "stride_mode": "pool", "pool": "max3"}], ids=str)
+def test_any_input_size(options, size):
+    model = timm.create_model("test_coatnet_va", features_only=True, **options).eval()
+    parameters = list(model.parameters())
+    maps = model(torch.randn(1, 3, *size))
+    for feature, channels, stride in zip(
+        maps, model.feature_info.channels(), model.feature_info.reduction(), strict=True
+    ):
+        assert feature.shape == (1, channels, -(-size[0] // stride), -(-size[1] // stride))
+        assert feature.isfinite().all()
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+
+
+@torch.no_grad()
+def test_run_time_resize_is_that_of_loading():
+    model = randomise(timm.create_model("test_coatnet_va"))
+    resized = timm.create_model("test_coatnet_va", img_size=(224, 96)).eval()
+    resized.load_state_dict(checkpoint_filter_fn(model.state_dict(), resized))
+    assert resized.stages[3].blocks[0].attn.rpb.shape == (6, 13, 5)
+    x = torch.randn(1, 3, 224, 96)
+    assert relative_error(model(x), resized(x)) <= SAME_MODEL
+
+
+def test_native_keys_pass():
+    model = timm.create_model("coatnet_rmlp_2_rw_va", device="meta")
+    state = dict(reversed(model.state_dict().items()))
+    headless = {k: v for k, v in state.items() if not k.startswith("head.")}
+    assert checkpoint_filter_fn(state, model).keys() == state.keys()
+    assert checkpoint_filter_fn(headless, model).keys() == headless.keys()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("output_stride", "reductions"), [(16, [2, 4, 8, 16, 16]), (8, [2, 4, 8, 8, 8])])
+def test_output_stride(output_stride, reductions):
+    args = {"depths": (1, 1, (3, 1), 1)}
+    weights = timm.create_model("test_coatnet_va", **args).state_dict()
+    model = timm.create_model("test_coatnet_va", output_stride=output_stride, **args).eval()
+    model.load_state_dict(weights)
+    assert [level["reduction"] for level in model.feature_info] == reductions
+    maps = model.forward_intermediates(torch.randn(1, 3, 97, 64), intermediates_only=True)
+    assert [tuple(m.shape[2:]) for m in maps] == [(-(-97 // r), 64 // r) for r in reductions]
+    dilations = [block.conv2.dilation[0] for block in model.stages[2].blocks[:3]]
+    assert dilations == ([1, 2, 2] if output_stride == 8 else [1, 1, 1])
+
+
+def test_dropped_branches_leave_the_shortcuts():
+    """At rate 0.999 all blocks but the first, whose rate is 0, are their shortcuts."""
+    model = timm.create_model("test_coatnet_va", drop_path_rate=0.999, depths=(1, 1, (1, 1), 2)).train()
+    for module in model.modules():
+        if isinstance(module, timm.layers.DropPath):
+            module.drop_prob = 0.999
+    x = model.stages[0](model.patch_embed(torch.randn(2, 3, 64, 64)))
+    expected = x
+    for stage in list(model.stages)[1:]:
+        for block in stage.blocks:
+            if isinstance(block.shortcut, torch.nn.Sequential):
+                expected = block.shortcut(expected)
+            else:
+                expected = block.shortcut(block.pool(expected).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    got = model.stages[3](model.stages[2](model.stages[1](x)))
+    torch.testing.assert_close(got, expected)
+    assert got.abs().sum() > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"rel_pos_dim": 8}, {"norm": "batch", "head_hidden_size": 64}], ids=str)
+def test_options_trace(options):
+    model = timm.create_model("test_coatnet_va", depths=(1, 1, (1, 1), 1), **options).eval()
+    x = torch.randn(2, 3, 97, 64)
+    for run in (torch.jit.script(model), torch.jit.script(torch.fx.symbolic_trace(model))):
+        assert relative_error(run(x), model(x)) <= SAME_MODEL
+    sizes = {i: torch.export.Dim(n, min=33, max=512) for i, n in ((2, "height"), (3, "width"))}
+    program = torch.export.export(model, (torch.randn(2, 3, 160, 128),), dynamic_shapes=(sizes,))
+    assert relative_error(program.module()(x), model(x)) <= SAME_MODEL
+
+
+@torch.no_grad()
+def test_compiled_once_for_all_sizes():
+    model = timm.create_model("test_coatnet_va", depths=(1, 1, (1, 1), 1), rel_pos_dim=8).eval()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
+    for size in ((97, 64), (128, 160)):
+        x = torch.randn(2, 3, *size)
+        assert relative_error(compiled(x), model(x)) <= SAME_MODEL
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1]
+
+
+def test_position_mlp_is_not_decayed():
+    model = timm.create_model("test_coatnet_va", rel_pos_dim=8)
+    groups = create_optimizer_v2(model, weight_decay=0.1).param_groups
+    plain = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+    assert all(id(p) in plain for n, p in model.named_parameters() if ".rel_pos." in n)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depths": (1, 1, 2)}, "expected depths, block_types and embed_dims with equally many stages and parts"),
+        ({"depths": (1, 1, (1, 1, 1), 1)}, "equally many stages and parts"),
+        ({"block_types": ("C", "C", ("C", "M"), "T")}, "expected block_types 'C' and 'T'"),
+        ({"norm": "group"}, "expected norm 'layer' or 'batch', got 'group'"),
+        ({"output_stride": 4}, "expected output_stride 8, 16 or 32, got 4"),
+        ({"pool": "max"}, "expected a pool of"),
+        ({"head_dim": 20}, "expected dim divisible by num_heads"),
+    ],
+    ids=str,
+)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("test_coatnet_va", **options)
+
+
+def test_resolve_blocks():
+    stages = resolve_blocks((1, (2, 1)), ("C", ("C", "T")), (8, (16, 32)))
+    assert stages == [[("C", 8)], [("C", 16), ("C", 16), ("T", 32)]]

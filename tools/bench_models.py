@@ -1,0 +1,189 @@
+"""Time models against timm's with the same weights, in one run: a correctness gate first, then interleaved medians.
+
+    python tools/bench_models.py                                       # every pair
+    python tools/bench_models.py --models halonet50ts_va --batch 8     # one pair, another batch size
+    python tools/bench_models.py --out tools/results/bench_models_cpu  # also write .json and .md
+
+Both models get timm's random weights (ours through its checkpoint filter) and the same images. A pair whose logits or
+image gradients differ is not timed, and the exit status is 1. A train step is the forward and the backward pass in
+training mode, without an optimizer. Times are CPU seconds of this process on one thread; only ratios are meant to be
+compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import visattn  # noqa: F401  registers the models
+
+TOLERANCE = 1e-4  # norm-wise, float32 against float32
+MODES = ("forward", "train step")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One of our models and timm's model of the same network."""
+
+    model: str
+    timm_model: str
+    size: int = 224
+
+
+PAIRS = [
+    Pair("maxvit_tiny_va", "maxvit_tiny_tf_224"),
+    Pair("coatnet_0_rw_va", "coatnet_0_rw_224"),
+    Pair("halonet26t_va", "halonet26t", 256),
+    Pair("halonet50ts_va", "halonet50ts", 256),
+    Pair("resnest50_va", "resnest50d"),
+]
+
+
+@dataclass
+class Result:
+    """One row of the table: images per CPU second of both models and their ratio."""
+
+    model: str
+    timm_model: str
+    mode: str
+    batch: int
+    size: int
+    error: float
+    images_per_s: float | None = None
+    timm_images_per_s: float | None = None
+    times_faster: float | None = None
+    note: str = ""
+
+
+def build(pair: Pair) -> tuple[nn.Module, nn.Module]:
+    """Ours and timm's, with the same random weights and statistics."""
+    torch.manual_seed(0)
+    theirs = timm.create_model(pair.timm_model)
+    for name, buffer in theirs.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(std=0.1)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5)
+    ours = timm.create_model(pair.model)
+    convert = importlib.import_module(type(ours).__module__).checkpoint_filter_fn
+    ours.load_state_dict(convert(theirs.state_dict(), ours))
+    return ours, theirs
+
+
+def runner(model: nn.Module, image: Tensor, mode: str) -> Callable[[], Tensor]:
+    """A call of the model; returns the logits or the gradient of the images."""
+    if mode == "forward":
+        model.eval()
+
+        def forward() -> Tensor:
+            with torch.inference_mode():
+                return model(image)
+
+        return forward
+    model.train()
+    leaf = image.clone().requires_grad_()
+
+    def train_step() -> Tensor:
+        model.zero_grad()
+        leaf.grad = None
+        model(leaf).square().mean().backward()
+        return leaf.grad
+
+    return train_step
+
+
+def measure(pair: Pair, mode: str, batch: int, repeats: int) -> Result:
+    """Gate the pair, then time it, one call each in turn."""
+    models = build(pair)
+    image = torch.randn(batch, 3, pair.size, pair.size, generator=torch.Generator().manual_seed(0))
+    runs = [runner(model, image, mode) for model in models]
+    got, expected = (run().clone() for run in runs)
+    error = ((got - expected).norm() / expected.norm()).item()
+    result = Result(pair.model, pair.timm_model, mode, batch, pair.size, error)
+    if not error <= TOLERANCE:  # NaN fails too
+        result.note = "wrong result: not timed"
+        return result
+    times: list[list[float]] = [[], []]
+    for _ in range(repeats):
+        for run, samples in zip(runs, times, strict=True):
+            start = time.process_time()
+            run()
+            samples.append(time.process_time() - start)
+    ours, theirs = (statistics.median(samples) for samples in times)
+    result.images_per_s, result.timm_images_per_s = batch / ours, batch / theirs
+    result.times_faster = theirs / ours
+    return result
+
+
+COLUMNS = ("model", "timm", "mode", "batch", "size", "img/s", "timm img/s", "x timm", "error", "note")
+
+
+def row(r: Result) -> list[str]:
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
+    figures = [number(x) for x in (r.images_per_s, r.timm_images_per_s, r.times_faster)]
+    return [r.model, r.timm_model, r.mode, str(r.batch), str(r.size), *figures, f"{r.error:.0e}", r.note]
+
+
+def markdown(results: list[Result], setting: dict[str, str], command: str) -> str:
+    lines = [
+        "# Models on a CPU",
+        "",
+        f"`{command}` ({', '.join(f'{k} {v}' for k, v in setting.items())}).",
+        "Images per CPU second of one thread, medians of interleaved calls; both models have the same weights.",
+        "Not measured on a GPU.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "---|" * len(COLUMNS),
+        *("| " + " | ".join(row(r)) + " |" for r in results),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [pair.model for pair in PAIRS]
+    parser.add_argument("--models", nargs="+", choices=names, default=names)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=9, help="timed calls of each model")
+    parser.add_argument("--out", type=Path, help="path without suffix for the .json and .md results")
+    args = parser.parse_args(argv)
+
+    torch.set_num_threads(1)
+    console = Console()
+    table = Table(*COLUMNS, title="one thread, CPU time")
+    results = []
+    for pair in (p for p in PAIRS if p.model in args.models):
+        for mode in args.modes:
+            console.print(f"{pair.model}, {mode} ...")
+            results.append(measure(pair, mode, args.batch, args.repeats))
+            table.add_row(*row(results[-1]))
+    console.print(table)
+    if args.out:
+        setting = {"torch": torch.__version__, "timm": timm.__version__, "machine": platform.machine()}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        record = {"setting": setting, "results": [asdict(r) for r in results]}
+        args.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+        command = f"python tools/bench_models.py {' '.join(sys.argv[1:] if argv is None else argv)}".strip()
+        args.out.with_suffix(".md").write_text(markdown(results, setting, command))
+    return int(any(r.note for r in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
