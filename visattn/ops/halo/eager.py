@@ -16,8 +16,8 @@ from torch import Tensor
 
 from visattn.ops.geometry import Halo
 
-# Logits per chunk: they should stay in a core's cache. At most so many chunks, as each costs a dozen calls.
-_CHUNK, _CHUNKS = 1 << 19, 32
+# Logits per chunk, so that they stay in a core's cache, and the most chunks there may be.
+_CHUNK, _CHUNKS = 1 << 18, 64
 
 
 def _cut_queries(q: Tensor, axes: tuple[Halo, Halo]) -> Tensor:
@@ -96,12 +96,12 @@ class _Relative:
             ([number, heads, th, tw, ww], [heads * th * tw * ew, th * tw * ew, tw * ew, ew - 1, 1], ww - 1),
         ]
 
-    def terms(self, q: Tensor, tiles: slice) -> Tensor:
-        """[T, N, t, w_h + w_w] for the queries [T, N, t, D] of the blocks `tiles`."""
+    def terms(self, q: Tensor) -> Tensor:
+        """[T, N, t, w_h + w_w] for the queries [T, N, t, D]."""
         places = self._places(*q.shape[:2])
         rows, columns = ((q @ t.mT).as_strided(*p) for t, p in zip(self.tables, places, strict=True))
         if self.outside is not None:
-            tile = torch.arange(tiles.start, tiles.stop, device=q.device)
+            tile = torch.arange(len(q), device=q.device)
             row, column = tile // self.axes[1].blocks % self.axes[0].blocks, tile % self.axes[1].blocks
             rows = rows + self.outside[0][row][:, None, None, None]
             columns = columns + self.outside[1][column][:, None, None, None]
@@ -138,12 +138,30 @@ def _forward(
     plain = rel_h is None and rel_w is None and not mask_border
     relative = None if plain else _Relative(q, axes, rel_h, rel_w, mask_border)
     query, key, value = _cut_queries(q, axes), _windows(k, axes), _windows(v, axes)
+    terms = None if relative is None else relative.terms(query)
     found = []
     for tiles in _chunks(query, key.shape[-2]):
-        part = query[tiles]
-        added = relative.terms(part, tiles) @ relative.spread if relative else None
-        found.append(F.scaled_dot_product_attention(part, key[tiles], value[tiles], attn_mask=added, scale=scale))
+        added = None if terms is None else terms[tiles] @ relative.spread
+        part, keys, values = query[tiles], key[tiles], value[tiles]
+        found.append(F.scaled_dot_product_attention(part, keys, values, attn_mask=added, scale=scale))
     return _join_queries(torch.cat(found), axes)
+
+
+def _chunk_gradients(
+    query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, spread: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values for softmax(query [key, spread^T]^T) value.
+
+    Queries [T, N, t, D + w_h + w_w] are widened by their terms, keys here by the ones and zeros that spread them: one
+    product is the logits, and one gives the gradients of queries and terms.
+    """
+    dim, dtype = key.shape[-1], torch.promote_types(query.dtype, torch.float32)
+    wide = torch.cat([key, spread.mT.expand(*key.shape[:2], -1, -1)], dim=-1)
+    weights = (query @ wide.mT).to(dtype).softmax(dim=-1)
+    # The derivative of softmax: weights * (grad - sum of weights * grad).
+    grad = (grad_out @ value.mT).to(dtype)
+    grad = torch.ops.aten._softmax_backward_data(grad, weights, -1, dtype).to(query.dtype)
+    return grad @ wide, grad.mT @ query[..., :dim], weights.to(query.dtype).mT @ grad_out
 
 
 class _HaloAttention(torch.autograd.Function):
@@ -164,28 +182,20 @@ class _HaloAttention(torch.autograd.Function):
         axes, mask_border, scale = ctx.how
         query, grad = _cut_queries(q, axes), _cut_queries(grad_out, axes)
         key, value = _windows(k, axes), _windows(v, axes)
-        relative = _Relative(q, axes, *tables, mask_border)
-        # Queries and keys widened by the terms and by ones and zeros: their product is the logits.
-        wide = torch.cat([key, relative.spread.mT.expand(*key.shape[:2], -1, -1)], dim=-1)
-        dim, dtype = q.shape[-1], torch.promote_types(q.dtype, torch.float32)
-        found, grad_tables = [], []
-        for tiles in _chunks(query, key.shape[-2]):
-            part, keys, out = query[tiles], wide[tiles], grad[tiles]
-            scaled = part * scale
-            logits = torch.cat([scaled, relative.terms(part, tiles)], dim=-1) @ keys.mT
-            weights = logits.to(dtype).softmax(dim=-1)
-            grad_logits = (out @ value[tiles].mT).to(dtype)
-            # The derivative of softmax: weights * (grad - sum of weights * grad).
-            grad_logits = torch.ops.aten._softmax_backward_data(grad_logits, weights, -1, dtype).to(q.dtype)
-            grad_wide = grad_logits @ keys
-            grad_part, grads = relative.gradients(part, grad_wide[..., dim:])
-            grad_part = grad_part + grad_wide[..., :dim] * scale
-            grad_tables.append(grads)
-            found.append((grad_part, grad_logits.mT @ scaled, weights.to(q.dtype).mT @ out))
-        grad_q, grad_k, grad_v = (torch.cat(x) for x in zip(*found, strict=True))
-        grads = (_join_queries(grad_q, axes), _add_windows(grad_k, axes), _add_windows(grad_v, axes))
-        totals = (sum(parts) for parts in zip(*grad_tables, strict=True))
-        grad_tables = [None if t is None else g.to(t.dtype) for t, g in zip(tables, totals, strict=True)]
+        relative, dim = _Relative(q, axes, *tables, mask_border), q.shape[-1]
+        wide = torch.cat([query * scale, relative.terms(query)], dim=-1)
+        found = [
+            _chunk_gradients(wide[tiles], key[tiles], value[tiles], grad[tiles], relative.spread)
+            for tiles in _chunks(query, key.shape[-2])
+        ]
+        grad_query, grad_key, grad_value = (torch.cat(x) for x in zip(*found, strict=True))
+        grad_relative, grad_tables = relative.gradients(query, grad_query[..., dim:])
+        grads = (
+            _join_queries(grad_query[..., :dim] * scale + grad_relative, axes),
+            _add_windows(grad_key, axes),
+            _add_windows(grad_value, axes),
+        )
+        grad_tables = [None if t is None else g.to(t.dtype) for t, g in zip(tables, grad_tables, strict=True)]
         return (*grads, *grad_tables, None, None, None)
 
 
