@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 from timm.layers import DropPath
-from timm.optim import param_groups_weight_decay
+from timm.optim import create_optimizer_v2
 
 import visattn  # noqa: F401
 from tests.tolerances import SAME_MODEL, relative_error
@@ -160,8 +160,9 @@ def test_position_tables_are_not_decayed(name):
     model = timm.create_model(name)
     tables = [n for n, _ in model.named_parameters() if n.rpartition(".")[2] in ("rpb", "rel_h", "rel_w")]
     assert bool(tables) == ("resnest" not in name)
-    groups = param_groups_weight_decay(model, 0.1, model.no_weight_decay() if tables else ())
-    decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
+    groups = create_optimizer_v2(model, weight_decay=0.1).param_groups
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decayed
     assert not [n for n, p in model.named_parameters() if n in tables and id(p) in decayed]
 
 
@@ -170,7 +171,8 @@ def test_attention_is_fused_in_inference(name):
     """timm's halonet: explicit products and softmax."""
     if "resnest" in name:
         pytest.skip("no self-attention")
-    model = timm.create_model(name).eval()
+    # wide values (halonet's r_v) have another width than queries, which the fused kernel of CPUs does not take
+    model = timm.create_model(name, **({"value_ratio": 1.0} if "halonet" in name else {})).eval()
     with torch.profiler.profile() as profile:
         model(torch.randn(1, 3, 64, 64))
     called = {event.key for event in profile.key_averages()}

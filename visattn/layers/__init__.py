@@ -1,6 +1,7 @@
 """Modules with parameters, one idea per file."""
 
 from visattn.layers.block import TransformerBlock
+from visattn.layers.conv import ConvNorm
 from visattn.layers.halo import HaloAttention
 from visattn.layers.init import init_weights
 from visattn.layers.mbconv import ConvStem, MBConv, create_pool
@@ -13,6 +14,7 @@ from visattn.layers.window import WindowAttention
 
 __all__ = [
     "ConvDownsampler",
+    "ConvNorm",
     "ConvStem",
     "ConvTokenizer",
     "GlobalAttention",

@@ -1,7 +1,7 @@
 """Convolutional stem and inverted bottleneck of CoAtNet and MaxViT, on maps [B, C, H, W]."""
 
 import torch
-from timm.layers import BatchNormAct2d, DropPath, SqueezeExcite, to_2tuple
+from timm.layers import DropPath, SqueezeExcite, create_act_layer, to_2tuple
 from torch import Tensor, nn
 
 
@@ -82,12 +82,13 @@ class ConvStem(nn.Module):
         bias1, bias2 = to_2tuple(bias)
         self.pad = PadSame(3, 2) if same_pad else nn.Identity()
         self.conv1 = nn.Conv2d(in_chans, inner, 3, stride=2, padding=0 if same_pad else 1, bias=bias1, **dd)
-        self.norm1 = BatchNormAct2d(inner, norm_eps, norm_momentum, act_layer=act, **dd)
+        self.norm1 = nn.BatchNorm2d(inner, norm_eps, norm_momentum, **dd)
+        self.act = create_act_layer(act, inplace=True)
         self.conv2 = nn.Conv2d(inner, outer, 3, padding=1, bias=bias2, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        return self.conv2(self.norm1(self.conv1(self.pad(x))))
+        return self.conv2(self.act(self.norm1(self.conv1(self.pad(x)))))
 
 
 class MBConv(nn.Module):
@@ -157,7 +158,7 @@ class MBConv(nn.Module):
         if stride_mode not in ("dw", "conv1", "pool"):
             raise ValueError(f"expected stride_mode 'dw', 'conv1' or 'pool', got {stride_mode!r}")
         dd = {"device": device, "dtype": dtype}
-        norm = {"eps": norm_eps, "momentum": norm_momentum, "act_layer": act, **dd}
+        norm = {"eps": norm_eps, "momentum": norm_momentum, **dd}
         out_dim = out_dim or dim
         hidden = int(expand_ratio * (dim if expand_input else out_dim))
         strided = stride == 2
@@ -166,10 +167,12 @@ class MBConv(nn.Module):
             self.shortcut.add_module("pool", create_pool(pool))
         if dim != out_dim or (strided and project_strided):
             self.shortcut.add_module("proj", nn.Conv2d(dim, out_dim, 1, bias=bias, **dd))
-        self.pre_norm = BatchNormAct2d(dim, apply_act=pre_act, **norm)
+        self.act = create_act_layer(act, inplace=True)
+        self.pre_norm = nn.BatchNorm2d(dim, **norm)
+        self.pre_act = create_act_layer(act, inplace=True) if pre_act else nn.Identity()
         self.down = create_pool("avg2") if strided and stride_mode == "pool" else nn.Identity()
         self.conv1 = nn.Conv2d(dim, hidden, 1, stride=stride if stride_mode == "conv1" else 1, bias=False, **dd)
-        self.norm1 = BatchNormAct2d(hidden, **norm)
+        self.norm1 = nn.BatchNorm2d(hidden, **norm)
         pads = same_pad and strided and stride_mode == "dw"
         self.pad = PadSame(3, stride) if pads else nn.Identity()
         self.conv2 = nn.Conv2d(
@@ -186,14 +189,14 @@ class MBConv(nn.Module):
         squeezed = int(se_ratio * (hidden if expand_input else out_dim))
         squeeze = SqueezeExcite(hidden, rd_channels=squeezed, act_layer=se_act, **dd)
         self.se_early = squeeze if se_early else nn.Identity()
-        self.norm2 = BatchNormAct2d(hidden, **norm)
+        self.norm2 = nn.BatchNorm2d(hidden, **norm)
         self.se = nn.Identity() if se_early else squeeze
         self.conv3 = nn.Conv2d(hidden, out_dim, 1, bias=bias, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = self.shortcut(x)
-        x = self.norm1(self.conv1(self.down(self.pre_norm(x))))
-        x = self.norm2(self.se_early(self.conv2(self.pad(x))))
+        x = self.act(self.norm1(self.conv1(self.down(self.pre_act(self.pre_norm(x))))))
+        x = self.act(self.norm2(self.se_early(self.conv2(self.pad(x)))))
         x = self.conv3(self.se(x))
         return self.drop_path(x) + shortcut

@@ -222,22 +222,29 @@ class Backbone(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def convert_checkpoint(state_dict: dict[str, Any], model: nn.Module, rename: Callable[[str], str]) -> dict[str, Tensor]:
+def convert_checkpoint(
+    state_dict: dict[str, Any],
+    model: nn.Module,
+    convert: Callable[[str, Tensor], tuple[str, Tensor]],
+    resize: str = "bicubic",
+) -> dict[str, Tensor]:
     """The part of `checkpoint_filter_fn` that families share; keys of this package's own files pass unchanged.
 
     Unwraps the file, leaves out position indices that are computed here, names layer scale and classifier as timm does,
-    and fits relative position tables to the model. `rename` does what is special to the family's official files.
+    and fits relative position tables `rpb` to the model by `resize` interpolation. `convert` brings key and value of
+    the family's official files to ours.
     """
     state_dict = state_dict.get("model", state_dict)
     state_dict = state_dict.get("state_dict", state_dict)
     own = model.state_dict()
     converted = {}
-    for key, value in state_dict.items():
-        if key.endswith(".relative_position_index"):
+    for official, official_value in state_dict.items():
+        if official.endswith(".relative_position_index"):
             continue
-        key = re.sub(r"\.gamma([12])$", r".ls\1.gamma", rename(key))
+        key, value = convert(official, official_value)
+        key = re.sub(r"\.gamma([12])$", r".ls\1.gamma", key)
         key = re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)
         if key.endswith(".rpb") and key in own:
-            value = resize_rel_pos(value, own[key].shape[1:])
+            value = resize_rel_pos(value, own[key].shape[1:], resize)
         converted[key] = value
     return converted

@@ -32,7 +32,6 @@ from torch import Tensor, nn
 
 from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint
-from visattn.ops import resize_rel_pos
 
 __all__ = ["CoAtNet"]
 
@@ -305,16 +304,13 @@ def _from_timm(key: str, value: Tensor, own: dict[str, Tensor], head_dim: int) -
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Bring timm's keys and layouts into ours and fit position tables to the model; native keys pass unchanged."""
-    state_dict = state_dict.get("model", state_dict)
-    state_dict = state_dict.get("state_dict", state_dict)
     own = model.state_dict()
-    if "stem.conv1.weight" in state_dict:
-        state_dict = dict(_from_timm(k, v, own, model.head_dim) for k, v in state_dict.items())
-    fitted = {
-        k: resize_rel_pos(v, own[k].shape[1:], "bilinear") if k.endswith(".rpb") and k in own else v
-        for k, v in state_dict.items()
-    }
-    return convert_checkpoint(fitted, model, lambda key: key)
+    is_timm = any(key.startswith("stem.") for key in state_dict)
+
+    def convert(key: str, value: Tensor) -> tuple[str, Tensor]:
+        return _from_timm(key, value, own, model.head_dim) if is_timm else (key, value)
+
+    return convert_checkpoint(state_dict, model, convert, "bilinear")
 
 
 def _create_coatnet(variant: str, pretrained: bool = False, **kwargs: Any) -> CoAtNet:

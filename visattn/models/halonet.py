@@ -23,14 +23,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import (
-    BatchNormAct2d,
-    ClassifierHead,
-    ConvNormAct,
-    DropPath,
-    calculate_drop_path_rates,
-    create_act_layer,
-)
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, create_act_layer
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -62,13 +55,13 @@ class Stem(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        how = {"act_layer": act_layer, "device": device, "dtype": dtype}
+        how = {"act": act_layer, "device": device, "dtype": dtype}
         if tiered:
-            self.conv1 = ConvNormAct(in_chans, 3 * dim // 8, 3, stride=2, **how)
-            self.conv2 = ConvNormAct(3 * dim // 8, dim // 2, 3, **how)
-            self.conv3 = ConvNormAct(dim // 2, dim, 3, **how)
+            self.conv1 = layers.ConvNorm(in_chans, 3 * dim // 8, 3, stride=2, **how)
+            self.conv2 = layers.ConvNorm(3 * dim // 8, dim // 2, 3, **how)
+            self.conv3 = layers.ConvNorm(dim // 2, dim, 3, **how)
         else:
-            self.conv1 = ConvNormAct(in_chans, dim, 7, stride=2, **how)
+            self.conv1 = layers.ConvNorm(in_chans, dim, 7, stride=2, **how)
             self.conv2 = nn.Identity()
             self.conv3 = nn.Identity()
 
@@ -110,16 +103,16 @@ class Bottleneck(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.shortcut = ConvNormAct(in_dim, out_dim, 1, stride, apply_act=False, **dd) if project else nn.Identity()
-        self.conv1 = ConvNormAct(in_dim, dim, 1, act_layer=act_layer, **dd)
+        self.shortcut = layers.ConvNorm(in_dim, out_dim, 1, stride, **dd) if project else nn.Identity()
+        self.conv1 = layers.ConvNorm(in_dim, dim, act=act_layer, **dd)
         self.mixer = mixer
-        self.norm = BatchNormAct2d(mixed_dim, act_layer=act_layer, **dd)
-        self.conv3 = ConvNormAct(mixed_dim, out_dim, 1, apply_act=False, **dd)
+        self.norm = nn.BatchNorm2d(mixed_dim, **dd)
+        self.conv3 = layers.ConvNorm(mixed_dim, out_dim, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.act = create_act_layer(act_layer, inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = self.conv3(self.norm(self.mixer(self.conv1(x))))
+        branch = self.conv3(self.act(self.norm(self.mixer(self.conv1(x)))))
         return self.act(self.drop_path(branch) + self.shortcut(x))
 
 
@@ -226,7 +219,7 @@ class HaloNet(Backbone):
 
         norm = nn.Identity()
         if final_dim is not None:
-            norm = ConvNormAct(in_dim, final_dim, 1, act_layer=act_layer, **dd)
+            norm = layers.ConvNorm(in_dim, final_dim, act=act_layer, **dd)
         width = in_dim if final_dim is None else final_dim
         head = ClassifierHead(width, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self._build_head(drop_rate, out_norm, **dd, norm=norm, head=head)
@@ -345,7 +338,7 @@ def _rename(key: str) -> str:
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Rename timm's keys and sort its keys and values, which alternate head by head; native keys pass unchanged."""
-    converted = convert_checkpoint(state_dict, model, _rename)
+    converted = convert_checkpoint(state_dict, model, lambda key, value: (_rename(key), value))
     for name in [name for name in converted if name.endswith(".kv_per_head.weight")]:
         attn = model.get_submodule(name.removesuffix(".kv_per_head.weight"))
         weight = converted.pop(name).unflatten(0, (attn.num_heads, -1))

@@ -28,8 +28,7 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._backbone import Backbone
-from visattn.ops import resize_rel_pos
+from visattn.models._backbone import Backbone, convert_checkpoint
 
 __all__ = ["MaxViT"]
 
@@ -330,25 +329,18 @@ _RENAMED = (
 )
 
 
+def _convert(key: str, value: Tensor) -> tuple[str, Tensor]:
+    for pattern, name in _RENAMED:
+        key = re.sub(pattern, name, key)
+    if key.endswith(".rpb") and value.ndim == 2:  # torchvision: [(2P - 1)^2, N], by query - key
+        side = math.isqrt(len(value))
+        value = value.reshape(side, side, -1).permute(2, 0, 1).flip(1, 2)
+    return key, value
+
+
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Rename timm's and torchvision's keys and fit position tables to the model; native keys pass unchanged."""
-    state_dict = state_dict.get("model", state_dict)
-    state_dict = state_dict.get("state_dict", state_dict)
-    own = model.state_dict()
-    converted = {}
-    for key, value in state_dict.items():
-        if key.endswith(".relative_position_index"):
-            continue
-        for pattern, name in _RENAMED:
-            key = re.sub(pattern, name, key)
-        if key.endswith(".rpb"):
-            if value.ndim == 2:  # torchvision: [(2P - 1)^2, N], by query - key
-                side = math.isqrt(len(value))
-                value = value.reshape(side, side, -1).permute(2, 0, 1).flip(1, 2)
-            if key in own:
-                value = resize_rel_pos(value, own[key].shape[1:], "bilinear")
-        converted[key] = value
-    return converted
+    return convert_checkpoint(state_dict, model, _convert, "bilinear")
 
 
 def _create_maxvit(variant: str, pretrained: bool = False, **kwargs: Any) -> MaxViT:

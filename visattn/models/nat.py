@@ -213,7 +213,7 @@ def _rename(key: str) -> str:
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Rename official keys and fit relative position tables to the model's kernel; native keys pass unchanged."""
-    return convert_checkpoint(state_dict, model, _rename)
+    return convert_checkpoint(state_dict, model, lambda key, value: (_rename(key), value))
 
 
 def _create_nat(variant: str, pretrained: bool = False, **kwargs: Any) -> NAT:

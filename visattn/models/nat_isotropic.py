@@ -142,7 +142,11 @@ default_cfgs = generate_default_cfgs(
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Rename official keys and fit relative position tables to the model's; native keys pass unchanged."""
-    return convert_checkpoint(state_dict, model, lambda key: re.sub(r"^layers\.(\d+)\.", r"stages.\1.blocks.0.", key))
+
+    def convert(key: str, value: Tensor) -> tuple[str, Tensor]:
+        return re.sub(r"^layers\.(\d+)\.", r"stages.\1.blocks.0.", key), value
+
+    return convert_checkpoint(state_dict, model, convert)
 
 
 def _create_isotropic(variant: str, pretrained: bool = False, **kwargs: Any) -> IsotropicNAT:

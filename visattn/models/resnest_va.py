@@ -276,7 +276,7 @@ def _rename(key: str) -> str:
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Rename official keys, which are timm's too; native keys pass unchanged."""
-    return convert_checkpoint(state_dict, model, _rename)
+    return convert_checkpoint(state_dict, model, lambda key, value: (_rename(key), value))
 
 
 def _create_resnest(variant: str, pretrained: bool = False, **kwargs: Any) -> ResNeSt:

@@ -1,0 +1,39 @@
+"""A convolution with its norm and activation."""
+
+import torch
+from timm.layers import create_act_layer
+from torch import Tensor, nn
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, BatchNorm, activation: [B, in_dim, H, W] -> [B, dim, H/stride, W/stride], rounded up.
+
+    The norm is a plain `nn.BatchNorm2d`: `nn.SyncBatchNorm.convert_sync_batchnorm` would lose the activation of timm's
+    `BatchNormAct2d`.
+
+    Args:
+        in_dim: Channels of the input.
+        dim: Channels of the output.
+        kernel_size: Odd.
+        stride: Stride of the convolution.
+        act: Activation, a name that timm knows; None leaves it out.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        act: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride, padding=kernel_size // 2, bias=False, **dd)
+        self.bn = nn.BatchNorm2d(dim, **dd)
+        self.act = nn.Identity() if act is None else create_act_layer(act, inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(self.conv(x)))
