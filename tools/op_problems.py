@@ -251,6 +251,7 @@ PROBLEMS = [
     Window("window_56", 2, (56, 56), 2, 32, 7),
     Window("grid_56", 2, (56, 56), 2, 32, 7, grid=True),
     Halo("halo_64_8heads", 1, (64, 64), 8, 8, 8, 3),
+    Halo("halo_64_8heads_b4", 4, (64, 64), 8, 8, 8, 3),
     Halo("halo_64_4heads", 1, (64, 64), 4, 16, 8, 3),
     Halo("halo_56_d32", 1, (56, 56), 4, 32, 8, 3),
 ]
