@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 import visattn  # noqa: F401  registers the models
 
-TOLERANCE = 1e-4  # norm-wise, float32 against float32
+# Norm-wise, float32 against float32. Batch statistics of a random network amplify rounding in the gradient.
+TOLERANCE = {"forward": 1e-5, "train step": 1e-3}
 MODES = ("forward", "train step")
 
 
@@ -114,7 +115,7 @@ def measure(pair: Pair, mode: str, batch: int, repeats: int) -> Result:
     got, expected = (run().clone() for run in runs)
     error = ((got - expected).norm() / expected.norm()).item()
     result = Result(pair.model, pair.timm_model, mode, batch, pair.size, error)
-    if not error <= TOLERANCE:  # NaN fails too
+    if not error <= TOLERANCE[mode]:  # NaN fails too
         result.note = "wrong result: not timed"
         return result
     times: list[list[float]] = [[], []]
@@ -160,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     names = [pair.model for pair in PAIRS]
     parser.add_argument("--models", nargs="+", choices=names, default=names)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=9, help="timed calls of each model")
     parser.add_argument("--out", type=Path, help="path without suffix for the .json and .md results")
     args = parser.parse_args(argv)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from visattn.ops.geometry import Halo
 
-# Logits per chunk, so that they stay in a core's cache, and the most chunks there may be.
-_CHUNK, _CHUNKS = 1 << 18, 64
+# Logits per chunk: a CPU core's cache should hold them, an accelerator should have enough to do. And the most chunks.
+_CHUNK, _CHUNK_ACCELERATOR, _CHUNKS = 1 << 18, 1 << 26, 64
 
 
 def _cut_queries(q: Tensor, axes: tuple[Halo, Halo]) -> Tensor:
@@ -96,8 +96,8 @@ class _Relative:
             ([number, heads, th, tw, ww], [heads * th * tw * ew, th * tw * ew, tw * ew, ew - 1, 1], ww - 1),
         ]
 
-    def terms(self, q: Tensor) -> Tensor:
-        """[T, N, t, w_h + w_w] for the queries [T, N, t, D]."""
+    def terms(self, q: Tensor) -> list[Tensor]:
+        """Rows [T, N, t_h, t_w, w_h] and columns [T, N, t_h, t_w, w_w] for the queries [T, N, t, D]."""
         places = self._places(*q.shape[:2])
         rows, columns = ((q @ t.mT).as_strided(*p) for t, p in zip(self.tables, places, strict=True))
         if self.outside is not None:
@@ -105,23 +105,32 @@ class _Relative:
             row, column = tile // self.axes[1].blocks % self.axes[0].blocks, tile % self.axes[1].blocks
             rows = rows + self.outside[0][row][:, None, None, None]
             columns = columns + self.outside[1][column][:, None, None, None]
-        return torch.cat([rows, columns], dim=-1).flatten(2, 3)
+        return [rows, columns]
+
+    def widen(self, q: Tensor, scale: float) -> Tensor:
+        """[T, N, t, D + w_h + w_w]: the scaled queries and their terms."""
+        scaled = (q * scale).unflatten(2, [a.queries_per_block for a in self.axes])
+        return torch.cat([scaled, *self.terms(q)], dim=-1).flatten(2, 3)
 
     def gradients(self, q: Tensor, grad_terms: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Gradients of the queries [T, N, t, D] and of both tables."""
+        """Gradients of the queries [T, N, t, D] and of both tables, from those of `widen`'s terms."""
         parts = grad_terms.unflatten(2, [a.queries_per_block for a in self.axes]).split(self.windows, dim=-1)
-        products = [
-            torch.as_strided_scatter(q.new_zeros(*q.shape[:-1], len(table)), part, *place)
-            for table, part, place in zip(self.tables, parts, self._places(*q.shape[:2]), strict=True)
-        ]
-        grad_q = sum(p @ t for p, t in zip(products, self.tables, strict=True))
-        return grad_q, [p.flatten(0, 2).mT @ q.flatten(0, 2) for p in products]
+        grad_q, grad_tables = 0, []
+        for table, part, place in zip(self.tables, parts, self._places(*q.shape[:2]), strict=True):
+            products = q.new_zeros(*q.shape[:-1], len(table))
+            if torch.is_grad_enabled():  # a backward pass that is differentiated itself
+                products = torch.as_strided_scatter(products, part, *place)
+            else:
+                products.as_strided(*place).copy_(part)
+            grad_q = products @ table + grad_q
+            grad_tables.append(products.flatten(0, 2).mT @ q.flatten(0, 2))
+        return grad_q, grad_tables
 
 
 def _chunks(q: Tensor, slots: int) -> list[slice]:
     """Slices of the blocks of queries [T, N, t, D]."""
-    number = max(1, q.shape[0])
-    step = max(1, _CHUNK // max(1, q[:1, ..., 0].numel() * slots), -(-number // _CHUNKS))
+    number, logits = max(1, q.shape[0]), _CHUNK if q.device.type == "cpu" else _CHUNK_ACCELERATOR
+    step = max(1, logits // max(1, q[:1, ..., 0].numel() * slots), -(-number // _CHUNKS))
     return [slice(i, min(i + step, number)) for i in range(0, number, step)]
 
 
@@ -138,7 +147,7 @@ def _forward(
     plain = rel_h is None and rel_w is None and not mask_border
     relative = None if plain else _Relative(q, axes, rel_h, rel_w, mask_border)
     query, key, value = _cut_queries(q, axes), _windows(k, axes), _windows(v, axes)
-    terms = None if relative is None else relative.terms(query)
+    terms = None if relative is None else torch.cat(relative.terms(query), dim=-1).flatten(2, 3)
     found = []
     for tiles in _chunks(query, key.shape[-2]):
         added = None if terms is None else terms[tiles] @ relative.spread
@@ -183,7 +192,7 @@ class _HaloAttention(torch.autograd.Function):
         query, grad = _cut_queries(q, axes), _cut_queries(grad_out, axes)
         key, value = _windows(k, axes), _windows(v, axes)
         relative, dim = _Relative(q, axes, *tables, mask_border), q.shape[-1]
-        wide = torch.cat([query * scale, relative.terms(query)], dim=-1)
+        wide = relative.widen(query, scale)
         found = [
             _chunk_gradients(wide[tiles], key[tiles], value[tiles], grad[tiles], relative.spread)
             for tiles in _chunks(query, key.shape[-2])
