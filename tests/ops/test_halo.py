@@ -156,6 +156,16 @@ def test_gradcheck(backend, mask_border):
     assert torch.autograd.gradgradcheck(op, tensors)
 
 
+def test_gradients_that_are_differentiated_are_the_same():
+    """The backward pass then builds its relative terms in another way."""
+    shapes, call, _, seed = PLAIN
+    inputs = [t.requires_grad_() for t in leaves(shapes, seed).values()]
+    out = halo_attention(*inputs[:3], call["block_size"], call["halo_size"], 1, *inputs[3:]).square().sum()
+    plain = torch.autograd.grad(out, inputs, retain_graph=True)
+    for a, b in zip(torch.autograd.grad(out, inputs, create_graph=True), plain, strict=True):
+        assert relative_error(a, b) <= tolerances.OP[torch.float64]
+
+
 @pytest.mark.parametrize("chunk", [1, 1000, 5000])
 def test_chunks_do_not_change_the_result(monkeypatch, chunk):
     monkeypatch.setattr(eager, "_CHUNK", chunk)
