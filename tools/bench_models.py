@@ -14,20 +14,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from rich.console import Console
-from rich.table import Table
+from report import number, publish
 from torch import Tensor, nn
 
 import visattn  # noqa: F401  registers the models
@@ -142,26 +139,16 @@ COLUMNS = ("model", "timm", "mode", "batch", "size", "img/s", "timm img/s", "x t
 
 
 def row(r: Result) -> list[str]:
-    def number(value: float | None) -> str:
-        return "" if value is None else f"{value:.2f}"
-
     figures = [number(x) for x in (r.images_per_s, r.timm_images_per_s, r.times_faster)]
     return [r.model, r.timm_model, r.mode, str(r.batch), str(r.size), *figures, f"{r.error:.0e}", r.note]
 
 
-def markdown(results: list[Result], setting: dict[str, str], command: str) -> str:
-    lines = [
-        "# Models on a CPU",
-        "",
-        f"`{command}` ({', '.join(f'{k} {v}' for k, v in setting.items())}).",
-        "Images per CPU second of one thread, medians of interleaved calls; both models have the same weights.",
-        "Not measured on a GPU.",
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
-        *("| " + " | ".join(row(r)) + " |" for r in results),
-    ]
-    return "\n".join(lines) + "\n"
+TEXT = """# Models on a CPU
+
+`{command}` ({setting}).
+Images per CPU second of one thread, medians of interleaved calls; both models have the same weights.
+Not measured on a GPU.
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -175,22 +162,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     torch.set_num_threads(1)
-    console = Console()
-    table = Table(*COLUMNS, title="one thread, CPU time")
     results = []
     for pair in (p for p in PAIRS if p.model in args.models):
         for mode in args.modes:
-            console.print(f"{pair.model}, {mode} ...")
+            print(f"{pair.model}, {mode} ...", flush=True)
             results.append(measure(pair, mode, args.batch, args.repeats))
-            table.add_row(*row(results[-1]))
-    console.print(table)
-    if args.out:
-        setting = {"torch": torch.__version__, "timm": timm.__version__, "machine": platform.machine()}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {"setting": setting, "results": [asdict(r) for r in results]}
-        args.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        command = f"python tools/bench_models.py {' '.join(sys.argv[1:] if argv is None else argv)}".strip()
-        args.out.with_suffix(".md").write_text(markdown(results, setting, command))
+    publish(results, COLUMNS, row, TEXT, "bench_models.py", argv, args.out)
     return int(any(r.note for r in results))
 
 

@@ -12,19 +12,16 @@ are meant to be compared. Peak memory is what the allocator handed out above the
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from op_problems import PROBLEMS, Attend, Problem
-from rich.console import Console
-from rich.table import Table
+from report import number, publish
 from torch import Tensor
 from torch.profiler import profile
 
@@ -165,36 +162,17 @@ COLUMNS = ("case", "mode", "provider", "median ms", "x baseline", "peak MB", "sa
 
 
 def row(r: Result) -> list[str]:
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    return [
-        r.case,
-        r.mode,
-        r.provider,
-        number(r.median_ms, ".2f"),
-        number(r.times_faster, ".2f"),
-        number(r.peak_mb, ".1f"),
-        number(r.saved_mb, ".1f"),
-        number(r.error, ".0e"),
-        r.note,
-    ]
+    figures = [number(r.median_ms), number(r.times_faster), number(r.peak_mb, ".1f"), number(r.saved_mb, ".1f")]
+    return [r.case, r.mode, r.provider, *figures, number(r.error, ".0e"), r.note]
 
 
-def markdown(results: list[Result], setting: dict[str, str], command: str) -> str:
-    lines = [
-        "# Ops on a CPU",
-        "",
-        f"`{command}` ({', '.join(f'{k} {v}' for k, v in setting.items())}).",
-        "CPU time of one thread, medians of interleaved calls; `x baseline` is how many times faster than the first",
-        "provider of the case in the same run; `saved` is what autograd keeps for the backward pass, inputs included.",
-        "Problems and providers are in `tools/op_problems.py`. Not measured on a GPU.",
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
-        *("| " + " | ".join(row(r)) + " |" for r in results),
-    ]
-    return "\n".join(lines) + "\n"
+TEXT = """# Ops on a CPU
+
+`{command}` ({setting}).
+CPU time of one thread, medians of interleaved calls; `x baseline` is how many times faster than the first
+provider of the case in the same run; `saved` is what autograd keeps for the backward pass, inputs included.
+Problems and providers are in `tools/op_problems/`. Not measured on a GPU.
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -208,25 +186,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     torch.set_num_threads(1)
-    console = Console()
-    table = Table(*COLUMNS, title="one thread, CPU time")
     results = []
     for case in (p for p in PROBLEMS if p.name in args.cases):
         for mode in args.modes:
-            console.print(f"{case.name}, {mode} ...")
-            measured = measure(case, mode, args.providers, args.seconds)
-            results += measured
-            for r in measured:
-                table.add_row(*row(r))
-            table.add_section()
-    console.print(table)
-    setting = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {"setting": setting, "results": [asdict(r) for r in results]}
-        args.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        command = f"python tools/bench_ops.py {' '.join(sys.argv[1:] if argv is None else argv)}".strip()
-        args.out.with_suffix(".md").write_text(markdown(results, setting, command))
+            print(f"{case.name}, {mode} ...", flush=True)
+            results += measure(case, mode, args.providers, args.seconds)
+    publish(results, COLUMNS, row, TEXT, "bench_ops.py", argv, args.out)
     return int(any("wrong" in r.note for r in results))
 
 

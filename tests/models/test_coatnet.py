@@ -1,8 +1,5 @@
 """The CoAtNet family: the paper's variants, timm's networks and weights, image sizes, options."""
 
-import json
-from pathlib import Path
-
 import pytest
 import timm
 import torch
@@ -13,10 +10,10 @@ from torch.nn import functional as F
 
 import visattn  # noqa: F401
 from tests.golden import fill
+from tests.models.golden import check_case, check_levels, check_native_keys_pass, load, load_official
 from tests.tolerances import MODEL_GOLDEN, SAME_MODEL, relative_error
 from visattn.models.coatnet import TIMM_OPTIONS, checkpoint_filter_fn, resolve_blocks
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 # Name: parameters, and millions of them in the paper (tables 11 to 14).
 PAPER = {
     "coatnet_0_va": (24_446_228, 25),
@@ -55,27 +52,14 @@ def with_weights_of(model, theirs):
     return model.eval()
 
 
-@torch.no_grad()
 @pytest.mark.parametrize(
     ("file", "name", "options"),
     [("timm_coatnet_0_224", "coatnet_0_va", TIMM_0), ("timm_coatnet_0_rw_224", "coatnet_0_rw_va", {})],
 )
 def test_golden(file, name, options):
-    golden = json.loads((GOLDEN / f"{file}.json").read_text())
     model = timm.create_model(name, **options).eval()
-    assert sum(p.numel() for p in model.parameters()) == golden["params"]
-    weights = fill.fill({k: s for k, s in golden["keys"].items() if k not in golden["skip"]})
-    missing, unexpected = model.load_state_dict(checkpoint_filter_fn(weights, model), strict=False)
-    assert not unexpected
-    assert all(key.endswith("num_batches_tracked") for key in missing)
-    features, maps = model.forward_intermediates(fill.image(**golden["input"]))
-    logits = model.forward_head(features)
-    head = torch.tensor(golden["logits"])
-    assert relative_error(logits[0, : len(head)], head) <= MODEL_GOLDEN
-    assert logits.norm().item() == pytest.approx(golden["logits_norm"], rel=MODEL_GOLDEN)
-    for level, norm, shape in zip(maps[1:], golden["stage_norms"], golden["stage_shapes"], strict=True):
-        assert list(level.shape) == shape
-        assert level.norm().item() == pytest.approx(norm, rel=MODEL_GOLDEN)
+    load_official(model, load(file))
+    check_case(model, load(file))
 
 
 @torch.no_grad()
@@ -178,18 +162,12 @@ def test_defaults_are_the_papers():
     assert [tuple(stage.blocks[1].attn.rpb.shape) for stage in model.stages[2:]] == [(12, 27, 27), (24, 13, 13)]
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("size", [(224, 224), (256, 192), (97, 131), (32, 32), (1, 1), (800, 1216)], ids=str)
 @pytest.mark.parametrize("options", [{}, {"rel_pos_dim": 8, "stride_mode": "pool", "pool": "max3"}], ids=str)
 def test_any_input_size(options, size):
-    model = timm.create_model("test_coatnet_va", features_only=True, **options).eval()
+    model = timm.create_model("test_coatnet_va", features_only=True, **options)
     parameters = list(model.parameters())
-    maps = model(torch.randn(1, 3, *size))
-    for feature, channels, stride in zip(
-        maps, model.feature_info.channels(), model.feature_info.reduction(), strict=True
-    ):
-        assert feature.shape == (1, channels, -(-size[0] // stride), -(-size[1] // stride))
-        assert feature.isfinite().all()
+    check_levels(model, torch.randn(1, 3, *size))
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
 
 
@@ -204,11 +182,7 @@ def test_run_time_resize_is_that_of_loading():
 
 
 def test_native_keys_pass():
-    model = timm.create_model("coatnet_rmlp_2_rw_va", device="meta")
-    state = dict(reversed(model.state_dict().items()))
-    headless = {k: v for k, v in state.items() if not k.startswith("head.")}
-    assert checkpoint_filter_fn(state, model).keys() == state.keys()
-    assert checkpoint_filter_fn(headless, model).keys() == headless.keys()
+    check_native_keys_pass("coatnet_rmlp_2_rw_va")
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ from tests.tolerances import SAME_MODEL, relative_error
 OURS = sorted(n for n, fn in _model_entrypoints.items() if fn.__module__.startswith("visattn."))
 SMALL = [n for n in OURS if n.startswith("test_")]
 SIZE = (2, 3, 96, 128)
+# Position tables, and what makes position biases.
+NOT_DECAYED = ("rpb", "rel_h", "rel_w", "query_embedding", "local_bias", "cpb_fc1.weight", "cpb_fc2.weight")
 
 
 @pytest.fixture(params=SMALL)
@@ -37,6 +39,11 @@ def test_small_variants_have_under_a_million_parameters():
     assert SMALL
     for name in SMALL:
         assert sum(p.numel() for p in timm.create_model(name, device="meta").parameters()) < 1e6
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_img_size_is_accepted(name):
+    timm.create_model(name, img_size=(96, 160), device="meta")
 
 
 def test_every_parameter_trains_with_drop_path(model, image):
@@ -173,9 +180,7 @@ def test_weight_decay_spares_position_tables_and_layers_have_their_rates(model):
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = named[id(parameter)]
-            assert (group["weight_decay"] == 0) == (parameter.ndim <= 1 or name.endswith(("rpb", "rel_h", "rel_w"))), (
-                name
-            )
+            assert (group["weight_decay"] == 0) == (parameter.ndim <= 1 or name.endswith(NOT_DECAYED)), name
             if name.startswith("head."):
                 assert group["lr_scale"] == 1
             if name.startswith("patch_embed."):

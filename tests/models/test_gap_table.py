@@ -140,17 +140,18 @@ def test_stochastic_depth_drops_the_branch_and_keeps_the_shortcut(name):
     model = timm.create_model(name, drop_path_rate=0.1).train()
     drops = [m for m in model.modules() if isinstance(m, DropPath)]
     assert len(drops) >= len(model.stages) - 1
-    for drop in drops:
-        drop.drop_prob = 0.999
-    before = {k: v.clone() for k, v in model.state_dict().items()}
     image = torch.randn(2, 3, 64, 64)
-    torch.manual_seed(0)
-    out = model(image)
-    model.load_state_dict(before)
+    outs = []
+    for probability in (0.0, 0.999):
+        for drop in drops:
+            drop.drop_prob = probability
+        torch.manual_seed(0)
+        outs.append(model(image))
     for drop in drops:
         drop.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
     without = model(image)
-    assert relative_error(out, without) <= SAME_MODEL
+    assert relative_error(outs[0], without) > 1e-3, "the branches contribute"
+    assert relative_error(outs[1], without) <= SAME_MODEL
     other = model(torch.randn(2, 3, 64, 64))
     assert relative_error(other, without) > 1e-3, "the shortcuts carry the image"
 

@@ -1,20 +1,16 @@
 """The HaloNet family: timm's outputs and keys, the paper's variants, any size, options."""
 
-import json
-from pathlib import Path
-
 import pytest
 import timm
 import torch
 from timm.layers import DropPath
 from torch import nn
 
-from tests.golden import fill
+from tests.models.golden import cases, check_case, check_levels, check_native_keys_pass, load, load_official
 from tests.tolerances import MODEL_GOLDEN, relative_error
 from visattn.layers import HaloAttention
 from visattn.models.halonet import checkpoint_filter_fn
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 PARAMS = {
     "halonet_h0_va": 5_502_248,
     "halonet_h1_va": 8_105_576,
@@ -32,28 +28,14 @@ PARAMS = {
 TIMM_H1 = {"num_heads": (8, 8, 8, 8), "mask_border": False, "project_first": False}
 
 
-def timm_weights(golden):
-    return fill.fill({k: s for k, s in golden["keys"].items() if k not in golden["skip"]}, golden["salt"])
-
-
 @pytest.mark.parametrize(("name", "options"), [("halonet26t", {}), ("halonet_h1", TIMM_H1)])
 def test_golden(name, options):
-    golden = json.loads((GOLDEN / f"timm_{name}.json").read_text())
+    golden = load(f"timm_{name}")
     model = timm.create_model(f"{name}_va", **options).eval()
-    model.load_state_dict(checkpoint_filter_fn(timm_weights(golden), model))
-    assert sum(p.numel() for p in model.parameters()) == golden["params"]
-    for case in [golden, *(c for c in golden["other_inputs"] if "logits" in c)]:
-        with torch.no_grad():
-            features, maps = model.forward_intermediates(fill.image(**case["input"]))
-            logits = model.forward_head(features)
-        head = torch.tensor(case["logits"])
-        assert relative_error(logits[0, : len(head)], head) <= MODEL_GOLDEN
-        assert logits.norm().item() == pytest.approx(case["logits_norm"], rel=MODEL_GOLDEN)
+    load_official(model, golden)
+    for case in cases(golden):
         repeats = len(case["stage_norms"]) // 4  # the second input's file entries stand there three times
-        stages = zip(maps[1:], case["stage_norms"][::repeats], case["stage_shapes"][::repeats], strict=True)
-        for level, norm, shape in stages:
-            assert list(level.shape) == shape
-            assert level.double().norm().item() == pytest.approx(norm, rel=MODEL_GOLDEN)
+        check_case(model, case, [level for level in (1, 2, 3, 4) for _ in range(repeats)])
 
 
 def timm_model(name, **options):
@@ -132,13 +114,7 @@ def test_conv12_has_convolutions_in_the_first_two_stages():
 
 @pytest.mark.parametrize("name", ["halonet26t_va", "test_halonet_va"])
 def test_filter_passes_native_keys(name):
-    model = timm.create_model(name, device="meta")
-    state = dict(reversed(model.state_dict().items()))
-    headless = {k: v for k, v in state.items() if not k.startswith("head.")}
-    assert checkpoint_filter_fn(state, model).keys() == state.keys()
-    assert checkpoint_filter_fn(headless, model).keys() == headless.keys()
-    key = "stages.3.blocks.0.mixer.kv.weight"
-    assert checkpoint_filter_fn(state, model)[key] is state[key]
+    check_native_keys_pass(name)
 
 
 @torch.no_grad()
@@ -155,18 +131,12 @@ def test_timms_file_loads_as_pretrained(tmp_path):
     assert other.head.fc.out_features == 5
 
 
-@torch.inference_mode()
 @pytest.mark.parametrize("size", [(224, 224), (256, 192), (97, 131), (32, 32), (1, 1)], ids=str)
 @pytest.mark.parametrize("name", ["test_halonet_va", "halonet26t_va", "halonet_h3_va"])
 def test_any_input_size(name, size):
-    model = timm.create_model(name, features_only=True).eval()
-    maps = model(torch.randn(1, 3, *size))
-    assert len(maps) == 5
-    for level, channels, stride in zip(
-        maps, model.feature_info.channels(), model.feature_info.reduction(), strict=True
-    ):
-        assert level.shape == (1, channels, -(-size[0] // stride), -(-size[1] // stride))
-        assert level.isfinite().all()
+    model = timm.create_model(name, features_only=True)
+    assert model.feature_info.reduction() == [2, 4, 8, 16, 32]
+    check_levels(model, torch.randn(1, 3, *size))
 
 
 @torch.inference_mode()

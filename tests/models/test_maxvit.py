@@ -1,8 +1,5 @@
 """The MaxViT family: outputs and keys of timm and torchvision, windows, tables, sizes, dilation, stochastic depth."""
 
-import json
-from pathlib import Path
-
 import pytest
 import timm
 import torch
@@ -10,11 +7,11 @@ from torch.nn import functional as F
 
 import visattn  # noqa: F401
 from tests.golden import fill
+from tests.models.golden import check_case, check_levels, check_native_keys_pass, load, load_official
 from tests.tolerances import MODEL_GOLDEN, SAME_MODEL, relative_error
 from visattn.layers import MBConv, WindowAttention
 from visattn.models.maxvit import checkpoint_filter_fn
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 PARAMS = {  # timm's and torchvision's, of the default tag
     "maxvit_tiny_va": 30_916_528,
     "maxvit_tiny_va.tf_384_in1k": 30_977_008,
@@ -51,20 +48,9 @@ def small(**kwargs):
     ],
 )
 def test_golden(name, golden):
-    golden = json.loads((GOLDEN / f"{golden}.json").read_text())
     model = timm.create_model(name).eval()
-    weights = fill.fill({k: s for k, s in golden["keys"].items() if k not in golden["skip"]}, golden["salt"])
-    indices = {k: torch.zeros(1) for k in golden["skip"] if k.endswith("relative_position_index")}
-    model.load_state_dict(checkpoint_filter_fn({**weights, **indices}, model))
-    with torch.no_grad():
-        features, maps = model.forward_intermediates(fill.image(**golden["input"]))
-        logits = model.forward_head(features)
-    head = torch.tensor(golden["logits"])
-    assert relative_error(logits[0, : len(head)], head) <= MODEL_GOLDEN
-    assert logits.norm().item() == pytest.approx(golden["logits_norm"], rel=MODEL_GOLDEN)
-    for feature, norm, shape in zip(maps[1:], golden["stage_norms"], golden["stage_shapes"], strict=True):
-        assert list(feature.shape) == shape
-        assert feature.norm().item() == pytest.approx(norm, rel=MODEL_GOLDEN)
+    load_official(model, load(golden))
+    check_case(model, load(golden))
 
 
 @pytest.mark.parametrize(
@@ -157,8 +143,7 @@ def test_checkpoint_files_load_as_pretrained(tmp_path):
 
 def test_native_keys_pass_unchanged():
     for name in ("test_maxvit_va", "maxvit_t_va"):
-        model = timm.create_model(name, device="meta")
-        assert checkpoint_filter_fn(model.state_dict(), model).keys() == model.state_dict().keys()
+        check_native_keys_pass(name)
 
 
 def test_torchvision_form_has_no_classifier_bias():
@@ -206,14 +191,7 @@ def test_set_input_size_keeps_parameters(tmp_path):
 @pytest.mark.parametrize("args", [{}, {"window_size": "grow"}, {"form": "torchvision"}], ids=str)
 @pytest.mark.parametrize("size", [(224, 224), (256, 192), (97, 131), (32, 32), (1, 1), (800, 1216)], ids=str)
 def test_any_input_size(args, size):
-    model = timm.create_model("test_maxvit_va", features_only=True, **args).eval()
-    with torch.inference_mode():
-        maps = model(torch.randn(1, 3, *size))
-    for feature, channels, stride in zip(
-        maps, model.feature_info.channels(), model.feature_info.reduction(), strict=True
-    ):
-        assert feature.shape == (1, channels, -(-size[0] // stride), -(-size[1] // stride))
-        assert feature.isfinite().all()
+    check_levels(timm.create_model("test_maxvit_va", features_only=True, **args), torch.randn(1, 3, *size))
 
 
 @torch.no_grad()

@@ -1,9 +1,5 @@
 """The NAT family: the official code's outputs, keys, variants, dilations and sizes."""
 
-import importlib
-import json
-from pathlib import Path
-
 import pytest
 import timm
 import torch
@@ -11,10 +7,19 @@ from torch.nn import functional as F
 
 import visattn  # noqa: F401
 from tests.golden import fill
-from tests.tolerances import MODEL_GOLDEN, relative_error
+from tests.models.golden import (
+    cases,
+    check_case,
+    check_levels,
+    check_native_keys_pass,
+    filter_fn,
+    load,
+    load_official,
+    official_weights,
+)
+from tests.tolerances import MODEL_GOLDEN
 from visattn.models.nat import resolve_dilations
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 PARAMS = {
     "nat_mini": 19_984_174,
     "dinat_mini": 19_984_174,
@@ -34,33 +39,15 @@ PARAMS = {
 }
 
 
-def official_weights(golden):
-    left_out = {*golden["skip"], *golden["computed"]}
-    return fill.fill({k: s for k, s in golden["keys"].items() if k not in left_out}, golden["salt"])
-
-
-def filter_fn(model):
-    return importlib.import_module(type(model).__module__).checkpoint_filter_fn
-
-
 @pytest.mark.parametrize(
     "name", ["nat_mini", "dinat_mini", "dinat_small", "dinat_s_tiny", "dinat_isotropic_small", "vitrpb_small"]
 )
 def test_golden(name):
-    golden = json.loads((GOLDEN / f"{name}.json").read_text())
+    golden = load(name)
     model = timm.create_model(name).eval()
-    model.load_state_dict(filter_fn(model)(official_weights(golden), model))
-    stages = (2, 5, 8, 11) if "isotropic" in name or "vitrpb" in name else (0, 1, 2, 3)
-    for case in [golden, *(c for c in golden["other_inputs"] if "logits" in c)]:
-        with torch.no_grad():
-            features, maps = model.forward_intermediates(fill.image(**case["input"]))
-            logits = model.forward_head(features)
-        head = torch.tensor(case["logits"])
-        assert relative_error(logits[0, : len(head)], head) <= MODEL_GOLDEN
-        assert logits.norm().item() == pytest.approx(case["logits_norm"], rel=MODEL_GOLDEN)
-        for index, norm, shape in zip(stages, case["stage_norms"], case["stage_shapes"], strict=True):
-            assert list(maps[index].shape) == shape
-            assert maps[index].norm().item() == pytest.approx(norm, rel=MODEL_GOLDEN)
+    load_official(model, golden)
+    for case in cases(golden):
+        check_case(model, case, (2, 5, 8, 11) if "isotropic" in name or "vitrpb" in name else None)
 
 
 @pytest.mark.parametrize("name", PARAMS)
@@ -71,17 +58,13 @@ def test_parameter_counts_are_the_official_ones(name):
 
 @pytest.mark.parametrize("name", ["dinat_s_tiny", "nat_small", "vitrpb_small", "test_dinat"])
 def test_filter_passes_native_keys(name):
-    model = timm.create_model(name, device="meta")
-    state = dict(reversed(model.state_dict().items()))
-    headless = {k: v for k, v in state.items() if not k.startswith("head.")}
-    assert filter_fn(model)(state, model).keys() == state.keys()
-    assert filter_fn(model)(headless, model).keys() == headless.keys()
+    check_native_keys_pass(name)
 
 
 def test_official_checkpoint_file_loads_as_pretrained(tmp_path):
     """The whole way of `pretrained=True`, from a file of the official layout, also for grey images and 5 classes."""
-    golden = json.loads((GOLDEN / "nat_mini.json").read_text())
-    torch.save({k: v.float() for k, v in official_weights(golden).items()}, tmp_path / "nat_mini.pth")
+    golden = load("nat_mini")
+    torch.save(official_weights(golden), tmp_path / "nat_mini.pth")
     args = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "nat_mini.pth")}}
     model = timm.create_model("nat_mini", **args).eval()
     with torch.no_grad():
@@ -105,7 +88,7 @@ def test_layer_scale_keys_of_the_official_checkpoint():
 
 
 def test_computed_indices_of_the_official_checkpoint_are_left_out():
-    golden = json.loads((GOLDEN / "vitrpb_small.json").read_text())
+    golden = load("vitrpb_small")
     assert golden["skip"]
     model = timm.create_model("vitrpb_small", device="meta")
     official = {
@@ -116,7 +99,7 @@ def test_computed_indices_of_the_official_checkpoint_are_left_out():
 
 
 def test_7x7_checkpoint_into_an_11x11_model():
-    golden = json.loads((GOLDEN / "dinat_mini.json").read_text())
+    golden = load("dinat_mini")
     model = timm.create_model("dinat_mini", kernel_size=11)
     weights = official_weights(golden)
     model.load_state_dict(filter_fn(model)(dict(weights), model))
@@ -190,14 +173,7 @@ SIZES = [(224, 224), (256, 192), (97, 131), (32, 32), (1, 1)]
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", ["test_dinat", "test_dinat_isotropic", "test_isotropic_vitrpb", "dinat_s_tiny"])
 def test_any_input_size(name, size):
-    model = timm.create_model(name, features_only=True).eval()
-    with torch.inference_mode():
-        maps = model(torch.randn(1, 3, *size))
-    for feature, channels, stride in zip(
-        maps, model.feature_info.channels(), model.feature_info.reduction(), strict=True
-    ):
-        assert feature.shape == (1, channels, -(-size[0] // stride), -(-size[1] // stride))
-        assert feature.isfinite().all()
+    check_levels(timm.create_model(name, features_only=True), torch.randn(1, 3, *size))
 
 
 @pytest.mark.parametrize("size", [*SIZES, (800, 1216)], ids=str)

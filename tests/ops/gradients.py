@@ -1,7 +1,10 @@
 """Shared by the op tests: an op's result and the gradient of every tensor, in any dtype and memory layout."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tolerances
 from tests.tolerances import relative_error
@@ -13,8 +16,14 @@ def leaves(shapes, seed, dtype=torch.float64):
     return {n: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for n, s in shapes.items()}
 
 
-def result_and_gradients(op, tensors, strided=False):
-    """`op(**tensors)` and all gradients for a fixed random cotangent.
+def results_of(op, tensors, name):
+    """What the op returns, one tensor or several, by names."""
+    out = op(**tensors)
+    return {f"{name} {i}": r for i, r in enumerate(out if isinstance(out, tuple) else (out,))}
+
+
+def results_and_gradients(op, tensors, strided=False):
+    """`op(**tensors)` and all gradients for fixed random cotangents.
 
     With `strided`, maps [B, *spatial, N, D] are given as slices of a wider tensor that lies heads before tokens.
     """
@@ -24,25 +33,49 @@ def result_and_gradients(op, tensors, strided=False):
         views = {n: F.pad(t, (1, 2))[..., 1:-2] for n, t in inputs.items()}
         for n in ("q", "k", "v"):
             views[n] = views[n].transpose(1, -2).contiguous().transpose(1, -2)
-    out = op(**views)
-    generator = torch.Generator().manual_seed(1)
-    cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
-    names = list(inputs)
-    grads = torch.autograd.grad(out, [inputs[n] for n in names], cotangent)
-    return {"result": out.detach(), **{f"grad {n}": g for n, g in zip(names, grads, strict=True)}}
+    results = results_of(op, views, "result")
+    cotangents = leaves({n: r.shape for n, r in results.items()}, 1)
+    grads = torch.autograd.grad(
+        list(results.values()), list(inputs.values()), [cotangents[n].to(r.dtype) for n, r in results.items()]
+    )
+    return {**results, **{f"grad {n}": g for n, g in zip(inputs, grads, strict=True)}}
 
 
 def compare(op, reference, tensors, strided=False):
     """The op against the reference in float64 on the same (rounded) tensors; also without gradients."""
     dtype = next(iter(tensors.values())).dtype
-    expected = result_and_gradients(reference, {n: t.double() for n, t in tensors.items()}, strided)
-    got = result_and_gradients(op, tensors, strided)
+    expected = results_and_gradients(reference, {n: t.double() for n, t in tensors.items()}, strided)
+    got = results_and_gradients(op, tensors, strided)
     with torch.no_grad():
-        got["result in inference"] = op(**tensors)
-    expected["result in inference"] = expected["result"]
+        got.update(results_of(op, tensors, "inference: result"))
+    expected.update({f"inference: {n}": r for n, r in expected.items() if n.startswith("result")})
     assert got.keys() == expected.keys()
     for name, value in expected.items():
-        assert got[name].dtype == dtype, name
+        is_lse = name.endswith("result 1")  # log-sum-exps come in float32 at least
+        assert got[name].dtype == (torch.promote_types(dtype, torch.float32) if is_lse else dtype), name
         # Some gradients are zero but for rounding (a relative term that is the same for all keys): absolute there.
         close = (got[name].double() - value).norm() <= tolerances.OP[dtype]
         assert close or relative_error(got[name], value) <= tolerances.OP[dtype], name
+
+
+def check(op, problem, backend, dtype=torch.float64):
+    """A backend of the op against its reference; a problem is (shapes, other arguments, strided, seed)."""
+    shapes, call, strided, seed = problem
+    run, reference = (partial(op, **call, backend=b) for b in (backend, "reference"))
+    compare(run, reference, leaves(shapes, seed, dtype), strided)
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operations that ran, and the size of the largest tensor that they made."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.largest = set(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.add(func.overloadpacket.__name__)
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor):
+                self.largest = max(self.largest, t.untyped_storage().nbytes())
+        return out

@@ -1,7 +1,6 @@
 """Halo attention: backends against the reference and the goldens of two public implementations."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests import tolerances
 from tests.golden import fill
-from tests.ops.gradients import compare, leaves
+from tests.ops.gradients import check, leaves
 from tests.tolerances import relative_error
 from visattn.ops import BackendError, explain, halo_attention
 from visattn.ops.geometry import Halo
@@ -106,17 +105,11 @@ def problems(draw):
     return shapes, call, draw(st.booleans()), draw(st.integers(0, 2**31))
 
 
-def check(problem, backend, dtype=torch.float64):
-    shapes, call, strided, seed = problem
-    op, reference = (partial(halo_attention, **call, backend=b) for b in (backend, "reference"))
-    compare(op, reference, leaves(shapes, seed, dtype), strided)
-
-
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(problem=problems())
 def test_matches_reference(backend, problem):
-    check(problem, backend)
+    check(halo_attention, problem, backend)
 
 
 @pytest.mark.slow
@@ -124,7 +117,7 @@ def test_matches_reference(backend, problem):
 @settings(max_examples=4000, deadline=None)
 @given(problem=problems())
 def test_matches_reference_long(backend, problem):
-    check(problem, backend)
+    check(halo_attention, problem, backend)
 
 
 PLAIN = (
@@ -140,7 +133,7 @@ PLAIN = (
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_low_precision(backend, mask_border, dtype, poisoned_empty):
     shapes, call, strided, seed = PLAIN
-    check((shapes, {**call, "mask_border": mask_border}, strided, seed), backend, dtype)
+    check(halo_attention, (shapes, {**call, "mask_border": mask_border}, strided, seed), backend, dtype)
 
 
 @pytest.mark.parametrize("mask_border", [False, True])
@@ -169,7 +162,7 @@ def test_gradients_that_are_differentiated_are_the_same():
 @pytest.mark.parametrize("chunk", [1, 1000, 5000])
 def test_chunks_do_not_change_the_result(monkeypatch, chunk):
     monkeypatch.setattr(eager, "_CHUNK", chunk)
-    check(PLAIN, "eager")
+    check(halo_attention, PLAIN, "eager")
 
 
 def test_window_of_the_whole_map_is_attention():
@@ -181,7 +174,6 @@ def test_window_of_the_whole_map_is_attention():
 
 
 def test_only_the_inputs_are_kept_for_the_backward_pass():
-    """timm's HaloAttn keeps its logits: seven times as much here."""
     tensors = leaves({"q": (1, 64, 64, 8, 8), "k": (1, 64, 64, 8, 8), "v": (1, 64, 64, 8, 8)}, 0, torch.float32)
     inputs = [t.requires_grad_() for t in tensors.values()]
     rel = [torch.randn(27, 8, requires_grad=True) for _ in range(2)]

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tolerances
+from tests.ops.gradients import Recorder, check, leaves
 from tests.tolerances import relative_error
 from visattn.ops import BackendError, explain, neighborhood_attention, use_backend
 from visattn.ops.neighborhood.op import dispatcher
@@ -35,6 +35,23 @@ def test_golden(path, backend, poisoned_empty):
         assert relative_error(tensor.grad, expected) <= tolerances.OP_GOLDEN_GRADIENT, name
 
 
+def make(
+    window, shape, value_dim=24, bias=True, extra=3, extra_bias="query", scale=None, lse=False, strided=True, seed=0
+):
+    """A problem for `gradients.check`; window is (kernel_size, dilation, stride, is_causal)."""
+    batch, *size, heads, dim = shape
+    shapes = {"q": shape, "k": shape, "v": (*shape[:-1], value_dim)}
+    if bias:
+        shapes["bias"] = (heads, *(2 * k - 1 for k in window[0]))
+    if extra:
+        shapes["extra_k"], shapes["extra_v"] = (batch, extra, heads, dim), (batch, extra, heads, value_dim)
+        biases = {"query": (*size, 1, extra), "head": (heads, extra), "image": (batch, *size, heads, extra)}
+        if extra_bias:
+            shapes["extra_bias"] = biases[extra_bias]
+    names = ("kernel_size", "dilation", "stride", "is_causal")
+    return shapes, {**dict(zip(names, window, strict=True)), "scale": scale, "return_lse": lse}, strided, seed
+
+
 @st.composite
 def problems(draw):
     """Any call the op accepts: 1-3 axes, odd sizes, ragged dilation groups, extra keys, non-contiguous views."""
@@ -51,84 +68,25 @@ def problems(draw):
     if with_bias:
         stride, causal = [1] * number, [False] * number
     heads, dim = draw(st.integers(1, 3)), draw(st.sampled_from([1, 4, 24]))
-    return {
-        "window": (kernel, dilation, stride, causal),
-        "shape": (draw(st.integers(1, 2)), *size, heads, dim),
-        "value_dim": dim if draw(st.booleans()) else draw(st.integers(1, 5)),
-        "bias": with_bias,
-        "extra": draw(st.sampled_from([0, 0, 1, 3])),
-        "extra_bias": draw(st.sampled_from([None, "query", "head", "image"])),
-        "strided": draw(st.booleans()),
-        "scale": draw(st.sampled_from([None, 0.7])),
-        "lse": draw(st.booleans()),
-        "seed": draw(st.integers(0, 2**31)),
-    }
-
-
-def build(problem, dtype=torch.float64):
-    """Tensors of a problem, as leaves that require gradients, and the call's other arguments."""
-    generator = torch.Generator().manual_seed(problem["seed"])
-
-    def leaf(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-
-    shape, value_dim, extra = problem["shape"], problem["value_dim"], problem["extra"]
-    batch, *size, heads, dim = shape
-    tensors = {"q": leaf(*shape), "k": leaf(*shape), "v": leaf(*shape[:-1], value_dim)}
-    if problem["bias"]:
-        tensors["bias"] = leaf(heads, *(2 * k - 1 for k in problem["window"][0]))
-    if extra:
-        tensors["extra_k"] = leaf(batch, extra, heads, dim)
-        tensors["extra_v"] = leaf(batch, extra, heads, value_dim)
-        biases = {"query": (*size, 1, extra), "head": (heads, extra), "image": (batch, *size, heads, extra)}
-        if problem["extra_bias"]:
-            tensors["extra_bias"] = leaf(*biases[problem["extra_bias"]])
-    return tensors
-
-
-def call(tensors, problem, backend):
-    """Outputs and the gradient of every tensor, for a fixed random cotangent."""
-    inputs = {n: t.detach().clone().requires_grad_() for n, t in tensors.items()}
-    views = dict(inputs)
-    if problem["strided"]:  # as slices of a wider tensor, heads before tokens
-        views = {n: F.pad(t, (1, 2))[..., 1:-2] for n, t in inputs.items()}
-        for n in ("q", "k", "v"):
-            views[n] = views[n].transpose(1, -2).contiguous().transpose(1, -2)
-    names = ("bias", "extra_k", "extra_v", "extra_bias")
-    out = neighborhood_attention(
-        views["q"],
-        views["k"],
-        views["v"],
-        *problem["window"],
-        **{n: views.get(n) for n in names},
-        scale=problem["scale"],
-        return_lse=problem["lse"],
-        backend=backend,
+    return make(
+        (kernel, dilation, stride, causal),
+        (draw(st.integers(1, 2)), *size, heads, dim),
+        value_dim=dim if draw(st.booleans()) else draw(st.integers(1, 5)),
+        bias=with_bias,
+        extra=draw(st.sampled_from([0, 0, 1, 3])),
+        extra_bias=draw(st.sampled_from([None, "query", "head", "image"])),
+        scale=draw(st.sampled_from([None, 0.7])),
+        lse=draw(st.booleans()),
+        strided=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**31)),
     )
-    results = out if problem["lse"] else (out,)
-    generator = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.dtype) for r in results]
-    torch.autograd.backward(results, cotangents)
-    return {
-        **{f"result {i}": r.detach() for i, r in enumerate(results)},
-        **{f"grad {n}": t.grad for n, t in inputs.items()},
-    }
-
-
-def compare(problem, backend, dtype):
-    tensors = build(problem, dtype)
-    expected = call({n: t.double() for n, t in tensors.items()}, problem, "reference")
-    got = call(tensors, problem, backend)
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        assert relative_error(got[name], value) <= tolerances.OP[dtype], name
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(problem=problems())
 def test_matches_reference(backend, problem):
-    compare(problem, backend, torch.float64)
+    check(neighborhood_attention, problem, backend)
 
 
 @pytest.mark.slow
@@ -136,23 +94,13 @@ def test_matches_reference(backend, problem):
 @settings(max_examples=5000, deadline=None)
 @given(problem=problems())
 def test_matches_reference_long(backend, problem):
-    compare(problem, backend, torch.float64)
+    check(neighborhood_attention, problem, backend)
 
 
-PLAIN = {
-    "value_dim": 24,
-    "bias": True,
-    "extra": 3,
-    "extra_bias": "query",
-    "strided": True,
-    "scale": None,
-    "lse": False,
-    "seed": 0,
-}
 CASES = {
-    "tiles": {**PLAIN, "window": ([7, 7], [1, 1], [1, 1], [False, False]), "shape": (2, 29, 18, 2, 24)},
-    "dilated": {**PLAIN, "window": ([3, 5], [4, 2], [1, 1], [False, False]), "shape": (2, 13, 21, 1, 24)},
-    "lse": {**PLAIN, "window": ([5, 3], [2, 2], [1, 1], [False, False]), "shape": (1, 24, 17, 3, 24), "lse": True},
+    "tiles": make(([7, 7], [1, 1], [1, 1], [False, False]), (2, 29, 18, 2, 24)),
+    "dilated": make(([3, 5], [4, 2], [1, 1], [False, False]), (2, 13, 21, 1, 24)),
+    "lse": make(([5, 3], [2, 2], [1, 1], [False, False]), (1, 24, 17, 3, 24), lse=True),
 }
 
 
@@ -161,18 +109,19 @@ CASES = {
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_low_precision(backend, case, dtype, poisoned_empty):
     """Against the float64 reference on the same (rounded) inputs."""
-    compare(CASES[case], backend, dtype)
+    check(neighborhood_attention, CASES[case], backend, dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend):
-    problem = {**PLAIN, "value_dim": 2, "window": ([3, 2], [1, 2], [1, 1], [False, False]), "shape": (1, 4, 5, 2, 3)}
-    tensors = build(problem)
+    window = ([3, 2], [1, 2], [1, 1], [False, False])
+    shapes, *_ = make(window, (1, 4, 5, 2, 3), value_dim=2)
+    tensors = [t.requires_grad_() for t in leaves(shapes, 0).values()]
 
     def op(q, k, v, *rest):
-        return neighborhood_attention(q, k, v, *problem["window"], *rest, return_lse=True, backend=backend)
+        return neighborhood_attention(q, k, v, *window, *rest, return_lse=True, backend=backend)
 
-    assert torch.autograd.gradcheck(op, tuple(tensors.values()))
+    assert torch.autograd.gradcheck(op, tensors)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -248,22 +197,6 @@ def test_backend_requests(monkeypatch):
     assert [d.backend for d in decisions] == ["eager", "reference", "eager", "reference", "eager"]
     neighborhood_attention(q, k, v, 3)
     assert len(decisions) == 5, "the context has ended"
-
-
-class Recorder(TorchDispatchMode):
-    """Names of the operations that ran, and the size of the largest tensor that they made."""
-
-    def __init__(self):
-        super().__init__()
-        self.names, self.largest = set(), 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.names.add(func.overloadpacket.__name__)
-        for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, torch.Tensor):
-                self.largest = max(self.largest, t.untyped_storage().nbytes())
-        return out
 
 
 def test_eager_makes_no_gathered_copy_of_all_neighborhoods():

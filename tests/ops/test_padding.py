@@ -13,6 +13,8 @@ from visattn import ops
         (ops.pad_to_at_least, [4, 9], (5, 9)),
         (ops.pad_to_at_least, [5, 7], (5, 7)),
         (ops.pad_to_multiple, [4, 7], (8, 7)),
+        (ops.floor_to_multiple, [2, 7], (4, 7)),
+        (ops.floor_to_multiple, [9, 1], (9, 7)),
         (ops.fit, [3, 8], (3, 8)),
         (ops.fit, [2, 1], (2, 1)),
     ],
@@ -69,4 +71,4 @@ def test_pad_same_needs_a_kernel_of_at_least_the_stride():
 def test_opaque_pad_same(size):
     x = torch.randn(2, *size, 3, requires_grad=True)
     torch.library.opcheck(torch.ops.visattn.pad_same_opaque.default, (x, [3, 3], [2, 2]))
-    assert torch.equal(torch.ops.visattn.pad_same_opaque(x, [3, 3], [2, 2])[0], ops.pad_same(x, [3, 3], [2, 2]))
+    assert torch.equal(torch.ops.visattn.pad_same_opaque(x, [3, 3], [2, 2]), ops.pad_same(x, [3, 3], [2, 2]))

@@ -29,7 +29,7 @@ def test_channels_last_maps_are_not_copied():
 def test_opaque(kind):
     x = torch.randn(2, 5, 6, 3, requires_grad=True)
     torch.library.opcheck(torch.ops.visattn.pool2x2_opaque.default, (x, kind))
-    assert torch.equal(torch.ops.visattn.pool2x2_opaque(x, kind)[0], ops.pool2x2(x, kind))
+    assert torch.equal(torch.ops.visattn.pool2x2_opaque(x, kind), ops.pool2x2(x, kind))
 
 
 def test_export_does_not_depend_on_parity():
@@ -47,3 +47,25 @@ def test_export_does_not_depend_on_parity():
 def test_unknown_kind():
     with pytest.raises(ValueError, match="expected kind 'avg' or 'max', got 'min'"):
         ops.pool2x2(torch.randn(1, 2, 2, 1), "min")
+
+
+@pytest.mark.parametrize(("ratio", "size"), [([2, 3], []), ([8, 8], []), ([4, 4], [3, 2]), ([1, 1], [99, 1])], ids=str)
+@pytest.mark.parametrize("map_size", [(8, 12), (7, 5), (13, 1)], ids=str)
+def test_grid_is_adaptive_pooling(map_size, ratio, size):
+    x = torch.randn(2, *map_size, 3, dtype=torch.float64, requires_grad=True)
+    got = ops.avg_pool_grid(x, ratio, size)
+    if size:
+        expected_size = [min(n, s) for n, s in zip(map_size, size, strict=True)]
+    else:
+        expected_size = [max(1, n // r) for n, r in zip(map_size, ratio, strict=True)]
+    expected = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), expected_size).permute(0, 2, 3, 1)
+    torch.testing.assert_close(got, expected)
+    grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in (got, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def test_opaque_grid():
+    x = torch.randn(2, 7, 6, 3, requires_grad=True)
+    torch.library.opcheck(torch.ops.visattn.avg_pool_grid_opaque.default, (x, [2, 2], []))
+    with pytest.raises(ValueError, match="expected ratio of 2 ints"):
+        ops.avg_pool_grid(x, [2], [])

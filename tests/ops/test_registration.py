@@ -51,7 +51,18 @@ class Halo(torch.nn.Module):
         return torch.ops.visattn.halo_attention(q, k, v, [4, 4], [2, 2], [2, 2], rel_h, rel_w, True).flatten(3)
 
 
-MODULES = [Neighborhood, Window, Halo]
+class Routed(torch.nn.Module):
+    """Both rules of cutting regions, the second with factors that train, per head."""
+
+    tables = ((8, 8),)
+
+    def forward(self, q, k, v, router):
+        route = torch.ops.visattn.bilevel_routing_attention
+        x = route(q, k, v, [3, 2], 2, "mask", False, True, True, router)
+        return route(x, k, v, [2, 2], 40, "zero", True, True, True).flatten(3)
+
+
+MODULES = [Neighborhood, Window, Halo, Routed]
 
 
 def module_inputs(module, h=9, w=7, batch=2):
@@ -100,8 +111,12 @@ def test_opaque_equals_composite(return_lse, given):
             q, k, v, [4, 4], [1, 2], False, t, None, "auto")),
         ("halo_attention", [(2, 5, 4, 2, 4), (2, 9, 7, 2, 4), (2, 9, 7, 2, 3), (15, 4), (15, 4)],
          lambda q, k, v, h=None, w=None: (q, k, v, [4, 4], [2, 2], [2, 2], h, w, True, None, "auto")),
+        ("routed_attention", [(2, 9, 7, 2, 4)] * 3 + [(2, 1, 12, 2)], lambda q, k, v, w=None: (
+            q, k, v, torch.arange(48).view(2, 1, 12, 2) % 12, [3, 2], [3, 2], w, True, None, "auto")),
+        ("bilevel_routing_attention", [(2, 9, 7, 2, 4)] * 3 + [(8, 8), (8,)], lambda q, k, v, w=None, b=None: (
+            q, k, v, [3, 4], 2, "mask", False, w is not None, True, w, b, "none", 1, None, "auto")),
     ],
-    ids=["window", "halo"],
+    ids=["window", "halo", "routed", "bilevel"],
 )  # fmt: skip
 def test_other_opaque_ops(op, shapes, args, with_tables):
     """opcheck, and the same result and gradients as the composite op."""
@@ -109,7 +124,7 @@ def test_other_opaque_ops(op, shapes, args, with_tables):
     opaque, composite = getattr(torch.ops.visattn, f"{op}_opaque"), getattr(torch.ops.visattn, op)
     torch.library.opcheck(opaque.default, args(*inputs))
     results = []
-    for out in (opaque(*args(*inputs))[0], composite(*args(*inputs))):
+    for out in (opaque(*args(*inputs)), composite(*args(*inputs))):
         results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
     for a, b in zip(*results, strict=True):
         assert relative_error(a, b) <= tolerances.OP[torch.float64]
@@ -175,17 +190,21 @@ def test_flops_count_visible_keys_only():
         assert counter.get_total_flops() == 2 * 2 * 14 * 14 * 3 * (kernel[0] * kernel[1] + extra) * (8 + 8)
 
 
-def test_flops_of_windows_and_halos_count_visible_keys_only():
+def test_flops_of_other_ops_count_visible_keys_only():
     from torch.utils.flop_counter import FlopCounterMode
 
     q, k, v = torch.randn(3, 2, 9, 14, 3, 8, device="meta")
-    table = torch.randn(11, 8, device="meta")
+    table, lists = torch.randn(11, 8, device="meta"), torch.zeros(2, 1, 35, 3, device="meta").long()
     calls = [
         (lambda: ops.window_attention(q, k, v, 7), (7 * 7 + 2 * 2) * (7 * 7 * 2) * 16),
         (lambda: ops.window_attention(q, k, v, 7, grid=True), (5 * 5 + 4 * 4) * (7 * 7 * 2) * 16),
         (lambda: ops.halo_attention(q, k, v, 4, 1, mask_border=False), 9 * 14 * 36 * 16),
         (lambda: ops.halo_attention(q, k, v, 4, 1), (4 * 5 + 4 * 6 + 2) * (4 * 5 + 4 * 6 + 4 * 6 + 2 * 3) * 16),
         (lambda: ops.halo_attention(q, k, v, 4, 1, 1, table, None, False), 9 * 14 * (36 * 16 + 6 * 8)),
+        (lambda: ops.routed_attention(q, k, v, lists, 2, (4, 5)), 9 * 14 * 3 * 20 * 16),
+        (lambda: ops.bilevel_routing_attention(q, k, v, (3, 7), 4), 9 * 14 * 4 * (3 * 2) * 16),
+        (lambda: ops.bilevel_routing_attention(q, k, v, (3, 7), 99), 9 * 14 * 21 * (3 * 2) * 16),
+        (lambda: ops.bilevel_routing_attention(q, k, v, (3, 7), 4, kv_pool="avg", kv_size=2), 9 * 14 * 4 * 1 * 16),
     ]
     for call, multiplications in calls:
         with torch.inference_mode(), FlopCounterMode(display=False) as counter:

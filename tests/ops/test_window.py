@@ -1,7 +1,5 @@
 """Window attention: backends against the reference, and the reference against partitions as timm makes them."""
 
-from functools import partial
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +9,7 @@ from timm.models.maxxvit import grid_partition, grid_reverse, window_partition, 
 from timm.models.swin_transformer import SwinTransformerBlock
 
 from tests import tolerances
-from tests.ops.gradients import compare, leaves
+from tests.ops.gradients import Recorder, check, leaves
 from tests.tolerances import relative_error
 from visattn.ops import BackendError, explain, window_attention
 from visattn.ops.geometry import Partition
@@ -41,17 +39,11 @@ def problems(draw):
     return shapes, call, draw(st.booleans()), draw(st.integers(0, 2**31))
 
 
-def check(problem, backend, dtype=torch.float64):
-    shapes, call, strided, seed = problem
-    op, reference = (partial(window_attention, **call, backend=b) for b in (backend, "reference"))
-    compare(op, reference, leaves(shapes, seed, dtype), strided)
-
-
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(problem=problems())
 def test_matches_reference(backend, problem):
-    check(problem, backend)
+    check(window_attention, problem, backend)
 
 
 @pytest.mark.slow
@@ -59,7 +51,7 @@ def test_matches_reference(backend, problem):
 @settings(max_examples=4000, deadline=None)
 @given(problem=problems())
 def test_matches_reference_long(backend, problem):
-    check(problem, backend)
+    check(window_attention, problem, backend)
 
 
 MAP = (2, 16, 11, 2, 24)
@@ -77,7 +69,7 @@ CASES = {
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_low_precision(backend, case, dtype, poisoned_empty):
     shape, call = CASES[case]
-    check(({"q": shape, "k": shape, "v": shape, "bias": TABLE}, call, True, 0), backend, dtype)
+    check(window_attention, ({"q": shape, "k": shape, "v": shape, "bias": TABLE}, call, True, 0), backend, dtype)
 
 
 @pytest.mark.parametrize("call", [{"shift": (1, 0)}, {"grid": True}], ids=str)
@@ -121,6 +113,15 @@ def test_equals_swins_cyclic_shift(backend):
     out = window_attention(q, k, v, 7, 3, bias=bias, backend=backend)
     expected = block._attn(x)
     assert relative_error(block.attn.proj(out.flatten(3)), expected) <= tolerances.OP[torch.float64]
+
+
+@pytest.mark.parametrize("table", [None, torch.ones(2, 13, 13)], ids=["plain", "bias"])
+def test_partial_windows_are_fused(table):
+    q, k, v = torch.randn(3, 1, 16, 11, 2, 32)
+    with torch.no_grad(), Recorder() as recorder:
+        window_attention(q, k, v, 7, 3, bias=table)
+    assert "_scaled_dot_product_flash_attention_for_cpu" in recorder.names
+    assert "_softmax" not in recorder.names
 
 
 def test_partitions_cover_an_axis():

@@ -50,7 +50,7 @@ def test_a_wrong_provider_is_not_timed(monkeypatch, tmp_path):
         right = case.visattn("eager")
         return lambda q, k, v, bias: right(q, k, v, bias.flip(-1))
 
-    monkeypatch.setitem(op_problems.Neighborhood.peers, "wrong", (wrong, None))
+    monkeypatch.setitem(op_problems.neighborhood.Neighborhood.peers, "wrong", (wrong, None))
     out = tmp_path / "ops"
     assert bench_ops.main([*ARGS, "--providers", "wrong", "gather", "--modes", "forward", "--out", str(out)]) == 1
     results = {r["provider"]: r for r in json.loads(out.with_suffix(".json").read_text())["results"]}

@@ -1,24 +1,34 @@
 """Modules with parameters, one idea per file."""
 
+from visattn.layers.aggregated import AggregatedAttention, CosineAttention
 from visattn.layers.block import TransformerBlock
 from visattn.layers.conv import ConvNorm
+from visattn.layers.conv_glu import ConvGLU
 from visattn.layers.halo import HaloAttention
 from visattn.layers.init import init_weights
+from visattn.layers.lepe import DepthwiseConv, LePEAttention
 from visattn.layers.mbconv import ConvStem, MBConv, create_pool
 from visattn.layers.neighborhood import GlobalAttention, NeighborhoodAttention
 from visattn.layers.patch import ConvDownsampler, ConvTokenizer, PatchMerging, PatchTokenizer
 from visattn.layers.rel_attention import LogRelPos, PooledTransformerBlock
+from visattn.layers.routing import BiLevelRoutingAttention
 from visattn.layers.split_attention import SplAt
 from visattn.layers.stage import Stage
 from visattn.layers.window import WindowAttention
 
 __all__ = [
+    "AggregatedAttention",
+    "BiLevelRoutingAttention",
     "ConvDownsampler",
+    "ConvGLU",
     "ConvNorm",
     "ConvStem",
     "ConvTokenizer",
+    "CosineAttention",
+    "DepthwiseConv",
     "GlobalAttention",
     "HaloAttention",
+    "LePEAttention",
     "LogRelPos",
     "MBConv",
     "NeighborhoodAttention",

@@ -18,6 +18,8 @@ class TransformerBlock(nn.Module):
         drop_path: Probability of dropping a branch, per sample.
         layer_scale: Initial value of the per-channel scales; None leaves them out.
         act: Activation of the MLP, as in timm.
+        eps: Of both norms.
+        mlp: Takes the place of the MLP; `mlp_ratio`, `proj_drop` and `act` have no effect then.
     """
 
     def __init__(
@@ -29,17 +31,21 @@ class TransformerBlock(nn.Module):
         drop_path: float = 0.0,
         layer_scale: float | None = None,
         act: str = "gelu",
+        eps: float = 1e-5,
+        mlp: nn.Module | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.norm1 = nn.LayerNorm(dim, eps=eps, **dd)
         self.attn = attn
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=get_act_layer(act), drop=proj_drop, **dd)
+        self.norm2 = nn.LayerNorm(dim, eps=eps, **dd)
+        if mlp is None:
+            mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=get_act_layer(act), drop=proj_drop, **dd)
+        self.mlp = mlp
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 

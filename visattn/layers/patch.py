@@ -29,7 +29,8 @@ class ConvTokenizer(nn.Module):
 class PatchTokenizer(nn.Module):
     """Linear embedding of p x p patches, then LayerNorm: [B, I, H, W] -> [B, H/p, W/p, C].
 
-    Images that p does not divide are zero-padded at the bottom and right.
+    Images that p does not divide are zero-padded at the bottom and right. An odd `kernel_size` larger than p makes
+    patches overlap: each is centred on the first pixel of its p x p, and zeros surround the image.
     """
 
     def __init__(
@@ -37,13 +38,15 @@ class PatchTokenizer(nn.Module):
         in_chans: int,
         embed_dim: int,
         patch_size: int,
+        kernel_size: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.patch_size = [patch_size, patch_size]
-        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size, **dd)
+        padding = 0 if kernel_size is None else kernel_size // 2
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size or patch_size, stride=patch_size, padding=padding, **dd)
         self.norm = nn.LayerNorm(embed_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,12 +60,13 @@ class ConvDownsampler(nn.Module):
     def __init__(
         self,
         dim: int,
+        bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.reduction = nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False, **dd)
+        self.reduction = nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=bias, **dd)
         self.norm = nn.LayerNorm(2 * dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
 """What timm asks of every model, written once for networks of a stem, stages, a norm and a head."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm2d, get_device_dtype
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, get_device_dtype
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -51,6 +51,7 @@ class Backbone(nn.Module):
         dtype: Any,
         norm: nn.Module | None = None,
         head: nn.Module | None = None,
+        num_features: int | None = None,
     ) -> None:
         """Final norm, classifier and norms of the feature levels; then initialise the whole model.
 
@@ -62,12 +63,15 @@ class Backbone(nn.Module):
             dtype: Dtype of the new parameters.
             norm: Norm of the last map; default LayerNorm.
             head: Classifier with timm's head interface; default `ClassifierHead`.
+            num_features: Channels after `norm` where that is a projection for the classifier: no feature level passes
+                through it, and it is pruned with the head. Default: those of the last level.
         """
         dd = {"device": device, "dtype": dtype}
         norms = _OUT_NORMS[self.output_fmt]
         if out_norm is not None and out_norm not in norms:
             raise ValueError(f"expected out_norm None or one of {sorted(norms)}, got {out_norm!r}")
-        self.num_features = self.feature_info[-1]["num_chs"]
+        self.norm_projects = num_features is not None
+        self.num_features = self.feature_info[-1]["num_chs"] if num_features is None else num_features
         self.norm = norms["layer"](self.num_features, **dd) if norm is None else norm
         if head is None:
             head = ClassifierHead(
@@ -153,7 +157,7 @@ class Backbone(nn.Module):
         Args:
             x: Images [B, in_chans, H, W].
             indices: The last n levels if an int, all if None, else these levels.
-            norm: Apply the final norm to the maps that have its width (no effect with `out_norm`).
+            norm: Apply the final norm to the maps that have its width (no effect with `out_norm`, or if it projects).
             stop_early: Skip the stages after the last one asked for.
             output_fmt: "NCHW", "NHWC" or "NLC" (L = H * W), of the intermediate maps.
             intermediates_only: Return the maps alone.
@@ -173,7 +177,7 @@ class Backbone(nn.Module):
             level = maps[i]
             if len(self.out_norms):
                 level = self.out_norms[i](level)
-            elif norm and self._has_norm_width(i):
+            elif norm and not self.norm_projects and self._has_norm_width(i):
                 level = self.norm(level)
             taken.append(self._to_format(level, output_fmt))
         if intermediates_only:
@@ -187,23 +191,25 @@ class Backbone(nn.Module):
         return x.flatten(1, 2) if output_fmt == "NLC" else x
 
     def _has_norm_width(self, level: int) -> bool:
-        return self.feature_info[level]["num_chs"] == self.num_features
+        """The norm is the last level's, and fits levels as wide as that."""
+        return self.feature_info[level]["num_chs"] == self.feature_info[-1]["num_chs"]
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove what `forward_intermediates(indices)` does not need; returns the absolute indices."""
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
-        narrower = not self._has_norm_width(max_index)
+        prune_norm = prune_norm or not self._has_norm_width(max_index) or (self.norm_projects and prune_head)
         self.stages = self.stages[: self._number_of_stages(max_index)]
         self.feature_info = self.feature_info[: max_index + 1]
         for i in range(len(self.out_norms)):
             if i not in take_indices:
                 self.out_norms[i] = nn.Identity()
-        if prune_norm or narrower:
+        width = self.num_features
+        if prune_norm:
             self.norm = nn.Identity()
-        self.num_features = self.feature_info[max_index]["num_chs"]
-        if prune_head or narrower:
+            self.num_features = self.feature_info[-1]["num_chs"]
+        if prune_head or self.num_features != width:
             self.reset_classifier(0, "", reset_other=True)
         return take_indices
 
@@ -220,6 +226,63 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def attended(self, image: Tensor) -> dict[str, dict[str, Tensor]]:
+        """What the queries of every attention layer attend to: {layer's name: what its own `attended` returns}.
+
+        One pass up to `forward_features`, with gradients as usual.
+
+        Args:
+            image: Images [B, in_chans, H, W].
+
+        Raises:
+            ValueError: No layer of the model has a method `attended`.
+        """
+        found = {}
+        tellers = [(n, m) for n, m in self.named_modules() if m is not self and callable(getattr(m, "attended", None))]
+        if not tellers:
+            raise ValueError(
+                f"expected a model whose attention can tell what it attends to, got {type(self).__name__}; "
+                "try one of the families BiFormer and TransNeXt"
+            )
+
+        def ask(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+            found[name] = module.attended(*args)
+
+        handles = [module.register_forward_pre_hook(partial(ask, name)) for name, module in tellers]
+        try:
+            self.forward_features(image)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+
+def plan_stages(
+    depths: Sequence[int], output_stride: int, drop_path_rate: float
+) -> list[tuple[int, list[tuple[int, int, float]]]]:
+    """Per stage its reduction, and per block (stride, dilation, drop path rate), where stem and stages halve the map.
+
+    Stages beyond `output_stride` keep their map, and convolutions after a stride left out are dilated instead.
+
+    Args:
+        depths: Blocks per stage.
+        output_stride: Stride of the last map, 8, 16 or 32.
+        drop_path_rate: That of the last block, growing linearly from 0.
+
+    Raises:
+        ValueError: Another `output_stride`.
+    """
+    if output_stride not in (8, 16, 32):
+        raise ValueError(f"expected output_stride 8, 16 or 32, got {output_stride}")
+    reduction, dilation, plan = 2, 1, []
+    for rates in calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True):
+        stride = 2 if reduction < output_stride else 1
+        before, dilation = dilation, dilation * 2 // stride
+        reduction *= stride
+        plan.append((reduction, [(1, dilation, r) if j else (stride, before, r) for j, r in enumerate(rates)]))
+    return plan
 
 
 def convert_checkpoint(

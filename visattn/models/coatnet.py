@@ -26,12 +26,12 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import LayerNorm2d, NormMlpClassifierHead, calculate_drop_path_rates, to_2tuple
+from timm.layers import LayerNorm2d, NormMlpClassifierHead, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._backbone import Backbone, convert_checkpoint
+from visattn.models._backbone import Backbone, convert_checkpoint, plan_stages
 
 __all__ = ["CoAtNet"]
 
@@ -148,8 +148,6 @@ class CoAtNet(Backbone):
         super().__init__(in_chans, num_classes, global_pool, output_fmt="NCHW")
         if norm not in _NORMS:
             raise ValueError(f"expected norm 'layer' or 'batch', got {norm!r}")
-        if output_stride not in (8, 16, 32):
-            raise ValueError(f"expected output_stride 8, 16 or 32, got {output_stride}")
         dd = {"device": device, "dtype": dtype}
         self.head_dim, self.expand_first, self.rel_pos_dim = head_dim, expand_first, rel_pos_dim
         norm_layer = partial(_NORMS[norm], eps=norm_eps)
@@ -160,15 +158,12 @@ class CoAtNet(Backbone):
         dim = to_2tuple(stem_width)[1]
         self.feature_info.append({"num_chs": dim, "reduction": 2, "module": "patch_embed"})
         stages = resolve_blocks(depths, block_types, embed_dims)
-        rates = calculate_drop_path_rates(drop_path_rate, [len(stage) for stage in stages], stagewise=True)
-        reduction, dilation = 2, 1
+        plan = plan_stages([len(stage) for stage in stages], output_stride, drop_path_rate)
         self.stages = nn.Sequential()
-        for i, stage in enumerate(stages):
-            stride = 2 if reduction < output_stride else 1
-            reduction *= stride
+        for i, (stage, (reduction, steps)) in enumerate(zip(stages, plan, strict=True)):
             feat_size = [-(-size // 2 ** (i + 2)) for size in to_2tuple(img_size)]
             blocks = []
-            for (kind, out_dim), rate in zip(stage, rates[i], strict=True):
+            for (kind, out_dim), (stride, dilation, rate) in zip(stage, steps, strict=True):
                 if kind == "C":
                     options = {"stride_mode": stride_mode, "pool": pool, **(conv_options or {}), **conv_args}
                     block = layers.MBConv(dim, out_dim, stride, dilation, drop_path=rate, **options)
@@ -178,8 +173,6 @@ class CoAtNet(Backbone):
                     block = layers.PooledTransformerBlock(
                         dim, out_dim, attn, down, proj_drop=proj_drop_rate, drop_path=rate, **block_args
                     )
-                if not blocks:
-                    stride, dilation = 1, dilation * 2 // stride
                 blocks.append(block)
                 dim = out_dim
             self.stages.append(layers.Stage(nn.Identity(), blocks))

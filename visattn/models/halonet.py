@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, create_act_layer
+from timm.layers import DropPath, create_act_layer
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._backbone import Backbone, convert_checkpoint
+from visattn.models._backbone import Backbone, convert_checkpoint, plan_stages
 
 __all__ = ["HaloNet"]
 
@@ -180,27 +180,21 @@ class HaloNet(Backbone):
                 f"expected blocks as one string of 'a' and 'c' for each of the {len(num_heads)} entries of num_heads, "
                 f"got {tuple(blocks)}; try ('ccc', 'aaa', 'aaaa', 'aaa')"
             )
-        if output_stride not in (8, 16, 32):
-            raise ValueError(f"expected output_stride 8, 16 or 32, got {output_stride}")
+        plan = plan_stages([len(letters) for letters in blocks], output_stride, drop_path_rate)
         dd = {"device": device, "dtype": dtype}
         self.zero_init_last = zero_init_last
 
         self.patch_embed = Stem(in_chans, base_dim, tiered_stem, act_layer, **dd)
         self.feature_info.append({"num_chs": base_dim, "reduction": 2, "module": "patch_embed"})
-        rates = calculate_drop_path_rates(drop_path_rate, [len(letters) for letters in blocks], stagewise=True)
-        in_dim, reduction, dilation = base_dim, 4, 1
+        in_dim = base_dim
         self.stages = nn.Sequential()
         for i, letters in enumerate(blocks):
             dim = base_dim * 2**i
             value_dim, out_dim = int(dim * value_ratio), int(dim * out_ratio)
-            stride = 2 if i else 1
-            first_dilation = dilation
-            if stride == 2 and reduction == output_stride:
-                stride, dilation = 1, 2 * dilation
-            reduction *= stride
+            reduction, steps = plan[i]
             stage = []
-            for j, (letter, rate) in enumerate(zip(letters, rates[i], strict=True)):
-                step = stride if j == 0 else 1
+            for j, (letter, (step, dilation, rate)) in enumerate(zip(letters, steps, strict=True)):
+                step = step if i else 1  # the first stage begins with the stem's pooling
                 if letter == "a":
                     mixed_dim = value_dim
                     mixer = layers.HaloAttention(
@@ -208,8 +202,7 @@ class HaloNet(Backbone):
                     )
                 else:
                     mixed_dim = dim
-                    spread = dilation if j else first_dilation
-                    mixer = nn.Conv2d(dim, dim, 3, step, padding=spread, dilation=spread, bias=False, **dd)
+                    mixer = nn.Conv2d(dim, dim, 3, step, padding=dilation, dilation=dilation, bias=False, **dd)
                 project = j == 0 and (project_first or i > 0 or in_dim != out_dim)
                 stage.append(Bottleneck(in_dim, mixer, dim, mixed_dim, out_dim, act_layer, project, step, rate, **dd))
                 in_dim = out_dim
@@ -220,10 +213,7 @@ class HaloNet(Backbone):
         norm = nn.Identity()
         if final_dim is not None:
             norm = layers.ConvNorm(in_dim, final_dim, act=act_layer, **dd)
-        width = in_dim if final_dim is None else final_dim
-        head = ClassifierHead(width, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self._build_head(drop_rate, out_norm, **dd, norm=norm, head=head)
-        self.num_features = width
+        self._build_head(drop_rate, out_norm, **dd, norm=norm, num_features=final_dim)
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
@@ -246,34 +236,6 @@ class HaloNet(Backbone):
     def no_weight_decay(self) -> set[str]:
         """Patterns of parameters that weight decay leaves alone."""
         return {"*.rel_h", "*.rel_w"}
-
-    def _has_norm_width(self, level: int) -> bool:
-        """The final convolution, which stands in the norm's place, takes the last stage's map."""
-        return self.feature_info[level]["module"] == f"stages.{len(self.stages) - 1}"
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """As in the base class, except that `norm` has no effect: the maps are those before the final convolution."""
-        return super().forward_intermediates(x, indices, False, stop_early, output_fmt, intermediates_only)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """As in the base class; the final convolution goes when the head goes, and the head when it goes."""
-        width = self.num_features
-        if not isinstance(self.norm, nn.Identity):
-            prune_norm = prune_head = prune_norm or prune_head
-        take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        if not isinstance(self.norm, nn.Identity):
-            self.num_features = width
-        return take_indices
 
 
 def _cfg(size: int = 256, **kwargs: Any) -> dict[str, Any]:

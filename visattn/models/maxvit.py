@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import LayerNorm2d, NormMlpClassifierHead, calculate_drop_path_rates, to_2tuple
+from timm.layers import LayerNorm2d, NormMlpClassifierHead, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._backbone import Backbone, convert_checkpoint
+from visattn.models._backbone import Backbone, convert_checkpoint, plan_stages
 
 __all__ = ["MaxViT"]
 
@@ -133,8 +133,7 @@ class MaxViT(Backbone):
         super().__init__(in_chans, num_classes, global_pool, output_fmt="NCHW")
         if form not in ("google", "torchvision"):
             raise ValueError(f"expected form 'google' or 'torchvision', got {form!r}")
-        if output_stride not in (8, 16, 32):
-            raise ValueError(f"expected output_stride 8, 16 or 32, got {output_stride}")
+        plan = plan_stages(depths, output_stride, drop_path_rate)
         dd = {"device": device, "dtype": dtype}
         self.is_google = form == "google"
         self.img_size, self.window_size = to_2tuple(img_size), window_size
@@ -150,11 +149,9 @@ class MaxViT(Backbone):
         self.patch_embed = layers.ConvStem(in_chans, stem_width, bias=(self.is_google, True), **conv_args)
         self.feature_info.append({"num_chs": stem_width, "reduction": 2, "module": "patch_embed"})
         self.stages = nn.Sequential()
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        reduction, dilation, in_dim = 2, 1, stem_width
+        in_dim = stem_width
         for i, dim in enumerate(embed_dims):
-            stride = 2 if reduction < output_stride else 1
-            reduction *= stride
+            reduction, steps = plan[i]
             attn_args = {
                 "window_size": window,
                 "num_windows": _IMAGE_PER_WINDOW // reduction,
@@ -163,14 +160,13 @@ class MaxViT(Backbone):
                 "proj_drop": proj_drop_rate,
             }
             blocks = []
-            for rate in rates[i]:
+            for stride, dilation, rate in steps:
                 conv = layers.MBConv(in_dim, dim, stride, dilation, drop_path=rate, **shortcut, **conv_args)
                 attentions = [
                     layers.WindowAttention(dim, dim // head_dim, grid=grid, **attn_args, **dd) for grid in (False, True)
                 ]
                 blocks.append(MaxViTBlock(conv, attentions, dim, drop_path=rate, **block_args))
-                if len(blocks) == 1:
-                    in_dim, stride, dilation = dim, 1, dilation * 2 // stride
+                in_dim = dim
             self.stages.append(layers.Stage(nn.Identity(), blocks))
             self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
         head = NormMlpClassifierHead(

@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, calculate_drop_path_rates
+from timm.layers import DropPath
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._backbone import Backbone, convert_checkpoint
+from visattn.models._backbone import Backbone, convert_checkpoint, plan_stages
 
 __all__ = ["ResNeSt"]
 
@@ -166,35 +166,27 @@ class ResNeSt(Backbone):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if output_stride not in (8, 16, 32):
-            raise ValueError(f"expected output_stride 32, 16 or 8, got {output_stride}")
         super().__init__(in_chans, num_classes, global_pool, output_fmt="NCHW")
         dd = {"device": device, "dtype": dtype}
         self.zero_init_last = zero_init_last
         dim = 2 * stem_width
         self.patch_embed = DeepStem(in_chans, stem_width, **dd)
         self.feature_info.append({"num_chs": dim, "reduction": 2, "module": "patch_embed"})
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.stages = nn.Sequential()
-        reduction, dilation = 4, 1
+        plan = plan_stages(depths, output_stride, drop_path_rate)
         for i, stage_channels in enumerate(channels):
             width = int(stage_channels * base_width / 64) * cardinality
-            stride, first_dilation = 1, dilation
-            if i and reduction < output_stride:
-                stride = 2
-                reduction *= 2
-            elif i:
-                dilation *= 2
+            reduction, steps = plan[i]
             blocks = []
-            for j, rate in enumerate(rates[i]):
+            for j, (stride, dilation, rate) in enumerate(steps):
                 block = Bottleneck(
                     dim,
                     width,
                     4 * stage_channels,
                     radix,
                     cardinality,
-                    stride=1 if j else stride,
-                    dilation=dilation if j else first_dilation,
+                    stride=stride if i else 1,
+                    dilation=dilation,
                     first=j == 0,
                     pool=i > 0 and j == 0,
                     pool_first=avd_first,

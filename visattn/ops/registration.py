@@ -10,7 +10,7 @@ instead, which runs when the sizes are known.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,36 +35,39 @@ def sizes_are_known(args: tuple[Any, ...]) -> bool:
     return True
 
 
+def _fresh(x: Tensor, args: Sequence[Any]) -> Tensor:
+    """x, contiguous, as a copy if it shares memory with a tensor among the arguments: an op may not return those."""
+    taken = {t.untyped_storage()._cdata for t in args if isinstance(t, Tensor)}
+    shared = x.untyped_storage()._cdata in taken
+    return x.clone(memory_format=torch.contiguous_format) if shared else x.contiguous()
+
+
 def opaque(
     name: str,
     arguments: str,
     results: int,
-    run: Callable[..., tuple[Tensor, ...]],
-    fake: Callable[..., tuple[Tensor, ...]],
+    run: Callable[..., Tensor | tuple[Tensor, ...]],
+    fake: Callable[..., Tensor | tuple[Tensor, ...]],
 ) -> Any:
     """Define `visattn::<name>_opaque`, differentiable, which tracing does not look into; returns its `torch.ops` entry.
 
     Args:
         name: Name of the op.
         arguments: The schema between the parentheses, without default values.
-        results: How many tensors it returns, always as a tuple; one that is not asked for is an empty tensor.
+        results: How many tensors it returns; one that is not asked for is an empty tensor.
         run: The implementation. The backward pass runs it again and differentiates it.
         fake: Empty tensors of the results' shapes and dtypes.
     """
     is_tensor = [argument.startswith("Tensor") for argument in arguments.split(", ")]
     positions = [i for i, yes in enumerate(is_tensor) if yes]
-    returned = f"({', '.join(['Tensor'] * results)},)" if results == 1 else f"({', '.join(['Tensor'] * results)})"
-    returned = "Tensor[]" if results == 1 else returned
+    returned = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
 
     @torch.library.custom_op(f"visattn::{name}_opaque", mutates_args=(), schema=f"({arguments}) -> {returned}")
     def forward(*args: Any) -> Any:
-        out = tuple(x.contiguous() for x in run(*args))
-        return list(out) if results == 1 else out
+        out = run(*args)
+        return _fresh(out, args) if results == 1 else tuple(_fresh(x, args) for x in out)
 
-    @forward.register_fake
-    def _(*args: Any) -> Any:
-        out = fake(*args)
-        return list(out) if results == 1 else out
+    forward.register_fake(fake)
 
     @torch.library.custom_op(
         f"visattn::{name}_opaque_backward",
@@ -74,14 +77,15 @@ def opaque(
     def backward(grads: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
         inputs, wanted = list(args), [i for i, n in zip(positions, needs, strict=True) if n]
 
-        def call(*given: Tensor) -> tuple[Tensor, ...]:
+        def call(*given: Tensor) -> Tensor | tuple[Tensor, ...]:
             for i, t in zip(wanted, given, strict=True):
                 inputs[i] = t
-            return tuple(run(*inputs))
+            return run(*inputs)
 
         # A kernel runs below autograd, where only a functional transform can differentiate.
         _, differentiate = torch.func.vjp(call, *(args[i] for i in wanted))
-        return [g.contiguous() for g in differentiate(tuple(grads))]
+        found = differentiate(grads[0] if results == 1 else tuple(grads))
+        return [_fresh(g, (*grads, *args)) for g in found]
 
     @backward.register_fake
     def _(grads: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
@@ -91,8 +95,7 @@ def opaque(
         ctx.save_for_backward(*(inputs[i] for i in positions))
         ctx.others = [x for x, yes in zip(inputs, is_tensor, strict=True) if not yes]
 
-    def differentiate(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        grads = grads[0] if results == 1 else grads
+    def differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
         args = [next(tensors) if yes else next(others) for yes in is_tensor]
         needs = [ctx.needs_input_grad[i] for i in positions]
@@ -103,18 +106,19 @@ def opaque(
     return getattr(torch.ops.visattn, f"{name}_opaque")
 
 
-def attention_op(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Any:
-    """Define op `schema` (one result) with implementation `run`; opaque where sizes are symbolic.
+def define_op(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Any:
+    """Define op `schema`, whose work depends on sizes: composite where they are known, opaque where symbolic.
 
-    `run` and `fake` take the schema's arguments by position; `run`'s own default values stand for those left out.
+    It has one result. `run` and `fake` take the schema's arguments by position; `run`'s own default values stand for
+    those left out.
     """
     name, _, rest = schema.partition("(")
-    arguments = ", ".join(a.partition("=")[0] for a in rest.rpartition(")")[0].split(", "))
-    hidden = opaque(name, arguments, 1, lambda *args: (run(*args),), lambda *args: (fake(*args),))
+    arguments = rest[: rest.rindex(") -> ")].replace("Tensor(a)", "Tensor")
+    hidden = opaque(name, ", ".join(a.partition("=")[0] for a in arguments.split(", ")), 1, run, fake)
     defaults = [p.default for p in inspect.signature(run).parameters.values()]
 
     def call(*args: Any) -> Tensor:
         args = (*args, *defaults[len(args) :])
-        return run(*args) if sizes_are_known(args) else hidden(*args)[0]
+        return run(*args) if sizes_are_known(args) else hidden(*args)
 
     return composite(schema, call)

@@ -13,7 +13,7 @@ from visattn.ops.dispatch import Backend, Dispatcher, always
 from visattn.ops.geometry import Halo
 from visattn.ops.halo.eager import halo_eager
 from visattn.ops.halo.reference import halo_reference
-from visattn.ops.registration import attention_op
+from visattn.ops.registration import define_op
 
 dispatcher = Dispatcher(
     "halo_attention", (Backend("eager", always, halo_eager), Backend("reference", always, halo_reference))
@@ -72,7 +72,7 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
     return v.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
-attend = attention_op(
+attend = define_op(
     "halo_attention(Tensor q, Tensor k, Tensor v, SymInt[2] block_size, SymInt[2] halo_size, SymInt[2] stride, "
     "Tensor? rel_h=None, Tensor? rel_w=None, bool mask_border=True, float? scale=None, str backend='auto') -> Tensor",
     _run,

@@ -61,14 +61,14 @@ def _join(x: Tensor, axes: tuple[Partition, ...], windows_first: bool) -> Tensor
 
 
 def _hidden(axes: tuple[Partition, ...], device: torch.device) -> Tensor:
-    """[T, t] slots without a token."""
+    """[T, 1, 1, t] slots without a token."""
     occupied = torch.ones((), dtype=torch.bool, device=device)
     for a, axis in enumerate(axes):
         part = axis.occupied(device)
         shape = [1] * (2 * len(axes))
         shape[a], shape[a + len(axes)] = part.shape
         occupied = occupied & part.reshape(shape)
-    return ~occupied.flatten(0, len(axes) - 1).flatten(1)
+    return ~occupied.flatten(0, len(axes) - 1).flatten(1)[:, None, None, :]
 
 
 def _read_bias(bias: Tensor, axes: tuple[Partition, ...]) -> Tensor:
@@ -98,7 +98,7 @@ def window_eager(
     if explicit:
         scores = (query * scale @ key.mT).to(dtype).add_(table)
         if hidden is not None:
-            scores = scores.masked_fill_(hidden[:, None, None, :], float("-inf"))
+            scores = scores.masked_fill_(hidden, float("-inf"))
         out = scores.softmax(dim=-1).to(value.dtype) @ value
         return _join(out, axes, windows_first)
 
@@ -107,8 +107,7 @@ def window_eager(
         query, key, value = (x.flatten(0, 1) for x in (query, key, value))
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale)
         return _join(out.unflatten(0, (len(q), -1)), axes, windows_first)
-    added = torch.zeros(len(hidden), 1, *query.shape[-2:-1], hidden.shape[1], dtype=dtype, device=q.device)
-    added = added.masked_fill(hidden[:, None, None, :], float("-inf"))  # [T, 1, t, t]
+    added = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, float("-inf"))  # [T, 1, 1, t]
     # Dimensions over which the mask is constant go together: (N, B) without a bias, B alone with one.
     dim = 1 if table is None else 0
     added = added if table is None else (added + table).flatten(0, 1)[:, None]

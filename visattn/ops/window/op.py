@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from visattn.ops.checks import check_qkv, check_table
 from visattn.ops.dispatch import Backend, Dispatcher, always
 from visattn.ops.geometry import Partition
-from visattn.ops.registration import attention_op
+from visattn.ops.registration import define_op
 from visattn.ops.window.eager import window_eager
 from visattn.ops.window.reference import window_reference
 
@@ -51,7 +51,7 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
     return v.new_empty(v.shape)
 
 
-attend = attention_op(
+attend = define_op(
     "window_attention(Tensor q, Tensor k, Tensor v, SymInt[] window_size, SymInt[] shift, bool grid, "
     "Tensor? bias=None, float? scale=None, str backend='auto') -> Tensor",
     _run,

@@ -1,0 +1,185 @@
+"""Bi-level routing attention over `visattn.ops.bilevel_routing_attention`, channels-last."""
+
+import torch
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+
+from visattn import ops
+from visattn.layers.lepe import DepthwiseConv
+
+_KV_POOLS = {"identity": "none", "avgpool": "avg", "maxpool": "max", "ada_avgpool": "ada_avg", "ada_maxpool": "ada_max"}
+
+
+class BiLevelRoutingAttention(nn.Module):
+    """Multi-head attention of each region of the map to the `topk` regions that suit it best, plus LePE.
+
+    The map is cut into `n_win` x `n_win` regions. Means of queries and keys over each region give a graph, the same for
+    all heads: the `topk` regions of highest q.k. Queries then attend to the tokens of these regions. A depthwise
+    convolution of the values (LePE) is added before the output projection.
+
+    `padding` tells what happens on a map that `n_win` does not divide; where it does, all three are the same.
+        * "mask": regions have ceil(size / n_win) tokens per axis. Those at the right and bottom are cut short, and may
+          be fewer. Tokens outside the map take no part: not in means, nor as keys, nor for LePE.
+        * "project": the official `auto_pad`. The map is zero-padded at the right and bottom before the projection;
+          padding tokens carry the bias of `qkv`, count in means and are keys. The output is cropped.
+        * "zero": the official operator for channels-first maps. Regions have max(1, size // n_win) tokens per axis, so
+          that there may be more of them than `n_win`; keys outside the map take part, with k = v = 0.
+
+    Shapes: [B, H, W, dim] -> [B, H, W, dim], any H and W.
+
+    Args:
+        dim: Channels.
+        num_heads: Heads; they divide `dim` and `qk_dim`.
+        n_win: Regions per axis.
+        topk: Regions that a region attends to; all of them where there are fewer.
+        qk_dim: Channels of queries and keys, all heads together; default `dim`.
+        qk_scale: Factor of q.k in routing and attention; default `qk_dim ** -0.5`, the width of all heads together, as
+            the official weights were trained.
+        side_dwconv: Kernel of LePE; 0 leaves it out.
+        kv_downsample_mode: Pooling of keys and values inside each region before attention: "identity" (none),
+            "avgpool" or "maxpool" (of `kv_downsample_ratio`), "ada_avgpool" or "ada_maxpool" (to `kv_per_win`). Pooling
+            needs regions that fill the map: `padding="project"` for maps of any size.
+        kv_downsample_ratio: Tokens per axis that are pooled into one.
+        kv_per_win: Tokens per axis that are left of a region.
+        param_attention: "qkvo", or "qkv" without the output projection.
+        param_routing: A linear layer on both region means; needs `diff_routing`.
+        diff_routing: Gradients reach queries and keys through the routing weights, too; needs `soft_routing`.
+        soft_routing: Keys and values are multiplied by the routing weight of their region, a softmax over the `topk`.
+        padding: "mask", "project" or "zero", see above.
+
+    Raises:
+        ValueError: Widths, `topk`, names or combinations that do not fit.
+        NotImplementedError: Options that the official code names but does not have either.
+
+    Source: arXiv:2303.08810, section 3.2; parameters as in rayleizhu/BiFormer (MIT).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        n_win: int | tuple[int, int] = 7,
+        topk: int = 4,
+        qk_dim: int | None = None,
+        qk_scale: float | None = None,
+        side_dwconv: int = 5,
+        kv_downsample_mode: str = "identity",
+        kv_downsample_ratio: int = 4,
+        kv_per_win: int = 4,
+        param_attention: str = "qkvo",
+        param_routing: bool = False,
+        diff_routing: bool = False,
+        soft_routing: bool = False,
+        padding: str = "mask",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        qk_dim = qk_dim or dim
+        if num_heads < 1 or dim % num_heads or qk_dim % num_heads:
+            raise ValueError(f"expected dim and qk_dim divisible by num_heads, got {dim}, {qk_dim} and {num_heads}")
+        if min(to_2tuple(n_win)) < 1 or topk < 1:
+            raise ValueError(f"expected n_win and topk of at least 1, got {n_win} and {topk}")
+        if padding not in ("mask", "project", "zero"):
+            raise ValueError(f"expected padding 'mask', 'project' or 'zero', got {padding!r}")
+        if param_attention not in ("qkvo", "qkv"):
+            raise ValueError(f"expected param_attention 'qkvo' or 'qkv', got {param_attention!r}")
+        _check_routing(param_routing, diff_routing, soft_routing)
+        self.num_heads = num_heads
+        self.n_win = list(to_2tuple(n_win))
+        self.topk = topk
+        self.scale = qk_scale or qk_dim**-0.5
+        self.diff_routing = diff_routing
+        self.soft_routing = soft_routing
+        self.padding = padding
+        self.rule = "zero" if padding == "zero" else "mask"
+        self.kv_pool, self.kv_size = _kv_pool(kv_downsample_mode, kv_downsample_ratio, kv_per_win)
+        self.split = [qk_dim, qk_dim, dim]
+        self.qkv = nn.Linear(dim, sum(self.split), **dd)
+        self.router = nn.Linear(qk_dim, qk_dim, **dd) if param_routing else None
+        self.lepe = DepthwiseConv(dim, side_dwconv, **dd) if side_dwconv else None
+        self.proj = nn.Linear(dim, dim, **dd) if param_attention == "qkvo" else nn.Identity()
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, H, W, dim] -> q, k, v [B, H', W', N, D], views of one projection; padded for "project"."""
+        if self.padding == "project":
+            x = torch.ops.visattn.pad_to_multiple(x, self.n_win)
+        q, k, v = self.qkv(x).split(self.split, dim=-1)
+        heads = [self.num_heads, -1]
+        return q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
+
+    def _router(self) -> tuple[Tensor | None, Tensor | None]:
+        if self.router is not None:
+            return self.router.weight, self.router.bias
+        return None, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, h, w, _ = x.shape
+        q, k, v = self._project(x)
+        weight, bias = self._router()
+        out = torch.ops.visattn.bilevel_routing_attention(
+            q,
+            k,
+            v,
+            self.n_win,
+            self.topk,
+            self.rule,
+            False,
+            self.soft_routing,
+            self.diff_routing,
+            weight,
+            bias,
+            self.kv_pool,
+            self.kv_size,
+            self.scale,
+        ).flatten(3)
+        if self.lepe is not None:
+            out = out + self.lepe(v.flatten(3))
+        if self.padding == "project":
+            out = torch.ops.visattn.fit(out, [h, w])
+        return self.proj(out)
+
+    @torch.jit.ignore
+    def attended(self, x: Tensor) -> dict[str, Tensor]:
+        """What the queries of `forward(x)` attend to.
+
+        Returns:
+            "regions" [B, 1, R, topk]: for each of the R regions, in row-major order, those that it attends to, best
+            first; "weights", of the same shape: their routing weights, which sum to 1.
+        """
+        q, k, _ = self._project(x)
+        weight, bias = self._router()
+        index, weights = ops.region_routing(
+            q, k, self.topk, n_win=self.n_win, rule=self.rule, scale=self.scale, router_weight=weight, router_bias=bias
+        )
+        return {"regions": index, "weights": weights}
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, n_win={self.n_win}, topk={self.topk}, padding={self.padding!r}"
+
+
+def _check_routing(param_routing: bool, diff_routing: bool, soft_routing: bool) -> None:
+    if param_routing and not diff_routing:
+        raise ValueError("expected diff_routing with param_routing, whose weights would get no gradient; got False")
+    if diff_routing and not soft_routing:
+        raise NotImplementedError(
+            "diff_routing without soft_routing is hard routing, which the official code names and does not implement; "
+            "try soft_routing=True"
+        )
+
+
+def _kv_pool(mode: str, ratio: int, per_win: int) -> tuple[str, int]:
+    """The op's name and size of a pooling of keys and values."""
+    if mode in ("fracpool", "conv"):
+        raise NotImplementedError(
+            f"kv_downsample_mode {mode!r} is named by the official code, which does not implement it; "
+            f"try one of {sorted(_KV_POOLS)}"
+        )
+    if mode not in _KV_POOLS:
+        raise ValueError(f"expected kv_downsample_mode of {sorted(_KV_POOLS)}, got {mode!r}")
+    size = 1 if mode == "identity" else per_win if mode.startswith("ada") else ratio
+    if size < 1:
+        name = "kv_per_win" if mode.startswith("ada") else "kv_downsample_ratio"
+        raise ValueError(f"expected {name} of at least 1 for {mode!r}, got {size}")
+    return ("none", 1) if size == 1 and not mode.startswith("ada") else (_KV_POOLS[mode], size)

@@ -1,0 +1,118 @@
+"""The position bias of pooled keys: a perceptron of log-distances, read where queries and keys are.
+
+The perceptron is evaluated on the grid of the distances that exist per axis, a few rows at a time: nothing of the size
+of grid x hidden units, or of queries x keys, ever exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visattn.ops.aggregated.reference import log_coordinates
+from visattn.ops.geometry import Pooled, interpolated
+
+# Numbers per chunk: a CPU core's cache should hold them, an accelerator should have enough to do, and a traced graph,
+# which holds every chunk, should stay small: there CHUNKS is the most.
+_CHUNK, _CHUNK_ACCELERATOR, _CHUNK_TRACED, CHUNKS = 1 << 18, 1 << 26, 1 << 22, 64
+
+
+def chunk_size(device: torch.device) -> int:
+    """How many logits or hidden activations to make at once."""
+    if device.type != "cpu":
+        return _CHUNK_ACCELERATOR
+    return _CHUNK_TRACED if torch.compiler.is_compiling() else _CHUNK
+
+
+class _Grid(torch.autograd.Function):
+    """[U, F], [V, F], [N, F] -> [N, U, V]: sum over f of weight[n, f] * relu(rows[u, f] + columns[v, f])."""
+
+    @staticmethod
+    def _chunks(rows: Tensor, columns: Tensor) -> list[slice]:
+        step = max(1, chunk_size(rows.device) // max(1, columns.numel()), -(-len(rows) // CHUNKS))
+        return [slice(i, min(i + step, len(rows))) for i in range(0, len(rows), step)]
+
+    @staticmethod
+    def forward(rows: Tensor, columns: Tensor, weight: Tensor) -> Tensor:
+        found = [
+            weight @ (rows[part, None] + columns).relu_().flatten(0, 1).mT for part in _Grid._chunks(rows, columns)
+        ]
+        return torch.cat(found, dim=1).unflatten(1, (len(rows), len(columns)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        """All three from the gradient summed over the columns, and over the rows, where a hidden unit is active."""
+        rows, columns, weight = ctx.saved_tensors
+        by_row, by_column = (
+            grad.transpose(0, 1).contiguous(),
+            grad.permute(2, 0, 1).contiguous(),
+        )  # [U, N, V], [V, N, U]
+        found, over_rows = [], grad.new_zeros(len(columns), *weight.shape)
+        for part in _Grid._chunks(rows, columns):
+            active = (rows.detach()[part, None] + columns.detach()).gt_(0)  # [u, V, F] of ones and zeros
+            found.append(by_row[part] @ active)
+            over_rows.baddbmm_(by_column[..., part], active.transpose(0, 1))
+        over_columns = torch.cat(found)  # [U, N, F]; over_rows [V, N, F]
+        grad_weight = (over_columns * rows[:, None]).sum(0) + (over_rows * columns[:, None]).sum(0)
+        return (over_columns * weight).sum(1), (over_rows * weight).sum(1), grad_weight
+
+
+def position_table(axes: tuple[Pooled, Pooled], pretrain_size: list[int], cpb: list[Tensor]) -> Tensor:
+    """[N, U, V]: the perceptron for each pair of a distance of rows and one of columns."""
+    w1, b1, w2, b2 = cpb
+    rows, columns = (
+        torch.outer(log_coordinates(axis, n, w1.dtype, w1.device), w)
+        for axis, n, w in zip(axes, pretrain_size, w1.unbind(1), strict=True)
+    )
+    return _Grid.apply(rows + b1, columns, w2) + b2[:, None, None]
+
+
+class PositionBias:
+    """Reads a table [N, U, V] for some rows of queries and all pooled keys: at one entry, or as a mean of 4 x 4."""
+
+    def __init__(
+        self, axes: tuple[Pooled, Pooled], size: tuple[int, int], pooled: tuple[int, int], table: Tensor
+    ) -> None:
+        self.rows, self.columns = (
+            interpolated(axis, n, p, table.device) for axis, n, p in zip(axes, size, pooled, strict=True)
+        )
+        self.table = table
+        self.grid = table.permute(1, 2, 0).contiguous()  # [U, V, N]
+
+    @staticmethod
+    def _read(x: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
+        """[U, ...] -> [keys, queries, ...] for index and weight [queries, keys, m]."""
+        index = index.transpose(0, 1)
+        found = x.index_select(0, index.flatten()).unflatten(0, index.shape)
+        if weight is None:
+            return found.squeeze(2)
+        return (found * weight.transpose(0, 1).to(x.dtype).view(*index.shape, *[1] * (x.ndim - 1))).sum(2)
+
+    @staticmethod
+    def _add(x: Tensor, index: Tensor, weight: Tensor | None, size: int) -> Tensor:
+        """Transpose of `_read`: [keys, queries, ...] -> [U, ...]."""
+        index, x = index.transpose(0, 1), x.unsqueeze(2)
+        if weight is not None:
+            x = x * weight.transpose(0, 1).to(x.dtype).view(*index.shape, *[1] * (x.ndim - 3))
+        return x.new_zeros(size, *x.shape[3:]).index_add(0, index.flatten(), x.flatten(0, 2))
+
+    def _part(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        index, weight = self.rows
+        return index[rows], None if weight is None else weight[rows]
+
+    def read(self, rows: slice) -> Tensor:
+        """[N, PH, PW, rows, W], a view."""
+        by_row = self._read(self.grid, *self._part(rows)).permute(2, 3, 0, 1).contiguous()  # [V, N, PH, rows]
+        return self._read(by_row, *self.columns).permute(2, 3, 0, 4, 1)
+
+    def add(self, rows: slice, grad: Tensor) -> Tensor:
+        """Transpose of `read`: the part [N, U, V] of the table's gradient."""
+        by_row = self._add(grad.permute(2, 4, 0, 1, 3), *self.columns, self.table.shape[2])  # [V, N, PH, rows]
+        by_row = by_row.permute(2, 3, 0, 1).contiguous()
+        return self._add(by_row, *self._part(rows), self.table.shape[1]).permute(2, 0, 1)

@@ -1,0 +1,129 @@
+"""Windows that do not slide.
+
+Partitions cut an axis into windows that do not overlap: a token sees the tokens of its own window. Halos let the
+queries of a block see its surroundings too.
+
+Sources: Swin (arXiv:2103.14030), MaxViT (arXiv:2204.01697), HaloNet (arXiv:2103.12731).
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One axis cut into windows of at most `window` tokens.
+
+    Attributes:
+        length: Tokens on the axis.
+        window: Tokens of a full window. Windows are consecutive runs of tokens; the last one may be shorter.
+        shift: If not 0, the first window has only this many tokens (Swin's shifted windows).
+        is_grid: Instead, a window takes tokens at equal distances over the whole axis (MaxViT's grid); there are
+            `ceil(length / window)` of them.
+    """
+
+    length: int
+    window: int
+    shift: int = 0
+    is_grid: bool = False
+
+    def layout(self) -> tuple[int, int, int]:
+        """(windows, slots of each, empty slots before the first token).
+
+        With these empty slots and more at the end, the axis has windows x slots places: window-major for runs,
+        slot-major for a grid. `slots` is below `window` when no window is full.
+        """
+        if self.is_grid:
+            windows = -(-self.length // self.window)
+            return windows, -(-self.length // windows), 0
+        first = self.shift or self.window
+        if self.length <= first:
+            return 1, self.length, 0
+        empty = self.window - first
+        return -(-(self.length + empty) // self.window), self.window, empty
+
+    def place(self, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+        """The window [length] of each token and its rank [length] inside it."""
+        windows, slots, empty = self.layout()
+        token = torch.arange(self.length, device=device) + empty
+        return (token % windows, token // windows) if self.is_grid else (token // slots, token % slots)
+
+    def occupied(self, device: torch.device | str | None = None) -> Tensor:
+        """[windows, slots] whether a slot holds a token."""
+        windows, slots, _ = self.layout()
+        filled = torch.zeros(windows, slots, dtype=torch.bool, device=device)
+        filled[self.place(device)] = True
+        return filled
+
+    def pairs(self) -> int:
+        """How many (query, key) pairs see each other."""
+        windows, slots, empty = self.layout()
+        if self.is_grid:
+            sizes = [len(range(i, self.length, windows)) for i in range(windows)]
+        else:
+            edges = [max(i * slots - empty, 0) for i in range(windows)] + [self.length]
+            sizes = [b - a for a, b in itertools.pairwise(edges)]
+        return sum(n * n for n in sizes)
+
+
+@dataclass(frozen=True)
+class Halo:
+    """One axis cut into blocks of keys; the queries of a block see the window of the block and a halo on both sides.
+
+    Attributes:
+        length: Keys on the axis.
+        block: Keys of a block; the last block may be shorter.
+        halo: Keys that a window holds on each side of the block.
+        stride: Keys per query; divides `block`.
+    """
+
+    length: int
+    block: int
+    halo: int
+    stride: int = 1
+
+    @property
+    def window(self) -> int:
+        """Slots of a window."""
+        return self.block + 2 * self.halo
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.length // self.block)
+
+    @property
+    def queries(self) -> int:
+        """Queries on the axis."""
+        return -(-self.length // self.stride)
+
+    @property
+    def queries_per_block(self) -> int:
+        return self.block // self.stride
+
+    def key_index(self, device: torch.device | str | None = None) -> Tensor:
+        """[blocks, window] key in each slot; outside [0, length) there is none."""
+        first = torch.arange(self.blocks, device=device) * self.block - self.halo
+        return first[:, None] + torch.arange(self.window, device=device)
+
+    def displacement(self, device: torch.device | str | None = None) -> Tensor:
+        """[queries_per_block, window] slot - query rank in the block + window - 1, in [0, 2 * window - 2]."""
+        rank = torch.arange(self.queries_per_block, device=device)
+        return torch.arange(self.window, device=device) - rank[:, None] + self.window - 1
+
+    def pairs(self, mask_border: bool) -> int:
+        """How many (query, slot) pairs take part."""
+        if not mask_border:
+            return self.queries * self.window
+        ends = [((i + 1) * self.block + self.halo, i * self.block - self.halo) for i in range(self.blocks)]
+        keys = [min(stop, self.length) - max(start, 0) for stop, start in ends]
+        return sum(keys[i // self.queries_per_block] for i in range(self.queries))
+
+
+def bins(length: int, number: int) -> list[tuple[int, int]]:
+    """The [start, stop) of adaptive pooling's `number` bins: they cover the axis and overlap where they do not fit."""
+    return [(i * length // number, -(-(i + 1) * length // number)) for i in range(number)]

@@ -1,0 +1,77 @@
+"""Queries on an axis and keys averaged over bins of it.
+
+The bins are those of adaptive pooling (`bins`). A key lies at the mean of its tokens, a multiple of 1/2, so that twice
+the distance to a query is an integer.
+
+Source: TransNeXt (arXiv:2311.17132), section 3.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from visattn.ops.geometry.blocks import bins
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """One axis of `length` queries and `pooled` keys, at most one per query."""
+
+    length: int
+    pooled: int
+
+    @property
+    def keys(self) -> list[int]:
+        """Twice the coordinate of each key, increasing."""
+        return [start + stop - 1 for start, stop in bins(self.length, self.pooled)]
+
+    @property
+    def step(self) -> int:
+        """What twice the distances are spaced by: 2 if all keys are whole tokens, or all lie between two; else 1."""
+        keys = self.keys
+        return 2 if all((key - keys[0]) % 2 == 0 for key in keys) else 1
+
+    @property
+    def distances(self) -> range:
+        """Twice the distances (query - key), every `step` from the smallest to the largest; about 2 or 4 per token."""
+        keys = self.keys
+        return range(-keys[-1], 2 * self.length - 1 - keys[0], self.step)
+
+    def index(self, device: torch.device | str | None = None) -> Tensor:
+        """[length, pooled] place of the distance of each query and key in `distances`."""
+        keys = torch.tensor(self.keys, device=device)
+        twice = 2 * torch.arange(self.length, device=device)
+        return (twice[:, None] - keys - self.distances.start) // self.step
+
+
+def _stretch(size: int, new: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
+    """[new, 2] places and their weights (float64) by which linear interpolation turns `size` values into `new`.
+
+    The outer edges of the first and the last value stay in place (`align_corners=False`).
+    """
+    place = ((2 * torch.arange(new, device=device) + 1) * size - new).clamp(min=0)  # in units of 1 / (2 new)
+    first = place // (2 * new)
+    weight = (place - 2 * new * first).double() / (2 * new)
+    return torch.stack([first, (first + 1).clamp(max=size - 1)], -1), torch.stack([1 - weight, weight], -1)
+
+
+def interpolated(
+    axis: Pooled, length: int, pooled: int, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """What is known for the queries and keys of `axis`, interpolated linearly to `length` queries and `pooled` keys.
+
+    Returns:
+        index [length, pooled, m] into `axis.distances` and weights [length, pooled, m] (float64) of m = 4 entries; with
+        the sizes of the axis itself, m = 1 and None.
+    """
+    index = axis.index(device)
+    if (length, pooled) == (axis.length, axis.pooled):
+        return index[..., None], None
+    (query, query_weight), (key, key_weight) = (
+        _stretch(*sizes, device) for sizes in ((axis.length, length), (axis.pooled, pooled))
+    )
+    index = index[query[:, None, :, None], key[None, :, None, :]].flatten(2)
+    return index, (query_weight[:, None, :, None] * key_weight[None, :, None, :]).flatten(2)

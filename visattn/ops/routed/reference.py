@@ -1,0 +1,46 @@
+"""Routed attention by its definition: list the keys of every query, softmax, weighted sum."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visattn.ops.geometry import Partition
+from visattn.ops.routed.routing import token_table
+
+
+def routed_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    q_axes: tuple[Partition, Partition],
+    k_axes: tuple[Partition, Partition],
+    weight: Tensor | None,
+    mask_border: bool,
+    scale: float,
+) -> Tensor:
+    """See `visattn.ops.routed_attention`; `t` are tokens, `m` the keys of a query."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    batch, h, w, heads, _ = q.shape
+    query = q.to(dtype).flatten(1, 2)
+    # One more token, zero, stands for the places outside the map.
+    key, value = (F.pad(x.to(dtype).flatten(1, 2), (0, 0, 0, 0, 0, 1)) for x in (k, v))
+    rows, columns = (axis.place(q.device)[0] for axis in q_axes)
+    region = (rows[:, None] * q_axes[1].layout()[0] + columns).flatten()  # [t]
+    tokens = token_table(k_axes, q.device)
+    index = index.expand(-1, heads, -1, -1)[:, :, region]  # [B, N, t, topk]
+    listed = tokens[index].flatten(3)  # [B, N, t, m]
+    image = torch.arange(batch, device=q.device)[:, None, None, None]
+    head = torch.arange(heads, device=q.device)[:, None, None]
+    keys, values = key[image, listed, head], value[image, listed, head]  # [B, N, t, m, D]
+    if weight is not None:
+        factor = weight.to(dtype).expand(-1, heads, -1, -1)[:, :, region]
+        factor = factor.repeat_interleave(tokens.shape[1], dim=3)[..., None]
+        keys, values = keys * factor, values * factor
+    scores = scale * torch.einsum("btnd,bntmd->bntm", query, keys)
+    if mask_border:
+        scores = scores.masked_fill(listed == key.shape[1] - 1, float("-inf"))
+    out = torch.einsum("bntm,bntmd->btnd", scores.softmax(-1), values)
+    return out.unflatten(1, (h, w)).to(v.dtype)
