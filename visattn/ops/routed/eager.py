@@ -1,6 +1,7 @@
-"""Routed attention as batched attention of query regions against copies of the key regions that they attend to.
+"""Routed attention: for some query regions at a time, copy their queries, keys and values and attend.
 
-Where a region is attended to by several query regions, the gradients of its copies are added up in one fixed order.
+A chunk's copies stay in a CPU core's cache. They are made again in the backward pass, so that only the inputs are kept
+for it, and where a token was copied for several query regions, its gradients are added up in one fixed order.
 
 On small maps it is attention over the whole map with a mask instead: the copies would be as large and the batch of
 small products slower.
@@ -15,118 +16,185 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visattn.ops.geometry import Partition
-from visattn.ops.routed.routing import cut, token_table
+from visattn.ops.routed.routing import token_table
 
 Axes = tuple[Partition, Partition]
 
-# Maps of at most this many keys take the masked form.
-_DENSE = 256
+# Maps of at most this many keys take the masked form. Copied numbers per chunk: those of keys and values together. A
+# traced graph holds every chunk, and on an accelerator there is one.
+_DENSE, _CHUNK, _CHUNK_TRACED = 256, 1 << 18, 1 << 24
 
 
-class _Take(torch.autograd.Function):
-    """x [B, L, F], regions [B, n], their tokens [R, t] -> [B, n * t, F]: the tokens of the listed regions."""
+def _is_partial(axes: Axes) -> bool:
+    return any(axis.length % axis.layout()[1] for axis in axes)
+
+
+class _Map:
+    """A map of B images cut into regions, as rows of tokens; partial regions share one more token per image, zero."""
+
+    def __init__(self, axes: Axes, images: int, device: torch.device) -> None:
+        self.axes, self.images = axes, images
+        self.length = axes[0].length * axes[1].length
+        self.more = int(_is_partial(axes))
+        self.table = token_table(axes, device)  # [R, t]
+        self.first = torch.arange(images, device=device)[:, None, None] * (self.length + self.more)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[B, H, W, N, D] -> [B * (L + more), N * D]."""
+        x = x.flatten(1, 2).flatten(2)
+        return (F.pad(x, (0, 0, 0, 1)) if self.more else x).flatten(0, 1)
+
+    def map(self, rows: Tensor, heads: int) -> Tensor:
+        """Inverse of `rows`."""
+        x = rows.unflatten(0, (self.images, -1))[:, : self.length]
+        return x.reshape(self.images, self.axes[0].length, self.axes[1].length, heads, -1)
+
+
+class _Call:
+    """What the chunks of a call share."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, index: Tensor, q_axes: Axes, k_axes: Axes, mask_border: bool
+    ) -> None:
+        self.heads, (images, self.number, self.topk) = q.shape[3], index.shape
+        self.q_map, self.k_map = (_Map(axes, images, q.device) for axes in (q_axes, k_axes))
+        self.index = index.flatten(0, 1)  # [B * query regions, topk]
+        self.q, self.k, self.v = self.q_map.rows(q), self.k_map.rows(k), self.k_map.rows(v)
+        self.q_rows = (self.q_map.table + self.q_map.first).flatten(0, 1)  # [B * query regions, t]
+        keys = self.k_map.table[self.index].unflatten(0, (images, -1)).flatten(2)
+        self.k_rows = (keys + self.k_map.first).flatten(0, 1)  # [B * query regions, topk * t]
+        self.mask = None
+        if mask_border and self.k_map.more:
+            outside = self.k_map.table == self.k_map.length
+            self.mask = torch.zeros_like(outside, dtype=q.dtype).masked_fill(outside, float("-inf"))
+
+    def chunks(self) -> list[slice]:
+        """Slices of the query regions of all images."""
+        number = len(self.index)
+        copied = self.k_rows.shape[1] * (self.k.shape[1] + self.v.shape[1])
+        size = _CHUNK_TRACED if torch.compiler.is_compiling() else _CHUNK
+        step = max(1, size // copied) if self.q.device.type == "cpu" else max(1, number)
+        return [slice(i, min(i + step, number)) for i in range(0, number, step)]
+
+    def take(self, x: Tensor, rows: Tensor, part: slice) -> Tensor:
+        """Rows of a map -> [regions of the part, N, tokens, D], a view of a copy."""
+        rows = rows[part]
+        return x.index_select(0, rows.flatten()).view(*rows.shape, self.heads, -1).transpose(1, 2)
+
+    def take_mask(self, part: slice) -> Tensor | None:
+        """[regions of the part, 1, 1, keys]"""
+        return None if self.mask is None else self.mask[self.index[part]].flatten(1)[:, None, None]
+
+    def factors(self, weight: Tensor, part: slice) -> Tensor:
+        """[regions of the part, 1, keys, 1]"""
+        return weight[part].repeat_interleave(self.k_map.table.shape[1], 1)[:, None, :, None].to(self.q.dtype)
 
     @staticmethod
-    def forward(x: Tensor, listed: Tensor, table: Tensor) -> Tensor:
-        return x.flatten(0, 1).index_select(0, _rows(listed, table, x.shape[1])).unflatten(0, (len(x), -1))
+    def lines(x: Tensor) -> Tensor:
+        """[regions, N, tokens, D] -> [regions * tokens, N * D]."""
+        return x.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def put(self, rows: Tensor, part: slice, x: Tensor) -> None:
+        """Write the queries of a part; none is in two regions."""
+        rows.index_copy_(0, self.q_rows[part].flatten(), self.lines(x).to(rows.dtype))
+
+    def add(self, rows: Tensor, part: slice, x: Tensor) -> None:
+        """Add the keys of a part to the rows that they are copies of."""
+        x = self.lines(x).to(rows.dtype)
+        if rows.device.type == "cpu":
+            rows.index_add_(0, self.k_rows[part].flatten(), x)
+        else:
+            rows += self.sum_by_product(x)
+
+    def sum_by_product(self, x: Tensor) -> Tensor:
+        """The sums of all parts' copies. Adding row by row has no fixed order on an accelerator, a product has."""
+        regions, tokens = self.k_map.table.shape
+        listed = self.index.view(self.k_map.images, 1, -1)
+        member = (listed == torch.arange(regions, device=x.device)[:, None]).to(x.dtype)  # [B, R, listed]
+        total = (member @ x.view(*member.shape[::2], -1)).view(len(member), regions * tokens, -1)
+        # Where each token lies among those of all regions; that of places outside the map is never looked at.
+        places = torch.arange(regions * tokens, device=x.device)
+        slots = places.new_zeros(self.k_map.length + self.k_map.more)
+        slots = slots.scatter_reduce_(0, self.k_map.table.flatten(), places, "amax")
+        return total.index_select(1, slots).flatten(0, 1)
+
+
+class _Listed(torch.autograd.Function):
+    """The tokens of each query region attend to those listed for it; index and weight [B, R, topk]."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-        ctx.length = inputs[0].shape[1]
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        index: Tensor,
+        weight: Tensor | None,
+        q_axes: Axes,
+        k_axes: Axes,
+        mask_border: bool,
+        scale: float,
+    ) -> Tensor:
+        call = _Call(q, k, v, index, q_axes, k_axes, mask_border)
+        weight = None if weight is None else weight.flatten(0, 1)
+        out = v.new_empty(len(call.q), call.v.shape[1])
+        for part in call.chunks():
+            query, key, value = (
+                call.take(x, rows, part)
+                for x, rows in ((call.q, call.q_rows), (call.k, call.k_rows), (call.v, call.k_rows))
+            )
+            if weight is not None:
+                factors = call.factors(weight, part)
+                key, value = key * factors, value * factors
+            mask = call.take_mask(part)
+            if mask is not None:
+                mask = mask.expand(-1, -1, query.shape[2], -1)
+            call.put(out, part, F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale))
+        return call.q_map.map(out, call.heads)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _Add.apply(grad, *ctx.saved_tensors, ctx.length), None, None
-
-
-class _Add(torch.autograd.Function):
-    """Transpose of `_Take`: x [B, n * t, F] -> [B, L, F], the sums over all copies of a token."""
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:5])
+        ctx.how = inputs[5:]
 
     @staticmethod
-    def forward(x: Tensor, listed: Tensor, table: Tensor, length: int) -> Tensor:
-        add = _add_by_row if x.device.type == "cpu" else _add_by_product
-        return add(x, listed, table, length)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:3])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _Take.apply(grad, *ctx.saved_tensors), None, None, None
-
-
-def _rows(listed: Tensor, table: Tensor, length: int) -> Tensor:
-    """Where the tokens of the regions [B, n] lie among those of all images."""
-    first = torch.arange(len(listed), device=listed.device)[:, None] * length
-    return (table[listed].flatten(1) + first).flatten()
-
-
-def _add_by_row(x: Tensor, listed: Tensor, table: Tensor, length: int) -> Tensor:
-    """The fast way, which has one order on a CPU only."""
-    total = x.new_zeros(len(x) * length, x.shape[2], dtype=torch.promote_types(x.dtype, torch.float32))
-    total.index_add_(0, _rows(listed, table, length), x.flatten(0, 1).to(total.dtype))
-    return total.unflatten(0, (-1, length)).to(x.dtype)
-
-
-def _add_by_product(x: Tensor, listed: Tensor, table: Tensor, length: int) -> Tensor:
-    """A product with ones and zeros has one order everywhere."""
-    regions = torch.arange(len(table), device=x.device)
-    member = (listed[:, None] == regions[:, None]).to(x.dtype)  # [B, R, n]
-    total = (member @ x.unflatten(1, (-1, table.shape[1])).flatten(2)).view(len(x), -1, x.shape[2])
-    places = torch.arange(table.numel(), device=x.device)
-    # A place outside the map stands for some token too, after the token's own place.
-    slots = places.new_full((length,), len(places)).scatter_reduce_(0, table.flatten(), places, "amin")
-    return total.index_select(1, slots)
-
-
-def _regions(x: Tensor, axes: Axes) -> Tensor:
-    """[B, H, W, N, D] -> [B, R, t, N, D]."""
-    return cut(x, axes).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-
-def _join(x: Tensor, axes: Axes) -> Tensor:
-    """Inverse of `_regions`."""
-    (ra, sa, _), (rb, sb, _) = (axis.layout() for axis in axes)
-    x = x.unflatten(2, (sa, sb)).unflatten(1, (ra, rb)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    return x[:, : axes[0].length, : axes[1].length].contiguous()
-
-
-def _listed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    q_axes: Axes,
-    k_axes: Axes,
-    weight: Tensor | None,
-    mask_border: bool,
-    scale: float,
-) -> Tensor:
-    """With copies of the listed regions; index and weight [B, R, topk]."""
-    (batch, number, _), query = index.shape, _regions(q, q_axes)
-    table = token_table(k_axes, q.device)
-    partial = any(axis.length % axis.layout()[1] for axis in k_axes)
-    mask = None
-    if partial and mask_border:
-        outside = table == k.shape[1] * k.shape[2]
-        table = table.masked_fill(outside, 0)
-        mask = torch.zeros_like(outside, dtype=q.dtype).masked_fill(outside, float("-inf"))
-        mask = mask[index].flatten(2).flatten(0, 1)[:, None, None].expand(-1, -1, query.shape[2], -1)
-    copies = []
-    for x in (k, v):
-        tokens = x.flatten(1, 2).flatten(2)
-        if partial and not mask_border:
-            tokens = F.pad(tokens, (0, 0, 0, 1))
-        tokens = _Take.apply(tokens, index.flatten(1), table)
-        if weight is not None:
-            tokens = tokens * weight.flatten(1).repeat_interleave(table.shape[1], 1)[..., None].to(x.dtype)
-        # [B * R, N, topk * t, D]
-        copies.append(tokens.view(batch * number, -1, *x.shape[3:]).transpose(1, 2))
-    query = query.flatten(0, 1).transpose(1, 2)
-    out = F.scaled_dot_product_attention(query, *copies, attn_mask=mask, scale=scale)
-    return _join(out.transpose(1, 2).unflatten(0, (batch, number)), q_axes)
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, index, weight = ctx.saved_tensors
+        q_axes, k_axes, mask_border, scale = ctx.how
+        call = _Call(q, k, v, index, q_axes, k_axes, mask_border)
+        shape, weight = index.shape, None if weight is None else weight.flatten(0, 1)
+        grad_rows = call.q_map.rows(grad_out)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        grad_q = torch.empty_like(call.q)
+        grad_k, grad_v = (torch.zeros_like(x, dtype=dtype) for x in (call.k, call.v))
+        grad_weight = None if weight is None else torch.empty_like(weight)
+        for part in call.chunks():
+            # Matrices of each region and head lie apart: products would copy them every time otherwise.
+            query, grad = (call.take(x, call.q_rows, part).contiguous() for x in (call.q, grad_rows))
+            plain = [call.take(x, call.k_rows, part).contiguous() for x in (call.k, call.v)]
+            query, mask = query * scale, call.take_mask(part)
+            factors = None if weight is None else call.factors(weight, part)
+            key, value = plain if weight is None else (x * factors for x in plain)
+            logits = query @ key.mT
+            weights = (logits if mask is None else logits + mask).to(dtype).softmax(dim=-1)
+            # The derivative of softmax: weights * (grad - sum of weights * grad).
+            grad_logits = (grad @ value.mT).to(dtype)
+            grad_logits = torch.ops.aten._softmax_backward_data(grad_logits, weights, -1, dtype).to(q.dtype)
+            call.put(grad_q, part, grad_logits @ key * scale)
+            grads = grad_logits.mT @ query, weights.to(q.dtype).mT @ grad
+            if weight is not None:
+                products = sum((g * x).sum((1, 3)) for g, x in zip(grads, plain, strict=True))
+                grad_weight[part] = products.unflatten(1, (shape[2], -1)).sum(2).to(weight.dtype)
+                grads = [g * factors for g in grads]
+            call.add(grad_k, part, grads[0])
+            call.add(grad_v, part, grads[1])
+        return (
+            call.q_map.map(grad_q, call.heads),
+            call.k_map.map(grad_k.to(k.dtype), call.heads),
+            call.k_map.map(grad_v.to(v.dtype), call.heads),
+            None,
+            None if weight is None else grad_weight.view(shape),
+            *(None,) * 4,
+        )
 
 
 def _dense(
@@ -182,5 +250,5 @@ def routed_eager(
     if heads > 1:  # every head is an image of its own
         q, k, v = (x.movedim(3, 1).flatten(0, 1)[:, :, :, None] for x in (q, k, v))
     weight = None if weight is None else weight.flatten(0, 1)
-    out = _listed(q, k, v, index.flatten(0, 1), q_axes, k_axes, weight, mask_border, scale)
+    out = _Listed.apply(q, k, v, index.flatten(0, 1), weight, q_axes, k_axes, mask_border, scale)
     return out.squeeze(3).unflatten(0, (-1, heads)).movedim(1, 3).contiguous() if heads > 1 else out

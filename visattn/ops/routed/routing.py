@@ -36,10 +36,10 @@ def token_table(axes: Axes, device: torch.device) -> Tensor:
 
 def _means(x: Tensor, axes: Axes) -> Tensor:
     """[B, H, W, N, D] -> [B, R, N, D], the mean over the tokens of each region, in at least float32."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    total = cut(x, axes).sum(4, dtype=dtype).sum(2)  # one axis at a time is the faster way
-    rows, columns = (axis.occupied(x.device).sum(1) for axis in axes)
-    return (total / (rows[:, None] * columns)[..., None, None]).flatten(1, 2)
+    size, heads = [axis.layout()[1] for axis in axes], x.shape[3]
+    x = x.flatten(3).permute(0, 3, 1, 2).to(torch.promote_types(x.dtype, torch.float32))
+    x = F.avg_pool2d(x, size, ceil_mode=True)
+    return x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (heads, -1))
 
 
 def route(
