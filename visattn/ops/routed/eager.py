@@ -49,6 +49,19 @@ class _Map:
         x = rows.unflatten(0, (self.images, -1))[:, : self.length]
         return x.reshape(self.images, self.axes[0].length, self.axes[1].length, heads, -1)
 
+    def slots(self) -> Tensor:
+        """[L] where each token lies among those of all regions [R * t]."""
+        slots = torch.argsort(self.table.flatten(), stable=True)  # places outside the map come last
+        return slots[: self.length]
+
+    def join(self, regions: Tensor, heads: int) -> Tensor:
+        """[B * R, t, N, D] -> [B, H, W, N, D]."""
+        x = regions.flatten(2).flatten(0, 1)
+        number = self.table.numel()
+        rows = self.slots() + torch.arange(self.images, device=x.device)[:, None] * number
+        x = x.index_select(0, rows.flatten())
+        return x.view(self.images, self.axes[0].length, self.axes[1].length, heads, -1)
+
 
 class _Call:
     """What the chunks of a call share."""
@@ -94,10 +107,6 @@ class _Call:
         """[regions, N, tokens, D] -> [regions * tokens, N * D]."""
         return x.transpose(1, 2).flatten(2).flatten(0, 1)
 
-    def put(self, rows: Tensor, part: slice, x: Tensor) -> None:
-        """Write the queries of a part; none is in two regions."""
-        rows.index_copy_(0, self.q_rows[part].flatten(), self.lines(x).to(rows.dtype))
-
     def add(self, rows: Tensor, part: slice, x: Tensor) -> None:
         """Add the keys of a part to the rows that they are copies of."""
         x = self.lines(x).to(rows.dtype)
@@ -112,11 +121,8 @@ class _Call:
         listed = self.index.view(self.k_map.images, 1, -1)
         member = (listed == torch.arange(regions, device=x.device)[:, None]).to(x.dtype)  # [B, R, listed]
         total = (member @ x.view(*member.shape[::2], -1)).view(len(member), regions * tokens, -1)
-        # Where each token lies among those of all regions; that of places outside the map is never looked at.
-        places = torch.arange(regions * tokens, device=x.device)
-        slots = places.new_zeros(self.k_map.length + self.k_map.more)
-        slots = slots.scatter_reduce_(0, self.k_map.table.flatten(), places, "amax")
-        return total.index_select(1, slots).flatten(0, 1)
+        total = total.index_select(1, self.k_map.slots())
+        return F.pad(total, (0, 0, 0, self.k_map.more)).flatten(0, 1)
 
 
 class _Listed(torch.autograd.Function):
@@ -136,7 +142,7 @@ class _Listed(torch.autograd.Function):
     ) -> Tensor:
         call = _Call(q, k, v, index, q_axes, k_axes, mask_border)
         weight = None if weight is None else weight.flatten(0, 1)
-        out = v.new_empty(len(call.q), call.v.shape[1])
+        out = v.new_empty(*call.q_rows.shape, *v.shape[3:])
         for part in call.chunks():
             query, key, value = (
                 call.take(x, rows, part)
@@ -148,8 +154,9 @@ class _Listed(torch.autograd.Function):
             mask = call.take_mask(part)
             if mask is not None:
                 mask = mask.expand(-1, -1, query.shape[2], -1)
-            call.put(out, part, F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale))
-        return call.q_map.map(out, call.heads)
+            found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+            out[part] = found.transpose(1, 2)
+        return call.q_map.join(out, call.heads)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -164,7 +171,7 @@ class _Listed(torch.autograd.Function):
         shape, weight = index.shape, None if weight is None else weight.flatten(0, 1)
         grad_rows = call.q_map.rows(grad_out)
         dtype = torch.promote_types(q.dtype, torch.float32)
-        grad_q = torch.empty_like(call.q)
+        grad_q = q.new_empty(*call.q_rows.shape, *q.shape[3:])
         grad_k, grad_v = (torch.zeros_like(x, dtype=dtype) for x in (call.k, call.v))
         grad_weight = None if weight is None else torch.empty_like(weight)
         for part in call.chunks():
@@ -179,7 +186,7 @@ class _Listed(torch.autograd.Function):
             # The derivative of softmax: weights * (grad - sum of weights * grad).
             grad_logits = (grad @ value.mT).to(dtype)
             grad_logits = torch.ops.aten._softmax_backward_data(grad_logits, weights, -1, dtype).to(q.dtype)
-            call.put(grad_q, part, grad_logits @ key * scale)
+            grad_q[part] = (grad_logits @ key).transpose(1, 2) * scale
             grads = grad_logits.mT @ query, weights.to(q.dtype).mT @ grad
             if weight is not None:
                 products = sum((g * x).sum((1, 3)) for g, x in zip(grads, plain, strict=True))
@@ -188,7 +195,7 @@ class _Listed(torch.autograd.Function):
             call.add(grad_k, part, grads[0])
             call.add(grad_v, part, grads[1])
         return (
-            call.q_map.map(grad_q, call.heads),
+            call.q_map.join(grad_q, call.heads),
             call.k_map.map(grad_k.to(k.dtype), call.heads),
             call.k_map.map(grad_v.to(v.dtype), call.heads),
             None,
