@@ -30,6 +30,7 @@ def publish(
     script: str,
     argv: Sequence[str] | None,
     out: Path | None,
+    title: str = "one thread, CPU time",
 ) -> None:
     """Print the results, dataclasses, and write them to `out` with suffix .json, and under the text with suffix .md.
 
@@ -37,7 +38,7 @@ def publish(
     names versions and the machine.
     """
     rows = [row(result) for result in results]
-    table = Table(*columns, title="one thread, CPU time")
+    table = Table(*columns, title=title)
     for _, section in itertools.groupby(rows, lambda cells: cells[:2]):
         for cells in section:
             table.add_row(*cells)
