@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from tests import tolerances
 from tests.ops.gradients import leaves
@@ -44,6 +46,17 @@ def test_compile_fullgraph_trains(dynamic):
             grads.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
         for a, b in zip(*grads, strict=True):
             assert relative_error(a, b) <= tolerances.SAME_MODEL
+
+
+def test_compiled_for_a_cpu_it_stays_whole():
+    names = set()
+
+    def keep(graph, example_inputs):
+        names.update(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    torch.compile(Traced(), dynamic=False, backend=aot_autograd(fw_compiler=keep))(*traced_inputs(9, 7))
+    assert "visattn.aggregated_attention_opaque.default" in names
 
 
 def test_export_with_dynamic_sizes():

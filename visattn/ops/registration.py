@@ -106,11 +106,12 @@ def opaque(
     return getattr(torch.ops.visattn, f"{name}_opaque")
 
 
-def define_op(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Any:
+def define_op(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor], whole_on_cpu: bool = False) -> Any:
     """Define op `schema`, whose work depends on sizes: composite where they are known, opaque where symbolic.
 
     It has one result. `run` and `fake` take the schema's arguments by position; `run`'s own default values stand for
-    those left out.
+    those left out. With `whole_on_cpu`, `torch.compile` for a CPU keeps the op opaque too: its eager form is the faster
+    one there. Programs of `torch.export` see into it nevertheless.
     """
     name, _, rest = schema.partition("(")
     arguments = rest[: rest.rindex(") -> ")].replace("Tensor(a)", "Tensor")
@@ -119,6 +120,9 @@ def define_op(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tenso
 
     def call(*args: Any) -> Tensor:
         args = (*args, *defaults[len(args) :])
-        return run(*args) if sizes_are_known(args) else hidden(*args)
+        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        if not sizes_are_known(args) or (whole_on_cpu and compiled and args[0].device.type == "cpu"):
+            return hidden(*args)
+        return run(*args)
 
     return composite(schema, call)

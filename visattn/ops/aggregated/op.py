@@ -138,6 +138,7 @@ attend = define_op(
     "Tensor? tokens=None, Tensor? token_bias=None, str backend='auto') -> Tensor",
     _run,
     _fake,
+    whole_on_cpu=True,
 )
 
 

@@ -69,7 +69,7 @@ class _Call:
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, index: Tensor, q_axes: Axes, k_axes: Axes, mask_border: bool
     ) -> None:
-        self.heads, (images, self.number, self.topk) = q.shape[3], index.shape
+        self.heads, images = q.shape[3], len(index)
         self.q_map, self.k_map = (_Map(axes, images, q.device) for axes in (q_axes, k_axes))
         self.index = index.flatten(0, 1)  # [B * query regions, topk]
         self.q, self.k, self.v = self.q_map.rows(q), self.k_map.rows(k), self.k_map.rows(v)
