@@ -15,7 +15,7 @@ from visattn.ops.aggregated.reference import log_coordinates
 from visattn.ops.geometry import Pooled, interpolated
 
 # Numbers per chunk: a CPU core's cache should hold them, an accelerator should have enough to do, and a traced graph,
-# which holds every chunk, should stay small: there CHUNKS is the most.
+# which holds every chunk, should stay small. CHUNKS: the most chunks, as some of the work is done again for each.
 _CHUNK, _CHUNK_ACCELERATOR, _CHUNK_TRACED, CHUNKS = 1 << 18, 1 << 26, 1 << 22, 64
 
 
@@ -49,10 +49,8 @@ class _Grid(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         """All three from the gradient summed over the columns, and over the rows, where a hidden unit is active."""
         rows, columns, weight = ctx.saved_tensors
-        by_row, by_column = (
-            grad.transpose(0, 1).contiguous(),
-            grad.permute(2, 0, 1).contiguous(),
-        )  # [U, N, V], [V, N, U]
+        # [U, N, V] and [V, N, U]
+        by_row, by_column = (grad.permute(*order).contiguous() for order in ((1, 0, 2), (2, 0, 1)))
         found, over_rows = [], grad.new_zeros(len(columns), *weight.shape)
         for part in _Grid._chunks(rows, columns):
             active = (rows.detach()[part, None] + columns.detach()).gt_(0)  # [u, V, F] of ones and zeros

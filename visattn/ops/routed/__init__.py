@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from visattn.ops.checks import per_axis
-from visattn.ops.routed.op import _region_size, attend, attend_bilevel, check_maps, region_axes
+from visattn.ops.routed.op import attend, attend_bilevel, check_maps, count_regions, region_axes, region_sizes
 from visattn.ops.routed.routing import route
 
 
@@ -101,13 +101,13 @@ def region_routing(
     if (region_size is None) == (n_win is None):
         raise ValueError(f"expected one of region_size and n_win, got {region_size} and {n_win}")
     if region_size is None:
-        size = _region_size(q.shape[1:3], per_axis("n_win", n_win, int, 2), rule)
+        size = region_sizes(q.shape[1:3], per_axis("n_win", n_win, int, 2), rule)
     else:
         size = per_axis("region_size", region_size, int, 2)
     kv_size = size if kv_region_size is None else per_axis("kv_region_size", kv_region_size, int, 2)
     q_axes = region_axes("region_size", q.shape[1:3], size)
     k_axes = region_axes("kv_region_size", k.shape[1:3], kv_size)
-    regions = k_axes[0].layout()[0] * k_axes[1].layout()[0]
+    regions = count_regions(k_axes)
     if topk < 1 or (n_win is None and topk > regions):
         raise ValueError(f"expected topk from 1 to the number of key regions {regions}, got {topk}")
     scale = (q.shape[3] * q.shape[4]) ** -0.5 if scale is None else scale

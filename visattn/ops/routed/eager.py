@@ -16,17 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visattn.ops.geometry import Partition
-from visattn.ops.routed.routing import token_table
-
-Axes = tuple[Partition, Partition]
+from visattn.ops.routed.routing import Axes, region_of, token_table
 
 # Maps of at most this many keys take the masked form. Copied numbers per chunk: those of keys and values together. A
 # traced graph holds every chunk, and on an accelerator there is one.
 _DENSE, _CHUNK, _CHUNK_TRACED = 256, 1 << 18, 1 << 24
-
-
-def _is_partial(axes: Axes) -> bool:
-    return any(axis.length % axis.layout()[1] for axis in axes)
 
 
 class _Map:
@@ -35,7 +29,7 @@ class _Map:
     def __init__(self, axes: Axes, images: int, device: torch.device) -> None:
         self.axes, self.images = axes, images
         self.length = axes[0].length * axes[1].length
-        self.more = int(_is_partial(axes))
+        self.more = int(any(axis.length % axis.layout()[1] for axis in axes))
         self.table = token_table(axes, device)  # [R, t]
         self.first = torch.arange(images, device=device)[:, None, None] * (self.length + self.more)
 
@@ -215,28 +209,19 @@ def _dense(
     scale: float,
 ) -> Tensor:
     """With all keys and a mask."""
-    size = [axis.length for axis in k_axes]
+    rows, columns = k_axes
     if not mask_border:  # zeros outside the map take part
-        size = [axis.layout()[0] * axis.layout()[1] for axis in k_axes]
-        pads = (0, 0, 0, 0, 0, size[1] - k_axes[1].length, 0, size[0] - k_axes[0].length)
-        k, v = (F.pad(x, pads) if any(pads) else x for x in (k, v))
-    number = k_axes[0].layout()[0] * k_axes[1].layout()[0]
+        more = [-axis.length % axis.layout()[1] for axis in k_axes]
+        k, v = (F.pad(x, (0, 0, 0, 0, 0, more[1], 0, more[0])) if any(more) else x for x in (k, v))
+        rows, columns = (Partition(axis.length + n, axis.window) for axis, n in zip(k_axes, more, strict=True))
     # How often a query region lists a key region is a factor of exp(logits).
+    number = rows.layout()[0] * columns.layout()[0]
     listed = q.new_zeros(*index.shape[:3], number).scatter_add_(3, index, q.new_ones(()).expand(index.shape))
-    queries, keys = (
-        _region_of(axes, length, q.device)
-        for axes, length in ((q_axes, [axis.length for axis in q_axes]), (k_axes, size))
-    )
+    queries, keys = region_of(q_axes, q.device), region_of((rows, columns), q.device)
     mask = listed.log().index_select(3, keys).index_select(2, queries)
     query, key, value = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     return out.transpose(1, 2).reshape(*q.shape[:-1], v.shape[-1])
-
-
-def _region_of(axes: Axes, size: list[int], device: torch.device) -> Tensor:
-    """The region of every token of a map of this size, row by row."""
-    rows, columns = (torch.arange(n, device=device) // axis.layout()[1] for n, axis in zip(size, axes, strict=True))
-    return (rows[:, None] * axes[1].layout()[0] + columns).flatten()
 
 
 def routed_eager(

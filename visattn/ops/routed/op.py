@@ -30,7 +30,8 @@ def region_axes(name: str, spatial: Sequence[int], size: Sequence[int]) -> Axes:
     return rows, columns
 
 
-def _number(axes: Axes) -> int:
+def count_regions(axes: Axes) -> int:
+    """Regions of a map."""
     return axes[0].layout()[0] * axes[1].layout()[0]
 
 
@@ -61,8 +62,8 @@ def _run(
     q_axes = region_axes("region_size", q.shape[1:3], region_size)
     k_axes = region_axes("kv_region_size", k.shape[1:3], kv_region_size)
     batch, heads = q.shape[0], q.shape[3]
-    expected = (batch, f"1 or {heads}", _number(q_axes), "topk")
-    if index.ndim != 4 or index.shape[:3] not in ((batch, n, _number(q_axes)) for n in (1, heads)):
+    expected = (batch, f"1 or {heads}", count_regions(q_axes), "topk")
+    if index.ndim != 4 or index.shape[:3] not in ((batch, n, count_regions(q_axes)) for n in (1, heads)):
         raise ValueError(f"expected index {expected} (a list per query region), got {tuple(index.shape)}")
     if not index.shape[3] or index.is_floating_point():
         raise ValueError(f"expected index of at least one int64 region, got {index.shape[3]} of {index.dtype}")
@@ -84,7 +85,8 @@ attend = define_op(
 )
 
 
-def _region_size(spatial: Sequence[int], n_win: Sequence[int], rule: str) -> list[int]:
+def region_sizes(spatial: Sequence[int], n_win: Sequence[int], rule: str) -> list[int]:
+    """Tokens of a region per axis, for a wished number of regions."""
     if rule not in ("mask", "zero") or len(n_win) != 2 or any(n < 1 for n in n_win):
         raise ValueError(f"expected n_win of two ints from 1 and rule 'mask' or 'zero', got {list(n_win)} and {rule!r}")
     if rule == "mask":
@@ -112,7 +114,7 @@ def _run_bilevel(
     check_maps(q, k)
     if k.shape != q.shape or topk < 1:
         raise ValueError(f"expected k like q and topk >= 1, got q {tuple(q.shape)}, k {tuple(k.shape)}, topk {topk}")
-    size = _region_size(q.shape[1:3], n_win, rule)
+    size = region_sizes(q.shape[1:3], n_win, rule)
     axes = region_axes("region_size", q.shape[1:3], size)
     scale = (q.shape[3] * q.shape[4]) ** -0.5 if scale is None else scale
     index, weight = route(q, k, axes, axes, topk, scale, per_head, diff, router_weight, router_bias)
@@ -120,8 +122,8 @@ def _run_bilevel(
     if kv_pool != "none":
         k, k_axes = pool_regions(k, axes, kv_pool, kv_size)
         v, _ = pool_regions(v, axes, kv_pool, kv_size)
-    kv_size = [axis.window for axis in k_axes]
-    return _run(q, k, v, index, size, kv_size, weight if soft else None, rule == "mask", scale, backend)
+    kv_region_size = [axis.window for axis in k_axes]
+    return _run(q, k, v, index, size, kv_region_size, weight if soft else None, rule == "mask", scale, backend)
 
 
 attend_bilevel = define_op(
@@ -173,8 +175,8 @@ def _bilevel_flops(
     **kwargs: Any,
 ) -> int:
     """Attention with full regions; routing is left out."""
-    size = _region_size(q_shape[1:3], n_win, rule)
-    topk = min(topk, _number(region_axes("region_size", q_shape[1:3], size)))
+    size = region_sizes(q_shape[1:3], n_win, rule)
+    topk = min(topk, count_regions(region_axes("region_size", q_shape[1:3], size)))
     if kv_pool != "none":
         size = [kv_size if kv_pool.startswith("ada_") else s // kv_size for s in size]
     return _attention_flops(q_shape, v_shape, topk * math.prod(size))

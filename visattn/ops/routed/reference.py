@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visattn.ops.geometry import Partition
-from visattn.ops.routed.routing import token_table
+from visattn.ops.routed.routing import region_of, token_table
 
 
 def routed_reference(
@@ -27,8 +27,7 @@ def routed_reference(
     query = q.to(dtype).flatten(1, 2)
     # One more token, zero, stands for the places outside the map.
     key, value = (F.pad(x.to(dtype).flatten(1, 2), (0, 0, 0, 0, 0, 1)) for x in (k, v))
-    rows, columns = (axis.place(q.device)[0] for axis in q_axes)
-    region = (rows[:, None] * q_axes[1].layout()[0] + columns).flatten()  # [t]
+    region = region_of(q_axes, q.device)  # [t]
     tokens = token_table(k_axes, q.device)
     index = index.expand(-1, heads, -1, -1)[:, :, region]  # [B, N, t, topk]
     listed = tokens[index].flatten(3)  # [B, N, t, m]

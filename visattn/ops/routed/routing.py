@@ -13,13 +13,10 @@ from visattn.ops.geometry import Partition, bins
 Axes = tuple[Partition, Partition]
 
 
-def cut(x: Tensor, axes: Axes) -> Tensor:
-    """[B, H, W, N, D] -> [B, rows, slots, columns, slots, N, D]: the regions of both axes, zero where no token is."""
-    pads, layouts = [0, 0, 0, 0], [axis.layout() for axis in axes]
-    for axis, (windows, slots, _) in zip(reversed(axes), reversed(layouts), strict=True):
-        pads += [0, windows * slots - axis.length]
-    x = F.pad(x, pads) if any(pads) else x
-    return x.unflatten(2, layouts[1][:2]).unflatten(1, layouts[0][:2])
+def region_of(axes: Axes, device: torch.device) -> Tensor:
+    """[H * W] the region of every token, row by row."""
+    rows, columns = (axis.place(device)[0] for axis in axes)
+    return (rows[:, None] * axes[1].layout()[0] + columns).flatten()
 
 
 def token_table(axes: Axes, device: torch.device) -> Tensor:
@@ -92,9 +89,9 @@ def pool_regions(x: Tensor, axes: Axes, kind: str, size: int) -> tuple[Tensor, A
         edges = [bins(n, size) for n in slots]
     else:
         edges = [[(i * size, i * size + size) for i in range(n // size)] for n in slots]
-    x = cut(x, axes)
+    x = x.unflatten(2, (-1, slots[1])).unflatten(1, (-1, slots[0]))  # [B, rows, slots, columns, slots, N, D]
     rows, columns = (len(e) for e in edges)
     pooled = [pool(x[:, :, a:b, :, c:d], dim=(2, 4)) for (a, b), (c, d) in itertools.product(*edges)]
     x = torch.stack(pooled, dim=2).unflatten(2, (rows, columns)).transpose(3, 4)
-    x = x.reshape(x.shape[0], axes[0].layout()[0] * rows, axes[1].layout()[0] * columns, *x.shape[-2:])
+    x = x.flatten(3, 4).flatten(1, 2)
     return x, (Partition(x.shape[1], rows), Partition(x.shape[2], columns))
