@@ -4,6 +4,7 @@ from visattn.layers.aggregated import AggregatedAttention, CosineAttention
 from visattn.layers.block import TransformerBlock
 from visattn.layers.conv import ConvNorm
 from visattn.layers.conv_glu import ConvGLU
+from visattn.layers.create import TOKEN_MIXERS, create_token_mixer
 from visattn.layers.halo import HaloAttention
 from visattn.layers.init import init_weights
 from visattn.layers.lepe import DepthwiseConv, LePEAttention
@@ -14,9 +15,11 @@ from visattn.layers.rel_attention import LogRelPos, PooledTransformerBlock
 from visattn.layers.routing import BiLevelRoutingAttention
 from visattn.layers.split_attention import SplAt
 from visattn.layers.stage import Stage
+from visattn.layers.token_mixer import SoftmaxAttention, TokenMixer
 from visattn.layers.window import WindowAttention
 
 __all__ = [
+    "TOKEN_MIXERS",
     "AggregatedAttention",
     "BiLevelRoutingAttention",
     "ConvDownsampler",
@@ -35,10 +38,13 @@ __all__ = [
     "PatchMerging",
     "PatchTokenizer",
     "PooledTransformerBlock",
+    "SoftmaxAttention",
     "SplAt",
     "Stage",
+    "TokenMixer",
     "TransformerBlock",
     "WindowAttention",
     "create_pool",
+    "create_token_mixer",
     "init_weights",
 ]

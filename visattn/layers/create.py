@@ -1,0 +1,19 @@
+"""The attention layers that models choose by name."""
+
+from typing import Any
+
+from visattn.layers.token_mixer import SoftmaxAttention, TokenMixer
+
+TOKEN_MIXERS = {"softmax": SoftmaxAttention}
+
+
+def create_token_mixer(attention: str, dim: int, num_heads: int, feat_size: tuple[int, int], **args: Any) -> TokenMixer:
+    """The attention layer called `attention`; further arguments are those of `TokenMixer` and of the layer itself.
+
+    Raises:
+        ValueError: Another name, or arguments that the layer refuses.
+        TypeError: Arguments that the layer does not have.
+    """
+    if attention not in TOKEN_MIXERS:
+        raise ValueError(f"expected attention of {', '.join(map(repr, TOKEN_MIXERS))}, got {attention!r}")
+    return TOKEN_MIXERS[attention](dim, num_heads, feat_size, **args)

@@ -1,0 +1,108 @@
+"""What the attention layers share that stand in for one another inside a transformer block."""
+
+import torch
+from torch import Tensor, nn
+
+
+class TokenMixer(nn.Module):
+    """Projections of multi-head attention among the tokens of a map and prefix tokens before them (a class token).
+
+    Subclasses say how tokens attend: `_attend(q, k, v, size, kv_size)`, where q is [B, L, N, D], k and v [B, M, N, D],
+    `size` the map of the queries, `kv_size` that of keys and values, and the result [B, L, N, D].
+
+    Shapes: [B, H, W, dim] -> [B, H, W, dim], or with `size` (H, W) given [B, P + H * W, dim] -> the same.
+
+    Args:
+        dim: Channels.
+        num_heads: Heads.
+        feat_size: Map (H, W) that position parameters are made for; maps of any size may come in.
+        num_prefix_tokens: P, tokens that come before those of the map and are attended to as well.
+        sr_ratio: Keys and values of a map reduced by this factor per axis, as in PVT: a convolution over patches of
+            sr_ratio x sr_ratio, then a norm. Rows and columns that no whole patch covers have no key.
+        qkv_bias: Bias of the query, key and value projections.
+        proj_drop: Dropout after the output projection.
+
+    Raises:
+        ValueError: Heads that do not divide the channels, sizes or ratios below 1, or prefix tokens with a reduced map.
+
+    Sources: PVT (arXiv:2102.12122, section 3.3) for the reduction.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        feat_size: tuple[int, int],
+        num_prefix_tokens: int = 0,
+        sr_ratio: int = 1,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"expected dim divisible by num_heads, got {dim} and {num_heads}")
+        if sr_ratio < 1 or min(feat_size) < 1:
+            raise ValueError(f"expected sr_ratio and feat_size of at least 1, got {sr_ratio} and {feat_size}")
+        if sr_ratio > 1 and num_prefix_tokens:
+            raise ValueError(f"expected no prefix tokens with sr_ratio {sr_ratio}, got {num_prefix_tokens}")
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim**-0.5
+        self.num_prefix_tokens = num_prefix_tokens
+        self.sr_ratio = [sr_ratio, sr_ratio]
+        reduces = sr_ratio > 1
+        self.qkv = None if reduces else nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd) if reduces else None
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **dd) if reduces else None
+        self.sr = nn.Conv2d(dim, dim, sr_ratio, stride=sr_ratio, **dd) if reduces else None
+        self.norm = nn.LayerNorm(dim, **dd) if reduces else None
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, size: list[int] | None = None) -> Tensor:
+        q, k, v, grid, kv_grid = self._project(x, size)
+        x = self._attend(q, k, v, grid, kv_grid).reshape(x.shape)
+        return self.proj_drop(self.proj(x))
+
+    def _project(self, x: Tensor, size: list[int] | None) -> tuple[Tensor, Tensor, Tensor, list[int], list[int]]:
+        """Queries, keys, values, and the maps of queries and of keys."""
+        grid = [x.shape[1], x.shape[2]] if size is None else size
+        kv_grid = grid
+        if self.qkv is not None:
+            q, k, v = self.qkv(x.flatten(1, -2)).unflatten(-1, [3, self.num_heads, self.head_dim]).unbind(2)
+        else:
+            x = x.reshape(x.shape[0], grid[0], grid[1], x.shape[-1])
+            y = torch.ops.visattn.floor_to_multiple(x, self.sr_ratio)
+            y = self.norm(self.sr(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+            kv_grid = [y.shape[1], y.shape[2]]
+            k, v = self.kv(y).flatten(1, 2).unflatten(-1, [2, self.num_heads, self.head_dim]).unbind(2)
+            q = self.q(x).flatten(1, 2).unflatten(-1, [self.num_heads, self.head_dim])
+        return q, k, v, grid, kv_grid
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, size: list[int], kv_size: list[int]) -> Tensor:
+        raise NotImplementedError
+
+    def _map(self, x: Tensor, size: list[int]) -> Tensor:
+        """[B, P + H * W, N, D] -> [B, H, W, N * D], without the prefix tokens."""
+        return x[:, self.num_prefix_tokens :].flatten(2).unflatten(1, size)
+
+    def _add_to_map(self, x: Tensor, y: Tensor) -> Tensor:
+        """Tokens x [B, P + H * W, N, D] plus a map y [B, H, W, N * D]; prefix tokens stay."""
+        y = y.flatten(1, 2).unflatten(-1, [self.num_heads, self.head_dim])
+        if self.num_prefix_tokens:
+            return torch.cat([x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :] + y], 1)
+        return x + y
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, num_prefix_tokens={self.num_prefix_tokens}, sr_ratio={self.sr_ratio[0]}"
+
+
+class SoftmaxAttention(TokenMixer):
+    """Ordinary attention, softmax(q k^T / sqrt(head width)) v, without position: the control for the others."""
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, size: list[int], kv_size: list[int]) -> Tensor:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
