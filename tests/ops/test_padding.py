@@ -72,3 +72,44 @@ def test_opaque_pad_same(size):
     x = torch.randn(2, *size, 3, requires_grad=True)
     torch.library.opcheck(torch.ops.visattn.pad_same_opaque.default, (x, [3, 3], [2, 2]))
     assert torch.equal(torch.ops.visattn.pad_same_opaque(x, [3, 3], [2, 2]), ops.pad_same(x, [3, 3], [2, 2]))
+
+
+@pytest.mark.parametrize("multiple", [(1, 7), (4, 3), (7, 2)], ids=str)
+@pytest.mark.parametrize("size", [(6, 9), (1, 1), (8, 21)], ids=str)
+def test_centered_padding_and_its_undoing(size, multiple):
+    """CSWin's rule, also with a further axis; the odd zero comes after the map."""
+    x = torch.randn(2, *size, 3, 5, requires_grad=True)
+    padded = ops.pad_centered_to_multiple(x, [*multiple, 1])
+    missing = [-n % m for n, m in zip(size, multiple, strict=True)]
+    top, left = (n // 2 for n in missing)
+    inside = padded[:, top : top + size[0], left : left + size[1]]
+    assert padded.shape == (2, *(n + m for n, m in zip(size, missing, strict=True)), 3, 5)
+    assert torch.equal(inside, x)
+    assert padded.count_nonzero() == x.numel(), "padding is zero"
+    assert torch.equal(ops.fit_centered(padded, [*size, 3]), x)
+    (2 * padded).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 2))
+
+
+def test_centered_padding_of_nothing_copies_nothing():
+    x = torch.randn(1, 4, 6, 2)
+    assert ops.pad_centered_to_multiple(x, [2, 3]).data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("size", [(9, 6), (4, 9)], ids=str)
+def test_opaque_fit_centered(size):
+    x = torch.randn(2, 6, 9, 3, requires_grad=True)
+    torch.library.opcheck(torch.ops.visattn.fit_centered_opaque.default, (x, size))
+    assert torch.equal(torch.ops.visattn.fit_centered_opaque(x, size), ops.fit_centered(x, size))
+
+
+def test_padding_that_the_range_of_a_size_rules_out_leaves_no_maximum_in_its_size():
+    class Pad(torch.nn.Module):
+        def forward(self, x):
+            return ops.pad_to_at_least(x, [3]).flatten(1)
+
+    for low in (2, 3):
+        sizes = {"x": {1: torch.export.Dim("n", min=low, max=9)}}
+        program = torch.export.export(Pad(), (torch.randn(1, 5, 2),), dynamic_shapes=sizes)
+        assert ("Max" in str(list(program.graph.nodes)[-2].meta["val"].shape)) == (low < 3)
+        assert program.module()(torch.randn(1, low, 2)).shape == (1, 6)

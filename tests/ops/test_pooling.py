@@ -69,3 +69,35 @@ def test_opaque_grid():
     torch.library.opcheck(torch.ops.visattn.avg_pool_grid_opaque.default, (x, [2, 2], []))
     with pytest.raises(ValueError, match="expected ratio of 2 ints"):
         ops.avg_pool_grid(x, [2], [])
+
+
+@pytest.mark.parametrize("size", [(3, 3), (7, 7), (1, 4), (8, 12)], ids=str)
+@pytest.mark.parametrize("map_size", [(8, 12), (7, 5), (3, 1)], ids=str)
+def test_adaptive_pooling_to_any_size(map_size, size):
+    """Also to more bins than there are pixels."""
+    x = torch.randn(2, *map_size, 3, dtype=torch.float64, requires_grad=True)
+    expected = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
+    got = ops.adaptive_avg_pool(x, size)
+    torch.testing.assert_close(got, expected)
+    grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in (got, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def test_opaque_adaptive_pooling():
+    x = torch.randn(2, 4, 6, 3, requires_grad=True)
+    torch.library.opcheck(torch.ops.visattn.adaptive_avg_pool_opaque.default, (x, [5, 2]))
+    for call in ((x, [2]), (x, [0, 2]), (x[0], [2, 2])):
+        with pytest.raises(ValueError, match=r"expected a map \[B, H, W, C\] and size of 2 ints >= 1"):
+            ops.adaptive_avg_pool(*call)
+
+
+def test_export_of_adaptive_pooling_to_more_or_fewer_bins():
+    class Pool(torch.nn.Module):
+        def forward(self, x):
+            return ops.adaptive_avg_pool(x, [5, 6])
+
+    shapes = {"x": {i: torch.export.Dim(n, min=1, max=64) for i, n in ((1, "h"), (2, "w"))}}
+    program = torch.export.export(Pool(), (torch.randn(1, 10, 12, 3),), dynamic_shapes=shapes)
+    for size in ((10, 12), (5, 6), (3, 17)):
+        x = torch.randn(1, *size, 3)
+        assert torch.equal(program.module()(x), Pool()(x))

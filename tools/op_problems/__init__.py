@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-OPS = ("neighborhood", "window", "halo", "routed", "aggregated")  # files of this folder, each with its PROBLEMS
+# Files of this folder, each with its PROBLEMS.
+OPS = ("neighborhood", "window", "halo", "routed", "aggregated", "agent", "linear")
 
 Attend = Callable[..., Tensor]
 Peers = dict[str, tuple[Callable[[Any], Attend], Callable[[Any, str], "str | None"] | None]]

@@ -1,25 +1,32 @@
 """Modules with parameters, one idea per file."""
 
+from visattn.layers.agent import AgentAttention
 from visattn.layers.aggregated import AggregatedAttention, CosineAttention
-from visattn.layers.block import TransformerBlock
+from visattn.layers.block import TokenTransformerBlock, TransformerBlock
 from visattn.layers.conv import ConvNorm
 from visattn.layers.conv_glu import ConvGLU
 from visattn.layers.create import TOKEN_MIXERS, create_token_mixer
+from visattn.layers.efficient import EfficientAttention, EfficientAttention2d
+from visattn.layers.focused import FocusedLinearAttention
 from visattn.layers.halo import HaloAttention
 from visattn.layers.init import init_weights
+from visattn.layers.inline import InLineAttention
 from visattn.layers.lepe import DepthwiseConv, LePEAttention
 from visattn.layers.mbconv import ConvStem, MBConv, create_pool
 from visattn.layers.neighborhood import GlobalAttention, NeighborhoodAttention
-from visattn.layers.patch import ConvDownsampler, ConvTokenizer, PatchMerging, PatchTokenizer
+from visattn.layers.patch import ConvDownsampler, ConvTokenizer, PatchMerging, PatchTokenizer, PositionedTokenizer
 from visattn.layers.rel_attention import LogRelPos, PooledTransformerBlock
 from visattn.layers.routing import BiLevelRoutingAttention
+from visattn.layers.shifted_window import ShiftedWindowAttention
 from visattn.layers.split_attention import SplAt
 from visattn.layers.stage import Stage
+from visattn.layers.stripe import CrossShapedAttention
 from visattn.layers.token_mixer import SoftmaxAttention, TokenMixer
 from visattn.layers.window import WindowAttention
 
 __all__ = [
     "TOKEN_MIXERS",
+    "AgentAttention",
     "AggregatedAttention",
     "BiLevelRoutingAttention",
     "ConvDownsampler",
@@ -28,9 +35,14 @@ __all__ = [
     "ConvStem",
     "ConvTokenizer",
     "CosineAttention",
+    "CrossShapedAttention",
     "DepthwiseConv",
+    "EfficientAttention",
+    "EfficientAttention2d",
+    "FocusedLinearAttention",
     "GlobalAttention",
     "HaloAttention",
+    "InLineAttention",
     "LePEAttention",
     "LogRelPos",
     "MBConv",
@@ -38,10 +50,13 @@ __all__ = [
     "PatchMerging",
     "PatchTokenizer",
     "PooledTransformerBlock",
+    "PositionedTokenizer",
+    "ShiftedWindowAttention",
     "SoftmaxAttention",
     "SplAt",
     "Stage",
     "TokenMixer",
+    "TokenTransformerBlock",
     "TransformerBlock",
     "WindowAttention",
     "create_pool",

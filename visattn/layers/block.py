@@ -52,3 +52,11 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class TokenTransformerBlock(TransformerBlock):
+    """`TransformerBlock` for tokens [B, P + H * W, dim] and the size [H, W] of their map, both given to `attn`."""
+
+    def forward(self, x: Tensor, size: list[int]) -> Tensor:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), size)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

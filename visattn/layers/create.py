@@ -2,9 +2,19 @@
 
 from typing import Any
 
+from visattn.layers.agent import AgentAttention
+from visattn.layers.efficient import EfficientAttention
+from visattn.layers.focused import FocusedLinearAttention
+from visattn.layers.inline import InLineAttention
 from visattn.layers.token_mixer import SoftmaxAttention, TokenMixer
 
-TOKEN_MIXERS = {"softmax": SoftmaxAttention}
+TOKEN_MIXERS = {
+    "softmax": SoftmaxAttention,
+    "agent": AgentAttention,
+    "inline": InLineAttention,
+    "focused": FocusedLinearAttention,
+    "efficient": EfficientAttention,
+}
 
 
 def create_token_mixer(attention: str, dim: int, num_heads: int, feat_size: tuple[int, int], **args: Any) -> TokenMixer:

@@ -1,6 +1,7 @@
 """Images to token maps, and maps to maps of half the size; outputs are channels-last, any input size."""
 
 import torch
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 
@@ -52,6 +53,56 @@ class PatchTokenizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.ops.visattn.pad_to_multiple(x.permute(0, 2, 3, 1), self.patch_size)
         return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class PositionedTokenizer(nn.Module):
+    """Linear embedding of p x p patches, LayerNorm, plus a learned position of each: [B, H, W, I] -> [B, H/p, W/p, C].
+
+    Maps that p does not divide are cropped at the bottom and right, but those smaller than a patch zero-padded to one.
+    The table of positions [1, h, w, C] is resized (bilinear) for maps of another size.
+
+    Args:
+        in_chans: Channels of the map.
+        embed_dim: C.
+        patch_size: p.
+        feat_size: Map (h, w) that positions are learned for.
+        input_fmt: "NHWC", or "NCHW" for images [B, I, H, W].
+
+    Source: PVT (arXiv:2102.12122), section 3.2.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        embed_dim: int,
+        patch_size: int,
+        feat_size: tuple[int, int],
+        input_fmt: str = "NHWC",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.patch_size = [patch_size, patch_size]
+        self.channels_first = input_fmt == "NCHW"
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size, **dd)
+        self.norm = nn.LayerNorm(embed_dim, **dd)
+        self.pos_embed = nn.Parameter(torch.empty(1, *feat_size, embed_dim, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal (std 0.02) for the positions."""
+        trunc_normal_(self.pos_embed, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.channels_first:
+            x = x.permute(0, 2, 3, 1)
+        x = torch.ops.visattn.floor_to_multiple(x, self.patch_size)
+        x = self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        table = torch.ops.visattn.resize_rel_pos(
+            self.pos_embed[0].permute(2, 0, 1), [x.shape[1], x.shape[2]], "bilinear"
+        )
+        return x + table.permute(1, 2, 0)
 
 
 class ConvDownsampler(nn.Module):

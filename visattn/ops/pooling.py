@@ -55,10 +55,24 @@ def _fake_avg_pool_grid(x: Tensor, ratio: list[int], size: list[int]) -> Tensor:
     return x.new_empty((x.shape[0], *_grid(x, ratio, size), x.shape[-1]))
 
 
+def _adaptive_avg_pool(x: Tensor, size: list[int]) -> Tensor:
+    if x.ndim != 4 or len(size) != 2 or min(size) < 1:
+        raise ValueError(f"expected a map [B, H, W, C] and size of 2 ints >= 1, got {tuple(x.shape)} and {list(size)}")
+    return _average(_average(x, 1, size[0]), 2, size[1])
+
+
+def _fake_adaptive_avg_pool(x: Tensor, size: list[int]) -> Tensor:
+    return x.new_empty((x.shape[0], *size, x.shape[-1]))
+
+
 # x: [B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), C]. The last window of an odd axis holds one pixel, not a zero.
 pool2x2 = define_op("pool2x2(Tensor x, str kind) -> Tensor", _pool2x2, _fake_pool2x2)
 # x: [B, H, W, C] -> [B, max(1, H // ratio), max(1, W // ratio), C], or of `size` but never more than the map. The bins
 # cover the map: bin p of P holds pixels floor(p * H / P) to ceil((p + 1) * H / P), so they may overlap.
 avg_pool_grid = define_op(
     "avg_pool_grid(Tensor x, SymInt[] ratio, SymInt[] size) -> Tensor", _avg_pool_grid, _fake_avg_pool_grid
+)
+# x: [B, H, W, C] -> [B, *size, C], also where the map has fewer pixels than that; bins as those of `avg_pool_grid`.
+adaptive_avg_pool = define_op(
+    "adaptive_avg_pool(Tensor x, SymInt[] size) -> Tensor", _adaptive_avg_pool, _fake_adaptive_avg_pool
 )

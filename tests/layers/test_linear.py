@@ -1,0 +1,254 @@
+"""InLine, focused and efficient attention as layers: the official modules, their forms, other maps, tracing."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests import tolerances
+from tests.tolerances import OP_GOLDEN_FORWARD, OP_GOLDEN_GRADIENT, relative_error
+from visattn.layers import EfficientAttention2d, create_token_mixer
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+FILES = ["inline_attention_0", "inline_attention_2", "efficient_attention", "focused_linear_attention"]
+TOLERANCE = tolerances.OP[torch.float64]
+OPTIONS = ("kernel_func", "focusing_factor", "kernel_size", "sr_ratio")
+
+
+def golden_cases():
+    cases = []
+    for file in FILES:
+        meta = json.loads(str(np.load(GOLDEN / f"op_{file}.npz")["meta"]))
+        cases += [pytest.param(file, f"c{i}.", case, id=f"{file}-{i}") for i, case in enumerate(meta["cases"])]
+    return cases
+
+
+def build(name, *args, **kwargs):
+    """The layer with random parameters, in float64."""
+    layer = create_token_mixer(name, *args, **kwargs, dtype=torch.float64)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return layer
+
+
+def build_official(file, case):
+    if file == "efficient_attention":
+        sizes = (case[key] for key in ("in_channels", "key_channels", "head_count", "value_channels"))
+        return EfficientAttention2d(*sizes, dtype=torch.float64)
+    options = {key: case[key] for key in OPTIONS if key in case}
+    kind = case["kind"]
+    options |= {"num_prefix_tokens": int(kind == "deit")} | ({"lepe": True} if kind == "cswin" else {})
+    return build(file.split("_")[0], case["dim"], case["num_heads"], map_size(case), **options)
+
+
+def map_size(case):
+    size = case.get("hw") or case.get("window") or case["resolution"]
+    return [size, size] if isinstance(size, int) else size
+
+
+def joined(values, fused):
+    """The official q and kv as one qkv."""
+    if not fused or "q.weight" not in values:
+        return values
+    own = {key: value for key, value in values.items() if key.partition(".")[0] not in ("q", "kv")}
+    return own | {f"qkv.{part}": torch.cat([values[f"q.{part}"], values[f"kv.{part}"]]) for part in ("weight", "bias")}
+
+
+@pytest.mark.parametrize(("file", "prefix", "case"), golden_cases())
+def test_official_modules_with_all_gradients(file, prefix, case):
+    arrays = np.load(GOLDEN / f"op_{file}.npz").items()
+    data = {k.removeprefix(prefix): torch.from_numpy(v).double() for k, v in arrays if k.startswith(prefix)}
+    layer = build_official(file, case)
+    own = dict(layer.named_parameters())
+    official, gradients = (
+        joined({k.removeprefix(kind): v for k, v in data.items() if k.startswith(kind)}, "qkv.weight" in own)
+        for kind in ("param.", "pgrad.")
+    )
+    for name, value in official.items():
+        with torch.no_grad():
+            own[name].copy_(value)
+    inputs = [data[key].requires_grad_() for key in ("in0", "in1") if key in data]
+    if case.get("kind") == "cswin":  # q, k, v and the mean come from the block, which also projects the output
+        heads = [case["num_heads"], case["dim"] // case["num_heads"]]
+        own = {name: p for name, p in own.items() if name.partition(".")[0] not in ("qkv", "proj")}
+        size = map_size(case)
+        out = layer._mix(*inputs[0].unflatten(-1, heads), inputs[1], size, size).flatten(2)
+    else:
+        out = layer(inputs[0]) if file == "efficient_attention" else layer(inputs[0], map_size(case))
+    assert official.keys() == own.keys()
+    assert relative_error(out, data["out"]) <= OP_GOLDEN_FORWARD
+    out.backward(data["grad_out"])
+    for i, x in enumerate(inputs):
+        assert relative_error(x.grad, data[f"grad_in{i}"]) <= OP_GOLDEN_GRADIENT
+    for name, expected in gradients.items():
+        if name == "keys.bias":  # common to all positions: the softmax takes no notice, both gradients are rounding
+            assert max(own[name].grad.norm(), expected.norm()) < TOLERANCE
+        else:
+            assert relative_error(own[name].grad, expected) <= OP_GOLDEN_GRADIENT, name
+
+
+FORMS = {
+    "inline": ("inline", {}),
+    "inline, all options": ("inline", {"kernel_func": "exp", "lepe": True, "num_prefix_tokens": 2}),
+    "inline, reduced keys": ("inline", {"sr_ratio": 2, "lepe": True}),
+    "focused": ("focused", {}),
+    "focused, prefix": ("focused", {"num_prefix_tokens": 2, "focusing_factor": 4, "kernel_size": 3}),
+    "focused, reduced keys": ("focused", {"sr_ratio": 2}),
+    "efficient": ("efficient", {}),
+    "efficient, reduced keys": ("efficient", {"sr_ratio": 2}),
+}
+FORM = pytest.mark.parametrize("form", FORMS)
+
+
+class Host(torch.nn.Module):
+    """A layer for maps of 8 x 6, given maps of any size; the first pixels once more as prefix tokens."""
+
+    def __init__(self, form):
+        super().__init__()
+        name, args = FORMS[form]
+        self.attn = build(name, 24, 3, (8, 6), **args)
+        self.prefix = args.get("num_prefix_tokens", 0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        size = [x.shape[1], x.shape[2]]
+        if self.prefix:
+            x = x.flatten(1, 2)
+            return self.attn(torch.cat([x[:, : self.prefix], x], 1), size)
+        return self.attn(x)
+
+
+def maps():
+    return [torch.randn(b, h, w, 24, dtype=torch.float64) for b, h, w in ((2, 8, 6), (3, 7, 9), (1, 20, 4))]
+
+
+@FORM
+def test_script_and_fx(form):
+    host = Host(form)
+    scripted, traced = torch.jit.script(host), torch.fx.symbolic_trace(host)
+    for x in maps():
+        assert relative_error(scripted(x), host(x)) <= TOLERANCE
+        assert relative_error(traced(x), host(x)) <= TOLERANCE
+
+
+@FORM
+def test_export_with_dynamic_sizes(form):
+    host = Host(form)
+    b, h, w = (torch.export.Dim(name, min=low, max=512) for name, low in (("b", 1), ("h", 4), ("w", 4)))
+    program = torch.export.export(host, (maps()[0],), dynamic_shapes=({0: b, 1: h, 2: w},))
+    for x in maps():
+        assert relative_error(program.module()(x), host(x)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if "," in form])
+def test_compile_fullgraph_trains(form):
+    torch._dynamo.reset()
+    host = Host(form)
+    compiled = torch.compile(host, fullgraph=True, dynamic=True, backend="aot_eager")
+    inputs = [*host.parameters()]
+    for x in maps()[:2]:
+        grads = []
+        for run in (host, compiled):
+            out = run(x)
+            grads.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+        for a, b in zip(*grads, strict=True):
+            assert relative_error(a, b) <= TOLERANCE
+
+
+def test_inline_by_hand():
+    """Two prefix tokens, other map, another source: attention of all tokens, convolution of the map's values."""
+    layer = build("inline", 6, 2, (4, 4), num_prefix_tokens=2, lepe=True, kernel_func="relu")
+    x, source = torch.randn(2, 2, 2 + 3 * 5, 6, dtype=torch.float64)
+    q, k, v = layer.qkv(x).unflatten(-1, (3, 2, 3)).unbind(2)
+    pairs = torch.einsum("blnd,bmnd->blnm", q.relu(), k.relu()) / 3**0.5
+    out = torch.einsum("blnm,bmnd->blnd", (pairs + 1 - pairs.mean(-1, keepdim=True)) / 17, v).flatten(2)
+    kernels = layer.residual(source.mean(1)[..., None]).reshape(2, 6, 1, 3, 3)
+    image = v.flatten(2)[:, 2:].mT.unflatten(2, (3, 5))
+    for i in range(2):
+        local = F.conv2d(image[i], kernels[i] + layer.get_v.weight, layer.get_v.bias, padding=1, groups=6)
+        out[i, 2:] += local.flatten(1).T
+    assert relative_error(layer(x, [3, 5], source), layer.proj(out)) <= TOLERANCE
+    assert relative_error(layer(x, [3, 5]), layer.proj(out)) > 1e-3
+
+
+def test_inline_reduced_keys():
+    """Values at half the resolution are resized to the map before the convolution."""
+    layer = build("inline", 6, 2, (4, 4), sr_ratio=2)
+    x = torch.randn(2, 6, 8, 6, dtype=torch.float64)
+    calls = []
+    layer.residual.register_forward_hook(lambda *args: calls.append(args[2]))
+    whole = layer(x)
+    y = layer.norm(layer.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    k, v = layer.kv(y).flatten(1, 2).unflatten(-1, (2, 2, 3)).unbind(2)
+    q = layer.q(x).flatten(1, 2).unflatten(-1, (2, 3))
+    out = torch.ops.visattn.inline_attention(q, k, v, None, "reference").flatten(2).unflatten(1, (6, 8))
+    values = F.interpolate(v.flatten(2).mT.unflatten(2, (3, 4)), (6, 8), mode="bilinear", align_corners=False)
+    kernels = calls[0].reshape(2, 6, 1, 3, 3)
+    local = torch.stack([F.conv2d(values[i], kernels[i], padding=1, groups=6) for i in range(2)])
+    assert relative_error(whole, layer.proj(out + local.permute(0, 2, 3, 1))) <= TOLERANCE
+
+
+def test_focused_positions_on_other_maps():
+    """The table of 4 x 6 keys is resized with the map; prefix tokens have none."""
+    layer = build("focused", 6, 2, (4, 6), num_prefix_tokens=1)
+    table = layer.positional_encoding.reshape(1, 4, 6, 6).permute(0, 3, 1, 2)
+    for size in ((4, 6), (6, 4), (7, 3)):
+        resized = F.interpolate(table, size, mode="bicubic").permute(0, 2, 3, 1).flatten(1, 2)
+        expected = torch.cat([torch.zeros_like(resized[:, :1]), resized], 1).unflatten(-1, (2, 3))
+        assert relative_error(layer._positions(list(size)), expected) <= TOLERANCE
+
+
+def test_efficient_reads_descriptions_of_the_map():
+    layer = build("efficient", 6, 2, (4, 4), num_prefix_tokens=1)
+    x = torch.randn(2, 13, 6, dtype=torch.float64)
+    q, k, v = layer.qkv(x).unflatten(-1, (3, 2, 3)).unbind(2)
+    out = torch.einsum("blnd,bmnd,bmne->blne", q.softmax(-1), k.softmax(1), v)
+    assert relative_error(layer(x, [3, 4]), layer.proj(out.flatten(2))) <= TOLERANCE
+
+
+def test_padding_stays_as_it_is():
+    """A padded batch gives what each image gives alone, and the padding, whatever it holds, comes out unchanged."""
+    module = EfficientAttention2d(6, 8, 2, 4, dtype=torch.float64)
+    x, mask = torch.randn(2, 6, 7, 9, dtype=torch.float64), torch.zeros(2, 7, 9, dtype=torch.bool)
+    mask[0, :5, :4], mask[1, :7, :2] = True, True
+    out = module(x, mask)
+    assert torch.equal(out.movedim(1, -1)[~mask], x.movedim(1, -1)[~mask])
+    for i, (h, w) in enumerate(((5, 4), (7, 2))):
+        assert relative_error(out[i : i + 1, :, :h, :w], module(x[i : i + 1, :, :h, :w])) <= TOLERANCE
+    assert torch.equal(torch.jit.script(module)(x, mask), out)
+
+
+def test_starts_as_the_identity_and_trains():
+    module = EfficientAttention2d(6, 8, 2, 4, zero_init=True)
+    x = torch.randn(2, 6, 7, 9)
+    assert torch.equal(module(x), x)
+    module(x).square().sum().backward()
+    assert module.reprojection.weight.grad.norm() > 0
+    assert not torch.equal(EfficientAttention2d(6, 8, 2, 4)(x), x)
+
+
+@pytest.mark.parametrize("channels", [(10, 9), (9, 10)])
+def test_heads_divide_the_channels(channels):
+    key, value = channels
+    with pytest.raises(ValueError, match=f"key_channels and value_channels divisible .* got {key}, {value} and 3"):
+        EfficientAttention2d(12, key, 3, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        (
+            "inline",
+            {"kernel_func": "gelu"},
+            "expected kernel_func 'identity', 'relu', 'leakyrelu' or 'exp', got 'gelu'",
+        ),
+        ("focused", {"kernel_size": 4}, "expected an odd kernel_size, got 4"),
+        ("focused", {"focusing_factor": 0}, "expected focusing_factor > 0, got 0"),
+        ("inline", {"sr_ratio": 2, "num_prefix_tokens": 1}, "expected no prefix tokens with sr_ratio 2, got 1"),
+    ],
+)
+def test_arguments_that_do_not_fit(name, args, message):
+    with pytest.raises(ValueError, match=message):
+        create_token_mixer(name, 8, 2, (4, 4), **args)

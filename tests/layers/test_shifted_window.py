@@ -1,0 +1,105 @@
+"""Shifted window attention: the official roll, mask and padding; axes of one window; other windows."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests import tolerances
+from tests.tolerances import relative_error
+from visattn.layers import ShiftedWindowAttention
+
+
+def randomized(*args, **kwargs):
+    module = ShiftedWindowAttention(*args, dtype=torch.float64, **kwargs)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    return module
+
+
+def regions(length, window, shift):
+    """Of each place of a rolled axis the region that it came from: tokens of two regions are no neighbours."""
+    region = torch.zeros(length)
+    if shift:
+        region[-window:-shift], region[-shift:] = 1, 2
+    return region
+
+
+def by_definition(module, x, shift, table=None):
+    """As in the official dense code: pad, roll, attend within each window under the mask, roll back, crop."""
+    table = module.rpb if table is None else table
+    h, w = x.shape[1:3]
+    wh, ww = module.window_size
+    x = F.pad(x, (0, 0, 0, -w % ww, 0, -h % wh))
+    x = x.roll((-shift[0], -shift[1]), (1, 2))
+    region = 3 * regions(x.shape[1], wh, shift[0])[:, None] + regions(x.shape[2], ww, shift[1])
+    y, x_ = (t.flatten() for t in torch.meshgrid(torch.arange(wh), torch.arange(ww), indexing="ij"))
+    bias = table[:, y - y[:, None] + wh - 1, x_ - x_[:, None] + ww - 1]
+    out = torch.zeros_like(x)
+    for top in range(0, x.shape[1], wh):
+        for left in range(0, x.shape[2], ww):
+            cut = (slice(None), slice(top, top + wh), slice(left, left + ww))
+            q, k, v = module.qkv(x[cut].flatten(1, 2)).unflatten(-1, (3, module.num_heads, -1)).unbind(2)
+            scores = torch.einsum("bqnd,bknd->bnqk", q, k) * q.shape[-1] ** -0.5 + bias
+            area = region[cut[1:]].flatten()
+            scores = scores.masked_fill(area != area[:, None], float("-inf"))
+            attended = torch.einsum("bnqk,bknd->bqnd", scores.softmax(-1), v).flatten(2)
+            out[cut] = module.proj(attended).unflatten(1, (wh, ww))
+    return out.roll(tuple(shift), (1, 2))[:, :h, :w]
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "args", "shift"),
+    [
+        ((6, 9), 3, {}, (0, 0)),
+        ((6, 9), 3, {"shifted": True}, (1, 1)),
+        ((7, 10), 4, {"shifted": True}, (2, 2)),
+        ((9, 7), (2, 5), {"shifted": True}, (1, 2)),
+        ((5, 11), 5, {"shifted": True}, (0, 2)),
+        ((11, 3), 5, {"shifted": True}, (2, 0)),
+        ((5, 11), 5, {"shifted": True, "always_shift": True}, (2, 2)),
+        ((3, 4), 5, {"always_shift": True}, (0, 0)),
+        ((2, 4), 5, {"shifted": True, "always_shift": True}, (2, 2)),
+        ((1, 1), 3, {"shifted": True}, (0, 0)),
+    ],
+)
+def test_is_the_official_one_with_all_gradients(size, window, args, shift):
+    module = randomized(12, 3, window, **args)
+    x = torch.randn(2, *size, 12, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *module.parameters()]
+    results = []
+    for out in (module(x), by_definition(module, x, shift)):
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for got, expected in zip(*results, strict=True):
+        assert relative_error(got, expected) <= tolerances.OP[torch.float64]
+
+
+def test_windows_change_and_tables_are_resized():
+    module = randomized(8, 2, 5, shifted=True)
+    x = torch.randn(1, 7, 13, 8, dtype=torch.float64)
+    before = module(x)
+    module.set_window_size((7, 6))
+    table = F.interpolate(module.rpb[None], (13, 11), mode="bicubic", align_corners=False)[0]
+    assert relative_error(module(x), by_definition(module, x, (0, 3), table)) <= tolerances.OP[torch.float64]
+    module.set_window_size(5)
+    assert torch.equal(module(x), before)
+
+
+def test_scripted_at_several_sizes():
+    module = randomized(8, 2, 4, shifted=True)
+    scripted = torch.jit.script(module)
+    for size in ((4, 4), (5, 4), (8, 12), (1, 9)):
+        x = torch.randn(1, *size, 8, dtype=torch.float64)
+        assert torch.equal(scripted(x), module(x))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((10, 3), "expected dim divisible by num_heads, got 10 and 3"),
+        ((8, 2, 0), "expected window_size of one int or two, at least 1, got 0"),
+        ((8, 2, (3, 3, 3)), "expected window_size of one int or two"),
+    ],
+)
+def test_arguments_that_do_not_fit(args, message):
+    with pytest.raises(ValueError, match=message):
+        ShiftedWindowAttention(*args)

@@ -1,0 +1,149 @@
+"""Attentions of linear cost against the official formulations, written from their descriptions.
+
+Projections, and what the modules add around the op, are left out on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from op_problems import Attend, Peers, Problem
+from visattn.ops import dynamic_depthwise_conv, efficient_attention, focused_linear_attention, inline_attention
+
+
+def _maps(**tensors: Tensor) -> dict[str, Tensor]:
+    """[B, H, W, N, D] -> [B, N * D, H, W], contiguous."""
+    return {name: t.flatten(3).permute(0, 3, 1, 2).contiguous() for name, t in tensors.items()}
+
+
+def official_efficient(case: Problem) -> Attend:
+    """Maps of the channels first; the heads one after the other."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        queries, keys, values = (t.flatten(2) for t in (q, k, v))
+        attended = []
+        for i in range(case.heads):
+            part = slice(i * case.dim, (i + 1) * case.dim)
+            key, query = keys[:, part].softmax(dim=2), queries[:, part].softmax(dim=1)
+            context = key @ values[:, part].transpose(1, 2)
+            attended.append((context.transpose(1, 2) @ query).unflatten(2, case.size))
+        return torch.cat(attended, dim=1)
+
+    attend.into = _maps
+    attend.out = lambda out: _maps(out=out)["out"]
+    return attend
+
+
+def _tokens(case: Problem, *tensors: Tensor) -> list[Tensor]:
+    """[B, H, W, N, D] -> [B, N, H * W, D]."""
+    return [t.flatten(1, 2).transpose(1, 2) for t in tensors]
+
+
+def official_inline(case: Problem) -> Attend:
+    """A product with q for the attention and one for its sum."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shape = q.shape
+        q, k, v = _tokens(case, q, k, v)
+        scale, n = case.dim**-0.5, k.shape[2]
+        context = (k.transpose(-2, -1) * (scale / n) ** 0.5) @ (v * (scale / n) ** 0.5)
+        total = q @ k.mean(dim=2, keepdim=True).transpose(-2, -1) * scale
+        out = q @ context + (1 - total) * v.mean(dim=2, keepdim=True)
+        return out.transpose(1, 2).reshape(shape)
+
+    return attend
+
+
+def official_focused(case: Problem) -> Attend:
+    """Focus on whole tokens, then a product per head and one for the normaliser."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, focus_scale: Tensor) -> Tensor:
+        shape, n = q.shape, case.size[0] * case.size[1]
+        q, k = ((F.relu(t.flatten(3)) + 1e-6) / F.softplus(focus_scale.flatten()) for t in (q, k))
+        q_norm, k_norm = q.norm(dim=-1, keepdim=True), k.norm(dim=-1, keepdim=True)
+        q, k = q**3, k**3
+        q, k = q / q.norm(dim=-1, keepdim=True) * q_norm, k / k.norm(dim=-1, keepdim=True) * k_norm
+        q, k, v = _tokens(case, q.view(shape), k.view(shape), v)
+        z = 1 / (q @ k.mean(dim=-2, keepdim=True).transpose(-2, -1) + 1e-6)
+        context = (k.transpose(-2, -1) * n**-0.5) @ (v * n**-0.5)
+        return (q @ context * z).transpose(1, 2).reshape(shape)
+
+    return attend
+
+
+def official_dynamic_conv(case: Problem) -> Attend:
+    """A grouped convolution of all samples' channels at once."""
+
+    def attend(x: Tensor, kernels: Tensor) -> Tensor:
+        b, h, w, c = x.shape
+        maps = x.permute(0, 3, 1, 2).reshape(1, b * c, h, w)
+        out = F.conv2d(maps, kernels.reshape(b * c, 1, 3, 3), padding=1, groups=b * c)
+        return out.reshape(b, c, h * w).transpose(1, 2).reshape(b, h, w, c)
+
+    return attend
+
+
+@dataclass(frozen=True)
+class Linear(Problem):
+    """The arguments of `op` are the inputs and the backend."""
+
+    op: ClassVar[Callable[..., Tensor]]
+
+    def visattn(self, backend: str) -> Attend:
+        return lambda **inputs: type(self).op(**inputs, backend=backend)
+
+
+@dataclass(frozen=True)
+class Efficient(Linear):
+    """Queries normalised over channels, keys over positions."""
+
+    op = staticmethod(efficient_attention)
+    peers: ClassVar[Peers] = {"official loop over heads": (official_efficient, None)}
+
+
+@dataclass(frozen=True)
+class InLine(Linear):
+    """Weights that sum to 1 and may be negative."""
+
+    op = staticmethod(inline_attention)
+    peers: ClassVar[Peers] = {"official formula": (official_inline, None)}
+
+
+@dataclass(frozen=True)
+class Focused(Linear):
+    """Queries and keys of sharpened direction."""
+
+    op = staticmethod(focused_linear_attention)
+    peers: ClassVar[Peers] = {"official formula": (official_focused, None)}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {**super().shapes(), "focus_scale": (self.heads, self.dim)}
+
+
+@dataclass(frozen=True)
+class DynamicConv(Linear):
+    """A 3x3 kernel per sample and channel."""
+
+    op = staticmethod(dynamic_depthwise_conv)
+    peers: ClassVar[Peers] = {"official grouped convolution": (official_dynamic_conv, None)}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        channels = self.heads * self.dim
+        return {"x": (self.batch, *self.size, channels), "kernels": (self.batch, channels, 9)}
+
+
+# Heads and widths of the first and third stage of the hosts: PVT and Swin at 224 x 224; a detector's map.
+PROBLEMS = [
+    Efficient("efficient_56", 8, (56, 56), 2, 32),
+    Efficient("efficient_112", 2, (112, 112), 4, 32),
+    InLine("inline_56", 8, (56, 56), 2, 32),
+    InLine("inline_14", 8, (14, 14), 10, 32),
+    DynamicConv("dynamic_conv_56", 8, (56, 56), 2, 32),
+    Focused("focused_56", 8, (56, 56), 2, 32),
+]

@@ -1,0 +1,68 @@
+"""Swin's attention within windows, shifted by half a window in every other block, on maps of any size."""
+
+import torch
+from torch import Tensor
+
+from visattn.layers.window import WindowAttention
+
+
+class ShiftedWindowAttention(WindowAttention):
+    """Multi-head attention within windows, with a relative position table; padding tokens take part.
+
+    A map that the windows do not divide is zero-padded at the bottom and right before the projection, so that padding
+    tokens are keys that carry the bias of `qkv`, and cropped after the attention, as in the official dense code.
+
+    Shapes: [B, H, W, dim] -> [B, H, W, dim].
+
+    Args:
+        dim: Channels.
+        num_heads: Heads.
+        window_size: Tokens per axis of a window.
+        shifted: The tiling starts half a window (rounded down) before the map, so that windows lie across the borders
+            of those without it. An axis that one window covers is not shifted.
+        always_shift: Shift such an axis as well, which cuts it into two windows.
+        qkv_bias: Bias of the query, key and value projections.
+        proj_drop: Dropout after the output projection.
+
+    Raises:
+        ValueError: Heads that do not divide the channels, or a window below 1.
+
+    Sources: Swin (arXiv:2103.14030, section 3.2); `always_shift` as in its detectors and segmenters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int | tuple[int, int] = 7,
+        shifted: bool = False,
+        always_shift: bool = False,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            dim, num_heads, window_size, qkv_bias=qkv_bias, proj_drop=proj_drop, device=device, dtype=dtype
+        )
+        self.shifted = shifted
+        self.always_shift = always_shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, h, w, _ = x.shape
+        window, shift = self.window_size, [0, 0]
+        if self.shifted:
+            shift = [window[0] // 2, window[1] // 2]
+            if not self.always_shift:
+                # 1 - 1 // number of windows: 0 for one window, else 1
+                shift[0] *= 1 - 1 // (-(-h // window[0]))
+                shift[1] *= 1 - 1 // (-(-w // window[1]))
+        table = torch.ops.visattn.resize_rel_pos(self.rpb, [2 * window[0] - 1, 2 * window[1] - 1], "bicubic")
+        q, k, v = self._project(torch.ops.visattn.pad_to_multiple(x, window))
+        x = torch.ops.visattn.window_attention(q, k, v, window, shift, False, table, self.scale)
+        x = torch.ops.visattn.fit(x.flatten(3), [h, w])
+        return self.proj_drop(self.proj(x))
+
+    def extra_repr(self) -> str:
+        shift = f"shifted={self.shifted}, always_shift={self.always_shift}"
+        return f"num_heads={self.num_heads}, window_size={self.window_size}, {shift}"

@@ -1,0 +1,82 @@
+"""CSWin's attention within stripes, vertical ones for half of the heads and horizontal ones for the other half."""
+
+import torch
+from torch import Tensor
+
+from visattn.layers.lepe import DepthwiseConv
+from visattn.layers.neighborhood import _SelfAttention
+
+
+class CrossShapedAttention(_SelfAttention):
+    """Multi-head attention within stripes, to which a depthwise convolution of the values adds local position (LePE).
+
+    The first half of the heads attends in vertical stripes (all rows, `split_size` columns), the second half in
+    horizontal ones; together they see a cross. The convolution sees no further than its stripe, with zeros around it.
+
+    Maps that stripes do not divide follow the official segmentation code: queries, keys and values are padded with
+    zeros, half of them before the map, and zero keys take part in the softmax.
+
+    Shapes: [B, H, W, dim] -> [B, H, W, dim].
+
+    Args:
+        dim: Channels.
+        num_heads: Heads.
+        split_size: Width of a stripe; None: one branch of all heads attends over the whole map. No parameter changes.
+        qkv_bias: Bias of the query, key and value projections.
+        proj_drop: Dropout after the output projection.
+
+    Raises:
+        ValueError: A width below 1, heads that do not divide the channels, or an odd number of heads for stripes.
+
+    Sources: CSWin (arXiv:2107.00652, section 3.2, equations 3 to 7); microsoft/CSWin-Transformer (MIT) for the padding.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        split_size: int | None = 7,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if split_size is not None and (split_size < 1 or num_heads % 2):
+            raise ValueError(
+                f"expected split_size of at least 1 and an even number of heads, got {split_size} and {num_heads}; try "
+                "split_size=None, which attends over the whole map"
+            )
+        super().__init__(dim, num_heads, None, qkv_bias, proj_drop, device, dtype)
+        self.lepe = DepthwiseConv(dim, 3, device=device, dtype=dtype)
+        # TorchScript wants an int in either case
+        self.whole = split_size is None
+        self.split_size = split_size or 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self._project(x)
+        h, w, s = x.shape[1], x.shape[2], self.split_size
+        if self.whole:
+            x = self._attend(q, k, v, [h, w], [1, 1, 1], 0)
+        else:
+            n = self.num_heads // 2
+            vertical = self._attend(q[..., :n, :], k[..., :n, :], v[..., :n, :], [h, s], [1, s, 1], 0)
+            horizontal = self._attend(q[..., n:, :], k[..., n:, :], v[..., n:, :], [s, w], [s, 1, 1], n)
+            x = torch.cat([vertical, horizontal], -1)
+        return self.proj_drop(self.proj(x))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, stripe: list[int], multiple: list[int], head: int) -> Tensor:
+        """[B, H, W, N, D] -> [B, H, W, N * D], the N heads from `head` on, in stripes of the padded map."""
+        size, first = [q.shape[1], q.shape[2]], head * self.head_dim
+        last = first + q.shape[3] * self.head_dim
+        q = torch.ops.visattn.pad_centered_to_multiple(q, multiple)
+        k = torch.ops.visattn.pad_centered_to_multiple(k, multiple)
+        v = torch.ops.visattn.pad_centered_to_multiple(v, multiple)
+        bias = self.lepe.bias
+        if bias is not None:  # as TorchScript sees convolutions
+            bias = bias[first:last]
+        x = torch.ops.visattn.window_attention(q, k, v, stripe, [0, 0], False).flatten(3)
+        x = x + torch.ops.visattn.window_conv(v.flatten(3), self.lepe.weight[first:last], bias, stripe)
+        return torch.ops.visattn.fit_centered(x, size)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, split_size={None if self.whole else self.split_size}"
