@@ -1,0 +1,89 @@
+"""What the hosts of interchangeable attention share: which block has which, and weights for other image sizes."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+from torch import Tensor, nn
+
+from visattn.layers import TOKEN_MIXERS
+from visattn.ops import resize_rel_pos
+
+
+def plan_attention(
+    attention: str,
+    depths: Sequence[int],
+    attention_depths: Sequence[int] | None = None,
+    attention_args: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
+) -> list[list[dict[str, Any] | None]]:
+    """Per stage and block, the arguments of the attention called `attention`; None where the host's own is used.
+
+    Args:
+        attention: A name of `layers.TOKEN_MIXERS`.
+        depths: Blocks per stage.
+        attention_depths: Per stage, how many of its first blocks use it. Default: all.
+        attention_args: Own arguments of its layer: a dict, or one per stage.
+
+    Raises:
+        ValueError: Another name, or numbers that do not fit the stages.
+    """
+    if attention not in TOKEN_MIXERS:
+        raise ValueError(f"expected attention of {', '.join(map(repr, TOKEN_MIXERS))}, got {attention!r}")
+    numbers = depths if attention_depths is None else attention_depths
+    if len(numbers) != len(depths) or any(not 0 <= n <= d for n, d in zip(numbers, depths, strict=True)):
+        raise ValueError(f"expected attention_depths of 0 to {list(depths)} per stage, got {list(numbers)}")
+    if attention_args is None or isinstance(attention_args, dict):
+        attention_args = [attention_args or {}] * len(depths)
+    if len(attention_args) != len(depths):
+        raise ValueError(f"expected attention_args, a dict or {len(depths)} of them, got {len(attention_args)}")
+    return [
+        [args if j < number else None for j in range(depth)]
+        for depth, number, args in zip(depths, numbers, attention_args, strict=True)
+    ]
+
+
+def fit_positions(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Position parameters of the layers and hosts, resized to the image size of the model; others as they are.
+
+    Agents' biases of rows and columns linear, positions of tokens (of a square map, where they lie in a row) bicubic.
+    """
+    own = model.state_dict()
+    return {k: _fit(k, v, model) if k in own and v.shape != own[k].shape else v for k, v in state_dict.items()}
+
+
+def _fit(key: str, value: Tensor, model: nn.Module) -> Tensor:
+    owner, _, name = key.rpartition(".")
+    if re.fullmatch("[ahw]{2}_bias", name):  # one axis of the map among others that agree
+        return F.interpolate(value, model.get_parameter(key).shape[2:], mode="trilinear", align_corners=False)
+    if name == "pos_embed" and value.ndim == 4:
+        return resize_rel_pos(value[0].permute(2, 0, 1), model.get_parameter(key).shape[1:3]).permute(1, 2, 0)[None]
+    side = math.isqrt(value.shape[1]) if name == "positional_encoding" else 0
+    if side and side * side == value.shape[1]:
+        table = value[0].T.unflatten(1, (side, side))
+        return resize_rel_pos(table, model.get_submodule(owner).kv_feat_size).flatten(1).T[None]
+    return value
+
+
+def create_host(
+    host: type[nn.Module],
+    variant: str,
+    pretrained: bool,
+    filter_fn: Callable[[dict[str, Any], nn.Module], dict[str, Tensor]],
+    out_indices: int | tuple[int, ...] = (0, 1, 2, 3),
+    **kwargs: Any,
+) -> nn.Module:
+    """The model, made for the image size of its pretrained tag unless `img_size` is given."""
+    if "img_size" not in kwargs:
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        kwargs["img_size"] = cfg.input_size[-2:]
+    return build_model_with_cfg(
+        host,
+        variant,
+        pretrained,
+        pretrained_filter_fn=filter_fn,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter", "flatten_sequential": True},
+        **kwargs,
+    )

@@ -1,0 +1,434 @@
+"""CSWin as a host: cross-shaped windows, and in the first blocks of a stage any attention over the whole map instead.
+
+Papers: CSWin (CVPR 2022, arXiv:2107.00652), Agent Attention (ECCV 2024, arXiv:2312.08874), InLine (NeurIPS 2024,
+arXiv:2412.06590), FLatten (ICCV 2023, arXiv:2308.00442), Efficient Attention (WACV 2021, arXiv:1812.01243).
+Official code: https://github.com/microsoft/CSWin-Transformer (MIT) for the host. Where the other attentions go in it:
+https://github.com/LeapLabTHU/Agent-Attention and https://github.com/LeapLabTHU/InLine, which state no licence; this
+file is written from the papers.
+
+What differs from the official code, and why:
+    * One class for classification and dense tasks. Official classifiers take images of one size; here any size follows
+      the official segmentation code, which pads queries, keys and values where stripes do not divide the map.
+    * A stage whose stripes are as wide as its map at `img_size` attends over the whole map, as in the classifiers; the
+      segmentation code never looks. The two halves' convolutions are one, so that parameters do not depend on it.
+    * Images of less than 3 pixels are padded to 3, from which on there is a token.
+    * A stage begins with its downsampling; `checkpoint_filter_fn` renames official keys.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import calculate_drop_path_rates, to_2tuple
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from torch import Tensor, nn
+
+from visattn import layers
+from visattn.models._backbone import Backbone, convert_checkpoint
+from visattn.ops import resize_rel_pos
+
+__all__ = ["CSWin"]
+
+
+class Stem(nn.Module):
+    """7x7 convolution of stride 4 with 2 zeros around the image, then LayerNorm: [B, I, H, W] -> [B, H', W', C].
+
+    H' = (H + 1) // 4, at least 1.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        embed_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.proj = nn.Conv2d(in_chans, embed_dim, 7, stride=4, padding=2, **dd)
+        self.norm = nn.LayerNorm(embed_dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.ops.visattn.pad_to_at_least(x.permute(0, 2, 3, 1), [3, 3])
+        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class InLineBlock(layers.TransformerBlock):
+    """The block with InLine attention, which makes its kernels from the block's input, before the norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), None, x)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class CSWin(Backbone):
+    """CSWin Transformer for images of any size, with a choice of attention.
+
+    Args:
+        in_chans: Channels of the image.
+        num_classes: Width of the classifier; 0 leaves it out.
+        global_pool: Pooling before the classifier; "" leaves it out.
+        img_size: Image size that position parameters are made for. Images of any other size run as well. Default: the
+            input size of the pretrained tag.
+        embed_dim: Channels of the first stage; each later stage has twice as many.
+        depths: Blocks per stage.
+        num_heads: Heads per stage.
+        split_sizes: Width of the stripes per stage. The last stage has none and attends over the whole map.
+        attention: Name of the attention over the whole map, see `layers.TOKEN_MIXERS`.
+        attention_depths: Per stage, how many of its first blocks use that attention; the others use stripes. Default:
+            all blocks, but none for "softmax".
+        attention_args: Own arguments of that attention's layer: a dict, or one per stage.
+        mlp_ratio: Hidden width of the MLPs over the channels.
+        qkv_bias: Bias of the query, key and value projections.
+        drop_rate: Dropout before the classifier.
+        proj_drop_rate: Dropout after attention and MLP projections.
+        drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
+        out_norm: "layer" normalises every feature map that `features_only` returns; None returns them as they are.
+
+    Raises:
+        ValueError: An attention, depths, arguments, heads or widths that do not fit.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        img_size: int | tuple[int, int] = 224,
+        embed_dim: int = 64,
+        depths: Sequence[int] = (1, 2, 21, 1),
+        num_heads: Sequence[int] = (2, 4, 8, 16),
+        split_sizes: Sequence[int] = (1, 2, 7, 7),
+        attention: str = "softmax",
+        attention_depths: Sequence[int] | None = None,
+        attention_args: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        out_norm: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_chans, num_classes, global_pool)
+        dd = {"device": device, "dtype": dtype}
+        number = len(depths)
+        if attention_depths is None:
+            attention_depths = [0] * number if attention == "softmax" else depths
+        if isinstance(attention_args, dict) or attention_args is None:
+            attention_args = [attention_args or {}] * number
+        _check(attention, depths, attention_depths, attention_args)
+        shared = {"qkv_bias": qkv_bias, "proj_drop": proj_drop_rate, **dd}
+        self.patch_embed = Stem(in_chans, embed_dim, **dd)
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        self.stages = nn.Sequential()
+        feat_size = tuple(max(1, (n + 1) // 4) for n in to_2tuple(img_size))
+        for i, (heads, split_size) in enumerate(zip(num_heads, split_sizes, strict=True)):
+            dim = embed_dim * 2**i
+            feat_size = tuple(-(-n // 2) for n in feat_size) if i else feat_size
+            if i == number - 1 or feat_size == (split_size, split_size):
+                split_size = None
+            blocks = []
+            for j, rate in enumerate(rates[i]):
+                if j < attention_depths[i]:
+                    attn = layers.create_token_mixer(attention, dim, heads, feat_size, **attention_args[i], **shared)
+                else:
+                    attn = layers.CrossShapedAttention(dim, heads, split_size, **shared)
+                block = InLineBlock if isinstance(attn, layers.InLineAttention) else layers.TransformerBlock
+                blocks.append(block(dim, attn, mlp_ratio, proj_drop_rate, rate, **dd))
+            downsample = layers.ConvDownsampler(dim // 2, bias=True, **dd) if i else nn.Identity()
+            self.stages.append(layers.Stage(downsample, blocks))
+            self.feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 2), "module": f"stages.{i}"})
+        self._build_head(drop_rate, out_norm, **dd)
+
+
+def _check(
+    attention: str, depths: Sequence[int], attention_depths: Sequence[int], attention_args: Sequence[dict[str, Any]]
+) -> None:
+    if attention not in layers.TOKEN_MIXERS:
+        raise ValueError(f"expected attention of {', '.join(map(repr, layers.TOKEN_MIXERS))}, got {attention!r}")
+    fits = len(attention_depths) == len(depths)
+    if not fits or any(not 0 <= n <= depth for n, depth in zip(attention_depths, depths, strict=True)):
+        raise ValueError(f"expected attention_depths of 0 to {list(depths)} per stage, got {list(attention_depths)}")
+    if len(attention_args) != len(depths):
+        raise ValueError(f"expected attention_args, a dict or {len(depths)} of them, got {len(attention_args)}")
+
+
+def _cfg(source: dict[str, Any], size: int = 224, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "pool_size": (size // 32, size // 32),
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head.fc",
+        **source,
+        **kwargs,
+    }
+
+
+_MICROSOFT = {
+    "license": "mit",
+    "origin_url": "https://github.com/microsoft/CSWin-Transformer",
+    "paper_ids": "arXiv:2107.00652",
+}
+# The images are squashed to squares of size / crop_pct.
+_LEAPLAB = {"crop_pct": 0.875, "crop_mode": "squash"}
+_AGENT = {
+    **_LEAPLAB,
+    "origin_url": "https://github.com/LeapLabTHU/Agent-Attention",
+    "paper_ids": "arXiv:2312.08874",
+}
+_INLINE = {**_LEAPLAB, "origin_url": "https://github.com/LeapLabTHU/InLine", "paper_ids": "arXiv:2412.06590"}
+_FOCUSED = {**_LEAPLAB, "paper_ids": "arXiv:2308.00442"}
+_EFFICIENT = {**_LEAPLAB, "paper_ids": "arXiv:1812.01243"}
+
+
+def _release(file: str, size: int = 224, **kwargs: Any) -> dict[str, Any]:
+    url = f"https://github.com/microsoft/CSWin-Transformer/releases/download/v0.1.0/cswin_{file}_{size}.pth"
+    crop = {} if size == 224 else {"crop_pct": 1.0}
+    return _cfg(_MICROSOFT, size, url=url, **crop, **kwargs)
+
+
+def _file(source: dict[str, Any], file: str, size: int = 224) -> dict[str, Any]:
+    # no slash before the question mark: torch.hub names the file after what is between them
+    return _cfg(source, size, url=f"https://cloud.tsinghua.edu.cn/f/{file}?dl=1")
+
+
+_SIZES = ("tiny", "small", "base")
+
+default_cfgs = generate_default_cfgs(
+    {
+        "cswin_tiny_va.ms_in1k": _release("tiny"),
+        "cswin_small_va.ms_in1k": _release("small"),
+        "cswin_base_va.ms_in1k": _release("base"),
+        "cswin_base_384_va.ms_in1k": _release("base", 384),
+        "cswin_large_va.ms_in22k_ft_in1k": _release("large"),
+        "cswin_large_va.ms_in22k": _release("large_22k", num_classes=21841),
+        "cswin_large_384_va.ms_in22k_ft_in1k": _release("large", 384),
+        "agent_cswin_tiny.in1k": _file(_AGENT, "8c562a74441e46d5902b"),
+        "agent_cswin_small.in1k": _file(_AGENT, "30eb8af675bc4b7a8747"),
+        "agent_cswin_base.in1k": _file(_AGENT, "c8035b0839b2410c8c9f"),
+        "agent_cswin_base_384.in1k": _file(_AGENT, "1239be0df44b47719432", 384),
+        "inline_cswin_tiny.in1k": _file(_INLINE, "49fa2ecc543647c4b970"),
+        "inline_cswin_small.in1k": _file(_INLINE, "59f4e65f776f4052b93c"),
+        "inline_cswin_base.in1k": _file(_INLINE, "91e17121df284ae38521"),
+        **{f"focused_cswin_{size}.untrained": _cfg(_FOCUSED) for size in _SIZES},
+        **{f"efficient_cswin_{size}.untrained": _cfg(_EFFICIENT) for size in _SIZES},
+        "test_cswin_va.untrained": _cfg(_MICROSOFT, 160),
+        "test_efficient_cswin.untrained": _cfg(_EFFICIENT, 160),
+    }
+)
+
+
+def _convert(key: str, value: Tensor, own: dict[str, Tensor]) -> tuple[str, Tensor]:
+    """Key and value of an official network, the halves' convolutions joined before, or of our own."""
+    key = key.replace("stage1_conv_embed.0.", "patch_embed.proj.").replace("stage1_conv_embed.2.", "patch_embed.norm.")
+    key = re.sub(r"^merge(\d)\.conv\.", r"stages.\1.downsample.reduction.", key)
+    key = re.sub(r"^merge(\d)\.norm\.", r"stages.\1.downsample.norm.", key)
+    key = re.sub(r"^norm(\d)\.", lambda m: f"out_norms.{int(m[1]) - 1}.", key)
+    block = re.match(r"stage(\d)\.(\d+)\.(.+)", key)
+    if block is not None:
+        rest = re.sub(r"^(qkv|proj)\.", r"attn.\1.", block[3]).replace("attns.0.", "attn.")
+        key = f"stages.{int(block[1]) - 1}.blocks.{block[2]}.{rest}"
+    for name in ("lepe", "dwc"):
+        renamed = key.replace(".attn.get_v.", f".attn.{name}.")
+        key = renamed if renamed in own else key
+    return key, value
+
+
+def _fit_to_map(key: str, value: Tensor, model: nn.Module) -> Tensor:
+    """A position parameter learned on maps of another size."""
+    owner, _, name = key.rpartition(".")
+    if re.fullmatch("[ahw]{2}_bias", name):  # one axis of the map among others that agree: linear
+        return F.interpolate(value, model.get_parameter(key).shape[2:], mode="trilinear", align_corners=False)
+    side = math.isqrt(value.shape[1]) if name == "positional_encoding" else 0
+    if side and side * side == value.shape[1]:
+        table = value[0].T.unflatten(1, (side, side))
+        return resize_rel_pos(table, model.get_submodule(owner).kv_feat_size).flatten(1).T[None]
+    return value
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Official classifiers, averaged weights first, and backbones of official segmenters; native keys pass unchanged.
+
+    Position parameters learned for another image size are resized to the model's: positional encodings bicubic, agents'
+    biases of rows and columns linear.
+    """
+    state_dict = state_dict.get("state_dict_ema", state_dict)
+    state_dict = state_dict.get("model", state_dict)
+    state_dict = state_dict.get("state_dict", state_dict)
+    state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    backbone = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
+    state_dict = backbone or state_dict
+    joined = {}
+    for key, value in state_dict.items():
+        other = key.replace(".attns.0.", ".attns.1.")
+        if ".attns.1." not in key:
+            joined[key] = value if other == key or other not in state_dict else torch.cat([value, state_dict[other]])
+    own = model.state_dict()
+    converted = convert_checkpoint(joined, model, lambda key, value: _convert(key, value, own))
+    for key, value in converted.items():
+        if key in own and value.shape != own[key].shape:
+            converted[key] = _fit_to_map(key, value, model)
+    return converted
+
+
+def _create_cswin(variant: str, pretrained: bool = False, **kwargs: Any) -> CSWin:
+    if "img_size" not in kwargs:
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        kwargs["img_size"] = cfg.input_size[-2:]
+    return build_model_with_cfg(
+        CSWin,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter", "flatten_sequential": True},
+        **kwargs,
+    )
+
+
+_TINY = {"embed_dim": 64, "depths": (1, 2, 21, 1), "num_heads": (2, 4, 8, 16), "drop_path_rate": 0.2}
+_SMALL = {**_TINY, "depths": (2, 4, 32, 2), "drop_path_rate": 0.4}
+_BASE = {**_SMALL, "embed_dim": 96, "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.5}
+_LARGE = {**_SMALL, "embed_dim": 144, "num_heads": (6, 12, 24, 24), "drop_path_rate": 0.2}
+_LARGE_384 = {**_LARGE, "split_sizes": (1, 2, 12, 12)}
+_TUNED = {"split_sizes": (1, 2, 12, 12), "drop_path_rate": 0.7}
+_TEST = {"embed_dim": 20, "depths": (1, 1, 2, 1), "num_heads": (2, 2, 4, 4)}
+
+
+def _mixed(base: dict[str, Any], depths: tuple[int, ...], attention: str, args: Any = None) -> dict[str, Any]:
+    """Two stages with this attention, two with stripes."""
+    mixed = {"attention": attention, "attention_depths": (*depths[:2], 0, 0), "attention_args": args}
+    return {**base, "depths": depths, **mixed}
+
+
+def _sizes(attention: str, args: Any = None) -> list[dict[str, Any]]:
+    depths = ((2, 4, 18, 1), (3, 6, 29, 2), (3, 6, 29, 2))
+    return [_mixed(base, n, attention, args) for base, n in zip((_TINY, _SMALL, _BASE), depths, strict=True)]
+
+
+_AGENT_TINY, _AGENT_SMALL, _AGENT_BASE = _sizes("agent", tuple({"num_agents": n} for n in (9, 16, 49, 49)))
+_INLINE_TINY, _INLINE_SMALL, _INLINE_BASE = _sizes("inline", {"lepe": True})
+_FOCUSED_TINY, _FOCUSED_SMALL, _FOCUSED_BASE = _sizes("focused")
+_EFFICIENT_TINY, _EFFICIENT_SMALL, _EFFICIENT_BASE = _sizes("efficient")
+
+
+@register_model
+def cswin_tiny_va(pretrained: bool = False, **kwargs: Any) -> CSWin:
+    return _create_cswin("cswin_tiny_va", pretrained, **{**_TINY, **kwargs})
+
+
+@register_model
+def cswin_small_va(pretrained: bool = False, **kwargs: Any) -> CSWin:
+    return _create_cswin("cswin_small_va", pretrained, **{**_SMALL, **kwargs})
+
+
+@register_model
+def cswin_base_va(pretrained: bool = False, **kwargs: Any) -> CSWin:
+    return _create_cswin("cswin_base_va", pretrained, **{**_BASE, **kwargs})
+
+
+@register_model
+def cswin_base_384_va(pretrained: bool = False, **kwargs: Any) -> CSWin:
+    """Fine-tuned at 384 x 384, with wider stripes."""
+    return _create_cswin("cswin_base_384_va", pretrained, **{**_BASE, **_TUNED, **kwargs})
+
+
+@register_model
+def cswin_large_va(pretrained: bool = False, **kwargs: Any) -> CSWin:
+    return _create_cswin("cswin_large_va", pretrained, **{**_LARGE, **kwargs})
+
+
+@register_model
+def cswin_large_384_va(pretrained: bool = False, **kwargs: Any) -> CSWin:
+    """Fine-tuned at 384 x 384, with wider stripes."""
+    return _create_cswin("cswin_large_384_va", pretrained, **{**_LARGE_384, **kwargs})
+
+
+@register_model
+def agent_cswin_tiny(pretrained: bool = False, **kwargs: Any) -> CSWin:
+    return _create_cswin("agent_cswin_tiny", pretrained, **{**_AGENT_TINY, **kwargs})
+
+
+@register_model
+def agent_cswin_small(pretrained: bool = False, **kwargs: Any) -> CSWin:
+    return _create_cswin("agent_cswin_small", pretrained, **{**_AGENT_SMALL, **kwargs})
+
+
+@register_model
+def agent_cswin_base(pretrained: bool = False, **kwargs: Any) -> CSWin:
+    return _create_cswin("agent_cswin_base", pretrained, **{**_AGENT_BASE, **kwargs})
+
+
+@register_model
+def agent_cswin_base_384(pretrained: bool = False, **kwargs: Any) -> CSWin:
+    """Fine-tuned at 384 x 384, with wider stripes."""
+    return _create_cswin("agent_cswin_base_384", pretrained, **{**_AGENT_BASE, **_TUNED, **kwargs})
+
+
+@register_model
+def inline_cswin_tiny(pretrained: bool = False, **kwargs: Any) -> CSWin:
+    return _create_cswin("inline_cswin_tiny", pretrained, **{**_INLINE_TINY, **kwargs})
+
+
+@register_model
+def inline_cswin_small(pretrained: bool = False, **kwargs: Any) -> CSWin:
+    return _create_cswin("inline_cswin_small", pretrained, **{**_INLINE_SMALL, **kwargs})
+
+
+@register_model
+def inline_cswin_base(pretrained: bool = False, **kwargs: Any) -> CSWin:
+    return _create_cswin("inline_cswin_base", pretrained, **{**_INLINE_BASE, **kwargs})
+
+
+@register_model
+def focused_cswin_tiny(pretrained: bool = False, **kwargs: Any) -> CSWin:
+    return _create_cswin("focused_cswin_tiny", pretrained, **{**_FOCUSED_TINY, **kwargs})
+
+
+@register_model
+def focused_cswin_small(pretrained: bool = False, **kwargs: Any) -> CSWin:
+    return _create_cswin("focused_cswin_small", pretrained, **{**_FOCUSED_SMALL, **kwargs})
+
+
+@register_model
+def focused_cswin_base(pretrained: bool = False, **kwargs: Any) -> CSWin:
+    return _create_cswin("focused_cswin_base", pretrained, **{**_FOCUSED_BASE, **kwargs})
+
+
+@register_model
+def efficient_cswin_tiny(pretrained: bool = False, **kwargs: Any) -> CSWin:
+    return _create_cswin("efficient_cswin_tiny", pretrained, **{**_EFFICIENT_TINY, **kwargs})
+
+
+@register_model
+def efficient_cswin_small(pretrained: bool = False, **kwargs: Any) -> CSWin:
+    return _create_cswin("efficient_cswin_small", pretrained, **{**_EFFICIENT_SMALL, **kwargs})
+
+
+@register_model
+def efficient_cswin_base(pretrained: bool = False, **kwargs: Any) -> CSWin:
+    return _create_cswin("efficient_cswin_base", pretrained, **{**_EFFICIENT_BASE, **kwargs})
+
+
+@register_model
+def test_cswin_va(pretrained: bool = False, **kwargs: Any) -> CSWin:
+    """Under 1M parameters, for tests and first runs."""
+    return _create_cswin("test_cswin_va", pretrained, **{**_TEST, **kwargs})
+
+
+@register_model
+def test_efficient_cswin(pretrained: bool = False, **kwargs: Any) -> CSWin:
+    """Under 1M parameters, for tests and first runs."""
+    return _create_cswin(
+        "test_efficient_cswin", pretrained, **{**_mixed(_TEST, _TEST["depths"], "efficient"), **kwargs}
+    )

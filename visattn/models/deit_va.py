@@ -1,0 +1,394 @@
+"""DeiT as a host: a plain vision transformer with a choice of attention, for images of any size.
+
+Papers: DeiT (ICML 2021, arXiv:2012.12877), Agent Attention (ECCV 2024, arXiv:2312.08874), InLine (NeurIPS 2024,
+arXiv:2412.06590), FLatten (ICCV 2023, arXiv:2308.00442), Efficient Attention (WACV 2021, arXiv:1812.01243).
+The host is timm's. Where the other attentions go in it: https://github.com/LeapLabTHU/Agent-Attention and
+https://github.com/LeapLabTHU/InLine, which state no licence; this file is written from the papers.
+
+What differs from the official code, and why:
+    * Any image size (official: the square one of the constructor). Images are zero-padded to whole patches, and
+      position parameters resized to the map at hand, as the official loaders do for another resolution.
+    * Dropout of the attention weights, which no published model uses, is left out.
+"""
+
+import math
+import re
+from functools import partial
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_2tuple
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+    vision_transformer,
+)
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from visattn import layers
+
+__all__ = ["DeiT"]
+
+# B batch, H W map of patches, C channels. Tokens are [B, 1 + H * W, C], the class token first.
+
+
+def _resize_positions(table: Tensor, learned: list[int], size: list[int]) -> Tensor:
+    """[1, P + h * w, C] for maps of `learned` (h, w), P prefix tokens first -> [1, P + H * W, C] for maps of `size`."""
+    prefix = table.shape[1] - learned[0] * learned[1]
+    grid = table[0, prefix:].transpose(0, 1).unflatten(1, learned)
+    grid = torch.ops.visattn.resize_rel_pos(grid, size)
+    return torch.cat([table[:, :prefix], grid.flatten(1).transpose(0, 1)[None]], 1)
+
+
+class DeiT(vision_transformer.VisionTransformer):
+    """timm's VisionTransformer with other attention, whose blocks know the map that their tokens come from.
+
+    Args:
+        img_size: Image size that position parameters are made for. Images of any other size run as well.
+        patch_size: Side of a patch in pixels.
+        in_chans: Channels of the image.
+        num_classes: Width of the classifier; 0 leaves it out.
+        global_pool: What is classified: "token" (the class token), or "avg" and others of timm over the patches.
+        embed_dim: Channels.
+        depth: Number of blocks.
+        num_heads: Heads per block.
+        attention: Name of the attention, see `layers.TOKEN_MIXERS`.
+        attention_depths: How many of the first blocks use it, the others softmax attention. Default: all.
+        attention_args: Own arguments of that attention's layer.
+        mlp_ratio: Hidden width of the MLPs over the channels.
+        qkv_bias: Bias of the query, key and value projections.
+        drop_rate: Dropout before the classifier.
+        pos_drop_rate: Dropout after the position embedding.
+        proj_drop_rate: Dropout after attention and MLP projections.
+        drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
+
+    Raises:
+        ValueError: An unknown attention, or heads, depths or arguments that do not fit.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 192,
+        depth: int = 12,
+        num_heads: int = 3,
+        attention: str = "softmax",
+        attention_depths: int | None = None,
+        attention_args: dict[str, Any] | None = None,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        number = depth if attention_depths is None else attention_depths
+        if not 0 <= number <= depth:
+            raise ValueError(f"expected attention_depths of 0 to {depth}, the number of blocks, got {attention_depths}")
+        feat_size = tuple(-(-n // patch_size) for n in to_2tuple(img_size))
+
+        def create_block(dim: int, depth: int, proj_drop: float, drop_path: float, **_: Any) -> nn.Module:
+            """Block number `depth`; timm hands over more than is used here."""
+            dd = {"device": device, "dtype": dtype}
+            name, args = (attention, attention_args or {}) if depth < number else ("softmax", {})
+            shared = {"num_prefix_tokens": 1, "qkv_bias": qkv_bias, "proj_drop": proj_drop}
+            attn = layers.create_token_mixer(name, dim, num_heads, feat_size, **shared, **args, **dd)
+            return layers.TokenTransformerBlock(dim, attn, mlp_ratio, proj_drop, drop_path, eps=1e-6, **dd)
+
+        super().__init__(
+            img_size=tuple(n * patch_size for n in feat_size),
+            patch_size=patch_size,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            dynamic_img_size=True,
+            dynamic_img_pad=True,
+            drop_rate=drop_rate,
+            pos_drop_rate=pos_drop_rate,
+            proj_drop_rate=proj_drop_rate,
+            drop_path_rate=drop_path_rate,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            block_fn=create_block,
+            device=device,
+            dtype=dtype,
+        )
+        self.feat_size = list(feat_size)
+        self.blocks = nn.ModuleList(self.blocks)  # TorchScript would compile a Sequential's forward, which has no size
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
+        """Nothing to do: the model takes images of any size."""
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, list[int]]:
+        """Tokens of images [B, in_chans, H, W], with positions, and the size of their map."""
+        x = self.patch_embed(x)
+        size = [x.shape[1], x.shape[2]]
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1)
+        return self.pos_drop(x + _resize_positions(self.pos_embed, self.feat_size, size)), size
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """[B, in_chans, H, W] -> normalised tokens [B, 1 + H' * W', C], the class token first."""
+        x, size = self._embed(x)
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, size)
+            else:
+                x = block(x, size)
+        return self.norm(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        attn_mask: None = None,
+    ) -> list[Any] | tuple[Tensor, list[Any]]:
+        """Feature maps after the blocks.
+
+        Args:
+            x: Images [B, in_chans, H, W].
+            indices: The last n blocks if an int, all if None, else these blocks.
+            return_prefix_tokens: Return pairs (map, class token [B, 1, C]) in place of the maps.
+            norm: Apply the final norm to the maps.
+            stop_early: Skip the blocks after the last one asked for.
+            output_fmt: "NCHW", "NHWC" or "NLC" (L = H' * W'), of the maps.
+            intermediates_only: Return the maps alone.
+            attn_mask: None, for callers that give timm's argument of this name.
+
+        Returns:
+            The maps, or (output of `forward_features`, maps).
+
+        Raises:
+            ValueError: Another output format, or a mask.
+        """
+        if output_fmt not in ("NCHW", "NHWC", "NLC"):
+            raise ValueError(f"expected output_fmt 'NCHW', 'NHWC' or 'NLC', got {output_fmt!r}")
+        if attn_mask is not None:
+            raise ValueError("expected no attn_mask, got one; try timm's own vision transformers")
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        x, size = self._embed(x)
+        taken = []
+        for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
+            x = checkpoint(block, x, size) if self.grad_checkpointing else block(x, size)
+            if i in take_indices:
+                y = self.norm(x) if norm else x
+                level = y[:, 1:] if output_fmt == "NLC" else y[:, 1:].unflatten(1, size)
+                if output_fmt == "NCHW":
+                    level = level.permute(0, 3, 1, 2).contiguous()
+                taken.append((level, y[:, :1]) if return_prefix_tokens else level)
+        return taken if intermediates_only else (self.norm(x), taken)
+
+
+def _cfg(size: int = 224, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "pool_size": None,
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "paper_ids": "arXiv:2012.12877",
+        **kwargs,
+    }
+
+
+def _hub(name: str, size: int = 224, **kwargs: Any) -> dict[str, Any]:
+    origin = {"license": "apache-2.0", "origin_url": "https://github.com/facebookresearch/deit"}
+    return _cfg(size, hf_hub_id=f"timm/{name}_patch16_{size}.fb_in1k", **origin, **kwargs)
+
+
+def _leaplab(paper: str, file: str = "", size: int = 224) -> dict[str, Any]:
+    """Images are squashed to a square of size / 0.875."""
+    origin = {"2312.08874": "Agent-Attention", "2412.06590": "InLine"}
+    # no slash before the question mark: torch.hub names the file after what is between them
+    url = {"url": f"https://cloud.tsinghua.edu.cn/f/{file}?dl=1"} if file else {}
+    if paper in origin:
+        url["origin_url"] = f"https://github.com/LeapLabTHU/{origin[paper]}"
+    return _cfg(size, crop_pct=0.875, crop_mode="squash", paper_ids=f"arXiv:{paper}", **url)
+
+
+_AGENT, _INLINE, _FOCUSED, _EFFICIENT = "2312.08874", "2412.06590", "2308.00442", "1812.01243"
+
+default_cfgs = generate_default_cfgs(
+    {
+        "deit_tiny_va.fb_in1k": _hub("deit_tiny"),
+        "deit_small_va.fb_in1k": _hub("deit_small"),
+        "deit_base_va.fb_in1k": _hub("deit_base"),
+        "deit_base_va.fb_in1k_384": _hub("deit_base", 384, crop_pct=1.0),
+        "agent_deit_tiny.in1k": _leaplab(_AGENT, "57e0904221824ee7b7af"),
+        "agent_deit_small.in1k": _leaplab(_AGENT, "fdd43304372541db8ea7"),
+        "agent_deit_small_448.in1k": _leaplab(_AGENT, "a228f86241c445f1969b", 448),
+        "agent_deit_base.in1k": _leaplab(_AGENT, "5115f15fdd7e4ab58fbc"),
+        "inline_deit_tiny.in1k": _leaplab(_INLINE, "1d6b8191ad6d4114b291"),
+        "inline_deit_small.in1k": _leaplab(_INLINE, "2f3898b07e9247f3beb3", 288),
+        "inline_deit_base.in1k": _leaplab(_INLINE, "10bdd726d4b0435eb34e", 448),
+        **{f"focused_deit_{size}.untrained": _leaplab(_FOCUSED) for size in ("tiny", "small", "base")},
+        **{f"efficient_deit_{size}.untrained": _cfg(paper_ids=f"arXiv:{_EFFICIENT}") for size in ("tiny", "small", "base")},
+        "test_deit_va.untrained": _cfg(160),
+        "test_agent_deit.untrained": _leaplab(_AGENT, size=160),
+    }
+)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Official and timm's classifiers; native keys pass unchanged.
+
+    Position parameters learned for another image size are resized to the model's: positions of tokens bicubic, agents'
+    biases of rows and columns linear. A table of focused attention is taken to be of a square map.
+    """
+    state_dict = vision_transformer.checkpoint_filter_fn(state_dict, model, antialias=False)
+    own = model.state_dict()
+    for key, value in state_dict.items():
+        if key not in own or value.shape == own[key].shape:
+            continue
+        if re.search(r"\.attn\.[ahw]{2}_bias$", key):  # one axis of the map among others that agree
+            state_dict[key] = F.interpolate(value, own[key].shape[2:], mode="trilinear", align_corners=False)
+        elif key.endswith(".positional_encoding"):
+            side = math.isqrt(value.shape[1])
+            state_dict[key] = _resize_positions(value, [side, side], model.feat_size)
+    return state_dict
+
+
+def _create_deit(variant: str, pretrained: bool = False, **kwargs: Any) -> DeiT:
+    if "img_size" not in kwargs:
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        kwargs["img_size"] = cfg.input_size[-2:]
+    return build_model_with_cfg(
+        DeiT,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+# `drop_path_rate` is as published for plain DeiTs and agent attention; InLine takes agent attention's.
+_TINY = {"embed_dim": 192, "num_heads": 3}
+_SMALL = {"embed_dim": 384, "num_heads": 6}
+_BASE = {"embed_dim": 768, "num_heads": 12}
+_AGENT_SMALL = {**_SMALL, "attention": "agent", "drop_path_rate": 0.1}
+_AGENT_BASE = {"attention": "agent", "attention_depths": 4, "attention_args": {"num_agents": 81}, "drop_path_rate": 0.3}
+_INLINE_TINY = {"embed_dim": 192, "num_heads": 6, "attention": "inline"}
+_INLINE_SMALL = {"embed_dim": 320, "num_heads": 10, "attention": "inline", "drop_path_rate": 0.1}
+_INLINE_BASE = {"embed_dim": 384, "num_heads": 12, "attention": "inline", "drop_path_rate": 0.3}
+_TEST = {"embed_dim": 96, "depth": 4, "num_heads": 3}
+
+
+@register_model
+def deit_tiny_va(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    return _create_deit("deit_tiny_va", pretrained, **{**_TINY, "drop_path_rate": 0.1, **kwargs})
+
+
+@register_model
+def deit_small_va(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    return _create_deit("deit_small_va", pretrained, **{**_SMALL, "drop_path_rate": 0.1, **kwargs})
+
+
+@register_model
+def deit_base_va(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    return _create_deit("deit_base_va", pretrained, **{**_BASE, "drop_path_rate": 0.1, **kwargs})
+
+
+@register_model
+def agent_deit_tiny(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    return _create_deit("agent_deit_tiny", pretrained, **{**_TINY, "attention": "agent", **kwargs})
+
+
+@register_model
+def agent_deit_small(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    return _create_deit("agent_deit_small", pretrained, **{**_AGENT_SMALL, **kwargs})
+
+
+@register_model
+def agent_deit_small_448(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    return _create_deit("agent_deit_small_448", pretrained, **{**_AGENT_SMALL, **kwargs})
+
+
+@register_model
+def agent_deit_base(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    """81 agents in the first four blocks, softmax attention in the others."""
+    return _create_deit("agent_deit_base", pretrained, **{**_BASE, **_AGENT_BASE, **kwargs})
+
+
+@register_model
+def inline_deit_tiny(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    return _create_deit("inline_deit_tiny", pretrained, **{**_INLINE_TINY, **kwargs})
+
+
+@register_model
+def inline_deit_small(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    return _create_deit("inline_deit_small", pretrained, **{**_INLINE_SMALL, **kwargs})
+
+
+@register_model
+def inline_deit_base(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    return _create_deit("inline_deit_base", pretrained, **{**_INLINE_BASE, **kwargs})
+
+
+@register_model
+def focused_deit_tiny(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    return _create_deit("focused_deit_tiny", pretrained, **{**_TINY, "attention": "focused", **kwargs})
+
+
+@register_model
+def focused_deit_small(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    return _create_deit("focused_deit_small", pretrained, **{**_SMALL, "attention": "focused", **kwargs})
+
+
+@register_model
+def focused_deit_base(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    return _create_deit("focused_deit_base", pretrained, **{**_BASE, "attention": "focused", **kwargs})
+
+
+@register_model
+def efficient_deit_tiny(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    return _create_deit("efficient_deit_tiny", pretrained, **{**_TINY, "attention": "efficient", **kwargs})
+
+
+@register_model
+def efficient_deit_small(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    return _create_deit("efficient_deit_small", pretrained, **{**_SMALL, "attention": "efficient", **kwargs})
+
+
+@register_model
+def efficient_deit_base(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    return _create_deit("efficient_deit_base", pretrained, **{**_BASE, "attention": "efficient", **kwargs})
+
+
+@register_model
+def test_deit_va(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    """Under 1M parameters, for tests and first runs."""
+    return _create_deit("test_deit_va", pretrained, **{**_TEST, **kwargs})
+
+
+@register_model
+def test_agent_deit(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    """Under 1M parameters, the last block with softmax attention, for tests and first runs."""
+    agents = {"attention": "agent", "attention_depths": 3, "attention_args": {"num_agents": 9}}
+    return _create_deit("test_agent_deit", pretrained, **{**_TEST, **agents, **kwargs})

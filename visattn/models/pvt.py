@@ -1,0 +1,499 @@
+"""PVT as a host: a pyramid of plain transformer stages with a choice of attention, for images of any size.
+
+Papers: PVT (ICCV 2021, arXiv:2102.12122), Agent Attention (ECCV 2024, arXiv:2312.08874), InLine (NeurIPS 2024,
+arXiv:2412.06590), FLatten (ICCV 2023, arXiv:2308.00442), Efficient Attention (WACV 2021, arXiv:1812.01243).
+Official code: https://github.com/whai362/PVT (Apache-2.0) for the host. Where the other attentions go in it:
+https://github.com/LeapLabTHU/Agent-Attention and https://github.com/LeapLabTHU/InLine, which state no licence; this
+file is written from the papers.
+
+What differs from the official code, and why:
+    * Positions are resized wherever height or width differ from the trained ones. The official code looks at the number
+      of tokens, and compares every stage's with stage 1's: 448 x 448 fails, other shapes get positions of wrong places.
+    * Agents' biases and positions of focused attention are resized too, as in agent attention's dense code.
+    * An image smaller than a patch is zero-padded to one (official: fails). Larger ones are cropped, as there.
+    * `checkpoint_filter_fn` renames official keys: one `qkv` where keys are not reduced, and the position of the class
+      token apart from those of the map.
+    * Dropout of the attention weights and after the positions, which no published model uses, is left out.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models.vision_transformer import global_pool_nlc
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from visattn import layers
+from visattn.models._backbone import Backbone, convert_checkpoint
+from visattn.ops import resize_rel_pos
+
+__all__ = ["PVT"]
+
+# B batch, H W map, C channels.
+
+
+class ClassTokenStage(nn.Module):
+    """As `layers.Stage`, with a class token before those of the map: [B, H, W, C] -> [B, 1 + H' * W', C'].
+
+    `blocks` are `layers.TokenTransformerBlock`s; `grad_checkpointing` recomputes their activations when training.
+    """
+
+    def __init__(
+        self,
+        downsample: nn.Module,
+        blocks: list[nn.Module],
+        dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = downsample
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim, device=device, dtype=dtype))
+        self.cls_pos_embed = nn.Parameter(torch.empty(1, 1, dim, device=device, dtype=dtype))
+        self.blocks = nn.ModuleList(blocks)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal (std 0.02) for the class token and its position."""
+        trunc_normal_(self.cls_token, std=0.02)
+        trunc_normal_(self.cls_pos_embed, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        size = [x.shape[1], x.shape[2]]
+        token = (self.cls_token + self.cls_pos_embed).expand(x.shape[0], -1, -1)
+        x = torch.cat([token, x.flatten(1, 2)], 1)
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, size)
+            else:
+                x = block(x, size)
+        return x
+
+
+class TokenHead(nn.Module):
+    """timm's pooling of tokens, with the interface of its `ClassifierHead`: [B, 1 + L, C] -> [B, num_classes]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        pool_type: str,
+        drop_rate: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_features = in_features
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes, pool_type, device=device, dtype=dtype)
+
+    def reset(
+        self,
+        num_classes: int,
+        pool_type: str | None = None,
+        reset_other: bool = False,
+        in_features: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Replace the classifier; None keeps the pooling or the width, `reset_other` has nothing else to reset."""
+        if pool_type is not None:
+            if pool_type not in ("", "token", "avg", "avgmax", "max"):
+                raise ValueError(f"expected global_pool '', 'token', 'avg', 'avgmax' or 'max', got {pool_type!r}")
+            self.global_pool = pool_type
+        self.num_features = in_features or self.num_features
+        fc = nn.Linear(self.num_features, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
+        self.fc = fc.train(self.training)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.drop(global_pool_nlc(x, self.global_pool))
+        return x if pre_logits else self.fc(x)
+
+
+class PVT(Backbone):
+    """Pyramid Vision Transformer for images of any size, with a choice of attention.
+
+    Feature maps are those of the patches. With a class token, `forward_features` returns tokens [B, 1 + H * W, C].
+
+    Args:
+        in_chans: Channels of the image.
+        num_classes: Width of the classifier; 0 leaves it out.
+        global_pool: What is classified: "token" (the class token), or "avg" and others of timm over the patches; ""
+            leaves the features as they are. Default: the class token if there is one, else "avg".
+        img_size: Image size that position parameters are made for. Images of any other size run as well.
+        patch_size: Side in pixels of the first stage's patches; each later stage has patches of twice the side.
+        embed_dims: Channels per stage.
+        depths: Blocks per stage.
+        num_heads: Heads per stage.
+        mlp_ratios: Hidden width of the MLPs over the channels, per stage.
+        sr_ratios: Per stage, the factor per axis by which the map of keys and values is reduced.
+        attention: Name of the attention, see `layers.TOKEN_MIXERS`.
+        attention_depths: Per stage, how many of its first blocks use it, the others softmax attention. Default: all.
+        attention_args: Own arguments of that attention's layer: a dict, or one per stage.
+        class_token: Give the last stage a class token, and normalise its output.
+        qkv_bias: Bias of the query, key and value projections.
+        drop_rate: Dropout before the classifier.
+        proj_drop_rate: Dropout after attention and MLP projections.
+        drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
+        out_norm: "layer" normalises every feature map that `features_only` returns; None returns them as they are.
+
+    Raises:
+        ValueError: An unknown attention or pooling, or heads, sizes, depths or arguments that do not fit.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str | None = None,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 4,
+        embed_dims: Sequence[int] = (64, 128, 320, 512),
+        depths: Sequence[int] = (2, 2, 2, 2),
+        num_heads: Sequence[int] = (1, 2, 5, 8),
+        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+        sr_ratios: Sequence[int] = (1, 1, 1, 1),
+        attention: str = "softmax",
+        attention_depths: Sequence[int] | None = None,
+        attention_args: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
+        class_token: bool = False,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        out_norm: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if global_pool is None:
+            global_pool = "token" if class_token else "avg"
+        super().__init__(in_chans, num_classes, global_pool)
+        dd = {"device": device, "dtype": dtype}
+        numbers = list(depths if attention_depths is None else attention_depths)
+        if len(numbers) != len(depths) or any(not 0 <= n <= d for n, d in zip(numbers, depths, strict=True)):
+            raise ValueError(f"expected attention_depths of 0 to {list(depths)} per stage, got {attention_depths}")
+        args = [attention_args or {}] * len(depths) if isinstance(attention_args, dict | None) else attention_args
+        if len(args) != len(depths):
+            raise ValueError(f"expected attention_args, a dict or {len(depths)} of them, got {len(args)}")
+        if class_token and len(depths) < 2:
+            raise ValueError(f"expected at least 2 stages with a class token, got {len(depths)}")
+        self.class_level = len(depths) - 1 if class_token else None
+        grids = _grids(img_size, patch_size, len(depths))
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        self.patch_embed = layers.PositionedTokenizer(in_chans, embed_dims[0], patch_size, grids[0], "NCHW", **dd)
+        projections = {"qkv_bias": qkv_bias, "proj_drop": proj_drop_rate, **dd}
+        self.stages = nn.Sequential()
+        for i, (dim, mlp_ratio) in enumerate(zip(embed_dims, mlp_ratios, strict=True)):
+            downsample = layers.PositionedTokenizer(embed_dims[i - 1], dim, 2, grids[i], **dd) if i else nn.Identity()
+            has_token = i == self.class_level
+            shared = {"num_prefix_tokens": int(has_token), "sr_ratio": sr_ratios[i], **projections}
+            block_type = layers.TokenTransformerBlock if has_token else layers.TransformerBlock
+            blocks = []
+            for j, rate in enumerate(rates[i]):
+                name, own = (attention, args[i]) if j < numbers[i] else ("softmax", {})
+                attn = layers.create_token_mixer(name, dim, num_heads[i], grids[i], **shared, **own)
+                blocks.append(block_type(dim, attn, mlp_ratio, proj_drop_rate, rate, eps=1e-6, **dd))
+            stage = ClassTokenStage(downsample, blocks, dim, **dd) if has_token else layers.Stage(downsample, blocks)
+            self.stages.append(stage)
+            self.feature_info.append({"num_chs": dim, "reduction": patch_size * 2**i, "module": f"stages.{i}"})
+        norm = nn.LayerNorm(dim, eps=1e-6, **dd) if class_token else nn.Identity()
+        head = TokenHead(dim, num_classes, global_pool, drop_rate, **dd) if class_token else None
+        self._build_head(drop_rate, out_norm, norm=norm, head=head, **dd)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Patterns of parameters that weight decay leaves alone; as in the official code, positions decay."""
+        return {"*.cls_token"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Groups of parameters from stem to head, for layer-wise learning rates; a class token with its patches."""
+        groups = super().group_matcher(coarse)
+        if not coarse:
+            groups["blocks"] = [(r"^stages\.(\d+)\.cls_", (0,)), *groups["blocks"]]
+        return groups
+
+    def _forward_levels(self, x: Tensor, last: int) -> list[Tensor]:
+        """The maps of the levels, and behind that of a class token's stage the tokens themselves."""
+        levels = super()._forward_levels(x, last)
+        if last == self.class_level:
+            size = [torch.sym_max(1, n // 2) for n in levels[-2].shape[1:3]]
+            levels.insert(last, levels[last][:, 1:].unflatten(1, size))
+        return levels
+
+    def _has_norm_width(self, level: int) -> bool:
+        return super()._has_norm_width(min(level, len(self.feature_info) - 1))
+
+
+def _grids(img_size: int | tuple[int, int], patch_size: int, number: int) -> list[tuple[int, int]]:
+    """Maps (H, W) of the stages."""
+    grids = [tuple(max(1, n // patch_size) for n in to_2tuple(img_size))]
+    while len(grids) < number:
+        grids.append(tuple(max(1, n // 2) for n in grids[-1]))
+    return grids
+
+
+def _cfg(size: int = 224, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "pool_size": (size // 32, size // 32),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head.fc",
+        "paper_ids": "arXiv:2102.12122",
+        **kwargs,
+    }
+
+
+def _official(size: str) -> dict[str, Any]:
+    origin = "https://github.com/whai362/PVT"
+    url = f"{origin}/releases/download/v2/pvt_{size}.pth"
+    return _cfg(url=url, pool_size=None, license="apache-2.0", origin_url=origin)
+
+
+def _leaplab(paper: str, repository: str = "", file: str = "", size: int = 224) -> dict[str, Any]:
+    """Evaluated on images squashed to a square of size / 0.875."""
+    # no slash before the question mark: torch.hub names the file after what is between them
+    source = {"url": f"https://cloud.tsinghua.edu.cn/f/{file}?dl=1"} if file else {}
+    if repository:
+        source["origin_url"] = f"https://github.com/LeapLabTHU/{repository}"
+    return _cfg(size, crop_mode="squash", paper_ids=f"arXiv:{paper}", **source)
+
+
+_AGENT, _INLINE, _FOCUSED = ("2312.08874", "Agent-Attention"), ("2412.06590", "InLine"), ("2308.00442",)
+_SIZES = ("tiny", "small", "medium", "large")
+
+default_cfgs = generate_default_cfgs(
+    {
+        **{f"pvt_{size}_va.in1k": _official(size) for size in _SIZES},
+        "agent_pvt_tiny.in1k": _leaplab(*_AGENT, "13fdf0e0a7c5498c934f"),
+        "agent_pvt_small.in1k": _leaplab(*_AGENT, "36b8be9a8863456685a3"),
+        "agent_pvt_medium.in1k": _leaplab(*_AGENT, "4d00ecacf18b45f9b88c"),
+        "agent_pvt_medium_256.in1k": _leaplab(*_AGENT, "654df734121643b19c52", 256),
+        "agent_pvt_large.in1k": _leaplab(*_AGENT, "040cfe0cfbbe4762ad09"),
+        "inline_pvt_tiny.in1k": _leaplab(*_INLINE, "90ac52b1555b401eb5e6"),
+        "inline_pvt_small.in1k": _leaplab(*_INLINE, "1ab953b2479d433080a3"),
+        "inline_pvt_medium.in1k": _leaplab(*_INLINE, "a72aec31e6084bc0a280"),
+        "inline_pvt_large.in1k": _leaplab(*_INLINE, "efd91318ba964f01b288"),
+        **{f"focused_pvt_{size}.untrained": _leaplab(*_FOCUSED) for size in _SIZES},
+        **{f"efficient_pvt_{size}.untrained": _cfg(paper_ids="arXiv:1812.01243") for size in _SIZES},
+        "test_pvt_va.untrained": _cfg(160, pool_size=None),
+        "test_inline_pvt.untrained": {**_leaplab(*_INLINE, size=160), "pool_size": (10, 10)},
+    }
+)
+
+
+def _convert(key: str, value: Tensor, number: int) -> tuple[str, Tensor]:
+    """Key and value of a network of `number` stages, official to ours."""
+    if key == "cls_token":
+        return f"stages.{number - 1}.cls_token", value
+    match = re.match(r"(patch_embed|pos_embed|block)(\d+)\.?(.*)", key)
+    if match is None:
+        return key, value
+    part, stage, rest = match[1], int(match[2]) - 1, match[3]
+    if part == "block":
+        return f"stages.{stage}.blocks.{rest}", value
+    if part == "pos_embed":  # of a square map
+        side = math.isqrt(value.shape[1])
+        rest, value = part, value.unflatten(1, (side, side))
+    return (f"stages.{stage}.downsample.{rest}" if stage else f"patch_embed.{rest}"), value
+
+
+def _rearrange(state_dict: dict[str, Tensor], number: int) -> dict[str, Tensor]:
+    """Official parameters joined to one `qkv` where keys are not reduced, and the class token's position parted."""
+    state_dict = dict(state_dict)
+    for key in list(state_dict):
+        match = re.fullmatch(r"(block\d+\.\d+\.attn)\.q\.(weight|bias)", key)
+        if match and f"{match[1]}.sr.weight" not in state_dict:
+            parts = [state_dict.pop(f"{match[1]}.{part}.{match[2]}") for part in ("q", "kv")]
+            state_dict[f"{match[1]}.qkv.{match[2]}"] = torch.cat(parts)
+    positions = f"pos_embed{number}"
+    if "cls_token" in state_dict and positions in state_dict:
+        token, state_dict[positions] = state_dict[positions].tensor_split([1], 1)
+        state_dict[f"stages.{number - 1}.cls_pos_embed"] = token
+    return state_dict
+
+
+def _fit_to_map(key: str, value: Tensor, model: nn.Module) -> Tensor:
+    """A position parameter learned on maps of another size."""
+    owner, _, name = key.rpartition(".")
+    if re.fullmatch("[ahw]{2}_bias", name):  # one axis of the map among others that agree
+        return F.interpolate(value, model.get_parameter(key).shape[2:], mode="trilinear", align_corners=False)
+    if name == "pos_embed":
+        return resize_rel_pos(value[0].permute(2, 0, 1), model.get_parameter(key).shape[1:3]).permute(1, 2, 0)[None]
+    side = math.isqrt(value.shape[1]) if name == "positional_encoding" else 0
+    if side and side * side == value.shape[1]:
+        table = value[0].T.unflatten(1, (side, side))
+        return resize_rel_pos(table, model.get_submodule(owner).kv_feat_size).flatten(1).T[None]
+    return value
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Official classifiers, and the backbones of official detectors; native keys pass unchanged.
+
+    Position parameters learned for another image size are resized to the model's: positions of tokens bicubic, agents'
+    biases of rows and columns linear.
+    """
+    state_dict = state_dict.get("model", state_dict)
+    state_dict = state_dict.get("state_dict", state_dict)
+    backbone = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
+    number, own = len(model.stages), model.state_dict()
+    official = _rearrange(backbone or state_dict, number)
+    converted = convert_checkpoint(official, model, lambda key, value: _convert(key, value, number))
+    for key, value in converted.items():
+        if key in own and value.shape != own[key].shape:
+            converted[key] = _fit_to_map(key, value, model)
+    return converted
+
+
+def _create_pvt(variant: str, pretrained: bool = False, **kwargs: Any) -> PVT:
+    if "img_size" not in kwargs:
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        kwargs["img_size"] = cfg.input_size[-2:]
+    return build_model_with_cfg(
+        PVT,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter", "flatten_sequential": True},
+        **kwargs,
+    )
+
+
+_TINY = {"depths": (2, 2, 2, 2), "drop_path_rate": 0.1}
+_SMALL = {"depths": (3, 4, 6, 3), "drop_path_rate": 0.1}
+_MEDIUM = {"depths": (3, 4, 18, 3), "drop_path_rate": 0.3}
+_LARGE = {"depths": (3, 8, 27, 3), "drop_path_rate": 0.3}
+_TEST = {"patch_size": 2, "embed_dims": (24, 48, 72, 96), "depths": (1, 2, 1, 2), "num_heads": (1, 2, 3, 4)}
+_PLAIN = {"sr_ratios": (8, 4, 2, 1), "class_token": True}
+_AGENTS = {"attention": "agent", "attention_args": tuple({"num_agents": n} for n in (9, 16, 49, 49))}
+_NARROW_HEADS = {"attention": "inline", "num_heads": (2, 4, 10, 16)}
+
+
+@register_model
+def pvt_tiny_va(pretrained: bool = False, **kwargs: Any) -> PVT:
+    return _create_pvt("pvt_tiny_va", pretrained, **{**_TINY, **_PLAIN, **kwargs})
+
+
+@register_model
+def pvt_small_va(pretrained: bool = False, **kwargs: Any) -> PVT:
+    return _create_pvt("pvt_small_va", pretrained, **{**_SMALL, **_PLAIN, **kwargs})
+
+
+@register_model
+def pvt_medium_va(pretrained: bool = False, **kwargs: Any) -> PVT:
+    return _create_pvt("pvt_medium_va", pretrained, **{**_MEDIUM, **_PLAIN, **kwargs})
+
+
+@register_model
+def pvt_large_va(pretrained: bool = False, **kwargs: Any) -> PVT:
+    return _create_pvt("pvt_large_va", pretrained, **{**_LARGE, **_PLAIN, **kwargs})
+
+
+@register_model
+def agent_pvt_tiny(pretrained: bool = False, **kwargs: Any) -> PVT:
+    return _create_pvt("agent_pvt_tiny", pretrained, **{**_TINY, **_AGENTS, **kwargs})
+
+
+@register_model
+def agent_pvt_small(pretrained: bool = False, **kwargs: Any) -> PVT:
+    return _create_pvt("agent_pvt_small", pretrained, **{**_SMALL, **_AGENTS, **kwargs})
+
+
+@register_model
+def agent_pvt_medium(pretrained: bool = False, **kwargs: Any) -> PVT:
+    return _create_pvt("agent_pvt_medium", pretrained, **{**_MEDIUM, **_AGENTS, **kwargs})
+
+
+@register_model
+def agent_pvt_medium_256(pretrained: bool = False, **kwargs: Any) -> PVT:
+    return _create_pvt("agent_pvt_medium_256", pretrained, **{**_MEDIUM, **_AGENTS, **kwargs})
+
+
+@register_model
+def agent_pvt_large(pretrained: bool = False, **kwargs: Any) -> PVT:
+    return _create_pvt("agent_pvt_large", pretrained, **{**_LARGE, **_AGENTS, **kwargs})
+
+
+@register_model
+def inline_pvt_tiny(pretrained: bool = False, **kwargs: Any) -> PVT:
+    return _create_pvt("inline_pvt_tiny", pretrained, **{**_TINY, **_NARROW_HEADS, **kwargs})
+
+
+@register_model
+def inline_pvt_small(pretrained: bool = False, **kwargs: Any) -> PVT:
+    return _create_pvt("inline_pvt_small", pretrained, **{**_SMALL, **_NARROW_HEADS, **kwargs})
+
+
+@register_model
+def inline_pvt_medium(pretrained: bool = False, **kwargs: Any) -> PVT:
+    return _create_pvt("inline_pvt_medium", pretrained, **{**_MEDIUM, **_NARROW_HEADS, **kwargs})
+
+
+@register_model
+def inline_pvt_large(pretrained: bool = False, **kwargs: Any) -> PVT:
+    return _create_pvt("inline_pvt_large", pretrained, **{**_LARGE, **_NARROW_HEADS, **kwargs})
+
+
+@register_model
+def focused_pvt_tiny(pretrained: bool = False, **kwargs: Any) -> PVT:
+    return _create_pvt("focused_pvt_tiny", pretrained, **{**_TINY, "attention": "focused", **kwargs})
+
+
+@register_model
+def focused_pvt_small(pretrained: bool = False, **kwargs: Any) -> PVT:
+    return _create_pvt("focused_pvt_small", pretrained, **{**_SMALL, "attention": "focused", **kwargs})
+
+
+@register_model
+def focused_pvt_medium(pretrained: bool = False, **kwargs: Any) -> PVT:
+    return _create_pvt("focused_pvt_medium", pretrained, **{**_MEDIUM, "attention": "focused", **kwargs})
+
+
+@register_model
+def focused_pvt_large(pretrained: bool = False, **kwargs: Any) -> PVT:
+    return _create_pvt("focused_pvt_large", pretrained, **{**_LARGE, "attention": "focused", **kwargs})
+
+
+@register_model
+def efficient_pvt_tiny(pretrained: bool = False, **kwargs: Any) -> PVT:
+    return _create_pvt("efficient_pvt_tiny", pretrained, **{**_TINY, "attention": "efficient", **kwargs})
+
+
+@register_model
+def efficient_pvt_small(pretrained: bool = False, **kwargs: Any) -> PVT:
+    return _create_pvt("efficient_pvt_small", pretrained, **{**_SMALL, "attention": "efficient", **kwargs})
+
+
+@register_model
+def efficient_pvt_medium(pretrained: bool = False, **kwargs: Any) -> PVT:
+    return _create_pvt("efficient_pvt_medium", pretrained, **{**_MEDIUM, "attention": "efficient", **kwargs})
+
+
+@register_model
+def efficient_pvt_large(pretrained: bool = False, **kwargs: Any) -> PVT:
+    return _create_pvt("efficient_pvt_large", pretrained, **{**_LARGE, "attention": "efficient", **kwargs})
+
+
+@register_model
+def test_pvt_va(pretrained: bool = False, **kwargs: Any) -> PVT:
+    """Under 1M parameters, for tests and first runs."""
+    return _create_pvt("test_pvt_va", pretrained, **{**_TEST, **_PLAIN, **kwargs})
+
+
+@register_model
+def test_inline_pvt(pretrained: bool = False, **kwargs: Any) -> PVT:
+    """Under 1M parameters, for tests and first runs."""
+    return _create_pvt("test_inline_pvt", pretrained, **{**_TEST, "attention": "inline", **kwargs})

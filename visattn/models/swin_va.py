@@ -1,0 +1,388 @@
+"""Swin as a host: shifted windows, and in the first blocks of a stage any attention over the whole map instead.
+
+Papers: Swin (ICCV 2021, arXiv:2103.14030), Agent Attention (ECCV 2024, arXiv:2312.08874), InLine (NeurIPS 2024,
+arXiv:2412.06590), FLatten (ICCV 2023, arXiv:2308.00442), Efficient Attention (WACV 2021, arXiv:1812.01243).
+Official code: https://github.com/microsoft/Swin-Transformer (MIT) for the host. Where the other attentions go in it:
+https://github.com/LeapLabTHU/Agent-Attention and https://github.com/LeapLabTHU/InLine, which state no licence; this
+file is written from the papers.
+
+What differs from the official code, and why:
+    * One class for classification and dense tasks. Official classifiers take images of one size; here maps that windows
+      do not divide are padded before the projection, as in the official dense code. (timm pads after the shift.)
+    * Where one window covers the map, the official dense code shifts it and the classifiers do not: `always_shift`.
+      Height and width are judged apart, as in timm.
+    * A stage begins with the merging of patches, as in timm; `checkpoint_filter_fn` renames official keys.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import calculate_drop_path_rates, to_2tuple
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from torch import Tensor, nn
+
+from visattn import layers
+from visattn.models._backbone import Backbone, convert_checkpoint
+from visattn.ops import resize_rel_pos
+
+__all__ = ["Swin"]
+
+
+class Swin(Backbone):
+    """Swin Transformer for images of any size, with a choice of attention.
+
+    Args:
+        in_chans: Channels of the image.
+        num_classes: Width of the classifier; 0 leaves it out.
+        global_pool: Pooling before the classifier; "" leaves it out.
+        img_size: Image size that windows and position parameters are made for. Images of any other size run as well.
+            Default: the input size of the pretrained tag.
+        embed_dim: Channels of the first stage; each later stage has twice as many.
+        depths: Blocks per stage.
+        num_heads: Heads per stage.
+        attention: Name of the attention over the whole map, see `layers.TOKEN_MIXERS`.
+        attention_depths: Per stage, how many of its first blocks use that attention; the others use shifted windows.
+            Default: all blocks, but none for "softmax".
+        attention_args: Own arguments of that attention's layer: a dict, or one per stage.
+        window_size: Tokens per axis of a window. Default: `img_size / 32`, rounded up.
+        always_shift: Shift the windows of odd blocks also where one window covers the map, as detectors do.
+        mlp_ratio: Hidden width of the MLPs over the channels.
+        qkv_bias: Bias of the query, key and value projections.
+        drop_rate: Dropout before the classifier.
+        proj_drop_rate: Dropout after attention and MLP projections.
+        drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
+        out_norm: "layer" normalises every feature map that `features_only` returns, as the official dense backbones
+            do; None returns them as they are.
+
+    Raises:
+        ValueError: An unknown attention, or heads, sizes, depths or arguments that do not fit.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        img_size: int | tuple[int, int] = 224,
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        attention: str = "softmax",
+        attention_depths: Sequence[int] | None = None,
+        attention_args: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
+        window_size: int | tuple[int, int] | None = None,
+        always_shift: bool = False,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        out_norm: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_chans, num_classes, global_pool)
+        dd = {"device": device, "dtype": dtype}
+        if attention_depths is None:
+            attention_depths = [0] * len(depths) if attention == "softmax" else depths
+        if isinstance(attention_args, dict) or attention_args is None:
+            attention_args = [attention_args or {}] * len(depths)
+        _check(attention, depths, attention_depths, attention_args)
+        height, width = to_2tuple(img_size)
+        if window_size is None:
+            window_size = (-(-height // 32), -(-width // 32))
+        shared = {"qkv_bias": qkv_bias, "proj_drop": proj_drop_rate, **dd}
+        self.patch_embed = layers.PatchTokenizer(in_chans, embed_dim, 4, **dd)
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        self.stages = nn.Sequential()
+        for i, heads in enumerate(num_heads):
+            dim, stride = embed_dim * 2**i, 2 ** (i + 2)
+            feat_size = (-(-height // stride), -(-width // stride))
+            blocks = []
+            for j, rate in enumerate(rates[i]):
+                if j < attention_depths[i]:
+                    attn = layers.create_token_mixer(attention, dim, heads, feat_size, **attention_args[i], **shared)
+                else:
+                    attn = layers.ShiftedWindowAttention(dim, heads, window_size, j % 2 == 1, always_shift, **shared)
+                blocks.append(layers.TransformerBlock(dim, attn, mlp_ratio, proj_drop_rate, rate, **dd))
+            downsample = layers.PatchMerging(dim // 2, **dd) if i else nn.Identity()
+            self.stages.append(layers.Stage(downsample, blocks))
+            self.feature_info.append({"num_chs": dim, "reduction": stride, "module": f"stages.{i}"})
+        self._build_head(drop_rate, out_norm, **dd)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Patterns of parameters that weight decay leaves alone; as in the official code, agents' biases decay."""
+        return {"*.rpb"}
+
+
+def _check(
+    attention: str, depths: Sequence[int], attention_depths: Sequence[int], attention_args: Sequence[dict[str, Any]]
+) -> None:
+    if attention not in layers.TOKEN_MIXERS:
+        raise ValueError(f"expected attention of {', '.join(map(repr, layers.TOKEN_MIXERS))}, got {attention!r}")
+    fits = len(attention_depths) == len(depths)
+    if not fits or any(not 0 <= n <= depth for n, depth in zip(attention_depths, depths, strict=True)):
+        raise ValueError(f"expected attention_depths of 0 to {list(depths)} per stage, got {list(attention_depths)}")
+    if len(attention_args) != len(depths):
+        raise ValueError(f"expected attention_args, a dict or {len(depths)} of them, got {len(attention_args)}")
+
+
+def _cfg(source: dict[str, Any], size: int = 224, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "pool_size": (size // 32, size // 32),
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head.fc",
+        **source,
+        **kwargs,
+    }
+
+
+_MICROSOFT = {
+    "license": "mit",
+    "origin_url": "https://github.com/microsoft/Swin-Transformer",
+    "paper_ids": "arXiv:2103.14030",
+}
+# The images are squashed to squares of size / crop_pct.
+_LEAPLAB = {"crop_pct": 0.875, "crop_mode": "squash"}
+_AGENT = {
+    **_LEAPLAB,
+    "origin_url": "https://github.com/LeapLabTHU/Agent-Attention",
+    "paper_ids": "arXiv:2312.08874",
+}
+_INLINE = {**_LEAPLAB, "origin_url": "https://github.com/LeapLabTHU/InLine", "paper_ids": "arXiv:2412.06590"}
+_FOCUSED = {**_LEAPLAB, "paper_ids": "arXiv:2308.00442"}
+_EFFICIENT = {**_LEAPLAB, "paper_ids": "arXiv:1812.01243"}
+
+
+def _hub(size: str, tag: str, pixels: int = 224, **kwargs: Any) -> dict[str, Any]:
+    crop = {} if pixels == 224 else {"crop_pct": 1.0}
+    hub = f"timm/swin_{size}_patch4_window{pixels // 32}_{pixels}.{tag}"
+    return _cfg(_MICROSOFT, pixels, hf_hub_id=hub, **crop, **kwargs)
+
+
+def _controls(size: str, pixels: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """timm's tags, those of other image sizes with the size behind; first what is trained on ImageNet-1k alone."""
+    tags = {"ms_in1k": {}, "ms_in22k_ft_in1k": {}, "ms_in22k": {"num_classes": 21841}}
+    cfgs = {}
+    for tag, args in tags.items():
+        for n in pixels:
+            cfgs[f"swin_{size}_va.{tag}" + ("" if n == 224 else f"_{n}")] = _hub(size, tag, n, **args)
+    return cfgs
+
+
+def _file(source: dict[str, Any], file: str, size: int = 224, **kwargs: Any) -> dict[str, Any]:
+    # no slash before the question mark: torch.hub names the file after what is between them
+    return _cfg(source, size, url=f"https://cloud.tsinghua.edu.cn/f/{file}?dl=1", **kwargs)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        **_controls("tiny", (224,)),
+        **_controls("small", (224,)),
+        **_controls("base", (224, 384)),
+        "agent_swin_tiny.in1k": _file(_AGENT, "a2ddc1190c224f768a41"),
+        "agent_swin_small.in1k": _file(_AGENT, "f607172c9fea4d6e99bb"),
+        "agent_swin_small_288.in1k": _file(_AGENT, "09760394e93b4046a25e", 288, crop_pct=1.0),
+        "agent_swin_base.in1k": _file(_AGENT, "4fcd2d0114bb490483c3"),
+        "agent_swin_base_384.in1k": _file(_AGENT, "bb84ee9058954706a557", 384, crop_pct=1.0),
+        "inline_swin_tiny.in1k": _file(_INLINE, "32810869fcc34410966b"),
+        "inline_swin_small.in1k": _file(_INLINE, "e9657fd247c04c7cb1a1"),
+        "inline_swin_base.in1k": _file(_INLINE, "bf23564bb64c420aafe1"),
+        **{f"focused_swin_{size}.untrained": _cfg(_FOCUSED) for size in ("tiny", "small", "base")},
+        **{f"efficient_swin_{size}.untrained": _cfg(_EFFICIENT) for size in ("tiny", "small", "base")},
+        "test_swin_va.untrained": _cfg(_MICROSOFT, 160),
+        "test_agent_swin.untrained": _cfg(_AGENT, 160),
+        "test_focused_swin.untrained": _cfg(_FOCUSED, 160),
+    }
+)
+
+
+def _convert(key: str, value: Tensor, merges_last: bool, own: dict[str, Tensor]) -> tuple[str, Tensor]:
+    """Key and value of an official or timm's network, official ones with the merging of patches last in a stage."""
+    merge = re.match(r"layers\.(\d+)\.downsample\.(.+)", key)
+    if merge is not None:
+        key = f"stages.{int(merge[1]) + merges_last}.downsample.{merge[2]}"
+    key = re.sub(r"^layers\.", "stages.", key)
+    key = re.sub(r"^norm(\d+)\.", r"out_norms.\1.", key)
+    if key.endswith(".relative_position_bias_table"):  # [(2h - 1)(2w - 1), N], by query - key
+        key = key.replace(".relative_position_bias_table", ".rpb")
+        side = math.isqrt(len(value))
+        size = own[key].shape[1:] if key in own and side * side != len(value) else (side, side)
+        value = value.reshape(*size, -1).permute(2, 0, 1).flip(1, 2)
+    return key, value
+
+
+def _fit_to_map(key: str, value: Tensor, model: nn.Module) -> Tensor:
+    """A position parameter learned on maps of another size."""
+    owner, _, name = key.rpartition(".")
+    if re.fullmatch("[ahw]{2}_bias", name):  # one axis of the map among others that agree: linear
+        return F.interpolate(value, model.get_parameter(key).shape[2:], mode="trilinear", align_corners=False)
+    side = math.isqrt(value.shape[1]) if name == "positional_encoding" else 0
+    if side and side * side == value.shape[1]:
+        table = value[0].T.unflatten(1, (side, side))
+        return resize_rel_pos(table, model.get_submodule(owner).kv_feat_size).flatten(1).T[None]
+    return value
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Official and timm's classifiers, and the backbones of official detectors; native keys pass unchanged.
+
+    Position parameters learned for another image size are resized to the model's: tables of windows and positional
+    encodings bicubic, agents' biases of rows and columns linear.
+    """
+    state_dict = state_dict.get("model", state_dict)
+    state_dict = state_dict.get("state_dict", state_dict)
+    backbone = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
+    state_dict = {k: v for k, v in (backbone or state_dict).items() if not k.endswith(".attn_mask")}
+    merges_last = any(key.startswith("layers.0.downsample.") for key in state_dict)
+    own = model.state_dict()
+    converted = convert_checkpoint(state_dict, model, lambda key, value: _convert(key, value, merges_last, own))
+    for key, value in converted.items():
+        if key in own and value.shape != own[key].shape:
+            converted[key] = _fit_to_map(key, value, model)
+    return converted
+
+
+def _create_swin(variant: str, pretrained: bool = False, **kwargs: Any) -> Swin:
+    if "img_size" not in kwargs:
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        kwargs["img_size"] = cfg.input_size[-2:]
+    return build_model_with_cfg(
+        Swin,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter", "flatten_sequential": True},
+        **kwargs,
+    )
+
+
+_TINY = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.2}
+_SMALL = {**_TINY, "depths": (2, 2, 18, 2), "drop_path_rate": 0.3}
+_BASE = {**_SMALL, "embed_dim": 128, "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.5}
+_TEST = {"embed_dim": 20, "depths": (2, 2, 2, 1), "num_heads": (1, 2, 4, 8)}
+
+
+def _mixed(base: dict[str, Any], attention: str, attention_depths: Sequence[int], args: Any = None) -> dict[str, Any]:
+    return {**base, "attention": attention, "attention_depths": attention_depths, "attention_args": args}
+
+
+_AGENTS = tuple({"num_agents": n} for n in (9, 16, 49, 49))
+_AGENT_TINY = _mixed(_TINY, "agent", (2, 2, 6, 0), _AGENTS)
+_AGENT_SMALL = _mixed(_SMALL, "agent", (2, 2, 0, 0), _AGENTS)
+_AGENT_BASE = _mixed(_BASE, "agent", (2, 2, 2, 0), _AGENTS)
+
+
+@register_model
+def swin_tiny_va(pretrained: bool = False, **kwargs: Any) -> Swin:
+    return _create_swin("swin_tiny_va", pretrained, **{**_TINY, **kwargs})
+
+
+@register_model
+def swin_small_va(pretrained: bool = False, **kwargs: Any) -> Swin:
+    return _create_swin("swin_small_va", pretrained, **{**_SMALL, **kwargs})
+
+
+@register_model
+def swin_base_va(pretrained: bool = False, **kwargs: Any) -> Swin:
+    return _create_swin("swin_base_va", pretrained, **{**_BASE, **kwargs})
+
+
+@register_model
+def agent_swin_tiny(pretrained: bool = False, **kwargs: Any) -> Swin:
+    return _create_swin("agent_swin_tiny", pretrained, **{**_AGENT_TINY, **kwargs})
+
+
+@register_model
+def agent_swin_small(pretrained: bool = False, **kwargs: Any) -> Swin:
+    return _create_swin("agent_swin_small", pretrained, **{**_AGENT_SMALL, **kwargs})
+
+
+@register_model
+def agent_swin_small_288(pretrained: bool = False, **kwargs: Any) -> Swin:
+    return _create_swin("agent_swin_small_288", pretrained, **{**_AGENT_SMALL, **kwargs})
+
+
+@register_model
+def agent_swin_base(pretrained: bool = False, **kwargs: Any) -> Swin:
+    return _create_swin("agent_swin_base", pretrained, **{**_AGENT_BASE, **kwargs})
+
+
+@register_model
+def agent_swin_base_384(pretrained: bool = False, **kwargs: Any) -> Swin:
+    return _create_swin("agent_swin_base_384", pretrained, **{**_AGENT_BASE, **kwargs})
+
+
+@register_model
+def inline_swin_tiny(pretrained: bool = False, **kwargs: Any) -> Swin:
+    return _create_swin("inline_swin_tiny", pretrained, **{**_mixed(_TINY, "inline", (2, 2, 6, 0)), **kwargs})
+
+
+@register_model
+def inline_swin_small(pretrained: bool = False, **kwargs: Any) -> Swin:
+    return _create_swin("inline_swin_small", pretrained, **{**_mixed(_SMALL, "inline", (2, 2, 0, 0)), **kwargs})
+
+
+@register_model
+def inline_swin_base(pretrained: bool = False, **kwargs: Any) -> Swin:
+    return _create_swin("inline_swin_base", pretrained, **{**_mixed(_BASE, "inline", (2, 2, 2, 0)), **kwargs})
+
+
+@register_model
+def focused_swin_tiny(pretrained: bool = False, **kwargs: Any) -> Swin:
+    return _create_swin("focused_swin_tiny", pretrained, **{**_mixed(_TINY, "focused", (2, 2, 0, 0)), **kwargs})
+
+
+@register_model
+def focused_swin_small(pretrained: bool = False, **kwargs: Any) -> Swin:
+    return _create_swin("focused_swin_small", pretrained, **{**_mixed(_SMALL, "focused", (2, 2, 0, 0)), **kwargs})
+
+
+@register_model
+def focused_swin_base(pretrained: bool = False, **kwargs: Any) -> Swin:
+    return _create_swin("focused_swin_base", pretrained, **{**_mixed(_BASE, "focused", (2, 2, 0, 0)), **kwargs})
+
+
+@register_model
+def efficient_swin_tiny(pretrained: bool = False, **kwargs: Any) -> Swin:
+    return _create_swin("efficient_swin_tiny", pretrained, **{**_mixed(_TINY, "efficient", (2, 2, 0, 0)), **kwargs})
+
+
+@register_model
+def efficient_swin_small(pretrained: bool = False, **kwargs: Any) -> Swin:
+    return _create_swin("efficient_swin_small", pretrained, **{**_mixed(_SMALL, "efficient", (2, 2, 0, 0)), **kwargs})
+
+
+@register_model
+def efficient_swin_base(pretrained: bool = False, **kwargs: Any) -> Swin:
+    return _create_swin("efficient_swin_base", pretrained, **{**_mixed(_BASE, "efficient", (2, 2, 0, 0)), **kwargs})
+
+
+@register_model
+def test_swin_va(pretrained: bool = False, **kwargs: Any) -> Swin:
+    """Under 1M parameters, for tests and first runs."""
+    return _create_swin("test_swin_va", pretrained, **{**_TEST, **kwargs})
+
+
+@register_model
+def test_agent_swin(pretrained: bool = False, **kwargs: Any) -> Swin:
+    """Under 1M parameters, with a stage of both kinds of blocks, for tests and first runs."""
+    return _create_swin("test_agent_swin", pretrained, **{**_mixed(_TEST, "agent", (2, 2, 1, 0), _AGENTS), **kwargs})
+
+
+@register_model
+def test_focused_swin(pretrained: bool = False, **kwargs: Any) -> Swin:
+    """Under 1M parameters, for tests and first runs."""
+    return _create_swin("test_focused_swin", pretrained, **{**_mixed(_TEST, "focused", (2, 2, 0, 0)), **kwargs})
