@@ -1,6 +1,7 @@
 """Attention vision backbones for timm: `import visattn` registers every model with `timm.create_model`."""
 
 from visattn import models, ops
+from visattn.swap import swap_attention
 
-__all__ = ["__version__", "models", "ops"]
+__all__ = ["__version__", "models", "ops", "swap_attention"]
 __version__ = "0.1.0"
