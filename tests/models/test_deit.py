@@ -168,7 +168,7 @@ def test_attention_depths_and_arguments():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"attention_depths": 5}, "expected attention_depths of 0 to 4, the number of blocks, got 5"),
+        ({"attention_depths": 5}, r"expected attention_depths of 0 to \[4\] per stage, got \[5\]"),
         ({"attention": "performer"}, "expected attention of 'softmax', .* got 'performer'"),
         ({"num_heads": 5}, "expected dim divisible by num_heads, got 96 and 5"),
     ],

@@ -239,9 +239,9 @@ def test_attention_depths_and_arguments():
     [
         (
             {"attention_depths": (1, 2, 1)},
-            r"expected attention_depths of 0 to \[1, 2, 1, 2\] per stage, got \(1, 2, 1\)",
+            r"expected attention_depths of 0 to \[1, 2, 1, 2\] per stage, got \[1, 2, 1\]",
         ),
-        ({"attention_depths": (1, 3, 1, 2)}, r"per stage, got \(1, 3, 1, 2\)"),
+        ({"attention_depths": (1, 3, 1, 2)}, r"per stage, got \[1, 3, 1, 2\]"),
         ({"attention_args": [{}, {}]}, "expected attention_args, a dict or 4 of them, got 2"),
         ({"attention": "performer"}, "expected attention of 'softmax', .* got 'performer'"),
         ({"global_pool": "catavgmax"}, "expected global_pool '', 'token', .* got 'catavgmax'"),

@@ -285,6 +285,15 @@ def plan_stages(
     return plan
 
 
+def unwrap(state_dict: dict[str, Any]) -> dict[str, Tensor]:
+    """The model's entries of a checkpoint's content: of a detector those of its backbone."""
+    for key in ("state_dict_ema", "model", "state_dict"):
+        state_dict = state_dict.get(key, state_dict)
+    state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    backbone = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
+    return backbone or state_dict
+
+
 def convert_checkpoint(
     state_dict: dict[str, Any],
     model: nn.Module,
@@ -293,15 +302,13 @@ def convert_checkpoint(
 ) -> dict[str, Tensor]:
     """The part of `checkpoint_filter_fn` that families share; keys of this package's own files pass unchanged.
 
-    Unwraps the file, leaves out position indices that are computed here, names layer scale and classifier as timm does,
-    and fits relative position tables `rpb` to the model by `resize` interpolation. `convert` brings key and value of
-    the family's official files to ours.
+    Leaves out position indices that are computed here, names layer scale and classifier as timm does, and fits relative
+    position tables `rpb` to the model by `resize` interpolation. `convert` brings key and value of the family's
+    official files to ours.
     """
-    state_dict = state_dict.get("model", state_dict)
-    state_dict = state_dict.get("state_dict", state_dict)
     own = model.state_dict()
     converted = {}
-    for official, official_value in state_dict.items():
+    for official, official_value in unwrap(state_dict).items():
         if official.endswith(".relative_position_index"):
             continue
         key, value = convert(official, official_value)

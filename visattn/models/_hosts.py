@@ -72,10 +72,10 @@ def create_host(
     variant: str,
     pretrained: bool,
     filter_fn: Callable[[dict[str, Any], nn.Module], dict[str, Tensor]],
-    out_indices: int | tuple[int, ...] = (0, 1, 2, 3),
+    levels: int | tuple[int, ...] = (0, 1, 2, 3),
     **kwargs: Any,
 ) -> nn.Module:
-    """The model, made for the image size of its pretrained tag unless `img_size` is given."""
+    """The model, made for the image size of its pretrained tag unless `img_size` is given; `levels` as features."""
     if "img_size" not in kwargs:
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         kwargs["img_size"] = cfg.input_size[-2:]
@@ -84,6 +84,6 @@ def create_host(
         variant,
         pretrained,
         pretrained_filter_fn=filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter", "flatten_sequential": True},
+        feature_cfg={"out_indices": levels, "feature_cls": "getter", "flatten_sequential": True},
         **kwargs,
     )

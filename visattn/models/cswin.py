@@ -15,21 +15,19 @@ What differs from the official code, and why:
     * A stage begins with its downsampling; `checkpoint_filter_fn` renames official keys.
 """
 
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates, to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._backbone import Backbone, convert_checkpoint
-from visattn.ops import resize_rel_pos
+from visattn.models._backbone import Backbone, convert_checkpoint, unwrap
+from visattn.models._hosts import create_host, fit_positions, plan_attention
 
 __all__ = ["CSWin"]
 
@@ -118,11 +116,9 @@ class CSWin(Backbone):
         super().__init__(in_chans, num_classes, global_pool)
         dd = {"device": device, "dtype": dtype}
         number = len(depths)
-        if attention_depths is None:
-            attention_depths = [0] * number if attention == "softmax" else depths
-        if isinstance(attention_args, dict) or attention_args is None:
-            attention_args = [attention_args or {}] * number
-        _check(attention, depths, attention_depths, attention_args)
+        if attention_depths is None and attention == "softmax":
+            attention_depths = [0] * number
+        plan = plan_attention(attention, depths, attention_depths, attention_args)
         shared = {"qkv_bias": qkv_bias, "proj_drop": proj_drop_rate, **dd}
         self.patch_embed = Stem(in_chans, embed_dim, **dd)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
@@ -134,29 +130,17 @@ class CSWin(Backbone):
             if i == number - 1 or feat_size == (split_size, split_size):
                 split_size = None
             blocks = []
-            for j, rate in enumerate(rates[i]):
-                if j < attention_depths[i]:
-                    attn = layers.create_token_mixer(attention, dim, heads, feat_size, **attention_args[i], **shared)
-                else:
+            for rate, args in zip(rates[i], plan[i], strict=True):
+                if args is None:
                     attn = layers.CrossShapedAttention(dim, heads, split_size, **shared)
+                else:
+                    attn = layers.create_token_mixer(attention, dim, heads, feat_size, **args, **shared)
                 block = InLineBlock if isinstance(attn, layers.InLineAttention) else layers.TransformerBlock
                 blocks.append(block(dim, attn, mlp_ratio, proj_drop_rate, rate, **dd))
             downsample = layers.ConvDownsampler(dim // 2, bias=True, **dd) if i else nn.Identity()
             self.stages.append(layers.Stage(downsample, blocks))
             self.feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 2), "module": f"stages.{i}"})
         self._build_head(drop_rate, out_norm, **dd)
-
-
-def _check(
-    attention: str, depths: Sequence[int], attention_depths: Sequence[int], attention_args: Sequence[dict[str, Any]]
-) -> None:
-    if attention not in layers.TOKEN_MIXERS:
-        raise ValueError(f"expected attention of {', '.join(map(repr, layers.TOKEN_MIXERS))}, got {attention!r}")
-    fits = len(attention_depths) == len(depths)
-    if not fits or any(not 0 <= n <= depth for n, depth in zip(attention_depths, depths, strict=True)):
-        raise ValueError(f"expected attention_depths of 0 to {list(depths)} per stage, got {list(attention_depths)}")
-    if len(attention_args) != len(depths):
-        raise ValueError(f"expected attention_args, a dict or {len(depths)} of them, got {len(attention_args)}")
 
 
 def _cfg(source: dict[str, Any], size: int = 224, **kwargs: Any) -> dict[str, Any]:
@@ -245,30 +229,13 @@ def _convert(key: str, value: Tensor, own: dict[str, Tensor]) -> tuple[str, Tens
     return key, value
 
 
-def _fit_to_map(key: str, value: Tensor, model: nn.Module) -> Tensor:
-    """A position parameter learned on maps of another size."""
-    owner, _, name = key.rpartition(".")
-    if re.fullmatch("[ahw]{2}_bias", name):  # one axis of the map among others that agree: linear
-        return F.interpolate(value, model.get_parameter(key).shape[2:], mode="trilinear", align_corners=False)
-    side = math.isqrt(value.shape[1]) if name == "positional_encoding" else 0
-    if side and side * side == value.shape[1]:
-        table = value[0].T.unflatten(1, (side, side))
-        return resize_rel_pos(table, model.get_submodule(owner).kv_feat_size).flatten(1).T[None]
-    return value
-
-
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Official classifiers, averaged weights first, and backbones of official segmenters; native keys pass unchanged.
 
     Position parameters learned for another image size are resized to the model's: positional encodings bicubic, agents'
     biases of rows and columns linear.
     """
-    state_dict = state_dict.get("state_dict_ema", state_dict)
-    state_dict = state_dict.get("model", state_dict)
-    state_dict = state_dict.get("state_dict", state_dict)
-    state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    backbone = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
-    state_dict = backbone or state_dict
+    state_dict = unwrap(state_dict)
     joined = {}
     for key, value in state_dict.items():
         other = key.replace(".attns.0.", ".attns.1.")
@@ -276,24 +243,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
             joined[key] = value if other == key or other not in state_dict else torch.cat([value, state_dict[other]])
     own = model.state_dict()
     converted = convert_checkpoint(joined, model, lambda key, value: _convert(key, value, own))
-    for key, value in converted.items():
-        if key in own and value.shape != own[key].shape:
-            converted[key] = _fit_to_map(key, value, model)
-    return converted
+    return fit_positions(converted, model)
 
 
 def _create_cswin(variant: str, pretrained: bool = False, **kwargs: Any) -> CSWin:
-    if "img_size" not in kwargs:
-        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-        kwargs["img_size"] = cfg.input_size[-2:]
-    return build_model_with_cfg(
-        CSWin,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter", "flatten_sequential": True},
-        **kwargs,
-    )
+    return create_host(CSWin, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 _TINY = {"embed_dim": 64, "depths": (1, 2, 21, 1), "num_heads": (2, 4, 8, 16), "drop_path_rate": 0.2}

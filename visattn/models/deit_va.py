@@ -11,8 +11,6 @@ What differs from the official code, and why:
     * Dropout of the attention weights, which no published model uses, is left out.
 """
 
-import math
-import re
 from functools import partial
 from typing import Any
 
@@ -20,18 +18,16 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
 from timm.models import (
-    build_model_with_cfg,
     checkpoint,
     generate_default_cfgs,
     register_model,
-    resolve_pretrained_cfg,
     vision_transformer,
 )
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from visattn import layers
+from visattn.models._hosts import create_host, fit_positions, plan_attention
 
 __all__ = ["DeiT"]
 
@@ -94,15 +90,14 @@ class DeiT(vision_transformer.VisionTransformer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        number = depth if attention_depths is None else attention_depths
-        if not 0 <= number <= depth:
-            raise ValueError(f"expected attention_depths of 0 to {depth}, the number of blocks, got {attention_depths}")
+        numbers = None if attention_depths is None else [attention_depths]
+        plan = plan_attention(attention, [depth], numbers, attention_args)[0]
         feat_size = tuple(-(-n // patch_size) for n in to_2tuple(img_size))
 
         def create_block(dim: int, depth: int, proj_drop: float, drop_path: float, **_: Any) -> nn.Module:
             """Block number `depth`; timm hands over more than is used here."""
             dd = {"device": device, "dtype": dtype}
-            name, args = (attention, attention_args or {}) if depth < number else ("softmax", {})
+            name, args = ("softmax", {}) if plan[depth] is None else (attention, plan[depth])
             shared = {"num_prefix_tokens": 1, "qkv_bias": qkv_bias, "proj_drop": proj_drop}
             attn = layers.create_token_mixer(name, dim, num_heads, feat_size, **shared, **args, **dd)
             return layers.TokenTransformerBlock(dim, attn, mlp_ratio, proj_drop, drop_path, eps=1e-6, **dd)
@@ -232,7 +227,7 @@ def _leaplab(paper: str, file: str = "", size: int = 224) -> dict[str, Any]:
     return _cfg(size, crop_pct=0.875, crop_mode="squash", paper_ids=f"arXiv:{paper}", **url)
 
 
-_AGENT, _INLINE, _FOCUSED, _EFFICIENT = "2312.08874", "2412.06590", "2308.00442", "1812.01243"
+_AGENT, _INLINE, _FOCUSED, _EFFICIENT = "2312.08874", "2412.06590", "2308.00442", "arXiv:1812.01243"
 
 default_cfgs = generate_default_cfgs(
     {
@@ -248,7 +243,7 @@ default_cfgs = generate_default_cfgs(
         "inline_deit_small.in1k": _leaplab(_INLINE, "2f3898b07e9247f3beb3", 288),
         "inline_deit_base.in1k": _leaplab(_INLINE, "10bdd726d4b0435eb34e", 448),
         **{f"focused_deit_{size}.untrained": _leaplab(_FOCUSED) for size in ("tiny", "small", "base")},
-        **{f"efficient_deit_{size}.untrained": _cfg(paper_ids=f"arXiv:{_EFFICIENT}") for size in ("tiny", "small", "base")},
+        **{f"efficient_deit_{size}.untrained": _cfg(paper_ids=_EFFICIENT) for size in ("tiny", "small", "base")},
         "test_deit_va.untrained": _cfg(160),
         "test_agent_deit.untrained": _leaplab(_AGENT, size=160),
     }
@@ -259,33 +254,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     """Official and timm's classifiers; native keys pass unchanged.
 
     Position parameters learned for another image size are resized to the model's: positions of tokens bicubic, agents'
-    biases of rows and columns linear. A table of focused attention is taken to be of a square map.
+    biases of rows and columns linear.
     """
-    state_dict = vision_transformer.checkpoint_filter_fn(state_dict, model, antialias=False)
-    own = model.state_dict()
-    for key, value in state_dict.items():
-        if key not in own or value.shape == own[key].shape:
-            continue
-        if re.search(r"\.attn\.[ahw]{2}_bias$", key):  # one axis of the map among others that agree
-            state_dict[key] = F.interpolate(value, own[key].shape[2:], mode="trilinear", align_corners=False)
-        elif key.endswith(".positional_encoding"):
-            side = math.isqrt(value.shape[1])
-            state_dict[key] = _resize_positions(value, [side, side], model.feat_size)
-    return state_dict
+    return fit_positions(vision_transformer.checkpoint_filter_fn(state_dict, model, antialias=False), model)
 
 
 def _create_deit(variant: str, pretrained: bool = False, **kwargs: Any) -> DeiT:
-    if "img_size" not in kwargs:
-        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-        kwargs["img_size"] = cfg.input_size[-2:]
-    return build_model_with_cfg(
-        DeiT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return create_host(DeiT, variant, pretrained, checkpoint_filter_fn, levels=3, **kwargs)
 
 
 # `drop_path_rate` is as published for plain DeiTs and agent attention; InLine takes agent attention's.

@@ -24,14 +24,13 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from visattn import layers
-from visattn.models._backbone import Backbone, convert_checkpoint
-from visattn.ops import resize_rel_pos
+from visattn.models._backbone import Backbone, convert_checkpoint, unwrap
+from visattn.models._hosts import create_host, fit_positions, plan_attention
 
 __all__ = ["PVT"]
 
@@ -177,12 +176,7 @@ class PVT(Backbone):
             global_pool = "token" if class_token else "avg"
         super().__init__(in_chans, num_classes, global_pool)
         dd = {"device": device, "dtype": dtype}
-        numbers = list(depths if attention_depths is None else attention_depths)
-        if len(numbers) != len(depths) or any(not 0 <= n <= d for n, d in zip(numbers, depths, strict=True)):
-            raise ValueError(f"expected attention_depths of 0 to {list(depths)} per stage, got {attention_depths}")
-        args = [attention_args or {}] * len(depths) if isinstance(attention_args, dict | None) else attention_args
-        if len(args) != len(depths):
-            raise ValueError(f"expected attention_args, a dict or {len(depths)} of them, got {len(args)}")
+        plan = plan_attention(attention, depths, attention_depths, attention_args)
         if class_token and len(depths) < 2:
             raise ValueError(f"expected at least 2 stages with a class token, got {len(depths)}")
         self.class_level = len(depths) - 1 if class_token else None
@@ -197,9 +191,9 @@ class PVT(Backbone):
             shared = {"num_prefix_tokens": int(has_token), "sr_ratio": sr_ratios[i], **projections}
             block_type = layers.TokenTransformerBlock if has_token else layers.TransformerBlock
             blocks = []
-            for j, rate in enumerate(rates[i]):
-                name, own = (attention, args[i]) if j < numbers[i] else ("softmax", {})
-                attn = layers.create_token_mixer(name, dim, num_heads[i], grids[i], **shared, **own)
+            for rate, args in zip(rates[i], plan[i], strict=True):
+                name = "softmax" if args is None else attention
+                attn = layers.create_token_mixer(name, dim, num_heads[i], grids[i], **shared, **(args or {}))
                 blocks.append(block_type(dim, attn, mlp_ratio, proj_drop_rate, rate, eps=1e-6, **dd))
             stage = ClassTokenStage(downsample, blocks, dim, **dd) if has_token else layers.Stage(downsample, blocks)
             self.stages.append(stage)
@@ -326,50 +320,19 @@ def _rearrange(state_dict: dict[str, Tensor], number: int) -> dict[str, Tensor]:
     return state_dict
 
 
-def _fit_to_map(key: str, value: Tensor, model: nn.Module) -> Tensor:
-    """A position parameter learned on maps of another size."""
-    owner, _, name = key.rpartition(".")
-    if re.fullmatch("[ahw]{2}_bias", name):  # one axis of the map among others that agree
-        return F.interpolate(value, model.get_parameter(key).shape[2:], mode="trilinear", align_corners=False)
-    if name == "pos_embed":
-        return resize_rel_pos(value[0].permute(2, 0, 1), model.get_parameter(key).shape[1:3]).permute(1, 2, 0)[None]
-    side = math.isqrt(value.shape[1]) if name == "positional_encoding" else 0
-    if side and side * side == value.shape[1]:
-        table = value[0].T.unflatten(1, (side, side))
-        return resize_rel_pos(table, model.get_submodule(owner).kv_feat_size).flatten(1).T[None]
-    return value
-
-
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Official classifiers, and the backbones of official detectors; native keys pass unchanged.
 
     Position parameters learned for another image size are resized to the model's: positions of tokens bicubic, agents'
     biases of rows and columns linear.
     """
-    state_dict = state_dict.get("model", state_dict)
-    state_dict = state_dict.get("state_dict", state_dict)
-    backbone = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
-    number, own = len(model.stages), model.state_dict()
-    official = _rearrange(backbone or state_dict, number)
-    converted = convert_checkpoint(official, model, lambda key, value: _convert(key, value, number))
-    for key, value in converted.items():
-        if key in own and value.shape != own[key].shape:
-            converted[key] = _fit_to_map(key, value, model)
-    return converted
+    number = len(model.stages)
+    official = _rearrange(unwrap(state_dict), number)
+    return fit_positions(convert_checkpoint(official, model, lambda key, value: _convert(key, value, number)), model)
 
 
 def _create_pvt(variant: str, pretrained: bool = False, **kwargs: Any) -> PVT:
-    if "img_size" not in kwargs:
-        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-        kwargs["img_size"] = cfg.input_size[-2:]
-    return build_model_with_cfg(
-        PVT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter", "flatten_sequential": True},
-        **kwargs,
-    )
+    return create_host(PVT, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 _TINY = {"depths": (2, 2, 2, 2), "drop_path_rate": 0.1}

@@ -20,15 +20,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates, to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._backbone import Backbone, convert_checkpoint
-from visattn.ops import resize_rel_pos
+from visattn.models._backbone import Backbone, convert_checkpoint, unwrap
+from visattn.models._hosts import create_host, fit_positions, plan_attention
 
 __all__ = ["Swin"]
 
@@ -88,11 +87,9 @@ class Swin(Backbone):
     ) -> None:
         super().__init__(in_chans, num_classes, global_pool)
         dd = {"device": device, "dtype": dtype}
-        if attention_depths is None:
-            attention_depths = [0] * len(depths) if attention == "softmax" else depths
-        if isinstance(attention_args, dict) or attention_args is None:
-            attention_args = [attention_args or {}] * len(depths)
-        _check(attention, depths, attention_depths, attention_args)
+        if attention_depths is None and attention == "softmax":
+            attention_depths = [0] * len(depths)
+        plan = plan_attention(attention, depths, attention_depths, attention_args)
         height, width = to_2tuple(img_size)
         if window_size is None:
             window_size = (-(-height // 32), -(-width // 32))
@@ -104,11 +101,11 @@ class Swin(Backbone):
             dim, stride = embed_dim * 2**i, 2 ** (i + 2)
             feat_size = (-(-height // stride), -(-width // stride))
             blocks = []
-            for j, rate in enumerate(rates[i]):
-                if j < attention_depths[i]:
-                    attn = layers.create_token_mixer(attention, dim, heads, feat_size, **attention_args[i], **shared)
-                else:
+            for j, (rate, args) in enumerate(zip(rates[i], plan[i], strict=True)):
+                if args is None:
                     attn = layers.ShiftedWindowAttention(dim, heads, window_size, j % 2 == 1, always_shift, **shared)
+                else:
+                    attn = layers.create_token_mixer(attention, dim, heads, feat_size, **args, **shared)
                 blocks.append(layers.TransformerBlock(dim, attn, mlp_ratio, proj_drop_rate, rate, **dd))
             downsample = layers.PatchMerging(dim // 2, **dd) if i else nn.Identity()
             self.stages.append(layers.Stage(downsample, blocks))
@@ -119,18 +116,6 @@ class Swin(Backbone):
     def no_weight_decay(self) -> set[str]:
         """Patterns of parameters that weight decay leaves alone; as in the official code, agents' biases decay."""
         return {"*.rpb"}
-
-
-def _check(
-    attention: str, depths: Sequence[int], attention_depths: Sequence[int], attention_args: Sequence[dict[str, Any]]
-) -> None:
-    if attention not in layers.TOKEN_MIXERS:
-        raise ValueError(f"expected attention of {', '.join(map(repr, layers.TOKEN_MIXERS))}, got {attention!r}")
-    fits = len(attention_depths) == len(depths)
-    if not fits or any(not 0 <= n <= depth for n, depth in zip(attention_depths, depths, strict=True)):
-        raise ValueError(f"expected attention_depths of 0 to {list(depths)} per stage, got {list(attention_depths)}")
-    if len(attention_args) != len(depths):
-        raise ValueError(f"expected attention_args, a dict or {len(depths)} of them, got {len(attention_args)}")
 
 
 def _cfg(source: dict[str, Any], size: int = 224, **kwargs: Any) -> dict[str, Any]:
@@ -224,49 +209,21 @@ def _convert(key: str, value: Tensor, merges_last: bool, own: dict[str, Tensor])
     return key, value
 
 
-def _fit_to_map(key: str, value: Tensor, model: nn.Module) -> Tensor:
-    """A position parameter learned on maps of another size."""
-    owner, _, name = key.rpartition(".")
-    if re.fullmatch("[ahw]{2}_bias", name):  # one axis of the map among others that agree: linear
-        return F.interpolate(value, model.get_parameter(key).shape[2:], mode="trilinear", align_corners=False)
-    side = math.isqrt(value.shape[1]) if name == "positional_encoding" else 0
-    if side and side * side == value.shape[1]:
-        table = value[0].T.unflatten(1, (side, side))
-        return resize_rel_pos(table, model.get_submodule(owner).kv_feat_size).flatten(1).T[None]
-    return value
-
-
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Official and timm's classifiers, and the backbones of official detectors; native keys pass unchanged.
 
     Position parameters learned for another image size are resized to the model's: tables of windows and positional
     encodings bicubic, agents' biases of rows and columns linear.
     """
-    state_dict = state_dict.get("model", state_dict)
-    state_dict = state_dict.get("state_dict", state_dict)
-    backbone = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
-    state_dict = {k: v for k, v in (backbone or state_dict).items() if not k.endswith(".attn_mask")}
+    state_dict = {key: value for key, value in unwrap(state_dict).items() if not key.endswith(".attn_mask")}
     merges_last = any(key.startswith("layers.0.downsample.") for key in state_dict)
     own = model.state_dict()
     converted = convert_checkpoint(state_dict, model, lambda key, value: _convert(key, value, merges_last, own))
-    for key, value in converted.items():
-        if key in own and value.shape != own[key].shape:
-            converted[key] = _fit_to_map(key, value, model)
-    return converted
+    return fit_positions(converted, model)
 
 
 def _create_swin(variant: str, pretrained: bool = False, **kwargs: Any) -> Swin:
-    if "img_size" not in kwargs:
-        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-        kwargs["img_size"] = cfg.input_size[-2:]
-    return build_model_with_cfg(
-        Swin,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter", "flatten_sequential": True},
-        **kwargs,
-    )
+    return create_host(Swin, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 _TINY = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.2}

@@ -215,10 +215,8 @@ def _convert(key: str, value: Tensor, number: int) -> tuple[str, Tensor]:
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Official classifiers, and the backbones of official detectors and segmenters; native keys pass unchanged."""
-    state_dict = state_dict.get("state_dict", state_dict)
-    backbone = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
     number = len(model.stages)
-    return convert_checkpoint(backbone or state_dict, model, lambda key, value: _convert(key, value, number))
+    return convert_checkpoint(state_dict, model, lambda key, value: _convert(key, value, number))
 
 
 def _create_transnext(variant: str, pretrained: bool = False, **kwargs: Any) -> TransNeXt:

@@ -58,11 +58,13 @@ def _stream(
     dtype, rows = _wide(v), max(1, _CHUNK // math.prod(v.shape[2:]))
     out = v.new_empty((*q.shape[:-1], v.shape[-1]))
     for query, key, value, result in zip(q, k, v, out, strict=True):
-        keys, context, total = keys_of(key), 0, 0
+        keys = keys_of(key)
+        total = torch.zeros(key.shape[1:], dtype=dtype)
+        context = torch.zeros((*key.shape[1:], value.shape[-1]), dtype=dtype)
         for some, values in zip(key.split(rows), value.split(rows), strict=True):
             some = keys(some.to(dtype))
-            context = context + some.permute(1, 2, 0) @ values.to(dtype).transpose(0, 1)
-            total = total + some.sum(0)
+            context.baddbmm_(some.permute(1, 2, 0), values.to(dtype).transpose(0, 1))
+            total += some.sum(0)
         read = reader_of(context, total, value)
         for some, results in zip(query.split(rows), result.split(rows), strict=True):
             results.copy_(read(some.to(dtype)).transpose(0, 1))
@@ -84,7 +86,7 @@ def efficient_eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
 
     def reader_of(context: Tensor, total: Tensor, value: Tensor) -> Map:
         context = context / total[..., None]
-        return lambda query: query.softmax(-1).transpose(0, 1) @ context
+        return lambda query: torch.bmm(query.softmax(-1).transpose(0, 1), context)
 
     if _streams(q, k, v):
         out = _stream(q, k, v, keys_of, reader_of)
