@@ -1,9 +1,13 @@
 """Fixtures for all tests: fixed seeds, and uninitialised memory that shows."""
 
 import functools
+import os
 
 import pytest
 import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,16 @@ OURS = sorted(n for n, fn in _model_entrypoints.items() if fn.__module__.startsw
 SMALL = [n for n in OURS if n.startswith("test_")]
 SIZE = (2, 3, 96, 128)
 # Position tables, what makes position biases, and class tokens; those that decay in the official code are not here.
-NOT_DECAYED = ("rpb", "rel_h", "rel_w", "query_embedding", "local_bias", "cpb_fc1.weight", "cpb_fc2.weight", "cls_token")
+NOT_DECAYED = (
+    "rpb",
+    "rel_h",
+    "rel_w",
+    "query_embedding",
+    "local_bias",
+    "cpb_fc1.weight",
+    "cpb_fc2.weight",
+    "cls_token",
+)
 
 
 @pytest.fixture(params=SMALL)

@@ -249,9 +249,12 @@ def test_weights_of_another_size_are_resized():
                 assert relative_error(converted[key].transpose(axis, -1).flatten(0, -2), expected[:, 0]) <= 1e-6
         else:
             key = "stages.1.blocks.1.attn.positional_encoding"
-            square = state[key].reshape(1, 20, 20, -1).permute(0, 3, 1, 2)
-            expected = F.interpolate(square, (32, 12), mode="bicubic", align_corners=False)
-            assert torch.equal(converted[key].mT.reshape(expected.shape), expected)
+            expected = F.interpolate(state[key].permute(0, 3, 1, 2), (32, 12), mode="bicubic", align_corners=False)
+            assert torch.equal(converted[key].permute(0, 3, 1, 2), expected)
+            official = {**state, key: state[key].flatten(1, 2)}  # of a square map, in a row
+            assert torch.equal(filter_fn(model)(official, model)[key], converted[key])
+            same_number = timm.create_model(name, img_size=(80, 320))  # as many tokens on another map
+            assert not torch.equal(filter_fn(same_number)(official, same_number)[key].flatten(), state[key].flatten())
 
 
 @pytest.mark.parametrize("attention", TOKEN_MIXERS)

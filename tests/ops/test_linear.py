@@ -1,6 +1,7 @@
 """Attentions of linear cost, and the convolution with kernels per sample: against their definitions."""
 
 import contextlib
+from functools import partial
 
 import pytest
 import torch
@@ -136,20 +137,24 @@ def test_no_tensor_is_larger_than_needed(name, trains, form):
         assert recorder.largest <= 2 * most * 8
 
 
-def test_efficient_is_its_formula():
-    q, k, v = torch.randn(3, 2, 6, 5, 3, 4, dtype=torch.float64)
-    context = torch.einsum("bhwnd,bhwne->bnde", k.flatten(1, 2).softmax(1).view_as(k), v)
-    expected = torch.einsum("bhwnd,bnde->bhwne", q.softmax(-1), context)
-    assert relative_error(efficient_attention(q, k, v), expected) <= tolerances.OP[torch.float64]
-
-
-def test_inline_is_the_papers_formula():
-    """(s / M) q (K^T V) + (1 - s q . mean(K)) mean(V)."""
-    q, k, v = torch.randn(3, 2, 30, 3, 4, dtype=torch.float64)
-    context = torch.einsum("bmnd,bmne->bnde", k, v) / 30
-    rest = 1 - 0.5 * (q * k.mean(1, keepdim=True)).sum(-1, keepdim=True)
-    expected = 0.5 * torch.einsum("blnd,bnde->blne", q, context) + rest * v.mean(1, keepdim=True)
-    assert relative_error(inline_attention(q, k, v), expected) <= tolerances.OP[torch.float64]
+@pytest.mark.parametrize("backend", BACKENDS)
+@ATTEND
+def test_is_an_average_with_weights_of_pairs(name, backend):
+    """softmax times softmax; (s q.k + 1 - mean over keys) / M; f(q).f(k) over its sum."""
+    tensors = leaves(shapes_of(name, (2, 30, 3, 4), (2, 20, 3, 4), 5), 0)
+    q, k, v, *scale = tensors.values()
+    pairs = partial(torch.einsum, "blnd,bmnd->blnm")
+    if name == "efficient_attention":
+        weights = pairs(q.softmax(-1), k.softmax(1))
+    elif name == "inline_attention":
+        weights = (pairs(q, k) / 2 + 1 - pairs(q, k).mean(-1, keepdim=True) / 2) / 20
+    else:
+        q, k = ((x.relu() + 1e-6) / F.softplus(scale[0]) for x in (q, k))
+        q, k = (F.normalize((x**3).flatten(2), dim=-1) * x.flatten(2).norm(dim=-1, keepdim=True) for x in (q, k))
+        weights = pairs(q.unflatten(-1, (3, 4)), k.unflatten(-1, (3, 4))) / 20
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-6)
+    expected = torch.einsum("blnm,bmne->blne", weights, v)
+    assert relative_error(ATTENTIONS[name](**tensors, backend=backend), expected) <= tolerances.OP[torch.float64]
 
 
 @pytest.mark.parametrize("factor", [3, 6])

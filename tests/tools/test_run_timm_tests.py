@@ -92,6 +92,13 @@ def test_list_models_is_restricted_to_the_chosen_models():
     assert list_models(pretrained=True) == []
 
 
+def test_models_without_a_pooled_map_count_as_the_vision_transformers():
+    list_models = timm_suite_plugin.restrict_list_models(timm.list_models, {"mixer_b16_224", "resnet18"}, set())
+    assert list_models() == ["mixer_b16_224", "resnet18"]
+    assert list_models(exclude_filters=["vit_*"]) == ["resnet18"]
+    assert {name.partition(".")[0] for name in list_models(["vit_*"], include_tags=True)} == {"mixer_b16_224"}
+
+
 def test_only_chosen_models_run_and_are_summed_up(monkeypatch, capfd, stand_in):
     status, output = run_main(monkeypatch, capfd, stand_in, "--models", "test_convnext", "test_convnext2")
     assert status == 1

@@ -138,12 +138,12 @@ class DynamicConv(Linear):
         return {"x": (self.batch, *self.size, channels), "kernels": (self.batch, channels, 9)}
 
 
-# Heads and widths of the first and third stage of the hosts: PVT and Swin at 224 x 224; a detector's map.
+# First and third stages at 224 x 224: heads of Swin-T (efficient and focused) and of InLine-PVT; a map of a detector.
 PROBLEMS = [
-    Efficient("efficient_56", 8, (56, 56), 2, 32),
+    Efficient("efficient_56", 8, (56, 56), 3, 32),
     Efficient("efficient_112", 2, (112, 112), 4, 32),
     InLine("inline_56", 8, (56, 56), 2, 32),
     InLine("inline_14", 8, (14, 14), 10, 32),
     DynamicConv("dynamic_conv_56", 8, (56, 56), 2, 32),
-    Focused("focused_56", 8, (56, 56), 2, 32),
+    Focused("focused_56", 8, (56, 56), 3, 32),
 ]

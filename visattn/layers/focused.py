@@ -68,9 +68,9 @@ class FocusedLinearAttention(TokenMixer):
             raise ValueError(f"expected focusing_factor > 0, got {focusing_factor}")
         dd = {"device": device, "dtype": dtype}
         self.focusing_factor = float(focusing_factor)
-        self.kv_feat_size = [max(1, n // sr_ratio) for n in feat_size]
+        kv_size = [max(1, n // sr_ratio) for n in feat_size]
         self.scale = nn.Parameter(torch.empty(1, 1, dim, **dd))
-        self.positional_encoding = nn.Parameter(torch.empty(1, self.kv_feat_size[0] * self.kv_feat_size[1], dim, **dd))
+        self.positional_encoding = nn.Parameter(torch.empty(1, *kv_size, dim, **dd))
         self.dwc = _SharedConv(self.head_dim, kernel_size, num_heads, **dd)
         self.reset_parameters()
 
@@ -80,7 +80,7 @@ class FocusedLinearAttention(TokenMixer):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, size: list[int], kv_size: list[int]) -> Tensor:
         scale = self.scale.view(self.num_heads, self.head_dim)
-        k = k + self._positions(kv_size)
+        k = k + self._positions(kv_size).to(k.dtype)
         out = torch.ops.visattn.focused_linear_attention(q, k, v, scale, self.focusing_factor)
         v = self._map(v, kv_size)
         if self.sr is not None:
@@ -89,8 +89,7 @@ class FocusedLinearAttention(TokenMixer):
 
     def _positions(self, size: list[int]) -> Tensor:
         """[1, M, N, D]; zero for prefix tokens."""
-        table = self.positional_encoding[0].T.unflatten(1, self.kv_feat_size)
-        table = torch.ops.visattn.resize_rel_pos(table, size).flatten(1).T
+        table = torch.ops.visattn.resize_rel_pos(self.positional_encoding[0].permute(2, 0, 1), size).flatten(1).T
         if self.num_prefix_tokens:
             table = F.pad(table, [0, 0, self.num_prefix_tokens, 0])
         return table.unflatten(1, [self.num_heads, self.head_dim])[None]

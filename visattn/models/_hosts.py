@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
@@ -48,22 +49,21 @@ def plan_attention(
 def fit_positions(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Position parameters of the layers and hosts, resized to the image size of the model; others as they are.
 
-    Agents' biases of rows and columns linear, positions of tokens (of a square map, where they lie in a row) bicubic.
+    Agents' biases of rows and columns linear, positions of tokens bicubic. Where these lie in a row, as official ones
+    do, they are of a square map.
     """
     own = model.state_dict()
-    return {k: _fit(k, v, model) if k in own and v.shape != own[k].shape else v for k, v in state_dict.items()}
+    return {k: _fit(k, v, own[k].shape) if k in own and v.shape != own[k].shape else v for k, v in state_dict.items()}
 
 
-def _fit(key: str, value: Tensor, model: nn.Module) -> Tensor:
-    owner, _, name = key.rpartition(".")
+def _fit(key: str, value: Tensor, shape: torch.Size) -> Tensor:
+    name = key.rpartition(".")[2]
     if re.fullmatch("[ahw]{2}_bias", name):  # one axis of the map among others that agree
-        return F.interpolate(value, model.get_parameter(key).shape[2:], mode="trilinear", align_corners=False)
-    if name == "pos_embed" and value.ndim == 4:
-        return resize_rel_pos(value[0].permute(2, 0, 1), model.get_parameter(key).shape[1:3]).permute(1, 2, 0)[None]
-    side = math.isqrt(value.shape[1]) if name == "positional_encoding" else 0
-    if side and side * side == value.shape[1]:
-        table = value[0].T.unflatten(1, (side, side))
-        return resize_rel_pos(table, model.get_submodule(owner).kv_feat_size).flatten(1).T[None]
+        return F.interpolate(value, shape[2:], mode="trilinear", align_corners=False)
+    if name in ("pos_embed", "positional_encoding") and len(shape) == 4:
+        side = math.isqrt(value.shape[1])
+        table = value.unflatten(1, (side, side)) if value.ndim == 3 else value
+        return resize_rel_pos(table[0].permute(2, 0, 1), shape[1:3]).permute(1, 2, 0)[None]
     return value
 
 

@@ -42,7 +42,7 @@ def _pad_to_multiple(x: Tensor, multiple: list[int]) -> Tensor:
 
 
 def _floor_to_multiple(x: Tensor, multiple: list[int]) -> Tensor:
-    return fit(x, [_at_least(n // m, 1) * m for n, m in zip(x.shape[1:-1], multiple, strict=True)])
+    return fit(x, [torch.sym_max(1, n // m) * m for n, m in zip(x.shape[1:-1], multiple, strict=True)])
 
 
 def _same(n: int, kernel: int, stride: int) -> int:

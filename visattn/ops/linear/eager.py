@@ -16,6 +16,7 @@ _CHUNK = 2**18  # elements
 _STREAMED = 2**17  # elements of a sample's values from which chunks pay for the calls that they cost
 
 Map = Callable[[Tensor], Tensor]
+Read = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -47,13 +48,13 @@ def _stream(
     k: Tensor,
     v: Tensor,
     keys_of: Callable[[Tensor], Map],
-    reader_of: Callable[[Tensor, Tensor, Tensor], Map],
+    reader_of: Callable[[Tensor, Tensor, Tensor], Read],
 ) -> Tensor:
     """Attention of [B, S, N, D] through a context, a sample at a time.
 
     For a sample's keys [M, N, D], `keys_of` gives the map that some of them go through; for the context sum(keys v^T)
     [N, D, Dv], sum(keys) [N, D] and values [M, N, Dv], `reader_of` gives the map from queries [l, N, D] to the output
-    [N, l, Dv].
+    [N, l, Dv], which it writes into its second argument if there is one.
     """
     dtype, rows = _wide(v), max(1, _CHUNK // math.prod(v.shape[2:]))
     out = v.new_empty((*q.shape[:-1], v.shape[-1]))
@@ -67,7 +68,11 @@ def _stream(
             total += some.sum(0)
         read = reader_of(context, total, value)
         for some, results in zip(query.split(rows), result.split(rows), strict=True):
-            results.copy_(read(some.to(dtype)).transpose(0, 1))
+            results = results.transpose(0, 1)
+            if results.dtype == dtype:
+                read(some, results)
+            else:
+                results.copy_(read(some.to(dtype), None))
     return out
 
 
@@ -84,9 +89,9 @@ def efficient_eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
         most = key.amax(0).to(dtype)
         return lambda key: (key - most).exp_()
 
-    def reader_of(context: Tensor, total: Tensor, value: Tensor) -> Map:
+    def reader_of(context: Tensor, total: Tensor, value: Tensor) -> Read:
         context = context / total[..., None]
-        return lambda query: torch.bmm(query.softmax(-1).transpose(0, 1), context)
+        return lambda query, out: torch.bmm(query.softmax(-1).transpose(0, 1), context, out=out)
 
     if _streams(q, k, v):
         out = _stream(q, k, v, keys_of, reader_of)
@@ -110,9 +115,9 @@ def inline_eager(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         mean = key.mean(0, dtype=dtype)
         return lambda key: key - mean
 
-    def reader_of(context: Tensor, total: Tensor, value: Tensor) -> Map:
+    def reader_of(context: Tensor, total: Tensor, value: Tensor) -> Read:
         context, mean = context * scale, value.mean(0, dtype=dtype)[:, None]
-        return lambda query: torch.baddbmm(mean, query.transpose(0, 1), context)
+        return lambda query, out: torch.baddbmm(mean, query.transpose(0, 1), context, out=out)
 
     if _streams(q, k, v):
         return _stream(q, k, v, keys_of, reader_of).view(*shape, -1)
@@ -142,12 +147,12 @@ def focused_eager(q: Tensor, k: Tensor, v: Tensor, focus_scale: Tensor, factor: 
     def keys_of(key: Tensor) -> Map:
         return lambda key: _focus(key, scale, factor)
 
-    def reader_of(context: Tensor, total: Tensor, value: Tensor) -> Map:
+    def reader_of(context: Tensor, total: Tensor, value: Tensor) -> Read:
         context, mean = context / positions, total[..., None] / positions
 
-        def read(query: Tensor) -> Tensor:
+        def read(query: Tensor, out: Tensor | None) -> Tensor:
             query = _focus(query, scale, factor).transpose(0, 1)
-            return (query @ context) / (query @ mean + 1e-6)
+            return torch.bmm(query / (query @ mean + 1e-6), context, out=out)
 
         return read
 

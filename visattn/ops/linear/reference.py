@@ -1,4 +1,4 @@
-"""The attentions of linear cost by their definitions, pair by pair of query and key where there are pairs."""
+"""The attentions of linear cost by the formulas of their papers."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def efficient_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
         key = key.masked_fill(hidden.all(1, keepdim=True), 0)
     if hidden is not None and q.shape[1:-2] == k.shape[1:-2]:
         query = query.masked_fill(hidden, 0)
-    pairs = torch.einsum("blnd,bmnd->bnlm", query.softmax(dim=-1), key.softmax(dim=1))
-    out = torch.einsum("bnlm,bmne->blne", pairs, value)
+    context = torch.einsum("bmnd,bmne->bnde", key.softmax(dim=1), value)
+    out = torch.einsum("blnd,bnde->blne", query.softmax(dim=-1), context)
     if hidden is not None and q.shape[1:-2] == k.shape[1:-2]:
         out = out.masked_fill(hidden, 0)
     return _like(out, q, v)
 
 
 def inline_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """See `visattn.ops.inline_attention`: the weights of a query sum to 1."""
+    """See `visattn.ops.inline_attention`."""
     query, key, value = _flat(q, k, v)
-    pairs = scale * torch.einsum("blnd,bmnd->bnlm", query, key)
-    weights = (pairs - pairs.mean(-1, keepdim=True) + 1) / key.shape[1]
-    return _like(torch.einsum("bnlm,bmne->blne", weights, value), q, v)
+    context = torch.einsum("bmnd,bmne->bnde", key, value) * scale / key.shape[1]
+    rest = 1 - scale * (query * key.mean(1, keepdim=True)).sum(-1, keepdim=True)
+    return _like(torch.einsum("blnd,bnde->blne", query, context) + rest * value.mean(1, keepdim=True), q, v)
 
 
 def focused_reference(q: Tensor, k: Tensor, v: Tensor, focus_scale: Tensor, factor: float) -> Tensor:
@@ -52,9 +52,10 @@ def focused_reference(q: Tensor, k: Tensor, v: Tensor, focus_scale: Tensor, fact
         powered = x**factor
         return powered / powered.norm(dim=(-2, -1), keepdim=True) * x.norm(dim=(-2, -1), keepdim=True)
 
-    pairs = torch.einsum("blnd,bmnd->bnlm", focus(query), focus(key)) / key.shape[1]
-    weights = pairs / (pairs.sum(-1, keepdim=True) + 1e-6)
-    return _like(torch.einsum("bnlm,bmne->blne", weights, value), q, v)
+    query, key = focus(query), focus(key)
+    total = (query * key.mean(1, keepdim=True)).sum(-1, keepdim=True) + 1e-6
+    context = torch.einsum("bmnd,bmne->bnde", key, value) / key.shape[1]
+    return _like(torch.einsum("blnd,bnde->blne", query, context) / total, q, v)
 
 
 def dynamic_conv_reference(x: Tensor, kernels: Tensor) -> Tensor:
