@@ -212,10 +212,10 @@ def test_configurations():
     for name in PARAMS:
         config = timm.models.get_pretrained_cfg(name).to_dict()
         size = 384 if "384" in name else 224
-        control = name.endswith("_va")
+        squashed = name.startswith(("agent", "inline", "focused"))
         assert config["input_size"] == (3, size, size)
-        assert config["crop_pct"] == ((1.0 if size == 384 else 0.9) if control else 0.875)
-        assert config.get("crop_mode", "center") == ("center" if control else "squash")
+        assert config["crop_pct"] == (0.875 if squashed else 1.0 if size == 384 else 0.9)
+        assert config.get("crop_mode", "center") == ("squash" if squashed else "center")
         assert config.get("url", "").startswith("https://") == (config["tag"] != "untrained")
     splits = {"cswin_base_384_va": [1, 2, 12], "agent_cswin_base_384": [12], "cswin_base_va": [1, 2, 7]}
     for name, split_sizes in splits.items():

@@ -1,4 +1,4 @@
-"""What the hosts of interchangeable attention share: which block has which, and weights for other image sizes."""
+"""What the hosts of interchangeable attention share: which block has which, configurations, other image sizes."""
 
 import math
 import re
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
@@ -65,6 +66,38 @@ def _fit(key: str, value: Tensor, shape: torch.Size) -> Tensor:
         table = value.unflatten(1, (side, side)) if value.ndim == 3 else value
         return resize_rel_pos(table[0].permute(2, 0, 1), shape[1:3]).permute(1, 2, 0)[None]
     return value
+
+
+# Images for the networks of Agent-Attention, InLine and FLatten are squashed to squares of size / crop_pct.
+_SQUASHED = {"crop_pct": 0.875, "crop_mode": "squash"}
+_LEAPLAB = "https://github.com/LeapLabTHU"
+_SOURCES = {
+    "softmax": {},
+    "agent": {**_SQUASHED, "origin_url": f"{_LEAPLAB}/Agent-Attention", "paper_ids": "arXiv:2312.08874"},
+    "inline": {**_SQUASHED, "origin_url": f"{_LEAPLAB}/InLine", "paper_ids": "arXiv:2412.06590"},
+    "focused": {**_SQUASHED, "paper_ids": "arXiv:2308.00442"},
+    "efficient": {"paper_ids": "arXiv:1812.01243"},
+}
+
+
+def host_cfg(attention: str, file: str = "", size: int = 224, **kwargs: Any) -> dict[str, Any]:
+    """Pretrained configuration of a host with this attention; `file` is the id of one that its authors share."""
+    # no slash before the question mark: torch.hub names the file after what is between them
+    shared = {"url": f"https://cloud.tsinghua.edu.cn/f/{file}?dl=1"} if file else {}
+    return {
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "pool_size": (size // 32, size // 32),
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head.fc",
+        **_SOURCES[attention],
+        **shared,
+        **kwargs,
+    }
 
 
 def create_host(

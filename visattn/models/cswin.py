@@ -20,14 +20,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint, unwrap
-from visattn.models._hosts import create_host, fit_positions, plan_attention
+from visattn.models._hosts import create_host, fit_positions, host_cfg, plan_attention
 
 __all__ = ["CSWin"]
 
@@ -143,48 +142,17 @@ class CSWin(Backbone):
         self._build_head(drop_rate, out_norm, **dd)
 
 
-def _cfg(source: dict[str, Any], size: int = 224, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, size, size),
-        "pool_size": (size // 32, size // 32),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head.fc",
-        **source,
-        **kwargs,
-    }
-
-
 _MICROSOFT = {
     "license": "mit",
     "origin_url": "https://github.com/microsoft/CSWin-Transformer",
     "paper_ids": "arXiv:2107.00652",
 }
-# The images are squashed to squares of size / crop_pct.
-_LEAPLAB = {"crop_pct": 0.875, "crop_mode": "squash"}
-_AGENT = {
-    **_LEAPLAB,
-    "origin_url": "https://github.com/LeapLabTHU/Agent-Attention",
-    "paper_ids": "arXiv:2312.08874",
-}
-_INLINE = {**_LEAPLAB, "origin_url": "https://github.com/LeapLabTHU/InLine", "paper_ids": "arXiv:2412.06590"}
-_FOCUSED = {**_LEAPLAB, "paper_ids": "arXiv:2308.00442"}
-_EFFICIENT = {**_LEAPLAB, "paper_ids": "arXiv:1812.01243"}
 
 
 def _release(file: str, size: int = 224, **kwargs: Any) -> dict[str, Any]:
     url = f"https://github.com/microsoft/CSWin-Transformer/releases/download/v0.1.0/cswin_{file}_{size}.pth"
     crop = {} if size == 224 else {"crop_pct": 1.0}
-    return _cfg(_MICROSOFT, size, url=url, **crop, **kwargs)
-
-
-def _file(source: dict[str, Any], file: str, size: int = 224) -> dict[str, Any]:
-    # no slash before the question mark: torch.hub names the file after what is between them
-    return _cfg(source, size, url=f"https://cloud.tsinghua.edu.cn/f/{file}?dl=1")
+    return host_cfg("softmax", "", size, url=url, **_MICROSOFT, **crop, **kwargs)
 
 
 _SIZES = ("tiny", "small", "base")
@@ -198,17 +166,17 @@ default_cfgs = generate_default_cfgs(
         "cswin_large_va.ms_in22k_ft_in1k": _release("large"),
         "cswin_large_va.ms_in22k": _release("large_22k", num_classes=21841),
         "cswin_large_384_va.ms_in22k_ft_in1k": _release("large", 384),
-        "agent_cswin_tiny.in1k": _file(_AGENT, "8c562a74441e46d5902b"),
-        "agent_cswin_small.in1k": _file(_AGENT, "30eb8af675bc4b7a8747"),
-        "agent_cswin_base.in1k": _file(_AGENT, "c8035b0839b2410c8c9f"),
-        "agent_cswin_base_384.in1k": _file(_AGENT, "1239be0df44b47719432", 384),
-        "inline_cswin_tiny.in1k": _file(_INLINE, "49fa2ecc543647c4b970"),
-        "inline_cswin_small.in1k": _file(_INLINE, "59f4e65f776f4052b93c"),
-        "inline_cswin_base.in1k": _file(_INLINE, "91e17121df284ae38521"),
-        **{f"focused_cswin_{size}.untrained": _cfg(_FOCUSED) for size in _SIZES},
-        **{f"efficient_cswin_{size}.untrained": _cfg(_EFFICIENT) for size in _SIZES},
-        "test_cswin_va.untrained": _cfg(_MICROSOFT, 160),
-        "test_efficient_cswin.untrained": _cfg(_EFFICIENT, 160),
+        "agent_cswin_tiny.in1k": host_cfg("agent", "8c562a74441e46d5902b"),
+        "agent_cswin_small.in1k": host_cfg("agent", "30eb8af675bc4b7a8747"),
+        "agent_cswin_base.in1k": host_cfg("agent", "c8035b0839b2410c8c9f"),
+        "agent_cswin_base_384.in1k": host_cfg("agent", "1239be0df44b47719432", 384),
+        "inline_cswin_tiny.in1k": host_cfg("inline", "49fa2ecc543647c4b970"),
+        "inline_cswin_small.in1k": host_cfg("inline", "59f4e65f776f4052b93c"),
+        "inline_cswin_base.in1k": host_cfg("inline", "91e17121df284ae38521"),
+        **{f"focused_cswin_{size}.untrained": host_cfg("focused") for size in _SIZES},
+        **{f"efficient_cswin_{size}.untrained": host_cfg("efficient") for size in _SIZES},
+        "test_cswin_va.untrained": host_cfg("softmax", "", 160, **_MICROSOFT),
+        "test_efficient_cswin.untrained": host_cfg("efficient", "", 160),
     }
 )
 

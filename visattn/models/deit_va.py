@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
 from timm.models import (
     checkpoint,
@@ -27,7 +26,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._hosts import create_host, fit_positions, plan_attention
+from visattn.models._hosts import create_host, fit_positions, host_cfg, plan_attention
 
 __all__ = ["DeiT"]
 
@@ -196,38 +195,17 @@ class DeiT(vision_transformer.VisionTransformer):
         return taken if intermediates_only else (self.norm(x), taken)
 
 
-def _cfg(size: int = 224, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, size, size),
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "paper_ids": "arXiv:2012.12877",
-        **kwargs,
-    }
+def _cfg(attention: str, file: str = "", size: int = 224, **kwargs: Any) -> dict[str, Any]:
+    return host_cfg(attention, file, size, **{"pool_size": None, "classifier": "head", **kwargs})
+
+
+_PAPER = {"paper_ids": "arXiv:2012.12877"}
 
 
 def _hub(name: str, size: int = 224, **kwargs: Any) -> dict[str, Any]:
-    origin = {"license": "apache-2.0", "origin_url": "https://github.com/facebookresearch/deit"}
-    return _cfg(size, hf_hub_id=f"timm/{name}_patch16_{size}.fb_in1k", **origin, **kwargs)
+    origin = {"license": "apache-2.0", "origin_url": "https://github.com/facebookresearch/deit", **_PAPER}
+    return _cfg("softmax", "", size, hf_hub_id=f"timm/{name}_patch16_{size}.fb_in1k", **origin, **kwargs)
 
-
-def _leaplab(paper: str, file: str = "", size: int = 224) -> dict[str, Any]:
-    """Images are squashed to a square of size / 0.875."""
-    origin = {"2312.08874": "Agent-Attention", "2412.06590": "InLine"}
-    # no slash before the question mark: torch.hub names the file after what is between them
-    url = {"url": f"https://cloud.tsinghua.edu.cn/f/{file}?dl=1"} if file else {}
-    if paper in origin:
-        url["origin_url"] = f"https://github.com/LeapLabTHU/{origin[paper]}"
-    return _cfg(size, crop_pct=0.875, crop_mode="squash", paper_ids=f"arXiv:{paper}", **url)
-
-
-_AGENT, _INLINE, _FOCUSED, _EFFICIENT = "2312.08874", "2412.06590", "2308.00442", "arXiv:1812.01243"
 
 default_cfgs = generate_default_cfgs(
     {
@@ -235,17 +213,17 @@ default_cfgs = generate_default_cfgs(
         "deit_small_va.fb_in1k": _hub("deit_small"),
         "deit_base_va.fb_in1k": _hub("deit_base"),
         "deit_base_va.fb_in1k_384": _hub("deit_base", 384, crop_pct=1.0),
-        "agent_deit_tiny.in1k": _leaplab(_AGENT, "57e0904221824ee7b7af"),
-        "agent_deit_small.in1k": _leaplab(_AGENT, "fdd43304372541db8ea7"),
-        "agent_deit_small_448.in1k": _leaplab(_AGENT, "a228f86241c445f1969b", 448),
-        "agent_deit_base.in1k": _leaplab(_AGENT, "5115f15fdd7e4ab58fbc"),
-        "inline_deit_tiny.in1k": _leaplab(_INLINE, "1d6b8191ad6d4114b291"),
-        "inline_deit_small.in1k": _leaplab(_INLINE, "2f3898b07e9247f3beb3", 288),
-        "inline_deit_base.in1k": _leaplab(_INLINE, "10bdd726d4b0435eb34e", 448),
-        **{f"focused_deit_{size}.untrained": _leaplab(_FOCUSED) for size in ("tiny", "small", "base")},
-        **{f"efficient_deit_{size}.untrained": _cfg(paper_ids=_EFFICIENT) for size in ("tiny", "small", "base")},
-        "test_deit_va.untrained": _cfg(160),
-        "test_agent_deit.untrained": _leaplab(_AGENT, size=160),
+        "agent_deit_tiny.in1k": _cfg("agent", "57e0904221824ee7b7af"),
+        "agent_deit_small.in1k": _cfg("agent", "fdd43304372541db8ea7"),
+        "agent_deit_small_448.in1k": _cfg("agent", "a228f86241c445f1969b", 448),
+        "agent_deit_base.in1k": _cfg("agent", "5115f15fdd7e4ab58fbc"),
+        "inline_deit_tiny.in1k": _cfg("inline", "1d6b8191ad6d4114b291"),
+        "inline_deit_small.in1k": _cfg("inline", "2f3898b07e9247f3beb3", 288),
+        "inline_deit_base.in1k": _cfg("inline", "10bdd726d4b0435eb34e", 448),
+        **{f"focused_deit_{size}.untrained": _cfg("focused") for size in ("tiny", "small", "base")},
+        **{f"efficient_deit_{size}.untrained": _cfg("efficient") for size in ("tiny", "small", "base")},
+        "test_deit_va.untrained": _cfg("softmax", "", 160, **_PAPER),
+        "test_agent_deit.untrained": _cfg("agent", "", 160),
     }
 )
 

@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates, to_2tuple, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models.vision_transformer import global_pool_nlc
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 
 from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint, unwrap
-from visattn.models._hosts import create_host, fit_positions, plan_attention
+from visattn.models._hosts import create_host, fit_positions, host_cfg, plan_attention
 
 __all__ = ["PVT"]
 
@@ -235,56 +234,33 @@ def _grids(img_size: int | tuple[int, int], patch_size: int, number: int) -> lis
     return grids
 
 
-def _cfg(size: int = 224, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, size, size),
-        "pool_size": (size // 32, size // 32),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head.fc",
-        "paper_ids": "arXiv:2102.12122",
-        **kwargs,
-    }
+_PVT = {"pool_size": None, "crop_pct": 0.875, "paper_ids": "arXiv:2102.12122"}
 
 
 def _official(size: str) -> dict[str, Any]:
     origin = "https://github.com/whai362/PVT"
     url = f"{origin}/releases/download/v2/pvt_{size}.pth"
-    return _cfg(url=url, pool_size=None, license="apache-2.0", origin_url=origin)
+    return host_cfg("softmax", url=url, license="apache-2.0", origin_url=origin, **_PVT)
 
 
-def _leaplab(paper: str, repository: str = "", file: str = "", size: int = 224) -> dict[str, Any]:
-    """Evaluated on images squashed to a square of size / 0.875."""
-    # no slash before the question mark: torch.hub names the file after what is between them
-    source = {"url": f"https://cloud.tsinghua.edu.cn/f/{file}?dl=1"} if file else {}
-    if repository:
-        source["origin_url"] = f"https://github.com/LeapLabTHU/{repository}"
-    return _cfg(size, crop_mode="squash", paper_ids=f"arXiv:{paper}", **source)
-
-
-_AGENT, _INLINE, _FOCUSED = ("2312.08874", "Agent-Attention"), ("2412.06590", "InLine"), ("2308.00442",)
 _SIZES = ("tiny", "small", "medium", "large")
 
 default_cfgs = generate_default_cfgs(
     {
         **{f"pvt_{size}_va.in1k": _official(size) for size in _SIZES},
-        "agent_pvt_tiny.in1k": _leaplab(*_AGENT, "13fdf0e0a7c5498c934f"),
-        "agent_pvt_small.in1k": _leaplab(*_AGENT, "36b8be9a8863456685a3"),
-        "agent_pvt_medium.in1k": _leaplab(*_AGENT, "4d00ecacf18b45f9b88c"),
-        "agent_pvt_medium_256.in1k": _leaplab(*_AGENT, "654df734121643b19c52", 256),
-        "agent_pvt_large.in1k": _leaplab(*_AGENT, "040cfe0cfbbe4762ad09"),
-        "inline_pvt_tiny.in1k": _leaplab(*_INLINE, "90ac52b1555b401eb5e6"),
-        "inline_pvt_small.in1k": _leaplab(*_INLINE, "1ab953b2479d433080a3"),
-        "inline_pvt_medium.in1k": _leaplab(*_INLINE, "a72aec31e6084bc0a280"),
-        "inline_pvt_large.in1k": _leaplab(*_INLINE, "efd91318ba964f01b288"),
-        **{f"focused_pvt_{size}.untrained": _leaplab(*_FOCUSED) for size in _SIZES},
-        **{f"efficient_pvt_{size}.untrained": _cfg(paper_ids="arXiv:1812.01243") for size in _SIZES},
-        "test_pvt_va.untrained": _cfg(160, pool_size=None),
-        "test_inline_pvt.untrained": {**_leaplab(*_INLINE, size=160), "pool_size": (10, 10)},
+        "agent_pvt_tiny.in1k": host_cfg("agent", "13fdf0e0a7c5498c934f"),
+        "agent_pvt_small.in1k": host_cfg("agent", "36b8be9a8863456685a3"),
+        "agent_pvt_medium.in1k": host_cfg("agent", "4d00ecacf18b45f9b88c"),
+        "agent_pvt_medium_256.in1k": host_cfg("agent", "654df734121643b19c52", 256),
+        "agent_pvt_large.in1k": host_cfg("agent", "040cfe0cfbbe4762ad09"),
+        "inline_pvt_tiny.in1k": host_cfg("inline", "90ac52b1555b401eb5e6"),
+        "inline_pvt_small.in1k": host_cfg("inline", "1ab953b2479d433080a3"),
+        "inline_pvt_medium.in1k": host_cfg("inline", "a72aec31e6084bc0a280"),
+        "inline_pvt_large.in1k": host_cfg("inline", "efd91318ba964f01b288"),
+        **{f"focused_pvt_{size}.untrained": host_cfg("focused") for size in _SIZES},
+        **{f"efficient_pvt_{size}.untrained": host_cfg("efficient") for size in _SIZES},
+        "test_pvt_va.untrained": host_cfg("softmax", "", 160, **_PVT),
+        "test_inline_pvt.untrained": host_cfg("inline", "", 160, pool_size=(10, 10)),
     }
 )
 

@@ -20,14 +20,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint, unwrap
-from visattn.models._hosts import create_host, fit_positions, plan_attention
+from visattn.models._hosts import create_host, fit_positions, host_cfg, plan_attention
 
 __all__ = ["Swin"]
 
@@ -118,43 +117,17 @@ class Swin(Backbone):
         return {"*.rpb"}
 
 
-def _cfg(source: dict[str, Any], size: int = 224, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, size, size),
-        "pool_size": (size // 32, size // 32),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head.fc",
-        **source,
-        **kwargs,
-    }
-
-
 _MICROSOFT = {
     "license": "mit",
     "origin_url": "https://github.com/microsoft/Swin-Transformer",
     "paper_ids": "arXiv:2103.14030",
 }
-# The images are squashed to squares of size / crop_pct.
-_LEAPLAB = {"crop_pct": 0.875, "crop_mode": "squash"}
-_AGENT = {
-    **_LEAPLAB,
-    "origin_url": "https://github.com/LeapLabTHU/Agent-Attention",
-    "paper_ids": "arXiv:2312.08874",
-}
-_INLINE = {**_LEAPLAB, "origin_url": "https://github.com/LeapLabTHU/InLine", "paper_ids": "arXiv:2412.06590"}
-_FOCUSED = {**_LEAPLAB, "paper_ids": "arXiv:2308.00442"}
-_EFFICIENT = {**_LEAPLAB, "paper_ids": "arXiv:1812.01243"}
 
 
 def _hub(size: str, tag: str, pixels: int = 224, **kwargs: Any) -> dict[str, Any]:
     crop = {} if pixels == 224 else {"crop_pct": 1.0}
     hub = f"timm/swin_{size}_patch4_window{pixels // 32}_{pixels}.{tag}"
-    return _cfg(_MICROSOFT, pixels, hf_hub_id=hub, **crop, **kwargs)
+    return host_cfg("softmax", "", pixels, hf_hub_id=hub, **_MICROSOFT, **crop, **kwargs)
 
 
 def _controls(size: str, pixels: Sequence[int]) -> dict[str, dict[str, Any]]:
@@ -167,29 +140,24 @@ def _controls(size: str, pixels: Sequence[int]) -> dict[str, dict[str, Any]]:
     return cfgs
 
 
-def _file(source: dict[str, Any], file: str, size: int = 224, **kwargs: Any) -> dict[str, Any]:
-    # no slash before the question mark: torch.hub names the file after what is between them
-    return _cfg(source, size, url=f"https://cloud.tsinghua.edu.cn/f/{file}?dl=1", **kwargs)
-
-
 default_cfgs = generate_default_cfgs(
     {
         **_controls("tiny", (224,)),
         **_controls("small", (224,)),
         **_controls("base", (224, 384)),
-        "agent_swin_tiny.in1k": _file(_AGENT, "a2ddc1190c224f768a41"),
-        "agent_swin_small.in1k": _file(_AGENT, "f607172c9fea4d6e99bb"),
-        "agent_swin_small_288.in1k": _file(_AGENT, "09760394e93b4046a25e", 288, crop_pct=1.0),
-        "agent_swin_base.in1k": _file(_AGENT, "4fcd2d0114bb490483c3"),
-        "agent_swin_base_384.in1k": _file(_AGENT, "bb84ee9058954706a557", 384, crop_pct=1.0),
-        "inline_swin_tiny.in1k": _file(_INLINE, "32810869fcc34410966b"),
-        "inline_swin_small.in1k": _file(_INLINE, "e9657fd247c04c7cb1a1"),
-        "inline_swin_base.in1k": _file(_INLINE, "bf23564bb64c420aafe1"),
-        **{f"focused_swin_{size}.untrained": _cfg(_FOCUSED) for size in ("tiny", "small", "base")},
-        **{f"efficient_swin_{size}.untrained": _cfg(_EFFICIENT) for size in ("tiny", "small", "base")},
-        "test_swin_va.untrained": _cfg(_MICROSOFT, 160),
-        "test_agent_swin.untrained": _cfg(_AGENT, 160),
-        "test_focused_swin.untrained": _cfg(_FOCUSED, 160),
+        "agent_swin_tiny.in1k": host_cfg("agent", "a2ddc1190c224f768a41"),
+        "agent_swin_small.in1k": host_cfg("agent", "f607172c9fea4d6e99bb"),
+        "agent_swin_small_288.in1k": host_cfg("agent", "09760394e93b4046a25e", 288, crop_pct=1.0),
+        "agent_swin_base.in1k": host_cfg("agent", "4fcd2d0114bb490483c3"),
+        "agent_swin_base_384.in1k": host_cfg("agent", "bb84ee9058954706a557", 384, crop_pct=1.0),
+        "inline_swin_tiny.in1k": host_cfg("inline", "32810869fcc34410966b"),
+        "inline_swin_small.in1k": host_cfg("inline", "e9657fd247c04c7cb1a1"),
+        "inline_swin_base.in1k": host_cfg("inline", "bf23564bb64c420aafe1"),
+        **{f"focused_swin_{size}.untrained": host_cfg("focused") for size in ("tiny", "small", "base")},
+        **{f"efficient_swin_{size}.untrained": host_cfg("efficient") for size in ("tiny", "small", "base")},
+        "test_swin_va.untrained": host_cfg("softmax", "", 160, **_MICROSOFT),
+        "test_agent_swin.untrained": host_cfg("agent", "", 160),
+        "test_focused_swin.untrained": host_cfg("focused", "", 160),
     }
 )
 
