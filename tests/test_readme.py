@@ -13,11 +13,14 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
-def test_python_examples_run():
+def test_python_examples_run(capsys):
     names = {}
     with torch.no_grad():
         for block in blocks("python"):
             exec(compile(block, "README.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert printed
+    assert f"```\n{printed}```" in README
     assert names["logits"].shape == (2, 10)
     assert [m.shape[-1] for m in names["maps"]] == [80, 40, 20, 10]
     assert names["out"].shape == names["q"].shape

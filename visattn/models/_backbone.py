@@ -286,7 +286,7 @@ def plan_stages(
 
 
 def unwrap(state_dict: dict[str, Any]) -> dict[str, Tensor]:
-    """The model's entries of a checkpoint's content: of a detector those of its backbone."""
+    """The entries of a model in a checkpoint's content: averaged weights first; of a detector those of its backbone."""
     for key in ("state_dict_ema", "model", "state_dict"):
         state_dict = state_dict.get(key, state_dict)
     state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
