@@ -3,6 +3,7 @@
 from visattn.ops.agent import agent_attention, agent_position_bias
 from visattn.ops.aggregated import aggregated_attention, aggregated_weights
 from visattn.ops.dispatch import BackendError, explain, use_backend
+from visattn.ops.fused.tuning import tune
 from visattn.ops.halo import halo_attention
 from visattn.ops.linear import (
     dynamic_depthwise_conv,
@@ -53,6 +54,7 @@ __all__ = [
     "region_routing",
     "resize_rel_pos",
     "routed_attention",
+    "tune",
     "use_backend",
     "window_attention",
     "window_conv",

@@ -25,6 +25,10 @@ class BackendError(RuntimeError):
     """The requested backend does not exist for this op or cannot run this call; the message says why."""
 
 
+def always(*args: Any, **kwargs: Any) -> None:
+    """The `refusal` of a backend that runs everything."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of an op.
@@ -33,15 +37,14 @@ class Backend:
         name: What users write in `backend=`.
         refusal: Called with the op's checked arguments; returns why this backend cannot run them, or None if it can.
         run: Called with the same arguments; returns the op's result.
+        automatic: Called with the same arguments; returns why "auto" should pass this backend over although it can run
+            them when asked for by name, or None.
     """
 
     name: str
     refusal: Callable[..., str | None]
     run: Callable[..., Any]
-
-
-def always(*args: Any, **kwargs: Any) -> None:
-    """The `refusal` of a backend that runs everything."""
+    automatic: Callable[..., str | None] = always
 
 
 @contextlib.contextmanager
@@ -99,6 +102,8 @@ class Dispatcher:
             if requested not in ("auto", backend.name):
                 continue
             reason = backend.refusal(*args, **kwargs)
+            if reason is None and requested == "auto":
+                reason = backend.automatic(*args, **kwargs)
             if reason is None:
                 if (decisions := _decisions.get()) is not None:
                     decisions.append(Decision(self.op, backend.name, refusals))

@@ -11,12 +11,19 @@ from torch.utils.flop_counter import register_flop_formula
 
 from visattn.ops.agent.eager import agent_eager
 from visattn.ops.agent.reference import agent_reference
+from visattn.ops.agent.triton import agent_triton, refusal
 from visattn.ops.checks import check_dtypes
 from visattn.ops.dispatch import Backend, Dispatcher, always
+from visattn.ops.fused.support import automatic
 from visattn.ops.registration import define_op
 
 dispatcher = Dispatcher(
-    "agent_attention", (Backend("eager", always, agent_eager), Backend("reference", always, agent_reference))
+    "agent_attention",
+    (
+        Backend("triton", refusal, agent_triton, automatic),
+        Backend("eager", always, agent_eager),
+        Backend("reference", always, agent_reference),
+    ),
 )
 
 

@@ -13,14 +13,20 @@ from torch.utils.flop_counter import register_flop_formula
 
 from visattn.ops.aggregated.eager import aggregated_eager
 from visattn.ops.aggregated.reference import aggregated_reference, reference_weights
+from visattn.ops.aggregated.triton import aggregated_triton, refusal
 from visattn.ops.checks import check_dtypes
 from visattn.ops.dispatch import Backend, Dispatcher, always
+from visattn.ops.fused.support import automatic
 from visattn.ops.geometry import Pooled
 from visattn.ops.registration import define_op
 
 dispatcher = Dispatcher(
     "aggregated_attention",
-    (Backend("eager", always, aggregated_eager), Backend("reference", always, aggregated_reference)),
+    (
+        Backend("triton", refusal, aggregated_triton, automatic),
+        Backend("eager", always, aggregated_eager),
+        Backend("reference", always, aggregated_reference),
+    ),
 )
 
 

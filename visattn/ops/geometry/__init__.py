@@ -6,18 +6,29 @@ Integer arithmetic only, one axis at a time; a window on a map is the product of
 from visattn.ops.geometry.blocks import Halo, Partition, bins
 from visattn.ops.geometry.pooled import Pooled, interpolated
 from visattn.ops.geometry.sliding import Axis, Neighbors, Tiles, neighbors, sees_all, tile_sizes, tiles, window
+from visattn.ops.geometry.spans import NONE, OUTSIDE, AnyAxis, Clipped, Cut, Spans, Whole, padded_rows, spans, tile_plan
 
 __all__ = [
+    "NONE",
+    "OUTSIDE",
+    "AnyAxis",
     "Axis",
+    "Clipped",
+    "Cut",
     "Halo",
     "Neighbors",
     "Partition",
     "Pooled",
+    "Spans",
     "Tiles",
+    "Whole",
     "bins",
     "interpolated",
     "neighbors",
+    "padded_rows",
     "sees_all",
+    "spans",
+    "tile_plan",
     "tile_sizes",
     "tiles",
     "window",

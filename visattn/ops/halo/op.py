@@ -10,13 +10,20 @@ from torch.utils.flop_counter import register_flop_formula
 
 from visattn.ops.checks import check_dtypes
 from visattn.ops.dispatch import Backend, Dispatcher, always
+from visattn.ops.fused.support import automatic
 from visattn.ops.geometry import Halo
 from visattn.ops.halo.eager import halo_eager
 from visattn.ops.halo.reference import halo_reference
+from visattn.ops.halo.triton import halo_triton, refusal
 from visattn.ops.registration import define_op
 
 dispatcher = Dispatcher(
-    "halo_attention", (Backend("eager", always, halo_eager), Backend("reference", always, halo_reference))
+    "halo_attention",
+    (
+        Backend("triton", refusal, halo_triton, automatic),
+        Backend("eager", always, halo_eager),
+        Backend("reference", always, halo_reference),
+    ),
 )
 
 

@@ -16,14 +16,17 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from visattn.ops.dispatch import Backend, Dispatcher, always
+from visattn.ops.fused.support import automatic
 from visattn.ops.neighborhood.checks import check_bias, check_tensors, checked_axes
 from visattn.ops.neighborhood.eager import neighborhood_eager
 from visattn.ops.neighborhood.reference import neighborhood_reference
+from visattn.ops.neighborhood.triton import neighborhood_triton, refusal
 from visattn.ops.registration import composite, opaque, sizes_are_known
 
 dispatcher = Dispatcher(
     "neighborhood_attention",
     (
+        Backend("triton", refusal, neighborhood_triton, automatic),
         Backend("eager", always, neighborhood_eager),
         Backend("reference", always, neighborhood_reference),
     ),

@@ -11,14 +11,21 @@ from torch.utils.flop_counter import register_flop_formula
 
 from visattn.ops.checks import check_dtypes
 from visattn.ops.dispatch import Backend, Dispatcher, always
+from visattn.ops.fused.support import automatic
 from visattn.ops.geometry import Partition
 from visattn.ops.registration import define_op
 from visattn.ops.routed.eager import routed_eager
 from visattn.ops.routed.reference import routed_reference
 from visattn.ops.routed.routing import Axes, pool_regions, route
+from visattn.ops.routed.triton import refusal, routed_triton
 
 dispatcher = Dispatcher(
-    "routed_attention", (Backend("eager", always, routed_eager), Backend("reference", always, routed_reference))
+    "routed_attention",
+    (
+        Backend("triton", refusal, routed_triton, automatic),
+        Backend("eager", always, routed_eager),
+        Backend("reference", always, routed_reference),
+    ),
 )
 
 

@@ -11,13 +11,20 @@ from torch.utils.flop_counter import register_flop_formula
 
 from visattn.ops.checks import check_qkv, check_table
 from visattn.ops.dispatch import Backend, Dispatcher, always
+from visattn.ops.fused.support import automatic
 from visattn.ops.geometry import Partition
 from visattn.ops.registration import define_op
 from visattn.ops.window.eager import window_eager
 from visattn.ops.window.reference import window_reference
+from visattn.ops.window.triton import refusal, window_triton
 
 dispatcher = Dispatcher(
-    "window_attention", (Backend("eager", always, window_eager), Backend("reference", always, window_reference))
+    "window_attention",
+    (
+        Backend("triton", refusal, window_triton, automatic),
+        Backend("eager", always, window_eager),
+        Backend("reference", always, window_reference),
+    ),
 )
 
 

@@ -1,0 +1,491 @@
+"""The Triton kernels of the fused core.
+
+A program holds `ROWS` rows of a tile and streams the tile's columns, `COLUMNS` at a time. In three kernels rows are
+queries and columns keys, in `keys_kernel` it is the reverse. Where rows and columns lie is read from tables of tokens.
+
+Shapes: maps are [B, tokens, N, D] with strides for image (b), token (t) and head (n) and channel stride 1; results are
+contiguous. T tiles of M rows and U columns. Logits are kept times log2(e), so that `exp2` makes the weights.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def at_head(base, b, head, stride_b, stride_n, UNIT: tl.constexpr):
+    """Where a head of an image begins; strides are multiples of UNIT, which the compiler is shown."""
+    return base + b * (stride_b // UNIT * UNIT) + head * (stride_n // UNIT * UNIT)
+
+
+@triton.jit
+def take(
+    base,
+    token,
+    stride,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """[rows, BLOCK] channels of the tokens; zero where there is no token or channel."""
+    channel = tl.arange(0, BLOCK)
+    keep = (token >= 0)[:, None]
+    if CHANNELS < BLOCK:
+        keep = keep & (channel < CHANNELS)[None, :]
+    place = token.to(tl.int64) if WIDE else token
+    at = base + place[:, None] * (stride // UNIT * UNIT)
+    x = tl.load(at + channel[None, :], mask=keep, other=0.0)
+    if UPCAST:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def put(base, token, stride, x, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr):
+    """Write [rows, BLOCK] to the tokens."""
+    channel = tl.arange(0, BLOCK)
+    keep = (token >= 0)[:, None]
+    if CHANNELS < BLOCK:
+        keep = keep & (channel < CHANNELS)[None, :]
+    place = token.to(tl.int64) if WIDE else token
+    at = base + place[:, None] * (stride // UNIT * UNIT)
+    tl.store(at + channel[None, :], x.to(base.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def take_number(base, token, stride, other, WIDE: tl.constexpr):
+    """[rows] one number per token; `other` where there is no token."""
+    place = token.to(tl.int64) if WIDE else token
+    return tl.load(base + place * stride, mask=token >= 0, other=other)
+
+
+@triton.jit
+def columns_of(
+    table, listed, weight, tile, first, step, total, SEGMENT: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Tokens [BLOCK] of the columns from `step` on, -2 past the end, and the factors of their regions.
+
+    With SEGMENT = 0 they are a row of the table; else those of the listed regions, SEGMENT each.
+    """
+    u = step + tl.arange(0, BLOCK)
+    inside = u < total
+    factor = tl.full([BLOCK], 1.0, tl.float32)
+    if SEGMENT == 0:
+        token = tl.load(table + tile * total + u, mask=inside, other=-2)
+    else:
+        entry = first + u // SEGMENT
+        region = tl.load(listed + entry, mask=inside, other=0)
+        token = tl.load(table + region * SEGMENT + u % SEGMENT, mask=inside, other=-2)
+        if WEIGHTED:
+            factor = tl.load(weight + entry, mask=inside, other=0.0).to(tl.float32)
+    return token, factor
+
+
+@triton.jit
+def spread_of(codes, TERMS: tl.constexpr, dtype: tl.constexpr):
+    """[slots, TERMS] ones and zeros: which two terms the pairs with a key get, its row's and its column's."""
+    term = tl.arange(0, TERMS)[None, :]
+    hit = (term == (codes & 65535)[:, None]) | (term == TERMS // 2 + (codes >> 16)[:, None])
+    return hit.to(dtype)
+
+
+@triton.jit
+def add_tile(s, tiles, base, row, column, M, U, step, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """s plus the numbers [M, U] at `base` of the position tiles."""
+    if BIASED:
+        u = step + tl.arange(0, COLUMNS)
+        keep = (row < M)[:, None] & (u < U)[None, :]
+        added = tl.load(tiles + base + row[:, None] * U + u[None, :], mask=keep, other=0.0)
+        s += added.to(tl.float32) * 1.4426950408889634
+    return s
+
+
+@triton.jit
+def queries_forward_kernel(
+    q, k, v, out, lse,
+    rows, columns, kind, tiles, terms, codes, listed, weight, extra_k, extra_v, extra_bias,
+    q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, ek_b, ek_t, ek_n, ev_b, ev_t, ev_n, eb_b, eb_t, eb_n, eb_e,
+    queries, heads, number, M, U, extra, tile_heads, listed_heads, topk, scale,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, TERMS: tl.constexpr,
+    SEGMENT: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr, LOWEST: tl.constexpr,
+    EXTRA: tl.constexpr, EXTRA_BIASED: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Output and log-sum-exp of the queries of a tile."""
+    pid = tl.program_id(0)
+    head = pid % heads
+    pid = pid // heads
+    blocks = tl.cdiv(M, ROWS)
+    row = (pid % blocks) * ROWS + tl.arange(0, ROWS)
+    pid = pid // blocks
+    tile = pid % number
+    b = (pid // number).to(tl.int64)
+
+    token = tl.load(rows + tile * M + row, mask=row < M, other=-2)
+    query = take(at_head(q, b, head, q_b, q_n, UNIT), token, q_t, D, BD, UNIT, WIDE, UPCAST)
+    line = b * queries * heads + head
+    if TERMS > 0:
+        term = take(terms + line * TERMS, token, heads * TERMS, TERMS, TERMS, UNIT, WIDE, UPCAST)
+    base = tl.load(kind + tile).to(tl.int64) * (M * U) if BIASED else 0
+    if BIASED:
+        base = base * tile_heads + (head % tile_heads) * (M * U)
+    first = ((b * listed_heads + head % listed_heads) * number + tile) * topk
+    total = U if SEGMENT == 0 else topk * SEGMENT
+
+    most = tl.full([ROWS], float("-inf"), tl.float32)
+    norm = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BDV], tl.float32)
+    for step in range(0, total, COLUMNS):
+        other, factor = columns_of(columns, listed, weight, tile, first, step, total, SEGMENT, WEIGHTED, COLUMNS)
+        key = take(at_head(k, b, head, k_b, k_n, UNIT), other, k_t, D, BD, UNIT, WIDE, UPCAST)
+        value = take(at_head(v, b, head, v_b, v_n, UNIT), other, v_t, DV, BDV, UNIT, WIDE, UPCAST)
+        s = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
+        if WEIGHTED:
+            s = s * factor[None, :]
+            value = (value * factor[:, None]).to(value.dtype)
+        s = add_tile(s, tiles, base, row, other, M, U, step, BIASED, ROWS, COLUMNS)
+        if TERMS > 0:
+            u = step + tl.arange(0, COLUMNS)
+            spread = spread_of(tl.load(codes + tile * U + u, mask=u < U, other=0), TERMS, term.dtype)
+            s += tl.dot(term, tl.trans(spread), input_precision=PRECISION) * LOG2E
+        s = tl.where((other >= LOWEST)[None, :], s, float("-inf"))
+        higher = tl.maximum(most, tl.max(s, 1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        p = tl.exp2(s - shift[:, None])
+        shrink = tl.exp2(most - shift)
+        norm = norm * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None] + tl.dot(p.to(value.dtype), value, input_precision=PRECISION)
+        most = higher
+    if EXTRA > 0:
+        for step in range(0, extra, EXTRA):
+            e = step + tl.arange(0, EXTRA)
+            other = tl.where(e < extra, e, -2)
+            key = take(at_head(extra_k, b, head, ek_b, ek_n, UNIT), other, ek_t, D, BD, UNIT, WIDE, UPCAST)
+            value = take(at_head(extra_v, b, head, ev_b, ev_n, UNIT), other, ev_t, DV, BDV, UNIT, WIDE, UPCAST)
+            s = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
+            if EXTRA_BIASED:
+                s += extra_tile(extra_bias + b * eb_b + head * eb_n, token, e, eb_t, eb_e, extra, WIDE)
+            s = tl.where((e < extra)[None, :], s, float("-inf"))
+            higher = tl.maximum(most, tl.max(s, 1))
+            shift = tl.where(higher == float("-inf"), 0.0, higher)
+            p = tl.exp2(s - shift[:, None])
+            shrink = tl.exp2(most - shift)
+            norm = norm * shrink + tl.sum(p, 1)
+            acc = acc * shrink[:, None] + tl.dot(p.to(value.dtype), value, input_precision=PRECISION)
+            most = higher
+    put(out + line * DV, token, heads * DV, acc / norm[:, None], DV, BDV, UNIT, WIDE)
+    place = token.to(tl.int64) if WIDE else token
+    tl.store(lse + line + place * heads, (most + tl.log2(norm)) * LN2, mask=token >= 0)
+
+
+@triton.jit
+def extra_tile(base, token, e, stride_t, stride_e, extra, WIDE: tl.constexpr):
+    """[tokens, extra keys] of the extra keys' bias, times log2(e)."""
+    place = token.to(tl.int64) if WIDE else token
+    keep = (token >= 0)[:, None] & (e < extra)[None, :]
+    added = tl.load(base + place[:, None] * stride_t + e[None, :] * stride_e, mask=keep, other=0.0)
+    return added.to(tl.float32) * 1.4426950408889634
+
+
+@triton.jit
+def queries_backward_kernel(
+    q, k, v, grad, out, lse, grad_lse, delta, grad_q, grad_terms, grad_weight,
+    rows, columns, kind, tiles, terms, codes, listed, weight, extra_k, extra_v, extra_bias,
+    q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, g_b, g_t, g_n,
+    ek_b, ek_t, ek_n, ev_b, ev_t, ev_n, eb_b, eb_t, eb_n, eb_e,
+    queries, heads, number, M, U, extra, tile_heads, listed_heads, topk, scale,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, TERMS: tl.constexpr,
+    SEGMENT: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr, LOWEST: tl.constexpr,
+    EXTRA: tl.constexpr, EXTRA_BIASED: tl.constexpr, HAS_LSE: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the queries of a tile, of their terms and of the factors of their regions; and `delta`.
+
+    delta [B, tokens, N] is what softmax's derivative subtracts: the sum of out * grad, less the gradient of the lse.
+    """
+    pid = tl.program_id(0)
+    head = pid % heads
+    pid = pid // heads
+    blocks = tl.cdiv(M, ROWS)
+    block = pid % blocks
+    row = block * ROWS + tl.arange(0, ROWS)
+    pid = pid // blocks
+    tile = pid % number
+    b = (pid // number).to(tl.int64)
+
+    token = tl.load(rows + tile * M + row, mask=row < M, other=-2)
+    query = take(at_head(q, b, head, q_b, q_n, UNIT), token, q_t, D, BD, UNIT, WIDE, UPCAST)
+    cotangent = take(at_head(grad, b, head, g_b, g_n, UNIT), token, g_t, DV, BDV, UNIT, WIDE, UPCAST)
+    line = b * queries * heads + head
+    result = take(out + line * DV, token, heads * DV, DV, BDV, UNIT, WIDE, UPCAST)
+    less = tl.sum(cotangent.to(tl.float32) * result.to(tl.float32), 1)
+    if HAS_LSE:
+        less -= take_number(grad_lse + line, token, heads, 0.0, WIDE)
+    place = token.to(tl.int64) if WIDE else token
+    tl.store(delta + line + place * heads, less, mask=token >= 0)
+    total_lse = take_number(lse + line, token, heads, float("inf"), WIDE) * LOG2E
+    if TERMS > 0:
+        term = take(terms + line * TERMS, token, heads * TERMS, TERMS, TERMS, UNIT, WIDE, UPCAST)
+        acc_terms = tl.zeros([ROWS, TERMS], tl.float32)
+    base = tl.load(kind + tile).to(tl.int64) * (M * U) if BIASED else 0
+    if BIASED:
+        base = base * tile_heads + (head % tile_heads) * (M * U)
+    first = ((b * listed_heads + head % listed_heads) * number + tile) * topk
+    total = U if SEGMENT == 0 else topk * SEGMENT
+
+    acc = tl.zeros([ROWS, BD], tl.float32)
+    for step in range(0, total, COLUMNS):
+        other, factor = columns_of(columns, listed, weight, tile, first, step, total, SEGMENT, WEIGHTED, COLUMNS)
+        key = take(at_head(k, b, head, k_b, k_n, UNIT), other, k_t, D, BD, UNIT, WIDE, UPCAST)
+        value = take(at_head(v, b, head, v_b, v_n, UNIT), other, v_t, DV, BDV, UNIT, WIDE, UPCAST)
+        qk = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        gv = tl.dot(cotangent, tl.trans(value), input_precision=PRECISION)
+        s = qk * factor[None, :] * LOG2E if WEIGHTED else qk * LOG2E
+        s = add_tile(s, tiles, base, row, other, M, U, step, BIASED, ROWS, COLUMNS)
+        if TERMS > 0:
+            u = step + tl.arange(0, COLUMNS)
+            spread = spread_of(tl.load(codes + tile * U + u, mask=u < U, other=0), TERMS, term.dtype)
+            s += tl.dot(term, tl.trans(spread), input_precision=PRECISION) * LOG2E
+        s = tl.where((other >= LOWEST)[None, :], s, float("-inf"))
+        p = tl.exp2(s - total_lse[:, None])
+        if WEIGHTED:
+            ds = p * (gv * factor[None, :] - less[:, None])
+            u = step + tl.arange(0, COLUMNS)
+            place_w = (((b * heads + head) * number + tile) * blocks + block) * total + u
+            tl.store(grad_weight + place_w, tl.sum(ds * qk + p * gv, 0), mask=u < total)
+            ds = ds * factor[None, :]
+        else:
+            ds = p * (gv - less[:, None])
+        acc += tl.dot(ds.to(key.dtype), key, input_precision=PRECISION)
+        if TERMS > 0:
+            acc_terms += tl.dot(ds.to(spread.dtype), spread, input_precision=PRECISION)
+    if EXTRA > 0:
+        for step in range(0, extra, EXTRA):
+            e = step + tl.arange(0, EXTRA)
+            other = tl.where(e < extra, e, -2)
+            key = take(at_head(extra_k, b, head, ek_b, ek_n, UNIT), other, ek_t, D, BD, UNIT, WIDE, UPCAST)
+            value = take(at_head(extra_v, b, head, ev_b, ev_n, UNIT), other, ev_t, DV, BDV, UNIT, WIDE, UPCAST)
+            s = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
+            if EXTRA_BIASED:
+                s += extra_tile(extra_bias + b * eb_b + head * eb_n, token, e, eb_t, eb_e, extra, WIDE)
+            p = tl.exp2(tl.where((e < extra)[None, :], s, float("-inf")) - total_lse[:, None])
+            gv = tl.dot(cotangent, tl.trans(value), input_precision=PRECISION)
+            acc += tl.dot((p * (gv - less[:, None])).to(key.dtype), key, input_precision=PRECISION)
+    put(grad_q + line * D, token, heads * D, acc * scale, D, BD, UNIT, WIDE)
+    if TERMS > 0:
+        put(grad_terms + line * TERMS, token, heads * TERMS, acc_terms, TERMS, TERMS, UNIT, WIDE)
+
+
+@triton.jit
+def keys_backward_kernel(
+    q, k, v, grad, lse, delta, grad_k, grad_v,
+    rows, columns, kind, tiles, terms, codes, listed, weight, first_entry,
+    q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, g_b, g_t, g_n,
+    queries, keys, heads, number, M, U, tile_heads, listed_heads, entries, scale,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, TERMS: tl.constexpr,
+    SEGMENT: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the keys and values of a tile of keys, from the queries that see them.
+
+    With SEGMENT > 0 these are the queries of the regions that list this region: entries first_entry[region] to
+    first_entry[region + 1] of a list that is sorted by listed region.
+    """
+    pid = tl.program_id(0)
+    head = pid % heads
+    pid = pid // heads
+    blocks = tl.cdiv(M, ROWS)
+    row = (pid % blocks) * ROWS + tl.arange(0, ROWS)
+    pid = pid // blocks
+    tile = pid % number
+    b = (pid // number).to(tl.int64)
+
+    token = tl.load(rows + tile * M + row, mask=row < M, other=-2)
+    key = take(at_head(k, b, head, k_b, k_n, UNIT), token, k_t, D, BD, UNIT, WIDE, UPCAST)
+    value = take(at_head(v, b, head, v_b, v_n, UNIT), token, v_t, DV, BDV, UNIT, WIDE, UPCAST)
+    line = b * queries * heads + head
+    if TERMS > 0:
+        spread = spread_of(tl.load(codes + tile * M + row, mask=row < M, other=0), TERMS, key.dtype)
+    base = tl.load(kind + tile).to(tl.int64) * (M * U) if BIASED else 0
+    if BIASED:
+        base = base * tile_heads + (head % tile_heads) * (M * U)
+    first = b * 0
+    total = U
+    if SEGMENT > 0:
+        group = b * listed_heads + head % listed_heads
+        start = tl.load(first_entry + group * (number + 1) + tile)
+        total = (tl.load(first_entry + group * (number + 1) + tile + 1) - start) * SEGMENT
+        first = group * entries + start
+
+    acc_k = tl.zeros([ROWS, BD], tl.float32)
+    acc_v = tl.zeros([ROWS, BDV], tl.float32)
+    for step in range(0, total, COLUMNS):
+        other, factor = columns_of(columns, listed, weight, tile, first, step, total, SEGMENT, WEIGHTED, COLUMNS)
+        query = take(at_head(q, b, head, q_b, q_n, UNIT), other, q_t, D, BD, UNIT, WIDE, UPCAST)
+        cotangent = take(at_head(grad, b, head, g_b, g_n, UNIT), other, g_t, DV, BDV, UNIT, WIDE, UPCAST)
+        total_lse = take_number(lse + line, other, heads, float("inf"), WIDE) * LOG2E
+        less = take_number(delta + line, other, heads, 0.0, WIDE)
+        s = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (scale * LOG2E)
+        if WEIGHTED:
+            s = s * factor[None, :]
+        s = add_tile(s, tiles, base, row, other, M, U, step, BIASED, ROWS, COLUMNS)
+        if TERMS > 0:
+            term = take(terms + line * TERMS, other, heads * TERMS, TERMS, TERMS, UNIT, WIDE, UPCAST)
+            s += tl.dot(spread, tl.trans(term), input_precision=PRECISION) * LOG2E
+        p = tl.exp2(s - total_lse[None, :])
+        gv = tl.dot(value, tl.trans(cotangent), input_precision=PRECISION)
+        if WEIGHTED:
+            ds = p * (gv * factor[None, :] - less[None, :]) * factor[None, :]
+            p = p * factor[None, :]
+        else:
+            ds = p * (gv - less[None, :])
+        acc_v += tl.dot(p.to(cotangent.dtype), cotangent, input_precision=PRECISION)
+        acc_k += tl.dot(ds.to(query.dtype), query, input_precision=PRECISION)
+    put(grad_k + (b * keys * heads + head) * D, token, heads * D, acc_k * scale, D, BD, UNIT, WIDE)
+    put(grad_v + (b * keys * heads + head) * DV, token, heads * DV, acc_v, DV, BDV, UNIT, WIDE)
+
+
+@triton.jit
+def tiles_backward_kernel(
+    q, k, v, grad, lse, delta, grad_tiles,
+    rows, columns, kind, tiles, members, first_member,
+    q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, g_b, g_t, g_n,
+    images, queries, heads, kinds, M, U, splits, scale,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, LOWEST: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Gradient [splits, kinds, N, M, U] of the position tiles: a program sums a part of the tiles of its kind."""
+    pid = tl.program_id(0)
+    row_blocks, column_blocks = tl.cdiv(M, ROWS), tl.cdiv(U, COLUMNS)
+    step = (pid % column_blocks) * COLUMNS
+    pid = pid // column_blocks
+    row = (pid % row_blocks) * ROWS + tl.arange(0, ROWS)
+    pid = pid // row_blocks
+    head = pid % heads
+    pid = pid // heads
+    which = pid % kinds
+    part = pid // kinds
+
+    start = tl.load(first_member + which)
+    count = (tl.load(first_member + which + 1) - start) * images
+    size = tl.cdiv(count, splits)
+    nothing = part.to(tl.int64) * 0  # makes the numbers of images 64 bits wide
+    base = (which * heads + head).to(tl.int64) * (M * U)
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    added = add_tile(acc, tiles, base, row, row, M, U, step, True, ROWS, COLUMNS)
+    for i in range(part * size, tl.minimum(part * size + size, count)):
+        tile = tl.load(members + start + i // images)
+        b = nothing + i % images
+        token = tl.load(rows + tile * M + row, mask=row < M, other=-2)
+        u = step + tl.arange(0, COLUMNS)
+        other = tl.load(columns + tile * U + u, mask=u < U, other=-2)
+        query = take(at_head(q, b, head, q_b, q_n, UNIT), token, q_t, D, BD, UNIT, WIDE, UPCAST)
+        cotangent = take(at_head(grad, b, head, g_b, g_n, UNIT), token, g_t, DV, BDV, UNIT, WIDE, UPCAST)
+        key = take(at_head(k, b, head, k_b, k_n, UNIT), other, k_t, D, BD, UNIT, WIDE, UPCAST)
+        value = take(at_head(v, b, head, v_b, v_n, UNIT), other, v_t, DV, BDV, UNIT, WIDE, UPCAST)
+        line = b * queries * heads + head
+        total_lse = take_number(lse + line, token, heads, float("inf"), WIDE) * LOG2E
+        less = take_number(delta + line, token, heads, 0.0, WIDE)
+        s = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E) + added
+        s = tl.where((other >= LOWEST)[None, :], s, float("-inf"))
+        p = tl.exp2(s - total_lse[:, None])
+        acc += p * (tl.dot(cotangent, tl.trans(value), input_precision=PRECISION) - less[:, None])
+    u = step + tl.arange(0, COLUMNS)
+    place = (part.to(tl.int64) * kinds + which) * heads + head
+    keep = (row < M)[:, None] & (u < U)[None, :]
+    tl.store(grad_tiles + place * (M * U) + row[:, None] * U + u[None, :], acc, mask=keep)
+
+
+@triton.jit
+def extra_backward_kernel(
+    q, grad, lse, delta, extra_k, extra_v, extra_bias, grad_k, grad_v,
+    q_b, q_t, q_n, g_b, g_t, g_n, ek_b, ek_t, ek_n, ev_b, ev_t, ev_n, eb_b, eb_t, eb_n, eb_e,
+    images, queries, heads, extra, splits, scale,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EXTRA_BIASED: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Gradients [splits, B, E, N, D] of the extra keys and values: a program sums a part of the queries."""
+    pid = tl.program_id(0)
+    head = pid % heads
+    pid = pid // heads
+    blocks = tl.cdiv(extra, ROWS)
+    e = (pid % blocks) * ROWS + tl.arange(0, ROWS)
+    pid = pid // blocks
+    part = pid % splits
+    b = (pid // splits).to(tl.int64)
+
+    token = tl.where(e < extra, e, -2)
+    key = take(at_head(extra_k, b, head, ek_b, ek_n, UNIT), token, ek_t, D, BD, UNIT, WIDE, UPCAST)
+    value = take(at_head(extra_v, b, head, ev_b, ev_n, UNIT), token, ev_t, DV, BDV, UNIT, WIDE, UPCAST)
+    line = b * queries * heads + head
+    acc_k = tl.zeros([ROWS, BD], tl.float32)
+    acc_v = tl.zeros([ROWS, BDV], tl.float32)
+    size = tl.cdiv(tl.cdiv(queries, COLUMNS), splits) * COLUMNS
+    for step in range(part * size, tl.minimum(part * size + size, queries), COLUMNS):
+        t = step + tl.arange(0, COLUMNS)
+        other = tl.where(t < queries, t, -2)
+        query = take(at_head(q, b, head, q_b, q_n, UNIT), other, q_t, D, BD, UNIT, WIDE, UPCAST)
+        cotangent = take(at_head(grad, b, head, g_b, g_n, UNIT), other, g_t, DV, BDV, UNIT, WIDE, UPCAST)
+        total_lse = take_number(lse + line, other, heads, float("inf"), WIDE) * LOG2E
+        less = take_number(delta + line, other, heads, 0.0, WIDE)
+        s = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (scale * LOG2E)
+        if EXTRA_BIASED:
+            s += tl.trans(extra_tile(extra_bias + b * eb_b + head * eb_n, other, e, eb_t, eb_e, extra, WIDE))
+        p = tl.exp2(s - total_lse[None, :])
+        ds = p * (tl.dot(value, tl.trans(cotangent), input_precision=PRECISION) - less[None, :])
+        acc_v += tl.dot(p.to(cotangent.dtype), cotangent, input_precision=PRECISION)
+        acc_k += tl.dot(ds.to(query.dtype), query, input_precision=PRECISION)
+    at = (part * images + b) * extra * heads + head
+    put(grad_k + at * D, token, heads * D, acc_k * scale, D, BD, UNIT, WIDE)
+    put(grad_v + at * DV, token, heads * DV, acc_v, DV, BDV, UNIT, WIDE)
+
+
+@triton.jit
+def extra_bias_backward_kernel(
+    q, grad, lse, delta, extra_k, extra_v, extra_bias, grad_bias,
+    q_b, q_t, q_n, g_b, g_t, g_n, ek_b, ek_t, ek_n, ev_b, ev_t, ev_n, eb_b, eb_t, eb_n, eb_e,
+    images, groups, queries, heads, extra, scale,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Gradient [groups, tokens, N, E] of the extra keys' bias, summed over the images of each of the groups."""
+    pid = tl.program_id(0)
+    head = pid % heads
+    pid = pid // heads
+    row_blocks, column_blocks = tl.cdiv(queries, ROWS), tl.cdiv(extra, COLUMNS)
+    e = (pid % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    pid = pid // column_blocks
+    t = (pid % row_blocks) * ROWS + tl.arange(0, ROWS)
+    group = pid // row_blocks
+
+    token, other = tl.where(t < queries, t, -2), tl.where(e < extra, e, -2)
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    size = images // groups
+    start = (group * size).to(tl.int64)
+    for i in range(size):
+        b = start + i
+        query = take(at_head(q, b, head, q_b, q_n, UNIT), token, q_t, D, BD, UNIT, WIDE, UPCAST)
+        cotangent = take(at_head(grad, b, head, g_b, g_n, UNIT), token, g_t, DV, BDV, UNIT, WIDE, UPCAST)
+        key = take(at_head(extra_k, b, head, ek_b, ek_n, UNIT), other, ek_t, D, BD, UNIT, WIDE, UPCAST)
+        value = take(at_head(extra_v, b, head, ev_b, ev_n, UNIT), other, ev_t, DV, BDV, UNIT, WIDE, UPCAST)
+        line = b * queries * heads + head
+        total_lse = take_number(lse + line, token, heads, float("inf"), WIDE) * LOG2E
+        less = take_number(delta + line, token, heads, 0.0, WIDE)
+        s = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
+        s += extra_tile(extra_bias + b * eb_b + head * eb_n, token, e, eb_t, eb_e, extra, WIDE)
+        p = tl.exp2(s - total_lse[:, None])
+        acc += p * (tl.dot(cotangent, tl.trans(value), input_precision=PRECISION) - less[:, None])
+    place = group.to(tl.int64) * queries * heads + head + t.to(tl.int64)[:, None] * heads
+    tl.store(grad_bias + place * extra + e[None, :], acc, mask=(t < queries)[:, None] & (e < extra)[None, :])

@@ -1,0 +1,48 @@
+"""Where the Triton kernels can run, and how exactly they multiply."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def is_interpreting() -> bool:
+    """Whether Triton interprets kernels on the CPU: TRITON_INTERPRET=1 before they are imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def refusal(*tensors: Tensor | None) -> str | None:
+    """Why the kernels cannot run these tensors, or None."""
+    given = [t for t in tensors if t is not None]
+    if not _is_installed():
+        return "Triton is not installed; try `pip install triton`"
+    if any(t.device != given[0].device for t in given):
+        return f"tensors are on several devices: {sorted({str(t.device) for t in given})}"
+    device = given[0].device.type
+    if device != "cuda" and not (device == "cpu" and is_interpreting()):
+        return f"Triton kernels run on CUDA devices, got tensors on {device!r} (TRITON_INTERPRET=1 runs them on a CPU)"
+    if given[0].dtype not in DTYPES:
+        return f"Triton kernels take float32, float16 and bfloat16, got {given[0].dtype}"
+    return None
+
+
+def automatic(*tensors: Tensor | None) -> str | None:
+    """Why "auto" should not take the kernels: the interpreter is for tests."""
+    given = [t for t in tensors if t is not None]
+    return None if given[0].device.type == "cuda" else "the interpreter is slow, and is used only on request"
+
+
+def precision() -> str:
+    """How float32 matrices are multiplied: as PyTorch does on this machine, exactly ("ieee") or in "tf32"."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -1,0 +1,158 @@
+"""A search among the ways to launch a kernel: results first, then times."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WARM_UP = 3  # calls of each candidate before the timed ones
+ROUNDS = 20  # timed calls of each candidate, one of each in turn
+# Results of two candidates may differ by this much, norm-wise; the largest single difference by four times as much of
+# the largest value, so that a wrong tile among thousands shows too.
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+TOLERANCE_TF32 = 2e-3
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is launched.
+
+    Attributes:
+        block_m: Rows a program holds.
+        block_n: Rows it streams per step.
+        num_warps, num_stages: As Triton names them.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+Run = Callable[[Config], tuple[Tensor, ...]]
+_clock = time.perf_counter
+
+
+@dataclass(frozen=True)
+class Found:
+    """The fastest config, the median milliseconds of all that were timed, and why the others were not."""
+
+    best: Config
+    median_ms: dict[Config, float]
+    dropped: dict[Config, str]
+
+
+def search(candidates: Sequence[Config], run: Run, device: torch.device, dtypes: Iterable[str]) -> Found | None:
+    """Time the candidates whose results agree with those of the first, the default.
+
+    Args:
+        dtypes: Names of dtypes that are computed in, beside those of the outputs; other words are passed over.
+
+    Returns:
+        None if the default gives NaN, which says nothing about the others.
+
+    Raises:
+        torch.OutOfMemoryError: The device has no room for the results of two candidates.
+        Exception: Whatever the default raises.
+    """
+    with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        expected = run(candidates[0])
+        if any(t.is_floating_point() and t.isnan().any() for t in expected):
+            return None
+        tolerance = _tolerance([*dtypes, *(str(t.dtype) for t in expected)])
+        timed, dropped = [candidates[0]], {}
+        for config in dict.fromkeys(c for c in candidates if c != candidates[0]):
+            try:
+                reason = _difference(run(config), expected, tolerance)
+            except torch.OutOfMemoryError:
+                raise
+            except _failures() as error:
+                reason = f"{type(error).__name__}: {error}"
+            if reason is None:
+                timed.append(config)
+            else:
+                dropped[config] = reason
+        del expected
+        medians = dict(zip(timed, _medians([functools.partial(run, c) for c in timed], device), strict=True))
+    return Found(min(medians, key=medians.__getitem__), medians, dropped)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What a config that does not fit the GPU raises: compiler passes and the driver raise plain RuntimeErrors."""
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return (RuntimeError,)
+    return (RuntimeError, TritonError)
+
+
+def _tolerance(dtypes: Sequence[str]) -> float:
+    """That of the coarsest dtype: float32 outputs of bfloat16 inputs are as inexact as those."""
+    table = {**TOLERANCE, "float32": TOLERANCE_TF32} if torch.backends.cuda.matmul.allow_tf32 else TOLERANCE
+    return max((table[d] for d in (name.removeprefix("torch.") for name in dtypes) if d in table), default=0.0)
+
+
+def _difference(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> str | None:
+    """How results differ, or None if they agree. Infinities must be the same; NaN agrees with nothing."""
+    if [(t.shape, t.dtype) for t in got] != [(t.shape, t.dtype) for t in expected]:
+        return "outputs of other shapes or dtypes than the default's"
+    for g, e in zip(got, expected, strict=True):
+        if not e.is_floating_point():
+            if not torch.equal(g, e):
+                return "integers differ from the default's"
+            continue
+        if not e.numel():
+            continue
+        finite = e.isfinite()
+        if not torch.equal(g[~finite], e[~finite]):
+            return "infinities differ from the default's"
+        wide = torch.promote_types(e.dtype, torch.float32)
+        g, e = g.where(finite, 0), e.where(finite, 0)
+        for order, bound in ((2, tolerance), (float("inf"), 4 * tolerance)):
+            error, scale = (torch.linalg.vector_norm(t, order, dtype=wide).item() for t in (g - e, e))
+            error /= scale or 1.0
+            if not error <= bound:  # NaN fails too
+                return f"results differ from the default's by {error:.1e} (norm {order}), more than {bound:.1e}"
+    return None
+
+
+def _medians(runs: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """Median milliseconds of every run, one call of each in turn so that drifts of the clock meet all alike."""
+    for run in runs:
+        for _ in range(WARM_UP):
+            run()
+    time_call = _cuda_timer() if device.type == "cuda" else _cpu_time
+    samples = [[time_call(run) for run in runs] for _ in range(ROUNDS)]
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return [statistics.median(sample() for sample in column) for column in zip(*samples, strict=True)]
+
+
+def _cpu_time(run: Callable[[], object]) -> Callable[[], float]:
+    start = _clock()
+    run()
+    elapsed = (_clock() - start) * 1e3
+    return lambda: elapsed
+
+
+def _cuda_timer() -> Callable[[Callable[[], object]], Callable[[], float]]:
+    """Calls are only enqueued; their times can be asked for when the device is done."""
+    # Written before every call: the call finds the caches cold, and its launch is enqueued by the time it can start.
+    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+
+    def time_call(run: Callable[[], object]) -> Callable[[], float]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        run()
+        end.record()
+        return lambda: start.elapsed_time(end)
+
+    return time_call
