@@ -6,6 +6,11 @@ import os
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
+
+os.environ["VISATTN_TUNE"] = "off"  # no cache file of a user changes what is tested
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores
     torch.set_num_threads(1)
 

@@ -5,6 +5,8 @@ from torch import Tensor
 
 # Two implementations of an op that compute in the same dtype (float64: rounding only).
 OP = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+# Times these: gradients in which almost all of very many terms cancel.
+CANCELLING = 10
 # Goldens of ops were computed in float64 and stored as float32.
 OP_GOLDEN_FORWARD = 2e-6
 OP_GOLDEN_GRADIENT = 1e-5

@@ -1,7 +1,9 @@
-"""Shared by the tests of routed attention."""
+"""Shared by the tests of routed attention and by those of tuning."""
 
 import pytest
 
+from tests.ops.launches import Kernel
+from visattn.ops.fused import tuning, tuning_cache, tuning_search
 from visattn.ops.routed import eager
 
 
@@ -9,3 +11,15 @@ from visattn.ops.routed import eager
 def form(request, monkeypatch):
     """Both forms of the eager backend, whatever the map's size."""
     monkeypatch.setattr(eager, "_DENSE", {"masked": 10**9, "listed": 0}[request.param])
+
+
+@pytest.fixture
+def tuning_file(tmp_path, monkeypatch):
+    """Searches, on a clock of their own; the file in which this test keeps what they find."""
+    monkeypatch.setenv("VISATTN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("VISATTN_TUNE", "search")
+    monkeypatch.setattr(tuning_cache, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(tuning_search, "_clock", lambda: Kernel.now)
+    tuning.forget()
+    yield tmp_path / "tuning" / "cpu.json"
+    tuning.forget()

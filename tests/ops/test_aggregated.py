@@ -15,7 +15,7 @@ from visattn.ops.aggregated import cpb, eager
 from visattn.ops.aggregated.op import dispatcher
 from visattn.ops.geometry import Pooled, interpolated
 
-BACKENDS = [backend.name for backend in dispatcher.backends]
+BACKENDS = [b.name for b in dispatcher.backends if b.name != "triton"]  # which has tests of its own: no float64
 MAPS = ("q", "pool_k", "pool_v", "k", "v")
 
 

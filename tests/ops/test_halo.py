@@ -20,7 +20,7 @@ from visattn.ops.halo import eager
 from visattn.ops.halo.op import dispatcher
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "op_halo.npz")
-BACKENDS = [backend.name for backend in dispatcher.backends]
+BACKENDS = [b.name for b in dispatcher.backends if b.name != "triton"]  # which has tests of its own: no float64
 
 
 def golden(case, shape):

@@ -275,7 +275,7 @@ SHAPES = r"expected q \[B, \*spatial, N, D\]"
         ("inline_attention", {"scale": -1.0}, ValueError, "expected scale > 0, got -1.0"),
         ("focused_linear_attention", {"focus_scale": torch.ones(8)}, ValueError, r"focus_scale \(2, 4\).*\(8,\)"),
         ("focused_linear_attention", {"factor": 0.0}, ValueError, "expected factor > 0, got 0.0"),
-        ("inline_attention", {"backend": "cuda"}, BackendError, "expected backend 'auto', 'eager', 'reference'"),
+        ("inline_attention", {"backend": "cuda"}, BackendError, "'auto', 'triton', 'eager', 'reference'; got 'cuda'"),
     ],
 )
 def test_mistakes_are_named(name, change, error, message):

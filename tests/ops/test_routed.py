@@ -11,7 +11,7 @@ from visattn.ops.geometry import Partition
 from visattn.ops.routed import eager
 from visattn.ops.routed.op import dispatcher
 
-BACKENDS = [backend.name for backend in dispatcher.backends]
+BACKENDS = [b.name for b in dispatcher.backends if b.name != "triton"]  # which has tests of its own: no float64
 
 
 @st.composite

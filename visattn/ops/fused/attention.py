@@ -81,6 +81,7 @@ class _Call:
         self.wide = max(largest, spread, self.queries * self.heads * max(self.dim, self.value_dim)) >= 2**31
         self.shape_class = (
             str(q.dtype).removeprefix("torch."),
+            *([precision()] if q.dtype == torch.float32 else []),
             self.dim,
             self.value_dim,
             f"bias{int(bias is not None)}",
@@ -422,6 +423,22 @@ def _fake_backward(*args: Any) -> list[Tensor]:
     return [x.new_empty(x.shape) for x, n in zip(inputs, needs, strict=False) if n]
 
 
+class _Gradients(torch.autograd.Function):
+    """`visattn::fused_backward`, which has no derivative; under function transforms it must be a function."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.ops.visattn.fused_backward(*args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError("the Triton backend can be differentiated only once; try backend='eager'")
+
+
 class _Attention(torch.autograd.Function):
     """`visattn::fused_forward` and `visattn::fused_backward` as one function."""
 
@@ -441,7 +458,7 @@ class _Attention(torch.autograd.Function):
         if grad is None:
             grad = torch.zeros_like(out)
         needs = list(ctx.needs_input_grad[: len(_TENSORS)])
-        found = iter(torch.ops.visattn.fused_backward(grad, grad_lse, out, lse, *tensors, *ctx.how, needs))
+        found = iter(_Gradients.apply(grad, grad_lse, out, lse, *tensors, *ctx.how, needs))
         return (*(next(found) if n else None for n in needs), *(None,) * (1 + len(ctx.how)))
 
 

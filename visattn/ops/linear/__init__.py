@@ -18,7 +18,7 @@ def efficient_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = N
         v: Values [B, *other, N, Dv].
         mask: [B, *other] boolean, True where there is a token. The others take no part, whatever they hold; if q is
             on the same map, the output there is 0. A sample without any token gives 0.
-        backend: "auto", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
+        backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
 
     Returns:
         [B, *spatial, N, Dv] of v's dtype.
@@ -43,7 +43,7 @@ def inline_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
         k: Keys [B, *other, N, D], of any number M of positions.
         v: Values [B, *other, N, Dv].
         scale: Factor of q k^T, > 0. Default: D ** -0.5.
-        backend: "auto", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
+        backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
 
     Returns:
         [B, *spatial, N, Dv] of v's dtype.
@@ -72,7 +72,7 @@ def focused_linear_attention(
         v: Values [B, *other, N, Dv].
         focus_scale: [N, D].
         factor: Exponent, > 0.
-        backend: "auto", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
+        backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
 
     Returns:
         [B, *spatial, N, Dv] of v's dtype.
@@ -93,7 +93,7 @@ def dynamic_depthwise_conv(x: Tensor, kernels: Tensor, backend: str = "auto") ->
     Args:
         x: Map [B, H, W, C]. Any strides.
         kernels: [B, C, K * K], rows first; K odd.
-        backend: "auto", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
+        backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
 
     Returns:
         [B, H, W, C].

@@ -23,7 +23,7 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _quadratic(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def is_quadratic(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether (q k^T) v of [B, S, N, D] takes fewer multiplications than q (k^T v)."""
     queries, keys, d, dv = q.shape[1], k.shape[1], k.shape[3], v.shape[3]
     return queries * keys * (d + dv) < (queries + keys) * d * dv
@@ -39,7 +39,7 @@ def _products(q: Tensor, k: Tensor, v: Tensor, scale: float, quadratic: bool) ->
 def _streams(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> bool:
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *others))
-    large = math.prod(v.shape[1:]) >= _STREAMED and not _quadratic(q, k, v)
+    large = math.prod(v.shape[1:]) >= _STREAMED and not is_quadratic(q, k, v)
     return large and q.device.type == "cpu" and not traced and not trained
 
 
@@ -96,7 +96,7 @@ def efficient_eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
     if _streams(q, k, v):
         out = _stream(q, k, v, keys_of, reader_of)
     else:
-        quadratic = _quadratic(q, k, v)
+        quadratic = is_quadratic(q, k, v)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         q, k = q.softmax(-1, dtype=dtype).to(v.dtype), k.softmax(-2, dtype=dtype).to(v.dtype)
         out = _products(q, k, v, 1.0, quadratic).transpose(1, 2)
@@ -121,14 +121,14 @@ def inline_eager(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
     if _streams(q, k, v):
         return _stream(q, k, v, keys_of, reader_of).view(*shape, -1)
-    quadratic = _quadratic(q, k, v)
+    quadratic = is_quadratic(q, k, v)
     k = k - k.mean(1, keepdim=True)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = _products(q, k, v, scale, quadratic) + v.mean(-2, keepdim=True)
     return out.transpose(1, 2).reshape(*shape, -1)
 
 
-def _focus(x: Tensor, scale: Tensor, factor: float) -> Tensor:
+def focus(x: Tensor, scale: Tensor, factor: float) -> Tensor:
     """f of [..., N, D], float32 at least."""
     inverse = 1 / scale.flatten()
     y = torch.addcmul(1e-6 * inverse, x.flatten(-2).to(scale.dtype).relu(), inverse)
@@ -145,21 +145,21 @@ def focused_eager(q: Tensor, k: Tensor, v: Tensor, focus_scale: Tensor, factor: 
     scale, positions = F.softplus(focus_scale.to(dtype)), k.shape[1]
 
     def keys_of(key: Tensor) -> Map:
-        return lambda key: _focus(key, scale, factor)
+        return lambda key: focus(key, scale, factor)
 
     def reader_of(context: Tensor, total: Tensor, value: Tensor) -> Read:
         context, mean = context / positions, total[..., None] / positions
 
         def read(query: Tensor, out: Tensor | None) -> Tensor:
-            query = _focus(query, scale, factor).transpose(0, 1)
+            query = focus(query, scale, factor).transpose(0, 1)
             return torch.bmm(query / (query @ mean + 1e-6), context, out=out)
 
         return read
 
     if _streams(q, k, v, focus_scale):
         return _stream(q, k, v, keys_of, reader_of).view(*shape, -1)
-    quadratic = _quadratic(q, k, v)
-    q, k = (_focus(x, scale, factor).transpose(1, 2) for x in (q, k))
+    quadratic = is_quadratic(q, k, v)
+    q, k = (focus(x, scale, factor).transpose(1, 2) for x in (q, k))
     q = q / (q @ k.mean(-2)[..., None] + 1e-6)
     out = _products(q.to(v.dtype), k.to(v.dtype), v.transpose(1, 2), 1 / positions, quadratic)
     return out.transpose(1, 2).reshape(*shape, -1)

@@ -19,20 +19,42 @@ from visattn.ops.linear.reference import (
     focused_reference,
     inline_reference,
 )
+from visattn.ops.linear.triton import (
+    attention_automatic,
+    convolution_automatic,
+    dynamic_conv_triton,
+    efficient_triton,
+    focused_triton,
+    inline_triton,
+    linear_refusal,
+)
 from visattn.ops.registration import define_op
 
 
-def _dispatcher(name: str, eager: Any, reference: Any) -> Dispatcher:
-    return Dispatcher(name, (Backend("eager", always, eager), Backend("reference", always, reference)))
+def _dispatcher(name: str, triton: Any, eager: Any, reference: Any, automatic: Any = attention_automatic) -> Dispatcher:
+    return Dispatcher(
+        name,
+        (
+            Backend("triton", linear_refusal, triton, automatic),
+            Backend("eager", always, eager),
+            Backend("reference", always, reference),
+        ),
+    )
 
 
 dispatchers = {
     d.op: d
     for d in (
-        _dispatcher("efficient_attention", efficient_eager, efficient_reference),
-        _dispatcher("inline_attention", inline_eager, inline_reference),
-        _dispatcher("focused_linear_attention", focused_eager, focused_reference),
-        _dispatcher("dynamic_depthwise_conv", dynamic_conv_eager, dynamic_conv_reference),
+        _dispatcher("efficient_attention", efficient_triton, efficient_eager, efficient_reference),
+        _dispatcher("inline_attention", inline_triton, inline_eager, inline_reference),
+        _dispatcher("focused_linear_attention", focused_triton, focused_eager, focused_reference),
+        _dispatcher(
+            "dynamic_depthwise_conv",
+            dynamic_conv_triton,
+            dynamic_conv_eager,
+            dynamic_conv_reference,
+            convolution_automatic,
+        ),
     )
 }
 

@@ -1,0 +1,147 @@
+"""The fused ops under PyTorch's tracers: opcheck, compile, export, function transforms, autocast, dispatch."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests import tolerances
+from tests.ops.test_registration import MODULES, module_inputs
+from tests.tolerances import relative_error
+from visattn import ops
+from visattn.ops import BackendError, explain, use_backend
+from visattn.ops.fused.attention import fused_attention
+from visattn.ops.fused.tables import encode
+from visattn.ops.geometry import Axis, Halo, Partition
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def inputs():
+    """A call with a position table and extra keys, as the registered ops take it."""
+    q, k, v = torch.randn(3, 2, 20, 2, 8, device=DEVICE).unbind(0)
+    bias, extra = torch.randn(2, 5, 5, device=DEVICE), torch.randn(2, 2, 3, 2, 8, device=DEVICE)
+    extra_bias = torch.randn(1, 20, 1, 3, device=DEVICE)
+    rest = (None, None, encode([Axis(4, 3), Axis(5, 3)]), False, 0.3)
+    return q, k, v, bias, None, *extra.unbind(0), extra_bias, *rest
+
+
+def test_opcheck():
+    args = inputs()
+    torch.library.opcheck(torch.ops.visattn.fused_forward.default, args)
+    out, lse = torch.ops.visattn.fused_forward(*args)
+    needs = [x is not None for x in args[:9]]
+    for grad_lse in (None, torch.randn_like(lse)):
+        torch.library.opcheck(
+            torch.ops.visattn.fused_backward.default, (torch.randn_like(out), grad_lse, out, lse, *args, needs)
+        )
+
+
+@pytest.mark.parametrize("needed", range(9))
+def test_one_gradient_at_a_time_equals_all(needed):
+    args = list(inputs())
+    if args[needed] is None:
+        args[3], args[8] = None, None
+        if needed == 4:  # terms of halos
+            args[4] = torch.randn(2, 20, 2, 16, device=DEVICE)
+            args[10] = encode([Halo(4, 2, 1), Halo(5, 2, 1)])
+        else:  # factors of listed regions
+            args[8], args[9] = (
+                torch.randn(2, 1, 6, 2, device=DEVICE),
+                torch.arange(24, device=DEVICE).view(2, 1, 6, 2) % 6,
+            )
+            args[10] = encode([Partition(4, 2), Partition(5, 2)] * 2)
+    out, lse = torch.ops.visattn.fused_forward(*args)
+    grad = torch.randn_like(out)
+    every = torch.ops.visattn.fused_backward(grad, None, out, lse, *args, [x is not None for x in args[:9]])
+    (one,) = torch.ops.visattn.fused_backward(grad, None, out, lse, *args, [i == needed for i in range(9)])
+    place = sum(x is not None for x in args[:needed])
+    assert one.shape == args[needed].shape
+    assert torch.equal(one, every[place])
+
+
+@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph_trains(kind, dynamic):
+    """With symbolic sizes the op is one opaque node, whose backward differentiates the fused op."""
+    module = kind()
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for size in ((5, 4), (4, 7)) if dynamic else ((5, 4),):
+        tensors = [t.detach().to(DEVICE).requires_grad_() for t in module_inputs(kind, *size, batch=1)]
+        grads = []
+        for run, backend in ((module, "eager"), (compiled, "triton")):
+            with use_backend(backend):
+                out = run(*tensors)
+                grads.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+        for a, b in zip(*grads, strict=True):
+            assert relative_error(b, a) <= tolerances.SAME_MODEL
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_export_holds_the_fused_op(kind):
+    tensors = tuple(t.to(DEVICE) for t in module_inputs(kind, 5, 4, batch=1))
+    with use_backend("triton"):
+        program = torch.export.export(kind(), tensors).run_decompositions()
+    assert [n for n in program.graph.nodes if "fused_forward" in str(n.target)]
+    assert relative_error(program.module()(*tensors), kind()(*tensors)) <= tolerances.SAME_MODEL
+
+
+def test_function_transforms():
+    q, k, v = torch.randn(3, 1, 20, 1, 8, device=DEVICE).unbind(0)
+
+    def loss(q):
+        return fused_attention(q, k, v, [Partition(4, 2), Partition(5, 2)], 0.3)[0].square().sum()
+
+    leaf = q.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    assert torch.equal(torch.func.grad(loss)(q), expected)
+
+
+def test_autocast_gives_the_dtype_of_the_projection():
+    linear = torch.nn.Linear(8, 24, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        q, k, v = linear(torch.randn(1, 4, 5, 8, device=DEVICE)).unflatten(-1, (3, 1, 8)).unbind(3)
+        out = ops.neighborhood_attention(q, k, v, 3, bias=torch.randn(1, 5, 5, device=DEVICE), backend="triton")
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert linear.weight.grad.dtype == torch.float32
+
+
+def test_second_derivatives_are_refused():
+    q, k, v = torch.randn(3, 1, 4, 4, 1, 8, device=DEVICE, requires_grad=True).unbind(0)
+    out = ops.window_attention(q, k, v, 2, backend="triton")
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated only once; try backend='eager'"):
+        grad.sum().backward()
+
+
+def test_what_cannot_run_says_why():
+    q, k, v = torch.randn(3, 1, 4, 4, 1, 8, dtype=torch.float64, device=DEVICE).unbind(0)
+    with pytest.raises(BackendError, match=r"float32, float16 and bfloat16, got torch.float64"):
+        ops.window_attention(q, k, v, 2, backend="triton")
+    meta = q.float().to("meta")
+    with pytest.raises(BackendError, match="run on CUDA devices, got tensors on 'meta'"):
+        ops.window_attention(meta, meta, meta, 2, backend="triton")
+    with explain() as decisions:
+        ops.window_attention(q, k, v, 2)
+        ops.window_attention(*(x.float() for x in (q, k, v)), 2)
+    assert [d.backend for d in decisions] == ["eager", "triton" if DEVICE == "cuda" else "eager"]
+
+
+def test_position_bias_beyond_the_limit_is_refused(monkeypatch):
+    from tests.ops import test_aggregated
+    from tests.ops.gradients import leaves
+    from visattn.ops.aggregated import triton
+
+    shapes, call, *_ = test_aggregated.PLAIN
+    tensors = {n: t.to(DEVICE) for n, t in leaves(shapes, 0, torch.float32).items()}
+    monkeypatch.setattr(triton, "_MOST", 12 * 9 * 2 * 6 - 1)
+    with pytest.raises(BackendError, match=r"expected at most 1295 heads x queries x pooled keys .* got 1296"):
+        ops.aggregated_attention(**tensors, **call, backend="triton")
+
+
+def test_importing_does_not_import_kernels():
+    code = "import sys, visattn; visattn.ops.tune; print([m for m in sys.modules if m.endswith('_kernels')])"
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert run.stdout.strip() == "[]"

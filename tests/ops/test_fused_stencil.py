@@ -1,0 +1,187 @@
+"""Weighted sums over neighbourhoods in Triton: on a CPU in its interpreter."""
+
+import pytest
+import torch
+
+from tests import tolerances
+from tests.ops.gradients import leaves, results_and_gradients
+from tests.tolerances import relative_error
+from visattn.ops import dynamic_depthwise_conv, explain
+from visattn.ops.aggregated.reference import neighbours
+from visattn.ops.fused.stencil import dynamic_conv, mix_neighbours
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FORMS = pytest.mark.parametrize(
+    ("dtype", "views"),
+    [(torch.float32, False), (torch.float32, True), (torch.float16, True)],
+    ids=["float32-plain", "float32-strided", "float16-strided"],
+)
+
+
+def on_device(tensors):
+    return {name: t.to(DEVICE) for name, t in tensors.items()}
+
+
+def strided(x):
+    """x as a slice of a tensor in which the map's axes are transposed."""
+    return torch.cat([x, x], -1).transpose(1, 2).contiguous().transpose(1, 2)[..., : x.shape[-1]]
+
+
+def mix_reference(v, weights):
+    kernel = round(weights.shape[-1] ** 0.5)
+    return torch.einsum("bhwjnd,bhwnj->bhwnd", neighbours(v, kernel), weights)
+
+
+def conv_reference(x, kernels):
+    return dynamic_depthwise_conv(x, kernels, "reference")
+
+
+MIX = {  # v and the neighbourhood's width
+    "head dim 24": ((2, 9, 7, 3, 24), 3),
+    "one head, wide": ((1, 5, 6, 1, 130), 3),
+    "large neighbourhood": ((1, 2, 5, 2, 5), 7),
+    "one neighbour": ((2, 3, 3, 2, 8), 1),
+    "one position": ((2, 1, 1, 2, 8), 3),
+    "one row, one channel": ((1, 1, 20, 2, 1), 5),
+}
+CONV = {  # x and the kernels' width
+    "several sums": ((1, 17, 17, 24), 3),
+    "several blocks of channels": ((1, 5, 6, 150), 3),
+    "large kernel": ((1, 5, 2, 7), 7),
+    "one tap": ((2, 3, 3, 8), 1),
+    "one position": ((2, 1, 1, 8), 3),
+    "one column": ((1, 20, 1, 3), 5),
+}
+
+
+def problem(op, size, kernel, dtype=torch.float32):
+    weights = (*size[:4], kernel**2) if op is mix_neighbours else (size[0], size[3], kernel**2)
+    return on_device(leaves({"x": size, "weights": weights}, 0, dtype))
+
+
+def check(op, tensors, views=False):
+    definition = mix_reference if op is mix_neighbours else conv_reference
+    expected = results_and_gradients(
+        lambda x, weights: definition(x, weights), {n: t.double() for n, t in tensors.items()}
+    )
+    got = results_and_gradients(lambda **t: op(*map(strided, t.values()) if views else t.values()), tensors)
+    for part, value in expected.items():
+        assert got[part].dtype == tensors["weights" if "weights" in part else "x"].dtype, part
+        assert relative_error(got[part], value) <= tolerances.OP[tensors["x"].dtype], part
+
+
+@pytest.mark.parametrize(("size", "kernel"), MIX.values(), ids=MIX)
+@FORMS
+def test_mix_matches_its_definition(size, kernel, views, dtype, poisoned_empty):
+    check(mix_neighbours, problem(mix_neighbours, size, kernel, dtype), views)
+
+
+@pytest.mark.parametrize(("size", "kernel"), CONV.values(), ids=CONV)
+@FORMS
+def test_convolution_matches_its_definition(size, kernel, views, dtype, poisoned_empty):
+    check(dynamic_conv, problem(dynamic_conv, size, kernel, dtype), views)
+
+
+@pytest.mark.parametrize(("op", "size"), [(mix_neighbours, (2, 7, 5, 3, 24)), (dynamic_conv, (2, 7, 5, 24))])
+def test_bfloat16(op, size, poisoned_empty):
+    check(op, problem(op, size, 3, torch.bfloat16))
+
+
+def test_mix_with_weights_of_float32(poisoned_empty):
+    """What TransNeXt's learnable tokens add to softmax weights may be kept in float32."""
+    tensors = problem(mix_neighbours, (2, 5, 6, 2, 24), 3, torch.float16)
+    tensors["weights"] = tensors["weights"].float()
+    check(mix_neighbours, tensors)
+
+
+@pytest.mark.parametrize(("op", "size"), [(mix_neighbours, (1, 4, 3, 2, 5)), (dynamic_conv, (2, 4, 3, 5))])
+def test_second_derivatives(op, size):
+    """Not by gradcheck, which wants float64: against those of the definition."""
+    tensors = problem(op, size, 3)
+
+    def second(run, dtype):
+        inputs = [t.to(dtype).requires_grad_() for t in tensors.values()]
+        grads = torch.autograd.grad(run(*inputs).square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
+
+    definition = mix_reference if op is mix_neighbours else conv_reference
+    for got, expected in zip(second(op, torch.float32), second(definition, torch.float64), strict=True):
+        assert relative_error(got, expected) <= 2 * tolerances.OP[torch.float32]
+
+
+@pytest.mark.parametrize(("op", "size"), [(mix_neighbours, (2, 9, 9, 2, 8)), (dynamic_conv, (1, 17, 17, 24))])
+def test_results_repeat_bit_by_bit(op, size):
+    tensors = problem(op, size, 3)
+    runs = [results_and_gradients(lambda **t: op(*t.values()), tensors) for _ in range(3)]
+    for part, value in runs[0].items():
+        assert all(torch.equal(run[part], value) for run in runs[1:]), part
+
+
+@pytest.mark.parametrize(("op", "size"), [(mix_neighbours, (2, 5, 6, 2, 8)), (dynamic_conv, (2, 5, 6, 8))])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_opcheck(op, size, transposed):
+    x, weights = problem(op, size, 3).values()
+    if op is dynamic_conv:
+        x, weights = x[:, :, :, None], weights[:, None]
+    torch.library.opcheck(torch.ops.visattn.stencil.default, (x, weights, transposed))
+    torch.library.opcheck(
+        torch.ops.visattn.stencil_weights.default,
+        (x, x, 9, op is dynamic_conv, torch.float16 if transposed else x.dtype),
+    )
+
+
+class Mixer(torch.nn.Module):
+    """A convolution of the sample's own, then weights of every position's own."""
+
+    def forward(self, x, kernels, weights=None):
+        x = torch.ops.visattn.dynamic_depthwise_conv(x, kernels, "triton")
+        return x if weights is None else mix_neighbours(x.unflatten(-1, (2, -1)), weights)
+
+
+def module_inputs(w=6):
+    shapes = {"x": (2, 5, w, 8), "kernels": (2, 8, 9), "weights": (2, 5, w, 2, 9)}
+    return [t.requires_grad_() for t in on_device(leaves(shapes, 0, torch.float32)).values()]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["known sizes", "symbolic sizes"])
+def test_compiles_as_a_whole(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(Mixer(), fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for w in (6, 7) if dynamic else (6,):
+        # Only the registered op takes symbolic sizes; mix_neighbours is called inside of one.
+        inputs, results = module_inputs(w)[: 2 if dynamic else 3], []
+        for run in (compiled, Mixer()):
+            out = run(*inputs)
+            results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+        for got, expected in zip(*results, strict=True):
+            assert relative_error(got, expected) <= tolerances.OP[torch.float32]
+
+
+def test_exports():
+    inputs = [t.detach() for t in module_inputs()]
+    program = torch.export.export(Mixer(), tuple(inputs)).run_decompositions()
+    assert "visattn.stencil.default" in {str(node.target) for node in program.graph.nodes}
+    assert relative_error(program.module()(*inputs), Mixer()(*inputs)) <= tolerances.OP[torch.float32]
+
+
+def test_choice_of_backend():
+    x, kernels = problem(dynamic_conv, (1, 5, 6, 8), 3).values()
+    with explain() as decisions:
+        dynamic_depthwise_conv(x, kernels)
+        dynamic_depthwise_conv(x, kernels, backend="triton")
+    assert [d.backend for d in decisions] == ["triton" if DEVICE == "cuda" else "eager", "triton"]
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes", "message"),
+    [
+        (mix_neighbours, [(1, 4, 3, 2, 5), (1, 4, 3, 1, 9)], r"weights \[B, H, W, N, K \* K\].*\(1, 4, 3, 1, 9\)"),
+        (mix_neighbours, [(1, 4, 3, 5), (1, 4, 3, 9)], r"expected v \[B, H, W, N, Dv\]"),
+        (mix_neighbours, [(1, 4, 3, 2, 5), (1, 4, 3, 2, 8)], r"K \* K weights of a neighbourhood with an odd K, got 8"),
+        (dynamic_conv, [(1, 4, 3, 5), (1, 5, 4)], r"with an odd K, got 4"),
+        (dynamic_conv, [(1, 4, 3, 5), (1, 4, 9)], r"kernels \[B, C, K \* K\].*\(1, 4, 9\)"),
+    ],
+)
+def test_mistakes_are_named(op, shapes, message):
+    with pytest.raises(ValueError, match=message):
+        op(*map(torch.zeros, shapes))

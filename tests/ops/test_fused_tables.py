@@ -1,0 +1,139 @@
+"""Tables of the fused kernels against the product of the definitions of their axes."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.ops.test_spans import any_axis, definition, pairs, thorough
+from visattn.ops.fused.tables import STEP, add_up, decode, encode, regions, select, tiling
+from visattn.ops.geometry import NONE, OUTSIDE, Axis, Clipped, Halo, Partition, Whole, spans
+
+CPU = torch.device("cpu")
+TILED = {
+    "sliding": (Axis(9, 3), Axis(8, 5)),
+    "ragged dilation, causal": (Axis(11, 3, dilation=2), Axis(7, 3, is_causal=True)),
+    "stride, even kernel": (Axis(9, 4, stride=2), Axis(6, 2)),
+    "one axis": (Axis(37, 5, dilation=3),),
+    "three axes": (Axis(4, 3), Axis(5, 3, dilation=1, is_causal=True), Axis(6, 2)),
+    "windows, ragged": (Partition(10, 4), Partition(9, 4, shift=1)),
+    "grid, ragged": (Partition(10, 4, is_grid=True), Partition(9, 4)),
+    "halo": (Halo(9, 4, 2), Halo(6, 4, 1, stride=2)),
+    "neighbours that exist": (Clipped(6, 3), Clipped(5, 5)),
+    "rows and windows": (Axis(9, 3), Partition(8, 3)),
+    "dense": (Whole(19, 7),),
+}
+each_tiling = pytest.mark.parametrize(
+    ("axes", "keys_hold"),
+    [(axes, keys_hold) for axes in TILED.values() for keys_hold in (False, True)],
+    ids=[f"{name}, {'keys' if keys_hold else 'queries'} hold" for name in TILED for keys_hold in (False, True)],
+)
+
+
+def table_of(axes, heads=2):
+    """[N, entries per axis] numbers that are all different."""
+    entries = [spans(axis).entries for axis in axes]
+    return torch.arange(1, 1 + heads * math.prod(entries), dtype=torch.float64).view(heads, *entries)
+
+
+def products(axes):
+    """[queries, keys] for tokens in the order of the axes: the entry of the flat table of one head, or -1."""
+    found = torch.zeros(1, 1, dtype=torch.long)
+    for axis in axes:
+        entry = definition(axis)[None, :, None]
+        joint = found[:, None, :, None] * spans(axis).entries + entry
+        found = torch.where((found[:, None, :, None] < 0) | (entry < 0), -1, joint).flatten(2).flatten(0, 1)
+    return found
+
+
+@each_tiling
+def test_tables_are_the_product_of_axes(axes, keys_hold):
+    found, expected = tiling(axes, keys_hold, CPU), products(axes)
+    if keys_hold:
+        expected = expected.T
+    assert found.columns.shape[1] % STEP == 0
+    rows, columns = (x[x >= 0].sort().values for x in (found.rows, found.columns))
+    assert rows.tolist() == list(range(expected.shape[0]))
+    assert columns.unique().tolist() == list(range(expected.shape[1]))
+
+    table = table_of(axes)
+    added = found.position_tiles(table, torch.float64)
+    assert added.shape == (found.kinds, 2, found.rows.shape[1], found.columns.shape[1])
+    for head in range(2):
+        logits = added[found.kind.long(), head]
+        entry = torch.where(logits.isfinite(), logits - table[head].min(), -1).long()
+        query, key = found.rows[..., None].expand_as(entry), found.columns[:, None].expand_as(entry)
+        assert torch.equal(pairs(query, key, entry, expected.shape), expected)
+    none = found.position_tiles(None, torch.float16)
+    assert none.dtype == torch.float16
+    assert torch.equal(none.double()[:, 0], torch.where(added[:, 0].isfinite(), 0, float("-inf")))
+    hidden = (added[found.kind.long(), 0] == float("-inf")) & (found.rows >= 0)[..., None]
+    assert found.masked == bool((hidden & (found.columns != NONE)[:, None]).any())
+
+
+@each_tiling
+def test_members_list_each_tile_once_by_kind(axes, keys_hold):
+    found = tiling(axes, keys_hold, CPU)
+    assert found.members.sort().values.tolist() == list(range(len(found.rows)))
+    assert found.first[0] == 0
+    assert found.first[-1] == len(found.rows)
+    for kind in range(found.kinds):
+        members = found.members[found.first[kind] : found.first[kind + 1]].long()
+        assert (found.kind[members] == kind).all()
+
+
+@each_tiling
+def test_position_gradient_is_the_adjoint(axes, keys_hold):
+    found, table = tiling(axes, keys_hold, CPU), torch.randn_like(table_of(axes))
+    added = found.position_tiles(table, torch.float64)
+    grad = torch.randn_like(added)  # also where nothing is seen
+    forward = (torch.where(added.isfinite(), added, 0) * grad).sum()
+    backward = (table * found.position_gradient(grad, table.shape[1:])).sum()
+    assert torch.isclose(forward, backward, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("keys_hold", [False, True])
+def test_codes_are_positions_in_the_window(keys_hold):
+    axes = TILED["halo"]
+    found = tiling(axes, keys_hold, CPU)
+    tokens = found.rows if keys_hold else found.columns
+    row, column = tokens // axes[1].length, tokens % axes[1].length
+    expected = (row + axes[0].halo) % axes[0].window + ((column + axes[1].halo) % axes[1].window << 16)
+    assert torch.equal(found.codes[tokens >= 0], expected[tokens >= 0])
+    assert tiling(TILED["sliding"], keys_hold, CPU).codes is None
+
+
+@pytest.mark.parametrize("axes", [TILED["windows, ragged"], TILED["grid, ragged"]])
+def test_regions_are_windows_row_by_row(axes):
+    (rows, row_rank), (columns, column_rank) = (axis.place() for axis in axes)
+    (_, high, _), (across, wide, _) = (axis.layout() for axis in axes)
+    found = regions(axes, CPU)
+    place = (rows[:, None] * across + columns) * high * wide + row_rank[:, None] * wide + column_rank
+    expected = torch.full((found.numel(),), OUTSIDE, dtype=torch.int32)
+    expected[place.flatten()] = torch.arange(place.numel(), dtype=torch.int32)
+    assert torch.equal(found.flatten(), expected)
+
+
+@thorough
+@given(st.lists(any_axis(), max_size=3))
+def test_code_round_trip(axes):
+    assert decode(encode(axes)) == tuple(axes)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_select_is_index_select_with_its_gradient(dim):
+    x = torch.randn(5, 6, 7, dtype=torch.float64, requires_grad=True)
+    index = torch.randint(1, 5, (23,))  # some entries often, 0 never
+    out, expected = select(x, dim, index), x.index_select(dim, index)
+    assert torch.equal(out, expected)
+    cotangent = torch.randn_like(out)
+    got, want = (torch.autograd.grad(y, x, cotangent)[0] for y in (out, expected))
+    assert torch.allclose(got, want, rtol=1e-13, atol=1e-13)
+
+
+def test_add_up_leaves_out_negative_places():
+    x, index = torch.randn(9, 3, dtype=torch.float64), torch.tensor([2, -1, 0, 2, 4, -1, 0, 0, 2])
+    expected = torch.zeros(6, 3, dtype=torch.float64).index_add(0, index[index >= 0], x[index >= 0])
+    assert torch.allclose(add_up(x, 0, index, 6), expected, rtol=1e-13, atol=1e-13)

@@ -1,0 +1,261 @@
+"""Weighted sums over K x K neighbourhoods of channels-last maps, zero outside the map, K odd.
+
+One primitive serves both uses: S(x, w)[p] = sum_j w[p, j] x[p + d_j], with weights per position and head, or per sample
+and channel. Its derivatives are its transpose S'(x, w)[p] = sum_j w[p - d_j, j] x[p - d_j] and the weights' gradient
+G(g, x)[p, j] = sum_c g[p, c] x[p + d_j, c], and theirs are these three again. Nothing is added atomically.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visattn.ops.fused.launch import Launch, describe, power_of_2, strides
+from visattn.ops.fused.tuning import Config, run_tuned
+
+_STEPS = 4  # tiles of positions that a program of the kernels' gradient adds up
+
+
+def _config(elements: int, positions: int, block_c: int, num_warps: int) -> Config:
+    """A tile of about so many elements: block_m positions by block_n channels."""
+    return Config(max(1, min(power_of_2(positions), elements // block_c, 256)), block_c, num_warps, 1)
+
+
+def _candidates(x: Tensor, whole: bool) -> list[Config]:
+    """With `whole`, a tile holds all channels of a head."""
+    positions, channels = x.shape[1] * x.shape[2], power_of_2(x.shape[4])
+    sizes = ((2048, 64, 4), (4096, 64, 4), (1024, 64, 4), (2048, 32, 4), (8192, 128, 8))
+    found = [_config(n, positions, channels if whole else min(channels, c), warps) for n, c, warps in sizes]
+    return list(dict.fromkeys(found))
+
+
+def _shape_class(x: Tensor, weights: Tensor, *others: Any) -> tuple[int | str, ...]:
+    positions = power_of_2(x.shape[1] * x.shape[2])
+    return (str(x.dtype), str(weights.dtype), positions, x.shape[3], x.shape[4], weights.shape[-1], *map(str, others))
+
+
+def _stencil_launch(x: Tensor, weights: Tensor, out: Tensor, transposed: bool, config: Config) -> tuple[int, dict]:
+    """The number of programs and the kernel's arguments."""
+    b, h, w, n, c = x.shape
+    per_channel = weights.ndim == 4
+    if per_channel:
+        weights = weights.mT.contiguous().mT  # neighbouring channels side by side
+    # Weights [B, N, C, K * K] have no strides over positions, weights [B, H, W, N, K * K] none over channels.
+    w_b, *middle, w_j = weights.stride()
+    w_h, w_w, w_n, w_c = (0, 0, *middle) if per_channel else (*middle, 0)
+    arguments = {
+        "x": x,
+        "weights": weights,
+        "out": out,
+        **strides(x, "x", "bhwnc"),
+        "w_b": w_b,
+        "w_h": w_h,
+        "w_w": w_w,
+        "w_n": w_n,
+        "w_c": w_c,
+        "w_j": w_j,
+        "H": h,
+        "W": w,
+        "N": n,
+        "C": c,
+        "K": math.isqrt(weights.shape[-1]),
+        "PER_CHANNEL": per_channel,
+        "TRANSPOSED": transposed,
+        "BLOCK_P": config.block_m,
+        "BLOCK_C": config.block_n,
+    }
+    return b * n * -(-c // config.block_n) * -(-h * w // config.block_m), arguments
+
+
+def _weights_launch(grad: Tensor, x: Tensor, out: Tensor, per_channel: bool, config: Config) -> tuple[int, dict]:
+    b, h, w, n, c = x.shape
+    steps = _STEPS if per_channel else 1
+    arguments = {
+        "grad": grad,
+        "x": x,
+        "out": out,
+        **strides(grad, "g", "bhwnc"),
+        **strides(x, "x", "bhwnc"),
+        "H": h,
+        "W": w,
+        "N": n,
+        "C": c,
+        "K": math.isqrt(out.shape[-1]),
+        "TAPS": power_of_2(out.shape[-1]),
+        "STEPS": steps,
+        "PER_CHANNEL": per_channel,
+        "BLOCK_P": config.block_m,
+        "BLOCK_C": config.block_n,
+    }
+    return b * n * -(-c // config.block_n) * -(-h * w // (config.block_m * steps)), arguments
+
+
+@torch.library.custom_op("visattn::stencil", mutates_args=())
+def _stencil(x: Tensor, weights: Tensor, transposed: bool) -> Tensor:
+    from visattn.ops.fused.stencil_kernels import stencil_kernel
+
+    def run(config: Config) -> tuple[Tensor]:
+        out = x.new_empty(x.shape)
+        programs, arguments = _stencil_launch(x, weights, out, transposed, config)
+        stencil_kernel[(programs,)](**arguments, num_warps=config.num_warps, num_stages=config.num_stages)
+        return (out,)
+
+    key = _shape_class(x, weights, weights.ndim, transposed)
+    with torch.cuda.device_of(x):
+        return run_tuned("stencil", key, x.device, _candidates(x, whole=False), run)[0]
+
+
+@_stencil.register_fake
+def _(x: Tensor, weights: Tensor, transposed: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("visattn::stencil_weights", mutates_args=())
+def _stencil_weights(grad: Tensor, x: Tensor, taps: int, per_channel: bool, dtype: torch.dtype) -> Tensor:
+    from visattn.ops.fused.stencil_kernels import stencil_weights_kernel
+
+    b, h, w, n, c = x.shape
+
+    def run(config: Config) -> tuple[Tensor]:
+        if per_channel:
+            parts = -(-h * w // (config.block_m * _STEPS))
+            out = x.new_empty((b, parts, n, c, taps), dtype=torch.float32)
+        else:
+            out = x.new_empty((b, h, w, n, taps), dtype=dtype)
+        programs, arguments = _weights_launch(grad, x, out, per_channel, config)
+        stencil_weights_kernel[(programs,)](**arguments, num_warps=config.num_warps, num_stages=config.num_stages)
+        return (out.sum(1).to(dtype) if per_channel else out,)
+
+    key = _shape_class(x, grad, taps, per_channel, dtype)
+    with torch.cuda.device_of(x):
+        return run_tuned("stencil_weights", key, x.device, _candidates(x, whole=not per_channel), run)[0]
+
+
+@_stencil_weights.register_fake
+def _(grad: Tensor, x: Tensor, taps: int, per_channel: bool, dtype: torch.dtype) -> Tensor:
+    b, h, w, n, c = x.shape
+    return x.new_empty((b, n, c, taps) if per_channel else (b, h, w, n, taps), dtype=dtype)
+
+
+class _Stencil(torch.autograd.Function):
+    """S, or its transpose."""
+
+    @staticmethod
+    def forward(x: Tensor, weights: Tensor, transposed: bool) -> Tensor:
+        return torch.ops.visattn.stencil(x, weights, transposed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.transposed = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weights = ctx.saved_tensors
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = _Stencil.apply(grad, weights, not ctx.transposed)
+        if ctx.needs_input_grad[1]:
+            pair = (x, grad) if ctx.transposed else (grad, x)
+            dw = _StencilWeights.apply(*pair, weights.shape[-1], weights.ndim == 4, weights.dtype)
+        return dx, dw, None
+
+
+class _StencilWeights(torch.autograd.Function):
+    """G."""
+
+    @staticmethod
+    def forward(grad: Tensor, x: Tensor, taps: int, per_channel: bool, dtype: torch.dtype) -> Tensor:
+        return torch.ops.visattn.stencil_weights(grad, x, taps, per_channel, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
+        grad, x = ctx.saved_tensors
+        dgrad = _Stencil.apply(x, weights, False) if ctx.needs_input_grad[0] else None
+        dx = _Stencil.apply(grad, weights, True) if ctx.needs_input_grad[1] else None
+        return dgrad, dx, None, None, None
+
+
+def _check_taps(taps: int) -> None:
+    size = math.isqrt(taps)
+    if size * size != taps or size % 2 == 0:
+        raise ValueError(f"expected K * K weights of a neighbourhood with an odd K, got {taps}")
+
+
+def mix_neighbours(v: Tensor, weights: Tensor) -> Tensor:
+    """out[p] = sum_j weights[p, j] v[p + d_j]: every position and head has its own weights.
+
+    Differentiable in both, any number of times. Neighbours lie row by row; outside the map they are zero.
+
+    Args:
+        v: [B, H, W, N, Dv]. Any strides.
+        weights: [B, H, W, N, K * K], K odd, of v's dtype or float32. Any strides.
+
+    Returns:
+        [B, H, W, N, Dv] of v's dtype.
+
+    Raises:
+        ValueError: Shapes that do not fit.
+    """
+    if v.ndim != 5 or weights.ndim != 5 or weights.shape[:4] != v.shape[:4]:
+        raise ValueError(
+            f"expected v [B, H, W, N, Dv] and weights [B, H, W, N, K * K], got {tuple(v.shape)} and "
+            f"{tuple(weights.shape)}"
+        )
+    _check_taps(weights.shape[-1])
+    return _Stencil.apply(v, weights, False)
+
+
+def dynamic_conv(x: Tensor, kernels: Tensor) -> Tensor:
+    """Depthwise cross-correlation of every sample with kernels of its own, zero padding.
+
+    Differentiable in both, any number of times.
+
+    Args:
+        x: [B, H, W, C]. Any strides.
+        kernels: [B, C, K * K], rows first, K odd. Any strides.
+
+    Returns:
+        [B, H, W, C] of x's dtype.
+
+    Raises:
+        ValueError: Shapes that do not fit.
+    """
+    if x.ndim != 4 or kernels.ndim != 3 or kernels.shape[:2] != (x.shape[0], x.shape[3]):
+        raise ValueError(
+            f"expected x [B, H, W, C] and kernels [B, C, K * K], got {tuple(x.shape)} and {tuple(kernels.shape)}"
+        )
+    _check_taps(kernels.shape[-1])
+    return _Stencil.apply(x.unsqueeze(3), kernels.unsqueeze(1), False).squeeze(3)
+
+
+def ahead_of_time() -> list[Launch]:
+    """Launches to compile without a GPU: TransNeXt's heads of 24 channels, InLine's convolution, and float32."""
+    from visattn.ops.fused.stencil_kernels import stencil_kernel, stencil_weights_kernel
+
+    launches = []
+    problems = (
+        (torch.bfloat16, torch.bfloat16, (2, 56, 56, 2, 24), (2, 56, 56, 2, 9)),
+        (torch.bfloat16, torch.float32, (2, 28, 28, 4, 32), (2, 28, 28, 4, 9)),
+        (torch.bfloat16, torch.bfloat16, (2, 56, 56, 1, 96), (2, 1, 96, 9)),
+        (torch.float32, torch.float32, (2, 14, 14, 1, 64), (2, 1, 64, 25)),
+    )
+    for dtype, weights_dtype, size, weights_size in problems:
+        x, grad = (torch.empty(size, dtype=dtype, device="meta") for _ in range(2))
+        weights = torch.empty(weights_size, dtype=weights_dtype, device="meta")
+        per_channel = weights.ndim == 4
+        for transposed in (False, True):
+            config = _candidates(x, whole=False)[0]
+            _, arguments = _stencil_launch(x, weights, grad, transposed, config)
+            launches.append(describe(stencil_kernel, arguments, config.num_warps, config.num_stages))
+        config = _candidates(x, whole=not per_channel)[0]
+        _, arguments = _weights_launch(grad, x, weights, per_channel, config)
+        launches.append(describe(stencil_weights_kernel, arguments, config.num_warps, config.num_stages))
+    return launches
