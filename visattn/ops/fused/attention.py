@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from visattn.ops.fused.launch import launch, power_of_2
@@ -22,6 +21,7 @@ from visattn.ops.geometry import AnyAxis, padded_rows
 
 # Programs that a reduction is cut into, if it has the work. No property of a GPU, so that sums have one order on all.
 _SPLIT = 512
+LOG2E = 1.4426950408889634  # the kernels' logits are in units in which exp2 makes the weights
 _TENSORS = ("q", "k", "v", "bias", "terms", "extra_k", "extra_v", "extra_bias", "weight")
 
 
@@ -29,14 +29,13 @@ def _block(channels: int) -> int:
     return max(16, power_of_2(channels))
 
 
-def _configs(rows: int, columns: int, channels: int, backward: bool = False) -> list[Config]:
-    """Candidates for tiles of so many rows and columns; the first is the default."""
+def _configs(rows: int, columns: int, channels: int, sums: int = 1) -> list[Config]:
+    """Candidates for tiles of so many rows and columns in a kernel with so many sums; the first is the default."""
     held = min(padded_rows(rows), 64)
-    warps = 2 if held == 16 or (held == 32 and not backward) else 4
-    # Few padded columns in few steps; many columns hold many registers, of which a backward pass needs twice as many.
-    most = 64 if backward or channels > 64 else 128
-    sizes = [n for n in (16, 32, 64, 128) if n <= most]
-    sizes.sort(key=lambda n: _ceil(columns, n) * (n + 8) + (n == most) * 32)
+    warps = 2 if held == 16 or (held == 32 and sums == 1) else 4
+    # Few padded columns in few steps, as far as registers go: a backward pass needs twice as many, and more sums more.
+    sizes = [n for n in (16, 32, 64, 128) if n <= 64 or (sums == 1 and channels <= 64)]
+    sizes.sort(key=lambda n: (n > (32 if sums == 3 else 64), _ceil(columns, n) * (n + 40)))
     found = [Config(held, n, w, s) for n in sizes for w, s in ((warps, 2), (warps, 3), (2 * warps, 2), (warps, 1))]
     if rows > 64:
         found += [Config(128, n, 8, 2) for n in sizes[:2]]
@@ -124,17 +123,24 @@ class _Call:
         """The least token of a key that takes part."""
         return -1 if self.zero_keys else 0
 
+    @functools.cached_property
+    def checked(self) -> bool:
+        """Whether keys are to be checked for taking part: position tiles hide places that no key has, not holes."""
+        if self.index is not None:
+            return True
+        found, added = self.tiles(False)
+        return added is None or (found.has_holes and not self.zero_keys)
+
     def tiles(self, keys_hold: bool) -> tuple[Tiling, Tensor | None]:
         """Tiles of one direction and the numbers added to their logits."""
         found = tiling(self.axes, keys_hold, self.q.device, 0 if keys_hold else self.extra)
         if self.bias is not None and self.is_full(self.bias):
             bias = self.bias.mT if keys_hold else self.bias
-            added = F.pad(bias.detach().to(self.q.dtype), (0, found.columns.shape[1] - bias.shape[2]))[None]
-            return found, added.contiguous()
+            return found, found.pad(bias.detach()[None] * LOG2E, self.q.dtype)
         if self.bias is None and not found.masked:
             return found, None
         bias = None if self.bias is None else self.bias.detach()
-        return found, found.position_tiles(bias, self.q.dtype)
+        return found, found.position_tiles(None if bias is None else bias * LOG2E, self.q.dtype)
 
     def is_full(self, bias: Tensor) -> bool:
         """Whether a bias [N, queries, keys] has a number for each pair instead of an entry per displacement."""
@@ -190,7 +196,7 @@ def _run_forward(call: _Call) -> tuple[Tensor, Tensor]:
             call.queries, call.heads, len(rows), m, u, call.extra, 1 if tiles is None else tiles.shape[1],
             call.index.shape[1] if listed else 1, topk, call.scale,
             TERMS=call.width, SEGMENT=u if listed else 0, BIASED=tiles is not None,
-            WEIGHTED=call.weight is not None, LOWEST=call.lowest, EXTRA=extra,
+            WEIGHTED=call.weight is not None, LOWEST=call.lowest, CHECKED=call.checked, EXTRA=extra,
             EXTRA_BIASED=call.extra_bias is not None, **call.options(),
         )  # fmt: skip
         return out, lse
@@ -232,7 +238,7 @@ def _run_backward_queries(
             call.queries, call.heads, len(rows), m, u, call.extra, 1 if tiles is None else tiles.shape[1],
             call.index.shape[1] if listed else 1, topk, call.scale,
             TERMS=call.width, SEGMENT=u if listed else 0, BIASED=tiles is not None,
-            WEIGHTED=call.weight is not None, LOWEST=call.lowest, EXTRA=extra,
+            WEIGHTED=call.weight is not None, LOWEST=call.lowest, CHECKED=call.checked, EXTRA=extra,
             EXTRA_BIASED=call.extra_bias is not None, HAS_LSE=grad_lse is not None, **call.options(),
         )  # fmt: skip
         if grad_weight is not None:
@@ -241,7 +247,7 @@ def _run_backward_queries(
                 grad_weight = grad_weight.sum(1, keepdim=True)
         return tuple(x for x in (delta, grad_q, grad_terms, grad_weight) if x is not None)
 
-    candidates = _configs(m, total, call.dim, backward=True)
+    candidates = _configs(m, total, call.dim, sums=2)
     return run_tuned("attention_backward_queries", (*call.shape_class, m, total), call.q.device, candidates, run)
 
 
@@ -284,7 +290,7 @@ def _run_backward_keys(call: _Call, grad: Tensor, lse: Tensor, delta: Tensor) ->
         return grad_k, grad_v
 
     total = u if listed is None else u * max(1, entries // len(rows))
-    candidates = _configs(m, total, call.dim, backward=True)
+    candidates = _configs(m, total, call.dim, sums=3)
     shape_class = (*call.shape_class, m, total)
     grad_k, grad_v = run_tuned("attention_backward_keys", shape_class, call.q.device, candidates, run)
     return grad_k, grad_v
@@ -307,11 +313,11 @@ def _run_backward_tiles(call: _Call, grad: Tensor, lse: Tensor, delta: Tensor) -
             found.rows, found.columns, found.kind, tiles, found.members, found.first,
             *_strides(call.q, call.k, call.v, grad),
             call.images, call.queries, call.heads, found.kinds, m, u, splits, call.scale,
-            LOWEST=call.lowest, **call.options(),
+            LOWEST=call.lowest, CHECKED=call.checked, **call.options(),
         )  # fmt: skip
         return (partial.sum(0),)
 
-    candidates = [c for c in _configs(m, u, call.dim, backward=True) if c.block_n <= 64]
+    candidates = [c for c in _configs(m, u, call.dim, sums=2) if c.block_n <= 64]
     (summed,) = run_tuned("attention_backward_tiles", (*call.shape_class, m, u), call.q.device, candidates, run)
     if call.is_full(call.bias):
         return summed[0, ..., : call.bias.shape[2]].to(call.bias.dtype)
@@ -337,7 +343,7 @@ def _run_backward_extra(call: _Call, grad: Tensor, lse: Tensor, delta: Tensor) -
         )  # fmt: skip
         return tuple(x.sum(0).to(call.q.dtype) for x in parts)
 
-    candidates = _configs(call.extra, call.queries, call.dim, backward=True)
+    candidates = _configs(call.extra, call.queries, call.dim, sums=3)
     shape_class = (*call.shape_class, call.queries, call.extra)
     grad_k, grad_v = run_tuned("attention_backward_extra", shape_class, call.q.device, candidates, run)
     return grad_k, grad_v
@@ -359,7 +365,7 @@ def _run_backward_extra_bias(call: _Call, grad: Tensor, lse: Tensor, delta: Tens
         )  # fmt: skip
         return (found,)
 
-    candidates = [c for c in _configs(call.queries, call.extra, call.dim, backward=True) if c.block_n <= 64]
+    candidates = [c for c in _configs(call.queries, call.extra, call.dim, sums=2) if c.block_n <= 64]
     shape_class = (*call.shape_class, call.queries, call.extra)
     (found,) = run_tuned("attention_backward_extra_bias", shape_class, call.q.device, candidates, run)
     shared = [a for a in (1, 2, 3) if call.extra_bias.shape[a] == 1 and found.shape[a] > 1]

@@ -4,7 +4,8 @@ A program holds `ROWS` rows of a tile and streams the tile's columns, `COLUMNS` 
 queries and columns keys, in `keys_kernel` it is the reverse. Where rows and columns lie is read from tables of tokens.
 
 Shapes: maps are [B, tokens, N, D] with strides for image (b), token (t) and head (n) and channel stride 1; results are
-contiguous. T tiles of M rows and U columns. Logits are kept times log2(e), so that `exp2` makes the weights.
+contiguous. T tiles of M rows and U columns. Logits are kept times log2(e), so that `exp2`
+makes the weights; position tiles come that way.
 """
 
 from __future__ import annotations
@@ -97,12 +98,11 @@ def spread_of(codes, TERMS: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def add_tile(s, tiles, base, row, column, M, U, step, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """s plus the numbers [M, U] at `base` of the position tiles."""
+    """s plus the numbers [M, U] at `base` of the position tiles, -inf around them."""
     if BIASED:
         u = step + tl.arange(0, COLUMNS)
         keep = (row < M)[:, None] & (u < U)[None, :]
-        added = tl.load(tiles + base + row[:, None] * U + u[None, :], mask=keep, other=0.0)
-        s += added.to(tl.float32) * 1.4426950408889634
+        s += tl.load(tiles + base + row[:, None] * U + u[None, :], mask=keep, other=float("-inf")).to(tl.float32)
     return s
 
 
@@ -113,7 +113,7 @@ def queries_forward_kernel(
     q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, ek_b, ek_t, ek_n, ev_b, ev_t, ev_n, eb_b, eb_t, eb_n, eb_e,
     queries, heads, number, M, U, extra, tile_heads, listed_heads, topk, scale,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, TERMS: tl.constexpr,
-    SEGMENT: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr, LOWEST: tl.constexpr,
+    SEGMENT: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr, LOWEST: tl.constexpr, CHECKED: tl.constexpr,
     EXTRA: tl.constexpr, EXTRA_BIASED: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -155,7 +155,8 @@ def queries_forward_kernel(
             u = step + tl.arange(0, COLUMNS)
             spread = spread_of(tl.load(codes + tile * U + u, mask=u < U, other=0), TERMS, term.dtype)
             s += tl.dot(term, tl.trans(spread), input_precision=PRECISION) * LOG2E
-        s = tl.where((other >= LOWEST)[None, :], s, float("-inf"))
+        if CHECKED:
+            s = tl.where((other >= LOWEST)[None, :], s, float("-inf"))
         higher = tl.maximum(most, tl.max(s, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         p = tl.exp2(s - shift[:, None])
@@ -202,7 +203,7 @@ def queries_backward_kernel(
     ek_b, ek_t, ek_n, ev_b, ev_t, ev_n, eb_b, eb_t, eb_n, eb_e,
     queries, heads, number, M, U, extra, tile_heads, listed_heads, topk, scale,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, TERMS: tl.constexpr,
-    SEGMENT: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr, LOWEST: tl.constexpr,
+    SEGMENT: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr, LOWEST: tl.constexpr, CHECKED: tl.constexpr,
     EXTRA: tl.constexpr, EXTRA_BIASED: tl.constexpr, HAS_LSE: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -254,7 +255,8 @@ def queries_backward_kernel(
             u = step + tl.arange(0, COLUMNS)
             spread = spread_of(tl.load(codes + tile * U + u, mask=u < U, other=0), TERMS, term.dtype)
             s += tl.dot(term, tl.trans(spread), input_precision=PRECISION) * LOG2E
-        s = tl.where((other >= LOWEST)[None, :], s, float("-inf"))
+        if CHECKED:
+            s = tl.where((other >= LOWEST)[None, :], s, float("-inf"))
         p = tl.exp2(s - total_lse[:, None])
         if WEIGHTED:
             ds = p * (gv * factor[None, :] - less[:, None])
@@ -360,7 +362,7 @@ def tiles_backward_kernel(
     rows, columns, kind, tiles, members, first_member,
     q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, g_b, g_t, g_n,
     images, queries, heads, kinds, M, U, splits, scale,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, LOWEST: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, LOWEST: tl.constexpr, CHECKED: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -397,7 +399,8 @@ def tiles_backward_kernel(
         total_lse = take_number(lse + line, token, heads, float("inf"), WIDE) * LOG2E
         less = take_number(delta + line, token, heads, 0.0, WIDE)
         s = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E) + added
-        s = tl.where((other >= LOWEST)[None, :], s, float("-inf"))
+        if CHECKED:
+            s = tl.where((other >= LOWEST)[None, :], s, float("-inf"))
         p = tl.exp2(s - total_lse[:, None])
         acc += p * (tl.dot(cotangent, tl.trans(value), input_precision=PRECISION) - less[:, None])
     u = step + tl.arange(0, COLUMNS)

@@ -27,7 +27,7 @@ def _config(elements: int, positions: int, block_c: int, num_warps: int) -> Conf
 def _candidates(x: Tensor, whole: bool) -> list[Config]:
     """With `whole`, a tile holds all channels of a head."""
     positions, channels = x.shape[1] * x.shape[2], power_of_2(x.shape[4])
-    sizes = ((2048, 64, 4), (4096, 64, 4), (1024, 64, 4), (2048, 32, 4), (8192, 128, 8))
+    sizes = ((2048, 64, 4), (4096, 64, 4), (1024, 64, 4), (2048, 32, 4), (4096, 128, 8))
     found = [_config(n, positions, channels if whole else min(channels, c), warps) for n, c, warps in sizes]
     return list(dict.fromkeys(found))
 

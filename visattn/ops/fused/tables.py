@@ -81,6 +81,11 @@ class Tiling:
     def kinds(self) -> int:
         return len(self.first) - 1
 
+    @functools.cached_property
+    def has_holes(self) -> bool:
+        """Whether some tile has a column at a place outside the map."""
+        return bool((self.columns == OUTSIDE).any())
+
     @property
     def masked(self) -> bool:
         """Whether some row and column of a tile do not see each other."""
@@ -102,8 +107,11 @@ class Tiling:
         for a, cut in enumerate(self.cuts):
             hidden = zero.new_zeros(cut.pattern.shape).masked_fill((cut.pattern < 0).to(device), float("-inf"))
             table = table + hidden.view((1,) * (1 + 3 * a) + cut.pattern.shape + (1,) * (3 * (axes - 1 - a)))
-        table = _interleave(table, axes)
-        return F.pad(table, (0, self.columns.shape[1] - table.shape[-1]), value=float("-inf")).contiguous()
+        return self.pad(_interleave(table, axes), dtype)
+
+    def pad(self, tiles: Tensor, dtype: torch.dtype) -> Tensor:
+        """[..., U] from fewer columns, hidden ones behind."""
+        return F.pad(tiles.to(dtype), (0, self.columns.shape[1] - tiles.shape[-1]), value=float("-inf")).contiguous()
 
     def position_gradient(self, grad: Tensor, entries: Sequence[int]) -> Tensor:
         """[N, entries per axis] from the gradient [kinds, N, M, U] of `position_tiles`, summed in one fixed order."""

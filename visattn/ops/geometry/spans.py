@@ -187,7 +187,8 @@ def _even(length: int, size: int) -> int:
 def tile_plan(axes: Sequence[Spans], extra: int = 0) -> tuple[Cut, ...]:
     """Cut all axes into the tiles that cost least: pairs of a padded tile, and loads of its keys for every 64 rows.
 
-    A key that is loaded counts as 64 pairs; every tile meets `extra` more keys. Larger tiles win ties.
+    Keys come in steps of 16, 32 or 64. A key that is loaded counts as 64 pairs, and so does each of 64 rows once; every
+    tile meets `extra` more keys. Larger tiles win ties.
     """
     options: list[list[tuple[int, Cut]]] = []
     for axis in axes:
@@ -199,7 +200,8 @@ def tile_plan(axes: Sequence[Spans], extra: int = 0) -> tuple[Cut, ...]:
 
     def cost(cuts: Sequence[Cut]) -> int:
         tiles, rows = math.prod(len(c.query) for c in cuts), padded_rows(math.prod(c.query.shape[1] for c in cuts))
-        keys = -(-math.prod(c.key.shape[1] for c in cuts) // 16) * 16 + extra
-        return tiles * keys * (rows + 64 * -(-rows // 64))
+        keys = padded_rows(math.prod(c.key.shape[1] for c in cuts)) + extra
+        blocks = -(-rows // 64)
+        return tiles * (keys * (rows + 64 * blocks) + 64 * 64 * blocks)
 
     return min((tuple(cut for _, cut in choice) for choice in itertools.product(*options)), key=cost)
