@@ -36,6 +36,13 @@ def test_walls(path):
         assert not [name for name in families if not name.split(".")[2].startswith("_")], "a family imports another"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "visattn" / "ops" / "fused").glob("*.py")), ids=lambda p: p.name)
+def test_the_fused_core_knows_no_op(path):
+    own = ("fused", "geometry", "registration", "checks")
+    found = [name.split(".")[2] for name in imports(path) if name.startswith("visattn.ops.")]
+    assert not [room for room in found if room not in own]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_assert_for_users(path):
     assert not [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]

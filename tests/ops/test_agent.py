@@ -180,7 +180,7 @@ CALL = shapes_of((2, 3), (4,), 2, 4, 3, 9)
         ({"agent_bias": torch.zeros(2, 9, 6)}, ValueError, r"expected agent_bias \(2, 9, 4\) without .* \(2, 9, 6\)"),
         ({"query_bias": torch.zeros(1, 6, 9)}, ValueError, r"expected query_bias \(2, 6, 9\)"),
         ({"agents": torch.zeros(2, 9, 2, 4).double()}, TypeError, "one floating dtype"),
-        ({"backend": "cuda"}, BackendError, "expected backend 'auto', 'eager', 'reference'; got 'cuda'"),
+        ({"backend": "cuda"}, BackendError, "expected backend 'auto', 'triton', 'eager', 'reference'; got 'cuda'"),
     ],
 )
 def test_mistakes_are_named(change, error, message):

@@ -259,7 +259,7 @@ def test_memory_is_linear_in_tokens(monkeypatch):
         ({"tokens": torch.zeros(2, 9, 4)}, ValueError, r"expected tokens \(2, 4, 9\)"),
         ({"k": torch.zeros(1, 8, 8, 2, 4)}, ValueError, r"expected k \(1, 8, 9, 2, 4\)"),
         ({"v": torch.zeros(1, 8, 9, 2, 4).double()}, TypeError, "one floating dtype"),
-        ({"backend": "cuda"}, BackendError, "expected backend 'auto', 'eager', 'reference'; got 'cuda'"),
+        ({"backend": "cuda"}, BackendError, "expected backend 'auto', 'triton', 'eager', 'reference'; got 'cuda'"),
     ],
 )
 def test_mistakes_are_named(change, error, message):

@@ -32,3 +32,13 @@ def test_an_explicit_backend_raises_its_reason():
 def test_no_backend_left():
     with pytest.raises(BackendError, match="no requested backend can run"):
         Dispatcher("op", (FAST,))("auto", 9)
+
+
+def test_auto_passes_over_what_only_runs_on_request():
+    shy = Backend("shy", always, lambda n: ("shy", n), lambda n: None if n == 1 else "only on request")
+    op = Dispatcher("op", (shy, SLOW))
+    assert op("auto", 1) == ("shy", 1)
+    with explain() as decisions:
+        assert op("auto", 2) == ("slow", 2)
+    assert decisions[0].refusals == {"shy": "only on request"}
+    assert op("shy", 2) == ("shy", 2)

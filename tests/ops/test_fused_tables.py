@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.ops.test_spans import any_axis, definition, pairs, thorough
+from tests.ops.test_spans import any_axis, definition, outside, pairs, thorough
 from visattn.ops.fused.tables import STEP, add_up, decode, encode, regions, select, tiling
 from visattn.ops.geometry import NONE, OUTSIDE, Axis, Clipped, Halo, Partition, Whole, spans
 
@@ -71,6 +71,13 @@ def test_tables_are_the_product_of_axes(axes, keys_hold):
     assert torch.equal(none.double()[:, 0], torch.where(added[:, 0].isfinite(), 0, float("-inf")))
     hidden = (added[found.kind.long(), 0] == float("-inf")) & (found.rows >= 0)[..., None]
     assert found.masked == bool((hidden & (found.columns != NONE)[:, None]).any())
+
+
+@pytest.mark.parametrize("axes", TILED.values(), ids=TILED)
+def test_tilings_know_of_holes(axes):
+    found = tiling(axes, False, CPU)
+    assert found.has_holes or not any(outside(axis).any() for axis in axes)
+    assert found.has_holes == any(bool((cut.key == OUTSIDE).any()) for cut in found.cuts)
 
 
 @each_tiling

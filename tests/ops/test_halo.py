@@ -210,7 +210,7 @@ def test_pairs_are_those_of_the_geometry():
         ({"q": torch.zeros(8, 4)}, ValueError, r"expected q \[B, H', W', N, D\]"),
         ({"rel_h": torch.zeros(11, 5)}, ValueError, r"expected rel_h \(11, 4\)"),
         ({"rel_w": torch.zeros(12, 4)}, ValueError, r"expected rel_w \(11, 4\)"),
-        ({"backend": "cuda"}, BackendError, "expected backend 'auto', 'eager', 'reference'; got 'cuda'"),
+        ({"backend": "cuda"}, BackendError, "expected backend 'auto', 'triton', 'eager', 'reference'; got 'cuda'"),
     ],
 )
 def test_mistakes_are_named(change, error, message):

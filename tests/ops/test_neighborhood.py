@@ -174,7 +174,7 @@ def test_one_query_attends_to_one_key_when_kernel_is_one():
             ValueError,
             "broadcastable",
         ),
-        ({"backend": "cuda"}, BackendError, "expected backend 'auto', 'eager', 'reference'; got 'cuda'"),
+        ({"backend": "cuda"}, BackendError, "expected backend 'auto', 'triton', 'eager', 'reference'; got 'cuda'"),
     ],
 )
 def test_mistakes_are_named(change, error, message):

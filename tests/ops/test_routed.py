@@ -136,7 +136,7 @@ def test_only_the_inputs_are_kept_for_the_backward_pass(monkeypatch):
         ({"k": torch.zeros(1, 4, 6, 2, 5)}, ValueError, "expected q"),
         ({"v": torch.zeros(1, 4, 5, 2, 4)}, ValueError, r"expected v \[B, Hk, Wk, N, Dv\]"),
         ({"v": torch.zeros(1, 4, 6, 2, 4, dtype=torch.float64)}, TypeError, "one floating dtype"),
-        ({"backend": "cuda"}, BackendError, "expected backend 'auto', 'eager', 'reference'; got 'cuda'"),
+        ({"backend": "cuda"}, BackendError, "expected backend 'auto', 'triton', 'eager', 'reference'; got 'cuda'"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(change, error, message):

@@ -159,7 +159,7 @@ def test_partitions_cover_an_axis():
         ({"v": torch.zeros(1, 8, 9, 2, 4, dtype=torch.float64)}, TypeError, "one floating dtype"),
         ({"q": torch.zeros(8, 4)}, ValueError, "1 to 3 spatial axes"),
         ({"bias": torch.zeros(2, 13, 12)}, ValueError, r"expected bias \(2, 13, 13\)"),
-        ({"backend": "cuda"}, BackendError, "expected backend 'auto', 'eager', 'reference'; got 'cuda'"),
+        ({"backend": "cuda"}, BackendError, "expected backend 'auto', 'triton', 'eager', 'reference'; got 'cuda'"),
     ],
 )
 def test_mistakes_are_named(change, error, message):

@@ -35,7 +35,7 @@ def agent_attention(
         agent_bias: Added to the agents' logits, [N, A, M].
         query_bias: Added to the queries' logits, [N, L, A].
         scale: Factor of both products. Default: D ** -0.5.
-        backend: "auto", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
+        backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
 
     Returns:
         [B, *spatial, N, Dv] of v's dtype.

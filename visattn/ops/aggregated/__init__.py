@@ -57,7 +57,7 @@ def aggregated_attention(
         local_bias: Added to the logits of neighbours [N, K * K], row by row.
         tokens: Learnable tokens [N, D, K * K]: q tokens, with q of length 1, is added to the weights of neighbours.
         token_bias: [N, K * K], added to the weights of neighbours.
-        backend: "auto", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
+        backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
 
     Returns:
         [B, H, W, N, Dv] of pool_v's dtype.

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from visattn.ops.fused.tuning import Config
 
+# Multiplying and adding in one instruction is the default up to Triton 3.9, and no longer after it.
+OPTIONS = {"enable_fp_fusion": True}
 _POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -37,7 +39,7 @@ class Launch(NamedTuple):
         from triton.compiler import ASTSource
 
         source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, **OPTIONS}
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -103,4 +105,5 @@ def launch(kernel: Any, programs: int, config: Config, *args: Any, **constants: 
     if _recorded:
         _recorded[-1].append(describe(kernel, arguments, config.num_warps, config.num_stages))
     else:
-        kernel[(programs,)](**arguments, num_warps=config.num_warps, num_stages=config.num_stages)
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **OPTIONS}
+        kernel[(programs,)](**arguments, **options)

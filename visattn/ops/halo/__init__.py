@@ -42,7 +42,7 @@ def halo_attention(
         mask_border: True: keys outside the map take no part (the paper). False: they take part with k = v = 0, so that
             their logit is the relative term (timm's trained weights).
         scale: Factor of q k^T. Default: D ** -0.5.
-        backend: "auto", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
+        backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
 
     Returns:
         [B, ceil(H / stride), ceil(W / stride), N, Dv] of v's dtype.

@@ -48,7 +48,7 @@ def neighborhood_attention(
         extra_bias: Added to the logits of the extra keys; broadcastable to [B, *spatial, N, E].
         scale: Factor of q k^T. Default: D ** -0.5.
         return_lse: Also return the natural log of the sum of the exponentials of the logits.
-        backend: "auto", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
+        backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
 
     Returns:
         [B, *spatial, N, Dv] of v's dtype; with `return_lse` also [B, *spatial, N], float32 (float64 for float64).

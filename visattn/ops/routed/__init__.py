@@ -39,7 +39,7 @@ def routed_attention(
         weight: Factors like `index` of the keys and values of each listed region. None: no factors.
         mask_border: What a partial key region lacks takes no part (True), or takes part with k = v = 0 (False).
         scale: Factor of q k^T. Default: D ** -0.5.
-        backend: "auto", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
+        backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
 
     Returns:
         [B, H, W, N, Dv] of v's dtype.

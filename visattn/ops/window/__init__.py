@@ -37,7 +37,7 @@ def window_attention(
         bias: Relative position table [N, 2 * window_size - 1 per axis]; entry `window_size - 1` is displacement 0 (key
             - query, in ranks inside the window).
         scale: Factor of q k^T. Default: D ** -0.5.
-        backend: "auto", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
+        backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
 
     Returns:
         [B, *spatial, N, Dv] of v's dtype.

@@ -1,0 +1,96 @@
+"""The kernels compile for GPUs that are not here, to the instructions that they are written for."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).parents[2] / "tools/kernel_report.py"
+SPILLED = 128  # bytes of stack that a thread may have
+PRODUCTS = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
+# Between them every kernel and every option of one; each is compiled for one GPU by the fast tests, some for all.
+EVERY = {90: None, 80: ("neighborhood, bias", "halo", "stencil"), 100: ("neighborhood, bias", "aggregated", "linear")}
+
+
+def compiled(folder, *argv):
+    """What tools/kernel_report.py writes. Apart from this process, whose kernels are for the interpreter."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env.update(TRITON_CACHE_DIR=str(folder / "cache"), OMP_NUM_THREADS="1")
+    command = [sys.executable, str(TOOL), *argv, "--out", str(folder / "kernels")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    files = sorted(folder.glob("kernels_sm*.json"))
+    assert len(list(folder.glob("kernels_sm*.md"))) == len(files)
+    return [result for file in files for result in json.loads(file.read_text())["results"]]
+
+
+def check(results):
+    assert results
+    for result in results:
+        name, constants = (result["problem"], result["kernel"], result["dtype"]), result["constants"]
+        assert result["cubin"] > 1000, name
+        if result["dtype"] == "float32" and constants.get("PRECISION") == "ieee":
+            assert not result["products"], f"{name}: rounded to tf32"
+        elif constants.get("ROWS", 0) >= 64:
+            assert set(result["products"]) == {PRODUCTS[result["capability"]]}, name
+        elif result["problem"] != "stencil":
+            assert result["products"], name
+        if result["stack"] is not None and result["dtype"] != "float32":
+            assert result["stack"] <= SPILLED, name
+
+
+@pytest.fixture(scope="module")
+def bfloat16(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bfloat16")
+    found = []
+    for capability, problems in EVERY.items():
+        chosen = [] if problems is None else ["--problems", *problems]
+        found = compiled(folder, "--dtypes", "bfloat16", "--capabilities", str(capability), *chosen)
+    return found
+
+
+def test_bfloat16(bfloat16):
+    check(bfloat16)
+    assert {result["capability"] for result in bfloat16} == set(EVERY)
+    kernels = {"queries_forward", "queries_backward", "keys_backward", "tiles_backward", "extra_backward"}
+    kernels |= {"extra_bias_backward", "stencil", "stencil_weights", "outer", "apply"}
+    assert {result["kernel"] for result in bfloat16 if result["capability"] == 90} == kernels
+
+
+def test_float16_and_float32(tmp_path):
+    argv = ["--dtypes", "float16", "float32", "--capabilities", "90", "--problems"]
+    check(compiled(tmp_path, *argv, "neighborhood, bias", "linear"))
+
+
+@pytest.mark.parametrize("kernel", ["queries_forward", "queries_backward", "keys_backward", "extra_backward"])
+def test_heads_of_24_channels_are_copied_16_bytes_at_once(bfloat16, kernel):
+    (found,) = (x for x in bfloat16 if (x["problem"], x["kernel"], x["capability"]) == ("aggregated", kernel, 90))
+    assert found["constants"]["D"] == 24
+    # Lists of numbers, of 4 bytes each, are copied too where queries are streamed: their log-sum-exps and deltas.
+    numbers = 0 if kernel.startswith("queries") else 4
+    assert found["wide_copies"] >= 8
+    assert found["copies"] - found["wide_copies"] == numbers
+
+
+def test_options_of_the_kernels_are_among_them(bfloat16):
+    """So that no change of the problems leaves one out."""
+    ran = [result["constants"] for result in bfloat16 if "ROWS" in result["constants"]]
+    for option in ("WIDE", "WEIGHTED", "SEGMENT", "EXTRA", "EXTRA_BIASED", "TERMS", "BIASED", "HAS_LSE"):
+        assert {bool(c[option]) for c in ran if option in c} == {True, False}, option
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_every_launch(dtype, capability, tmp_path):
+    check(compiled(tmp_path, "--dtypes", dtype, "--capabilities", str(capability)))
+
+
+def test_interpreted_kernels_are_refused():
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, str(TOOL)], env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "try without TRITON_INTERPRET" in done.stdout
