@@ -1,4 +1,4 @@
-"""What only a GPU shows of the Triton backends: real sizes in bfloat16, memory, offsets beyond 32 bits, what auto takes."""
+"""What only a GPU shows of the Triton backends: real sizes in bfloat16, memory, offsets beyond 32 bits, models."""
 
 import pytest
 import timm
@@ -20,43 +20,31 @@ def maps(batch, size, heads, dim, dtype=torch.bfloat16):
     return qkv, qkv.unbind(-3)
 
 
+# size, heads, head dim, op, arguments, entries per axis of a position table
 CALLS = {
-    "neighborhood 56": ((56, 56), 2, 32, lambda q, k, v, b: ops.neighborhood_attention(q, k, v, 7, bias=b(13), backend=b.use)),
-    "neighborhood 57x75": ((57, 75), 1, 24, lambda q, k, v, b: ops.neighborhood_attention(q, k, v, 13, 2, backend=b.use)),
-    "dilated 56": ((56, 56), 2, 32, lambda q, k, v, b: ops.neighborhood_attention(q, k, v, 7, 8, bias=b(13), backend=b.use)),
-    "window 56": ((56, 56), 2, 32, lambda q, k, v, b: ops.window_attention(q, k, v, 7, bias=b(13), backend=b.use)),
-    "window 12": ((48, 50), 4, 32, lambda q, k, v, b: ops.window_attention(q, k, v, 12, 6, bias=b(23), backend=b.use)),
-    "grid 56": ((56, 56), 2, 32, lambda q, k, v, b: ops.window_attention(q, k, v, 7, grid=True, bias=b(13), backend=b.use)),
-    "halo 32": ((32, 32), 4, 32, lambda q, k, v, b: ops.halo_attention(q, k, v, 8, 3, mask_border=False, backend=b.use)),
-    "routed 28": ((28, 28), 4, 32, lambda q, k, v, b: ops.bilevel_routing_attention(q, k, v, 7, 4, backend=b.use)),
-}  # fmt: skip
-
-
-class Table:
-    """Makes a position table of the call's heads, the same for every backend."""
-
-    def __init__(self, use, heads):
-        self.use, self.heads = use, heads
-
-    def __call__(self, entries):
-        generator = torch.Generator().manual_seed(entries)
-        table = torch.randn(self.heads, entries, entries, generator=generator).cuda()
-        self.made = table.requires_grad_()
-        return self.made
+    "neighborhood 56": ((56, 56), 2, 32, ops.neighborhood_attention, {"kernel_size": 7}, 13),
+    "neighborhood 57x75": ((57, 75), 1, 24, ops.neighborhood_attention, {"kernel_size": 13, "dilation": 2}, None),
+    "dilated 56": ((56, 56), 2, 32, ops.neighborhood_attention, {"kernel_size": 7, "dilation": 8}, 13),
+    "window 56": ((56, 56), 2, 32, ops.window_attention, {"window_size": 7}, 13),
+    "window 48x50": ((48, 50), 4, 32, ops.window_attention, {"window_size": 12, "shift": 6}, 23),
+    "grid 56": ((56, 56), 2, 32, ops.window_attention, {"window_size": 7, "grid": True}, 13),
+    "halo 32": ((32, 32), 4, 32, ops.halo_attention, {"block_size": 8, "halo_size": 3, "mask_border": False}, None),
+    "routed 28": ((28, 28), 4, 32, ops.bilevel_routing_attention, {"n_win": 7, "topk": 4}, None),
+}
 
 
 @pytest.mark.parametrize("call", CALLS)
 def test_real_sizes_in_bfloat16(call):
     """Against the eager backend in float64 on the same rounded inputs."""
-    size, heads, dim, run = CALLS[call]
+    size, heads, dim, op, args, entries = CALLS[call]
     qkv, _ = maps(2, size, heads, dim)
     cotangent = torch.randn(2, *size, heads, dim, device="cuda", dtype=torch.bfloat16)
+    tables = [] if entries is None else [torch.randn(heads, entries, entries, device="cuda")]
     found = []
-    for use, dtype in (("triton", torch.bfloat16), ("eager", torch.float64)):
-        leaf, table = qkv.detach().to(dtype).requires_grad_(), Table(use, heads)
-        out = run(*leaf.unbind(-3), table)
-        leaves = [leaf, *([table.made] if hasattr(table, "made") else [])]
-        found.append([out, *torch.autograd.grad(out, leaves, cotangent.to(dtype))])
+    for backend, dtype in (("triton", torch.bfloat16), ("eager", torch.float64)):
+        leaf, *bias = (x.detach().to(dtype).requires_grad_() for x in (qkv, *tables))
+        out = op(*leaf.unbind(-3), **args, **({"bias": bias[0]} if bias else {}), backend=backend)
+        found.append([out, *torch.autograd.grad(out, [leaf, *bias], cotangent.to(dtype))])
     for got, expected in zip(*found, strict=True):
         assert relative_error(got, expected) <= BFLOAT16
 

@@ -21,6 +21,7 @@ from visattn.ops.geometry import AnyAxis, padded_rows
 
 # Programs that a reduction is cut into, if it has the work. No property of a GPU, so that sums have one order on all.
 _SPLIT = 512
+_WIDE = 2**31  # numbers of an image from which offsets have 64 bits
 LOG2E = 1.4426950408889634  # the kernels' logits are in units in which exp2 makes the weights
 _TENSORS = ("q", "k", "v", "bias", "terms", "extra_k", "extra_v", "extra_bias", "weight")
 
@@ -75,9 +76,6 @@ class _Call:
         self.weight = None if weight is None else weight.contiguous()
         self.grad: Tensor | None = None  # of the output, in the backward pass
         self.extra = 0 if extra_k is None else extra_k.shape[1]
-        largest = max(x.numel() // max(1, len(x)) for x in (self.q, self.k, self.v))
-        spread = max(abs(x.stride(1)) * x.shape[1] for x in (self.q, self.k, self.v))
-        self.wide = max(largest, spread, self.queries * self.heads * max(self.dim, self.value_dim)) >= 2**31
         self.shape_class = (
             str(q.dtype).removeprefix("torch."),
             *([precision()] if q.dtype == torch.float32 else []),
@@ -104,6 +102,15 @@ class _Call:
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.q.dtype, device=self.q.device)
+
+    @functools.cached_property
+    def wide(self) -> bool:
+        """Whether places in an image need 64 bits, in one of the given tensors or of the contiguous results."""
+        given = (self.q, self.k, self.v, self.grad, self.extra_bias)
+        spans = [x.stride(1) * x.shape[1] for x in given if x is not None]
+        return (
+            max(*spans, max(self.queries, self.keys) * self.heads * max(self.dim, self.value_dim, self.width)) >= _WIDE
+        )
 
     @functools.cached_property
     def unit(self) -> int:

@@ -20,7 +20,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def at_head(base, b, head, stride_b, stride_n, UNIT: tl.constexpr):
     """Where a head of an image begins; strides are multiples of UNIT, which the compiler is shown."""
-    return base + b * (stride_b // UNIT * UNIT) + head * (stride_n // UNIT * UNIT)
+    return base + b * (stride_b // UNIT * UNIT) + head.to(tl.int64) * (stride_n // UNIT * UNIT)
 
 
 @triton.jit
