@@ -14,7 +14,7 @@ from tests.ops import test_agent, test_aggregated, test_halo, test_neighborhood,
 from tests.ops.gradients import compare, leaves, results_and_gradients
 from tests.tolerances import relative_error
 from visattn import ops
-from visattn.ops.fused import attention
+from visattn.ops.fused import attention_launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)  # shrinking takes minutes in the interpreter
@@ -116,7 +116,7 @@ def test_runs_are_bit_equal(case, dtype):
 
 
 def test_wide_offsets(monkeypatch):
-    monkeypatch.setattr(attention, "_WIDE", 0)
+    monkeypatch.setattr(attention_launch, "_WIDE", 0)
     check(ops.neighborhood_attention, test_neighborhood.make(([3, 3], [1, 1], [1, 1], [False] * 2), (2, 7, 9, 2, 24)))
 
 

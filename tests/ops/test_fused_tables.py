@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.ops.test_spans import any_axis, definition, outside, pairs, thorough
-from visattn.ops.fused.tables import STEP, add_up, decode, encode, regions, select, tiling
+from visattn.ops.fused import tables
+from visattn.ops.fused.tables import STEP, Lookup, decode, encode, regions, select, tiling
 from visattn.ops.geometry import NONE, OUTSIDE, Axis, Clipped, Halo, Partition, Whole, spans
 
 CPU = torch.device("cpu")
@@ -59,17 +60,17 @@ def test_tables_are_the_product_of_axes(axes, keys_hold):
     assert columns.unique().tolist() == list(range(expected.shape[1]))
 
     table = table_of(axes)
-    added = found.position_tiles(table, torch.float64)
-    assert added.shape == (found.kinds, 2, found.rows.shape[1], found.columns.shape[1])
+    added = found.position_tiles(table)
+    assert added.shape == (2, found.kinds, found.rows.shape[1], found.columns.shape[1])
     for head in range(2):
-        logits = added[found.kind.long(), head]
+        logits = added[head, found.kind.long()]
         entry = torch.where(logits.isfinite(), logits - table[head].min(), -1).long()
         query, key = found.rows[..., None].expand_as(entry), found.columns[:, None].expand_as(entry)
         assert torch.equal(pairs(query, key, entry, expected.shape), expected)
-    none = found.position_tiles(None, torch.float16)
-    assert none.dtype == torch.float16
-    assert torch.equal(none.double()[:, 0], torch.where(added[:, 0].isfinite(), 0, float("-inf")))
-    hidden = (added[found.kind.long(), 0] == float("-inf")) & (found.rows >= 0)[..., None]
+    mask = found.mask(torch.float16)
+    assert mask.dtype == torch.float16
+    assert torch.equal(mask[0].double(), torch.where(added[0].isfinite(), 0, float("-inf")))
+    hidden = (added[0, found.kind.long()] == float("-inf")) & (found.rows >= 0)[..., None]
     assert found.masked == bool((hidden & (found.columns != NONE)[:, None]).any())
 
 
@@ -77,7 +78,7 @@ def test_tables_are_the_product_of_axes(axes, keys_hold):
 def test_tilings_know_of_holes(axes):
     found = tiling(axes, False, CPU)
     assert found.has_holes or not any(outside(axis).any() for axis in axes)
-    assert found.has_holes == any(bool((cut.key == OUTSIDE).any()) for cut in found.cuts)
+    assert found.has_holes == bool((found.columns == OUTSIDE).any())
 
 
 @each_tiling
@@ -94,10 +95,10 @@ def test_members_list_each_tile_once_by_kind(axes, keys_hold):
 @each_tiling
 def test_position_gradient_is_the_adjoint(axes, keys_hold):
     found, table = tiling(axes, keys_hold, CPU), torch.randn_like(table_of(axes))
-    added = found.position_tiles(table, torch.float64)
+    added = found.position_tiles(table)
     grad = torch.randn_like(added)  # also where nothing is seen
     forward = (torch.where(added.isfinite(), added, 0) * grad).sum()
-    backward = (table * found.position_gradient(grad, table.shape[1:])).sum()
+    backward = (table * found.position_gradient(grad)).sum()
     assert torch.isclose(forward, backward, rtol=1e-12, atol=1e-12)
 
 
@@ -129,18 +130,24 @@ def test_code_round_trip(axes):
     assert decode(encode(axes)) == tuple(axes)
 
 
-@pytest.mark.parametrize("dim", [0, 1, 2])
-def test_select_is_index_select_with_its_gradient(dim):
-    x = torch.randn(5, 6, 7, dtype=torch.float64, requires_grad=True)
-    index = torch.randint(1, 5, (23,))  # some entries often, 0 never
-    out, expected = select(x, dim, index), x.index_select(dim, index)
+@pytest.mark.parametrize("lines", [(3,), (2, 3)])
+def test_select_is_index_select_with_its_gradient(lines):
+    x = torch.randn(*lines, 7, dtype=torch.float64, requires_grad=True)
+    index = torch.randint(1, 6, (4, 5))  # some entries often, the first and the last never
+    out = select(x, Lookup(index, 7))
+    expected = x.index_select(-1, index.flatten()).unflatten(-1, index.shape)
     assert torch.equal(out, expected)
     cotangent = torch.randn_like(out)
     got, want = (torch.autograd.grad(y, x, cotangent)[0] for y in (out, expected))
     assert torch.allclose(got, want, rtol=1e-13, atol=1e-13)
 
 
-def test_add_up_leaves_out_negative_places():
-    x, index = torch.randn(9, 3, dtype=torch.float64), torch.tensor([2, -1, 0, 2, 4, -1, 0, 0, 2])
-    expected = torch.zeros(6, 3, dtype=torch.float64).index_add(0, index[index >= 0], x[index >= 0])
-    assert torch.allclose(add_up(x, 0, index, 6), expected, rtol=1e-13, atol=1e-13)
+@pytest.mark.parametrize("most", [1, 1 << 26], ids=["line by line", "at once"])
+def test_lookups_leave_out_what_is_no_entry(most, monkeypatch):
+    monkeypatch.setattr(tables, "_MOST", most)
+    lookup = Lookup(torch.tensor([[2, 5, 0], [2, 4, 5], [0, 0, 2]]), 5)
+    x, grad = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 3, 3, dtype=torch.float64)
+    seen, index = lookup.index < 5, lookup.index.clamp(max=4)
+    assert torch.equal(lookup.read(x, -9.0), torch.where(seen, x[:, index], -9.0))
+    expected = torch.zeros(3, 5, dtype=torch.float64).index_add(1, index[seen], grad[:, seen])
+    assert torch.allclose(lookup.add(grad), expected, rtol=1e-13, atol=1e-13)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from visattn.ops.aggregated.cpb import position_table
 from visattn.ops.fused import support
-from visattn.ops.fused.tables import select
+from visattn.ops.fused.tables import Lookup, select
 from visattn.ops.geometry import Clipped, Pooled, Whole, interpolated
 from visattn.ops.registration import opaque
 
@@ -44,20 +44,21 @@ def refusal(
 
 
 @functools.lru_cache(maxsize=64)
-def _reader(length: int, pooled: int, size: int, bins: int) -> tuple[Tensor, Tensor | None]:
-    with torch.device("cpu"), torch.inference_mode(False):
-        return interpolated(Pooled(length, pooled), size, bins)
+def _reader(length: int, pooled: int, size: int, bins: int, device: torch.device) -> tuple[Lookup, Tensor | None]:
+    axis = Pooled(length, pooled)
+    with torch.inference_mode(False):
+        index, weight = interpolated(axis, size, bins, device)
+    return Lookup(index, len(axis.distances)), weight
 
 
 def _read(table: Tensor, sizes: list[int]) -> Tensor:
-    for at, axis in ((1, sizes[:4]), (3, sizes[4:])):
-        index, weight = _reader(*axis)
-        table = select(table, at, index.flatten()).unflatten(at, index.shape)
-        if weight is None:
-            table = table.squeeze(at + 2)
-        else:
-            table = (table * weight.to(table).view(*weight.shape, *[1] * (table.ndim - at - 3))).sum(at + 2)
-    return table.transpose(2, 3).flatten(3).flatten(1, 2)  # of [N, H, PH, W, PW]
+    table = table.transpose(1, 2)  # [N, V, U]
+    for axis in (sizes[:4], sizes[4:]):
+        lookup, weight = _reader(*axis, table.device)
+        table = select(table, lookup)
+        table = table.squeeze(-1) if weight is None else (table * weight.to(table)).sum(-1)
+        table = table.movedim(1, -1) if table.ndim == 4 else table  # [N, H, PH, V], then [N, H, PH, W, PW]
+    return table.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 # The bias of pooled keys [N, H * W, PH * PW] from the table [N, U, V] of distances; sizes: per axis queries and keys

@@ -111,7 +111,7 @@ def queries_forward_kernel(
     q, k, v, out, lse,
     rows, columns, kind, tiles, terms, codes, listed, weight, extra_k, extra_v, extra_bias,
     q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, ek_b, ek_t, ek_n, ev_b, ev_t, ev_n, eb_b, eb_t, eb_n, eb_e,
-    queries, heads, number, M, U, extra, tile_heads, listed_heads, topk, scale,
+    queries, heads, number, M, U, extra, tile_heads, kinds, listed_heads, topk, scale,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, TERMS: tl.constexpr,
     SEGMENT: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr, LOWEST: tl.constexpr, CHECKED: tl.constexpr,
     EXTRA: tl.constexpr, EXTRA_BIASED: tl.constexpr,
@@ -133,9 +133,7 @@ def queries_forward_kernel(
     line = b * queries * heads + head
     if TERMS > 0:
         term = take(terms + line * TERMS, token, heads * TERMS, TERMS, TERMS, UNIT, WIDE, UPCAST)
-    base = tl.load(kind + tile).to(tl.int64) * (M * U) if BIASED else 0
-    if BIASED:
-        base = base * tile_heads + (head % tile_heads) * (M * U)
+    base = ((head % tile_heads) * kinds + tl.load(kind + tile)).to(tl.int64) * (M * U) if BIASED else 0
     first = ((b * listed_heads + head % listed_heads) * number + tile) * topk
     total = U if SEGMENT == 0 else topk * SEGMENT
 
@@ -201,7 +199,7 @@ def queries_backward_kernel(
     rows, columns, kind, tiles, terms, codes, listed, weight, extra_k, extra_v, extra_bias,
     q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, g_b, g_t, g_n,
     ek_b, ek_t, ek_n, ev_b, ev_t, ev_n, eb_b, eb_t, eb_n, eb_e,
-    queries, heads, number, M, U, extra, tile_heads, listed_heads, topk, scale,
+    queries, heads, number, M, U, extra, tile_heads, kinds, listed_heads, topk, scale,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, TERMS: tl.constexpr,
     SEGMENT: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr, LOWEST: tl.constexpr, CHECKED: tl.constexpr,
     EXTRA: tl.constexpr, EXTRA_BIASED: tl.constexpr, HAS_LSE: tl.constexpr,
@@ -236,9 +234,7 @@ def queries_backward_kernel(
     if TERMS > 0:
         term = take(terms + line * TERMS, token, heads * TERMS, TERMS, TERMS, UNIT, WIDE, UPCAST)
         acc_terms = tl.zeros([ROWS, TERMS], tl.float32)
-    base = tl.load(kind + tile).to(tl.int64) * (M * U) if BIASED else 0
-    if BIASED:
-        base = base * tile_heads + (head % tile_heads) * (M * U)
+    base = ((head % tile_heads) * kinds + tl.load(kind + tile)).to(tl.int64) * (M * U) if BIASED else 0
     first = ((b * listed_heads + head % listed_heads) * number + tile) * topk
     total = U if SEGMENT == 0 else topk * SEGMENT
 
@@ -291,7 +287,7 @@ def keys_backward_kernel(
     q, k, v, grad, lse, delta, grad_k, grad_v,
     rows, columns, kind, tiles, terms, codes, listed, weight, first_entry,
     q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, g_b, g_t, g_n,
-    queries, keys, heads, number, M, U, tile_heads, listed_heads, entries, scale,
+    queries, keys, heads, number, M, U, tile_heads, kinds, listed_heads, entries, scale,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, TERMS: tl.constexpr,
     SEGMENT: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
@@ -317,9 +313,7 @@ def keys_backward_kernel(
     line = b * queries * heads + head
     if TERMS > 0:
         spread = spread_of(tl.load(codes + tile * M + row, mask=row < M, other=0), TERMS, key.dtype)
-    base = tl.load(kind + tile).to(tl.int64) * (M * U) if BIASED else 0
-    if BIASED:
-        base = base * tile_heads + (head % tile_heads) * (M * U)
+    base = ((head % tile_heads) * kinds + tl.load(kind + tile)).to(tl.int64) * (M * U) if BIASED else 0
     first = b * 0
     total = U
     if SEGMENT > 0:
@@ -366,7 +360,7 @@ def tiles_backward_kernel(
     UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient [splits, kinds, N, M, U] of the position tiles: a program sums a part of the tiles of its kind."""
+    """Gradient [splits, N, kinds, M, U] of the position tiles: a program sums a part of the tiles of its kind."""
     pid = tl.program_id(0)
     row_blocks, column_blocks = tl.cdiv(M, ROWS), tl.cdiv(U, COLUMNS)
     step = (pid % column_blocks) * COLUMNS
@@ -382,7 +376,7 @@ def tiles_backward_kernel(
     count = (tl.load(first_member + which + 1) - start) * images
     size = tl.cdiv(count, splits)
     nothing = part.to(tl.int64) * 0  # makes the numbers of images 64 bits wide
-    base = (which * heads + head).to(tl.int64) * (M * U)
+    base = (head * kinds + which).to(tl.int64) * (M * U)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     added = add_tile(acc, tiles, base, row, row, M, U, step, True, ROWS, COLUMNS)
     for i in range(part * size, tl.minimum(part * size + size, count)):
@@ -404,7 +398,7 @@ def tiles_backward_kernel(
         p = tl.exp2(s - total_lse[:, None])
         acc += p * (tl.dot(cotangent, tl.trans(value), input_precision=PRECISION) - less[:, None])
     u = step + tl.arange(0, COLUMNS)
-    place = (part.to(tl.int64) * kinds + which) * heads + head
+    place = (part.to(tl.int64) * heads + head) * kinds + which
     keep = (row < M)[:, None] & (u < U)[None, :]
     tl.store(grad_tiles + place * (M * U) + row[:, None] * U + u[None, :], acc, mask=keep)
 

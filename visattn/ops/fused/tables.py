@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visattn.ops.geometry import NONE, OUTSIDE, AnyAxis, Axis, Clipped, Cut, Halo, Partition, Whole, spans, tile_plan
+from visattn.ops.geometry import NONE, OUTSIDE, AnyAxis, Axis, Clipped, Halo, Partition, Whole, spans, tile_plan
 
 _KINDS: tuple[type[AnyAxis], ...] = (Axis, Partition, Halo, Whole, Clipped)
 STEP = 16  # columns of a tile are a multiple of this, so that rows of position tiles begin at 16-byte borders
@@ -54,6 +54,44 @@ def _interleave(table: Tensor, axes: int) -> Tensor:
     return table.flatten(-axes).flatten(-1 - axes, -2).flatten(0, axes - 1)
 
 
+class Lookup:
+    """An index into an axis of `number` entries, `number` itself for none, with a gradient that is summed in one order.
+
+    The order of `index_add` on a GPU is another in every run.
+    """
+
+    def __init__(self, index: Tensor, number: int) -> None:
+        self.index, self.number = index, number
+
+    @functools.cached_property
+    def places(self) -> Tensor:
+        """[number, most] where each entry stands in the flattened index, filled up with the index's length."""
+        values = self.index.flatten()
+        ordered, order = torch.sort(values, stable=True)
+        counts = torch.bincount(values, minlength=self.number + 1)
+        rank = torch.arange(len(values), device=values.device) - (counts.cumsum(0) - counts)[ordered]
+        places = torch.full((self.number + 1, int(counts[:-1].max())), len(values), device=values.device)
+        kept = ordered < self.number
+        places[ordered[kept], rank[kept]] = order[kept]
+        return places[:-1]
+
+    def read(self, x: Tensor, none: float = 0.0) -> Tensor:
+        """[..., number] -> [..., *index], `none` where the index is no entry."""
+        x = F.pad(x, (0, 1), value=none)
+        return x.index_select(-1, self.index.flatten()).unflatten(-1, self.index.shape)
+
+    def add(self, x: Tensor) -> Tensor:
+        """Transpose of `read`: [..., *index] -> [..., number]."""
+        lines = F.pad(x.flatten(-self.index.ndim), (0, 1)).flatten(0, -2)
+        step = max(1, _MOST // self.places.numel())
+        parts = [part.index_select(1, self.places.flatten()) for part in lines.split(step)]
+        found = torch.cat([part.unflatten(1, self.places.shape).sum(2) for part in parts])
+        return found.unflatten(0, x.shape[: -self.index.ndim])
+
+
+_MOST = 1 << 26  # numbers that `Lookup.add` gathers at a time
+
+
 @dataclass(frozen=True)
 class Tiling:
     """Tiles of rows and the columns that each of them meets; rows are queries and columns keys, or the reverse.
@@ -64,9 +102,12 @@ class Tiling:
         kind: int32 [T] which of the `kinds` different tiles a tile is.
         members: int32 [T] tiles in the order of their kinds.
         first: [kinds + 1] where the tiles of a kind begin in `members`.
-        cuts: The axes.
         codes: int32 of the side that holds the keys of halos, row position + 65536 * column position, each modulo the
             window.
+        patterns: Per axis [C, t, U] the entry of a position table for each pair, -1 for one that is not visible.
+        entries: Of a position table per axis.
+        masked: Whether some row and column of a tile do not see each other.
+        has_holes: Whether some column is a place outside the map.
     """
 
     rows: Tensor
@@ -74,101 +115,69 @@ class Tiling:
     kind: Tensor
     members: Tensor
     first: Tensor
-    cuts: tuple[Cut, ...]
     codes: Tensor | None
+    patterns: tuple[Tensor, ...]
+    entries: tuple[int, ...]
+    masked: bool
+    has_holes: bool
 
     @property
     def kinds(self) -> int:
         return len(self.first) - 1
 
     @functools.cached_property
-    def has_holes(self) -> bool:
-        """Whether some tile has a column at a place outside the map."""
-        return bool((self.columns == OUTSIDE).any())
+    def lookup(self) -> Lookup:
+        """[kinds, M, U] into a flattened position table."""
+        axes = len(self.patterns)
+        index = hidden = self.rows.new_zeros((1,) * (1 + 3 * axes))
+        for a, (pattern, number) in enumerate(zip(self.patterns, self.entries, strict=True)):
+            pattern = pattern.view((1,) * (1 + 3 * a) + pattern.shape + (1,) * (3 * (axes - 1 - a)))
+            index, hidden = index * number + pattern, hidden + (pattern < 0)
+        number = math.prod(self.entries)
+        index = _interleave(index.masked_fill(hidden > 0, number), axes).squeeze(1)
+        return Lookup(F.pad(index, (0, self.columns.shape[1] - index.shape[2]), value=number), number)
 
-    @property
-    def masked(self) -> bool:
-        """Whether some row and column of a tile do not see each other."""
-        return any(cut.masked for cut in self.cuts)
+    @functools.cached_property
+    def masks(self) -> dict[torch.dtype, Tensor]:
+        """Per dtype [1, kinds, M, U]: 0, and -inf for pairs that are not visible; made when asked for."""
+        return {}
 
-    def position_tiles(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """[kinds, N or 1, M, U] what logits get: the position table [N, entries per axis], -inf where hidden."""
-        device, axes = self.rows.device, len(self.cuts)
-        zero = torch.zeros((), dtype=dtype, device=device)
-        if bias is None:
-            table = zero.view((1,) * (1 + 3 * axes))
-        else:
-            table = bias.to(dtype)
-            for a in reversed(range(axes)):
-                entry = self.cuts[a].pattern.clamp(min=0).to(device)
-                table = table.index_select(a + 1, entry.flatten())
-            for a in reversed(range(axes)):
-                table = table.unflatten(a + 1, self.cuts[a].pattern.shape)
-        for a, cut in enumerate(self.cuts):
-            hidden = zero.new_zeros(cut.pattern.shape).masked_fill((cut.pattern < 0).to(device), float("-inf"))
-            table = table + hidden.view((1,) * (1 + 3 * a) + cut.pattern.shape + (1,) * (3 * (axes - 1 - a)))
-        return self.pad(_interleave(table, axes), dtype)
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """The position tiles of a call without a position table."""
+        if dtype not in self.masks:
+            self.masks[dtype] = self.position_tiles(self.rows.new_zeros((1, *self.entries), dtype=dtype))
+        return self.masks[dtype]
 
-    def pad(self, tiles: Tensor, dtype: torch.dtype) -> Tensor:
-        """[..., U] from fewer columns, hidden ones behind."""
-        return F.pad(tiles.to(dtype), (0, self.columns.shape[1] - tiles.shape[-1]), value=float("-inf")).contiguous()
+    def position_tiles(self, table: Tensor) -> Tensor:
+        """[N, kinds, M, U] what logits get: the position table [N, entries per axis], -inf where hidden."""
+        return self.lookup.read(table.flatten(1), float("-inf"))
 
-    def position_gradient(self, grad: Tensor, entries: Sequence[int]) -> Tensor:
-        """[N, entries per axis] from the gradient [kinds, N, M, U] of `position_tiles`, summed in one fixed order."""
-        shapes = [cut.pattern.shape for cut in self.cuts]
-        kinds, rows, columns = zip(*shapes, strict=True)
-        axes = len(shapes)
-        grad = grad[..., : math.prod(columns)].unflatten(3, columns).unflatten(2, rows).unflatten(0, kinds)
-        order = [n for a in range(axes) for n in (a, axes + 1 + a, 2 * axes + 1 + a)]
-        grad = grad.permute(axes, *order)  # [N, C_1, t_1, U_1, ...]
-        for a in range(axes):
-            grad = grad.flatten(1 + a, 3 + a)
-        for a, (cut, number) in enumerate(zip(self.cuts, entries, strict=True)):
-            grad = add_up(grad, 1 + a, cut.pattern.flatten(), number)
-        return grad
+    def position_gradient(self, grad: Tensor) -> Tensor:
+        """[N, entries per axis] from the gradient [N, kinds, M, U] of `position_tiles`, summed in one fixed order."""
+        return self.lookup.add(grad).unflatten(1, self.entries)
 
-
-def add_up(x: Tensor, dim: int, index: Tensor, number: int) -> Tensor:
-    """Transpose of `index_select`: entry i of axis `dim` is the sum of those of x where `index` (on the CPU) is i.
-
-    In one fixed order, which `index_add` has not on a GPU. Negative values of `index` are left out.
-    """
-    places = _places(index, number).to(x.device)
-    x = torch.cat([x, x.new_zeros(()).expand_as(x.narrow(dim, 0, 1))], dim=dim)
-    return x.index_select(dim, places.flatten()).unflatten(dim, places.shape).sum(dim + 1)
+    def pad(self, tiles: Tensor) -> Tensor:
+        """[..., M, U] from fewer columns, hidden ones behind."""
+        return F.pad(tiles, (0, self.columns.shape[1] - tiles.shape[-1]), value=float("-inf")).contiguous()
 
 
 class _Select(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, dim: int, index: Tensor) -> Tensor:
-        return x.index_select(dim, index.to(x.device))
+    def forward(x: Tensor, lookup: Lookup) -> Tensor:
+        return lookup.read(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.dim, index = inputs
-        ctx.number = x.shape[ctx.dim]
-        ctx.save_for_backward(index)
+        ctx.lookup = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (index,) = ctx.saved_tensors
-        return add_up(grad, ctx.dim, index, ctx.number), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.lookup.add(grad), None
 
 
-def select(x: Tensor, dim: int, index: Tensor) -> Tensor:
-    """`index_select` with an index on the CPU and a gradient that is the same in every run."""
-    return _Select.apply(x, dim, index)
-
-
-def _places(values: Tensor, number: int) -> Tensor:
-    """[number, most] where each of 0 ... number - 1 stands in `values`, filled up with the length of `values`."""
-    order, kept = torch.sort(values, stable=True).indices, values[values >= 0]
-    order = order[len(values) - len(kept) :]
-    counts = torch.bincount(kept, minlength=number)
-    places = torch.full((number, int(counts.max())), len(values))
-    rank = torch.arange(len(kept)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    places[values[order], rank] = order
-    return places
+def select(x: Tensor, lookup: Lookup) -> Tensor:
+    """`Lookup.read` of the last axis, differentiable."""
+    return _Select.apply(x, lookup)
 
 
 def _codes(axes: Sequence[AnyAxis], positions: Sequence[Tensor]) -> Tensor:
@@ -203,8 +212,14 @@ def tiling(axes: tuple[AnyAxis, ...], keys_hold: bool, device: torch.device, ext
             codes = F.pad(codes, (0, more))
         first = F.pad(torch.bincount(kind, minlength=kinds).cumsum(0), (1, 0))
         members = torch.sort(kind, stable=True).indices
-        moved = [x.to(device, torch.int32) for x in (rows, columns, kind, members, first)]
-        return Tiling(*moved, cuts, None if codes is None else codes.to(device, torch.int32))
+        tables = (rows, columns, kind, members, first, codes)
+        return Tiling(
+            *(None if x is None else x.to(device, torch.int32) for x in tables),
+            patterns=tuple(cut.pattern.to(device, torch.int32) for cut in cuts),
+            entries=tuple(s.entries for s in relation),
+            masked=any(cut.masked for cut in cuts),
+            has_holes=bool((columns == OUTSIDE).any()),
+        )
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,0 +1,397 @@
+"""Launches of the attention kernels: what a call needs besides its tensors, and which configs are worth a try."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visattn.ops.fused.launch import launch, power_of_2
+from visattn.ops.fused.support import is_interpreting, precision
+from visattn.ops.fused.tables import Tiling, decode, regions, tiling
+from visattn.ops.fused.tuning import Config, run_tuned
+from visattn.ops.geometry import padded_rows
+
+# Programs that a reduction is cut into, if it has the work. No property of a GPU, so that sums have one order on all.
+_SPLIT = 512
+_WIDE = 2**31  # numbers of an image from which offsets have 64 bits
+LOG2E = 1.4426950408889634  # the kernels' logits are in units in which exp2 makes the weights
+
+
+def _block(channels: int) -> int:
+    return max(16, power_of_2(channels))
+
+
+def _configs(rows: int, columns: int, channels: int, sums: int = 1) -> list[Config]:
+    """Candidates for tiles of so many rows and columns in a kernel with so many sums; the first is the default."""
+    held = min(padded_rows(rows), 64)
+    warps = 2 if held == 16 or (held == 32 and sums == 1) else 4
+    # Few padded columns in few steps, as far as registers go: a backward pass needs twice as many, and more sums more.
+    sizes = [n for n in (16, 32, 64, 128) if n <= 64 or (sums == 1 and channels <= 64)]
+    sizes.sort(key=lambda n: (n > (32 if sums == 3 else 64), _ceil(columns, n) * (n + 40)))
+    found = [Config(held, n, w, s) for n in sizes for w, s in ((warps, 2), (warps, 3), (2 * warps, 2), (warps, 1))]
+    if rows > 64:
+        found += [Config(128, n, 8, 2) for n in sizes[:2]]
+    return found
+
+
+def _with_channels_together(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+class Call:
+    """One call: shapes, tables, and the arguments that its kernels share."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        terms: Tensor | None,
+        extra_k: Tensor | None,
+        extra_v: Tensor | None,
+        extra_bias: Tensor | None,
+        weight: Tensor | None,
+        index: Tensor | None,
+        axes: Sequence[int],
+        zero_keys: bool,
+        scale: float,
+    ) -> None:
+        self.q, self.k, self.v = (_with_channels_together(x) for x in (q, k, v))
+        self.extra_k, self.extra_v = (None if x is None else _with_channels_together(x) for x in (extra_k, extra_v))
+        self.bias, self.extra_bias, self.scale = bias, extra_bias, scale
+        self.terms = None if terms is None else terms.contiguous()
+        self.axes, self.zero_keys = decode(axes), zero_keys
+        self.images, self.queries, self.heads, self.dim = q.shape
+        self.keys, self.value_dim = k.shape[1], v.shape[-1]
+        self.index = None if index is None else index.contiguous()
+        self.weight = None if weight is None else weight.contiguous()
+        self.grad: Tensor | None = None  # of the output, in the backward pass
+        self.extra = 0 if extra_k is None else extra_k.shape[1]
+        self.shape_class = (
+            str(q.dtype).removeprefix("torch."),
+            *([precision()] if q.dtype == torch.float32 else []),
+            self.dim,
+            self.value_dim,
+            f"bias{int(bias is not None)}",
+            f"terms{0 if terms is None else terms.shape[-1]}",
+            f"extra{self.extra and _block(min(self.extra, 64))}",
+            f"weight{int(weight is not None)}",
+            f"list{int(index is not None)}",
+        )
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "D": self.dim,
+            "DV": self.value_dim,
+            "BD": _block(self.dim),
+            "BDV": _block(self.value_dim),
+            "UNIT": self.unit,
+            "WIDE": self.wide,
+            "UPCAST": is_interpreting() and self.q.dtype == torch.bfloat16,
+            "PRECISION": precision() if self.q.dtype == torch.float32 else "ieee",
+        }
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.q.dtype, device=self.q.device)
+
+    @functools.cached_property
+    def wide(self) -> bool:
+        """Whether places in an image need 64 bits, in one of the given tensors or of the contiguous results."""
+        given = (self.q, self.k, self.v, self.grad, self.extra_bias)
+        spans = [x.stride(1) * x.shape[1] for x in given if x is not None]
+        return (
+            max(*spans, max(self.queries, self.keys) * self.heads * max(self.dim, self.value_dim, self.width)) >= _WIDE
+        )
+
+    @functools.cached_property
+    def unit(self) -> int:
+        """How many numbers are 16 bytes, if all rows of channels begin at such borders; else 1."""
+        unit = 16 // self.q.element_size()
+        found = (self.q, self.k, self.v, self.grad, self.extra_k, self.extra_v)
+        strides = [s for x in found if x is not None for s in x.stride()[:3]]
+        whole = all(n % unit == 0 for n in (self.dim, self.value_dim, *strides))
+        return unit if whole and all(x is None or x.data_ptr() % 16 == 0 for x in found) else 1
+
+    @functools.cached_property
+    def width(self) -> int:
+        return 0 if self.terms is None else self.terms.shape[-1]
+
+    @functools.cached_property
+    def lowest(self) -> int:
+        """The least token of a key that takes part."""
+        return -1 if self.zero_keys else 0
+
+    @functools.cached_property
+    def checked(self) -> bool:
+        """Whether keys are to be checked for taking part: position tiles hide places that no key has, not holes."""
+        if self.index is not None:
+            return True
+        found, added = self.tiles(False)
+        return added is None or (found.has_holes and not self.zero_keys)
+
+    def tiles(self, keys_hold: bool) -> tuple[Tiling, Tensor | None]:
+        """Tiles of one direction and the numbers added to their logits."""
+        found = tiling(self.axes, keys_hold, self.q.device, 0 if keys_hold else self.extra)
+        if self.bias is None:
+            return found, found.mask(self.q.dtype) if found.masked else None
+        bias = (self.bias.detach() * LOG2E).to(self.q.dtype)
+        if self.is_full(bias):
+            return found, found.pad(bias.mT if keys_hold else bias)[:, None]
+        return found, found.position_tiles(bias)
+
+    def is_full(self, bias: Tensor) -> bool:
+        """Whether a bias [N, queries, keys] has a number for each pair instead of an entry per displacement."""
+        return len(self.axes) == 1 and bias.ndim == 3
+
+
+def _strides(*tensors: Tensor | None, number: int = 3) -> list[int]:
+    """Strides of all axes but the channels'; of an axis of length 1, 0."""
+    found = []
+    for x in tensors:
+        if x is None:
+            found += [0] * number
+        else:
+            found += [0 if n == 1 else s for n, s in zip(x.shape[:number], x.stride()[:number], strict=True)]
+    return found
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _tables(
+    call: Call, keys_hold: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int, int]:
+    """rows, columns, kind, tiles and codes of one direction; M, U; for listed regions U is a region's."""
+    if call.index is not None:
+        q_table, k_table = (regions(a, call.q.device) for a in (call.axes[:2], call.axes[2:]))
+        rows, columns = (k_table, q_table) if keys_hold else (q_table, k_table)
+        return rows, columns, None, None, None, rows.shape[1], columns.shape[1]
+    found, added = call.tiles(keys_hold)
+    codes = None if call.terms is None else found.codes
+    return found.rows, found.columns, found.kind, added, codes, found.rows.shape[1], found.columns.shape[1]
+
+
+def run_forward(call: Call) -> tuple[Tensor, Tensor]:
+    from visattn.ops.fused.attention_kernels import queries_forward_kernel
+
+    rows, columns, kind, tiles, codes, m, u = _tables(call, False)
+    listed = call.index is not None
+    topk = call.index.shape[3] if listed else 0
+    extra = _block(min(call.extra, 64)) if call.extra else 0
+
+    def run(config: Config) -> tuple[Tensor, ...]:
+        out = call.empty(call.images, call.queries, call.heads, call.value_dim)
+        lse = call.empty(call.images, call.queries, call.heads, dtype=torch.float32)
+        programs = call.images * len(rows) * _ceil(m, config.block_m) * call.heads
+        launch(
+            queries_forward_kernel, programs, config,
+            call.q, call.k, call.v, out, lse,
+            rows, columns, kind, tiles, call.terms, codes, call.index, call.weight,
+            call.extra_k, call.extra_v, call.extra_bias,
+            *_strides(call.q, call.k, call.v, call.extra_k, call.extra_v), *_strides(call.extra_bias, number=4),
+            call.queries, call.heads, len(rows), m, u, call.extra, *((1, 1) if tiles is None else tiles.shape[:2]),
+            call.index.shape[1] if listed else 1, topk, call.scale,
+            TERMS=call.width, SEGMENT=u if listed else 0, BIASED=tiles is not None,
+            WEIGHTED=call.weight is not None, LOWEST=call.lowest, CHECKED=call.checked, EXTRA=extra,
+            EXTRA_BIASED=call.extra_bias is not None, **call.options(),
+        )  # fmt: skip
+        return out, lse
+
+    total = topk * u if listed else u
+    candidates = _configs(m, total, call.dim)
+    shape_class = (*call.shape_class, m, total)
+    out, lse = run_tuned("attention_forward", shape_class, call.q.device, candidates, run)
+    return out, lse
+
+
+def _run_backward_queries(
+    call: Call, grad: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None
+) -> tuple[Tensor, ...]:
+    """delta, and the gradients of q, of terms and of weight."""
+    from visattn.ops.fused.attention_kernels import queries_backward_kernel
+
+    rows, columns, kind, tiles, codes, m, u = _tables(call, False)
+    listed = call.index is not None
+    topk = call.index.shape[3] if listed else 0
+    extra = _block(min(call.extra, 64)) if call.extra else 0
+    total = topk * u if listed else u
+
+    def run(config: Config) -> tuple[Tensor, ...]:
+        blocks = _ceil(m, config.block_m)
+        delta = torch.empty_like(lse)
+        grad_q = call.empty(*call.q.shape)
+        grad_terms = call.empty(*call.terms.shape) if call.width else None
+        grad_weight = None
+        if call.weight is not None:
+            shape = (call.images, call.heads, len(rows), blocks, total)
+            grad_weight = call.empty(*shape, dtype=torch.float32)
+        launch(
+            queries_backward_kernel, call.images * len(rows) * blocks * call.heads, config,
+            call.q, call.k, call.v, grad, out, lse, grad_lse, delta, grad_q, grad_terms, grad_weight,
+            rows, columns, kind, tiles, call.terms, codes, call.index, call.weight,
+            call.extra_k, call.extra_v, call.extra_bias,
+            *_strides(call.q, call.k, call.v, grad, call.extra_k, call.extra_v), *_strides(call.extra_bias, number=4),
+            call.queries, call.heads, len(rows), m, u, call.extra, *((1, 1) if tiles is None else tiles.shape[:2]),
+            call.index.shape[1] if listed else 1, topk, call.scale,
+            TERMS=call.width, SEGMENT=u if listed else 0, BIASED=tiles is not None,
+            WEIGHTED=call.weight is not None, LOWEST=call.lowest, CHECKED=call.checked, EXTRA=extra,
+            EXTRA_BIASED=call.extra_bias is not None, HAS_LSE=grad_lse is not None, **call.options(),
+        )  # fmt: skip
+        if grad_weight is not None:
+            grad_weight = grad_weight.sum(3).unflatten(3, (topk, u)).sum(4)
+            if call.weight.shape[1] == 1:
+                grad_weight = grad_weight.sum(1, keepdim=True)
+        return tuple(x for x in (delta, grad_q, grad_terms, grad_weight) if x is not None)
+
+    candidates = _configs(m, total, call.dim, sums=2)
+    return run_tuned("attention_backward_queries", (*call.shape_class, m, total), call.q.device, candidates, run)
+
+
+def _listing(call: Call, number: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The lists turned round: per key region the query regions that list it.
+
+    Returns:
+        listed int32 [B, heads or 1, query regions * topk] query regions in the order of the key regions they list,
+        first int32 [B, heads or 1, number + 1] where those of each key region begin, and their factors.
+    """
+    index = call.index.flatten(2)
+    ordered, order = index.sort(dim=-1, stable=True)
+    edges = torch.arange(number + 1, device=index.device).expand(*index.shape[:2], -1).contiguous()
+    first = torch.searchsorted(ordered, edges)
+    weight = None if call.weight is None else call.weight.flatten(2).gather(2, order)
+    return (order // call.index.shape[3]).to(torch.int32), first.to(torch.int32), weight
+
+
+def _run_backward_keys(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    from visattn.ops.fused.attention_kernels import keys_backward_kernel
+
+    rows, columns, kind, tiles, codes, m, u = _tables(call, True)
+    listed, weight, first = None, None, None
+    if call.index is not None:
+        listed, first, weight = _listing(call, len(rows))
+    entries = 0 if listed is None else listed.shape[2]
+
+    def run(config: Config) -> tuple[Tensor, ...]:
+        grad_k, grad_v = call.empty(*call.k.shape), call.empty(*call.v.shape)
+        launch(
+            keys_backward_kernel, call.images * len(rows) * _ceil(m, config.block_m) * call.heads, config,
+            call.q, call.k, call.v, grad, lse, delta, grad_k, grad_v,
+            rows, columns, kind, tiles, call.terms, codes, listed, weight, first,
+            *_strides(call.q, call.k, call.v, grad),
+            call.queries, call.keys, call.heads, len(rows), m, u, *((1, 1) if tiles is None else tiles.shape[:2]),
+            1 if listed is None else listed.shape[1], entries, call.scale,
+            TERMS=call.width, SEGMENT=0 if listed is None else u, BIASED=tiles is not None,
+            WEIGHTED=weight is not None, **call.options(),
+        )  # fmt: skip
+        return grad_k, grad_v
+
+    total = u if listed is None else u * max(1, entries // len(rows))
+    candidates = _configs(m, total, call.dim, sums=3)
+    shape_class = (*call.shape_class, m, total)
+    grad_k, grad_v = run_tuned("attention_backward_keys", shape_class, call.q.device, candidates, run)
+    return grad_k, grad_v
+
+
+def _run_backward_tiles(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """The gradient of bias."""
+    from visattn.ops.fused.attention_kernels import tiles_backward_kernel
+
+    found, tiles = call.tiles(False)
+    m, u = found.rows.shape[1], found.columns.shape[1]
+
+    def run(config: Config) -> tuple[Tensor, ...]:
+        blocks = _ceil(m, config.block_m) * _ceil(u, config.block_n) * call.heads * found.kinds
+        splits = max(1, min(_ceil(_SPLIT, blocks), len(found.rows) * call.images // found.kinds))
+        partial = call.empty(splits, call.heads, found.kinds, m, u, dtype=torch.float32)
+        launch(
+            tiles_backward_kernel, blocks * splits, config,
+            call.q, call.k, call.v, grad, lse, delta, partial,
+            found.rows, found.columns, found.kind, tiles, found.members, found.first,
+            *_strides(call.q, call.k, call.v, grad),
+            call.images, call.queries, call.heads, found.kinds, m, u, splits, call.scale,
+            LOWEST=call.lowest, CHECKED=call.checked, **call.options(),
+        )  # fmt: skip
+        return (partial.sum(0),)
+
+    candidates = [c for c in _configs(m, u, call.dim, sums=2) if c.block_n <= 64]
+    (summed,) = run_tuned("attention_backward_tiles", (*call.shape_class, m, u), call.q.device, candidates, run)
+    if call.is_full(call.bias):
+        return summed[:, 0, :, : call.bias.shape[2]].to(call.bias.dtype)
+    return found.position_gradient(summed).to(call.bias.dtype)
+
+
+def _run_backward_extra(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    from visattn.ops.fused.attention_kernels import extra_backward_kernel
+
+    def run(config: Config) -> tuple[Tensor, ...]:
+        blocks = _ceil(call.extra, config.block_m) * call.images * call.heads
+        splits = max(1, min(_ceil(_SPLIT, blocks), _ceil(call.queries, config.block_n)))
+        parts = [
+            call.empty(splits, call.images, call.extra, call.heads, n, dtype=torch.float32)
+            for n in (call.dim, call.value_dim)
+        ]
+        launch(
+            extra_backward_kernel, blocks * splits, config,
+            call.q, grad, lse, delta, call.extra_k, call.extra_v, call.extra_bias, *parts,
+            *_strides(call.q, grad, call.extra_k, call.extra_v), *_strides(call.extra_bias, number=4),
+            call.images, call.queries, call.heads, call.extra, splits, call.scale,
+            EXTRA_BIASED=call.extra_bias is not None, **call.options(),
+        )  # fmt: skip
+        return tuple(x.sum(0).to(call.q.dtype) for x in parts)
+
+    candidates = _configs(call.extra, call.queries, call.dim, sums=3)
+    shape_class = (*call.shape_class, call.queries, call.extra)
+    grad_k, grad_v = run_tuned("attention_backward_extra", shape_class, call.q.device, candidates, run)
+    return grad_k, grad_v
+
+
+def _run_backward_extra_bias(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    from visattn.ops.fused.attention_kernels import extra_bias_backward_kernel
+
+    groups = call.extra_bias.shape[0]
+
+    def run(config: Config) -> tuple[Tensor, ...]:
+        found = call.empty(groups, call.queries, call.heads, call.extra, dtype=torch.float32)
+        blocks = _ceil(call.queries, config.block_m) * _ceil(call.extra, config.block_n)
+        launch(
+            extra_bias_backward_kernel, groups * blocks * call.heads, config,
+            call.q, grad, lse, delta, call.extra_k, call.extra_v, call.extra_bias, found,
+            *_strides(call.q, grad, call.extra_k, call.extra_v), *_strides(call.extra_bias, number=4),
+            call.images, groups, call.queries, call.heads, call.extra, call.scale, **call.options(),
+        )  # fmt: skip
+        return (found,)
+
+    candidates = [c for c in _configs(call.queries, call.extra, call.dim, sums=2) if c.block_n <= 64]
+    shape_class = (*call.shape_class, call.queries, call.extra)
+    (found,) = run_tuned("attention_backward_extra_bias", shape_class, call.q.device, candidates, run)
+    shared = [a for a in (1, 2, 3) if call.extra_bias.shape[a] == 1 and found.shape[a] > 1]
+    found = found.sum(shared, keepdim=True) if shared else found
+    return found.to(call.extra_bias.dtype)
+
+
+def run_backward(
+    call: Call, grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, wanted: dict[str, bool]
+) -> dict[str, Tensor]:
+    """Gradients by name, of q, terms and weight in any case and of the others that are wanted."""
+    call.grad = grad = _with_channels_together(grad)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    found: dict[str, Tensor] = {}
+    delta, found["q"], *others = _run_backward_queries(call, grad, out, lse, grad_lse)
+    for name in ("terms", "weight"):
+        if getattr(call, name) is not None:
+            found[name] = others.pop(0).to(getattr(call, name).dtype)
+    if wanted["k"] or wanted["v"]:
+        found["k"], found["v"] = _run_backward_keys(call, grad, lse, delta)
+    if wanted["bias"]:
+        found["bias"] = _run_backward_tiles(call, grad, lse, delta)
+    if wanted["extra_k"] or wanted["extra_v"]:
+        found["extra_k"], found["extra_v"] = _run_backward_extra(call, grad, lse, delta)
+    if wanted["extra_bias"]:
+        found["extra_bias"] = _run_backward_extra_bias(call, grad, lse, delta)
+    return found
