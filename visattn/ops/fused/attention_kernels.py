@@ -111,30 +111,25 @@ def queries_forward_kernel(
     q, k, v, out, lse,
     rows, columns, kind, tiles, terms, codes, listed, weight, extra_k, extra_v, extra_bias,
     q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, ek_b, ek_t, ek_n, ev_b, ev_t, ev_n, eb_b, eb_t, eb_n, eb_e,
-    queries, heads, number, M, U, extra, tile_heads, kinds, listed_heads, topk, scale,
+    queries, heads, number, M, U, extra, tiles_n, listed_b, listed_n, topk, scale,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, TERMS: tl.constexpr,
     SEGMENT: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr, LOWEST: tl.constexpr, CHECKED: tl.constexpr,
     EXTRA: tl.constexpr, EXTRA_BIASED: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of the queries of a tile."""
-    pid = tl.program_id(0)
-    head = pid % heads
-    pid = pid // heads
-    blocks = tl.cdiv(M, ROWS)
-    row = (pid % blocks) * ROWS + tl.arange(0, ROWS)
-    pid = pid // blocks
-    tile = pid % number
-    b = (pid // number).to(tl.int64)
+    pid, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile = pid // BLOCKS
+    row = (pid % BLOCKS) * ROWS + tl.arange(0, ROWS)
 
     token = tl.load(rows + tile * M + row, mask=row < M, other=-2)
     query = take(at_head(q, b, head, q_b, q_n, UNIT), token, q_t, D, BD, UNIT, WIDE, UPCAST)
     line = b * queries * heads + head
     if TERMS > 0:
         term = take(terms + line * TERMS, token, heads * TERMS, TERMS, TERMS, UNIT, WIDE, UPCAST)
-    base = ((head % tile_heads) * kinds + tl.load(kind + tile)).to(tl.int64) * (M * U) if BIASED else 0
-    first = ((b * listed_heads + head % listed_heads) * number + tile) * topk
+    base = head * tiles_n + tl.load(kind + tile).to(tl.int64) * (M * U) if BIASED else 0
+    first = b * listed_b + head * listed_n + tile * topk
     total = U if SEGMENT == 0 else topk * SEGMENT
 
     most = tl.full([ROWS], float("-inf"), tl.float32)
@@ -199,26 +194,20 @@ def queries_backward_kernel(
     rows, columns, kind, tiles, terms, codes, listed, weight, extra_k, extra_v, extra_bias,
     q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, g_b, g_t, g_n,
     ek_b, ek_t, ek_n, ev_b, ev_t, ev_n, eb_b, eb_t, eb_n, eb_e,
-    queries, heads, number, M, U, extra, tile_heads, kinds, listed_heads, topk, scale,
+    queries, heads, number, M, U, extra, tiles_n, listed_b, listed_n, topk, scale,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, TERMS: tl.constexpr,
     SEGMENT: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr, LOWEST: tl.constexpr, CHECKED: tl.constexpr,
     EXTRA: tl.constexpr, EXTRA_BIASED: tl.constexpr, HAS_LSE: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the queries of a tile, of their terms and of the factors of their regions; and `delta`.
 
     delta [B, tokens, N] is what softmax's derivative subtracts: the sum of out * grad, less the gradient of the lse.
     """
-    pid = tl.program_id(0)
-    head = pid % heads
-    pid = pid // heads
-    blocks = tl.cdiv(M, ROWS)
-    block = pid % blocks
+    pid, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile, block = pid // BLOCKS, pid % BLOCKS
     row = block * ROWS + tl.arange(0, ROWS)
-    pid = pid // blocks
-    tile = pid % number
-    b = (pid // number).to(tl.int64)
 
     token = tl.load(rows + tile * M + row, mask=row < M, other=-2)
     query = take(at_head(q, b, head, q_b, q_n, UNIT), token, q_t, D, BD, UNIT, WIDE, UPCAST)
@@ -234,8 +223,8 @@ def queries_backward_kernel(
     if TERMS > 0:
         term = take(terms + line * TERMS, token, heads * TERMS, TERMS, TERMS, UNIT, WIDE, UPCAST)
         acc_terms = tl.zeros([ROWS, TERMS], tl.float32)
-    base = ((head % tile_heads) * kinds + tl.load(kind + tile)).to(tl.int64) * (M * U) if BIASED else 0
-    first = ((b * listed_heads + head % listed_heads) * number + tile) * topk
+    base = head * tiles_n + tl.load(kind + tile).to(tl.int64) * (M * U) if BIASED else 0
+    first = b * listed_b + head * listed_n + tile * topk
     total = U if SEGMENT == 0 else topk * SEGMENT
 
     acc = tl.zeros([ROWS, BD], tl.float32)
@@ -257,7 +246,7 @@ def queries_backward_kernel(
         if WEIGHTED:
             ds = p * (gv * factor[None, :] - less[:, None])
             u = step + tl.arange(0, COLUMNS)
-            place_w = (((b * heads + head) * number + tile) * blocks + block) * total + u
+            place_w = (((b * heads + head) * number + tile) * BLOCKS + block) * total + u
             tl.store(grad_weight + place_w, tl.sum(ds * qk + p * gv, 0), mask=u < total)
             ds = ds * factor[None, :]
         else:
@@ -287,25 +276,20 @@ def keys_backward_kernel(
     q, k, v, grad, lse, delta, grad_k, grad_v,
     rows, columns, kind, tiles, terms, codes, listed, weight, first_entry,
     q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, g_b, g_t, g_n,
-    queries, keys, heads, number, M, U, tile_heads, kinds, listed_heads, entries, scale,
+    queries, keys, heads, M, U, tiles_n, listed_b, listed_n, first_b, first_n, scale,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, TERMS: tl.constexpr,
     SEGMENT: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the keys and values of a tile of keys, from the queries that see them.
 
     With SEGMENT > 0 these are the queries of the regions that list this region: entries first_entry[region] to
     first_entry[region + 1] of a list that is sorted by listed region.
     """
-    pid = tl.program_id(0)
-    head = pid % heads
-    pid = pid // heads
-    blocks = tl.cdiv(M, ROWS)
-    row = (pid % blocks) * ROWS + tl.arange(0, ROWS)
-    pid = pid // blocks
-    tile = pid % number
-    b = (pid // number).to(tl.int64)
+    pid, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile = pid // BLOCKS
+    row = (pid % BLOCKS) * ROWS + tl.arange(0, ROWS)
 
     token = tl.load(rows + tile * M + row, mask=row < M, other=-2)
     key = take(at_head(k, b, head, k_b, k_n, UNIT), token, k_t, D, BD, UNIT, WIDE, UPCAST)
@@ -313,14 +297,14 @@ def keys_backward_kernel(
     line = b * queries * heads + head
     if TERMS > 0:
         spread = spread_of(tl.load(codes + tile * M + row, mask=row < M, other=0), TERMS, key.dtype)
-    base = ((head % tile_heads) * kinds + tl.load(kind + tile)).to(tl.int64) * (M * U) if BIASED else 0
+    base = head * tiles_n + tl.load(kind + tile).to(tl.int64) * (M * U) if BIASED else 0
     first = b * 0
     total = U
     if SEGMENT > 0:
-        group = b * listed_heads + head % listed_heads
-        start = tl.load(first_entry + group * (number + 1) + tile)
-        total = (tl.load(first_entry + group * (number + 1) + tile + 1) - start) * SEGMENT
-        first = group * entries + start
+        entry = first_entry + b * first_b + head * first_n + tile
+        start = tl.load(entry)
+        total = (tl.load(entry + 1) - start) * SEGMENT
+        first = b * listed_b + head * listed_n + start
 
     acc_k = tl.zeros([ROWS, BD], tl.float32)
     acc_v = tl.zeros([ROWS, BDV], tl.float32)

@@ -32,10 +32,18 @@ def _configs(rows: int, columns: int, channels: int, sums: int = 1) -> list[Conf
     # Few padded columns in few steps, as far as registers go: a backward pass needs twice as many, and more sums more.
     sizes = [n for n in (16, 32, 64, 128) if n <= 64 or (sums == 1 and channels <= 64)]
     sizes.sort(key=lambda n: (n > (32 if sums == 3 else 64), _ceil(columns, n) * (n + 40)))
-    found = [Config(held, n, w, s) for n in sizes for w, s in ((warps, 2), (warps, 3), (2 * warps, 2), (warps, 1))]
+    stages = (1, 2) if columns <= sizes[0] else (2, 3, 1)  # a single step has nothing to overlap with
+    found = [Config(held, n, warps, s) for n in sizes for s in stages]
+    found += [Config(held, n, 2 * warps, stages[0]) for n in sizes]
     if rows > 64:
         found += [Config(128, n, 8, 2) for n in sizes[:2]]
     return found
+
+
+def _launch(kernel: Any, programs: int | tuple[int, int, int], config: Config, *args: Any, **constants: Any) -> None:
+    """Launch a kernel with its first parameters by position, and the rows and columns of a config."""
+    arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
+    launch(kernel, programs, config, {**arguments, "ROWS": config.block_m, "COLUMNS": config.block_n})
 
 
 def _with_channels_together(x: Tensor) -> Tensor:
@@ -188,18 +196,18 @@ def run_forward(call: Call) -> tuple[Tensor, Tensor]:
     def run(config: Config) -> tuple[Tensor, ...]:
         out = call.empty(call.images, call.queries, call.heads, call.value_dim)
         lse = call.empty(call.images, call.queries, call.heads, dtype=torch.float32)
-        programs = call.images * len(rows) * _ceil(m, config.block_m) * call.heads
-        launch(
-            queries_forward_kernel, programs, config,
+        blocks = _ceil(m, config.block_m)
+        _launch(
+            queries_forward_kernel, (len(rows) * blocks, call.heads, call.images), config,
             call.q, call.k, call.v, out, lse,
             rows, columns, kind, tiles, call.terms, codes, call.index, call.weight,
             call.extra_k, call.extra_v, call.extra_bias,
             *_strides(call.q, call.k, call.v, call.extra_k, call.extra_v), *_strides(call.extra_bias, number=4),
-            call.queries, call.heads, len(rows), m, u, call.extra, *((1, 1) if tiles is None else tiles.shape[:2]),
-            call.index.shape[1] if listed else 1, topk, call.scale,
+            call.queries, call.heads, len(rows), m, u, call.extra, _strides(tiles, number=1)[0],
+            *_strides(call.index, number=2), topk, call.scale,
             TERMS=call.width, SEGMENT=u if listed else 0, BIASED=tiles is not None,
             WEIGHTED=call.weight is not None, LOWEST=call.lowest, CHECKED=call.checked, EXTRA=extra,
-            EXTRA_BIASED=call.extra_bias is not None, **call.options(),
+            EXTRA_BIASED=call.extra_bias is not None, **call.options(), BLOCKS=blocks,
         )  # fmt: skip
         return out, lse
 
@@ -231,17 +239,17 @@ def _run_backward_queries(
         if call.weight is not None:
             shape = (call.images, call.heads, len(rows), blocks, total)
             grad_weight = call.empty(*shape, dtype=torch.float32)
-        launch(
-            queries_backward_kernel, call.images * len(rows) * blocks * call.heads, config,
+        _launch(
+            queries_backward_kernel, (len(rows) * blocks, call.heads, call.images), config,
             call.q, call.k, call.v, grad, out, lse, grad_lse, delta, grad_q, grad_terms, grad_weight,
             rows, columns, kind, tiles, call.terms, codes, call.index, call.weight,
             call.extra_k, call.extra_v, call.extra_bias,
             *_strides(call.q, call.k, call.v, grad, call.extra_k, call.extra_v), *_strides(call.extra_bias, number=4),
-            call.queries, call.heads, len(rows), m, u, call.extra, *((1, 1) if tiles is None else tiles.shape[:2]),
-            call.index.shape[1] if listed else 1, topk, call.scale,
+            call.queries, call.heads, len(rows), m, u, call.extra, _strides(tiles, number=1)[0],
+            *_strides(call.index, number=2), topk, call.scale,
             TERMS=call.width, SEGMENT=u if listed else 0, BIASED=tiles is not None,
             WEIGHTED=call.weight is not None, LOWEST=call.lowest, CHECKED=call.checked, EXTRA=extra,
-            EXTRA_BIASED=call.extra_bias is not None, HAS_LSE=grad_lse is not None, **call.options(),
+            EXTRA_BIASED=call.extra_bias is not None, HAS_LSE=grad_lse is not None, **call.options(), BLOCKS=blocks,
         )  # fmt: skip
         if grad_weight is not None:
             grad_weight = grad_weight.sum(3).unflatten(3, (topk, u)).sum(4)
@@ -279,15 +287,16 @@ def _run_backward_keys(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) -> 
 
     def run(config: Config) -> tuple[Tensor, ...]:
         grad_k, grad_v = call.empty(*call.k.shape), call.empty(*call.v.shape)
-        launch(
-            keys_backward_kernel, call.images * len(rows) * _ceil(m, config.block_m) * call.heads, config,
+        blocks = _ceil(m, config.block_m)
+        _launch(
+            keys_backward_kernel, (len(rows) * blocks, call.heads, call.images), config,
             call.q, call.k, call.v, grad, lse, delta, grad_k, grad_v,
             rows, columns, kind, tiles, call.terms, codes, listed, weight, first,
             *_strides(call.q, call.k, call.v, grad),
-            call.queries, call.keys, call.heads, len(rows), m, u, *((1, 1) if tiles is None else tiles.shape[:2]),
-            1 if listed is None else listed.shape[1], entries, call.scale,
+            call.queries, call.keys, call.heads, m, u, _strides(tiles, number=1)[0],
+            *_strides(listed, first, number=2), call.scale,
             TERMS=call.width, SEGMENT=0 if listed is None else u, BIASED=tiles is not None,
-            WEIGHTED=weight is not None, **call.options(),
+            WEIGHTED=weight is not None, **call.options(), BLOCKS=blocks,
         )  # fmt: skip
         return grad_k, grad_v
 
@@ -309,7 +318,7 @@ def _run_backward_tiles(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) ->
         blocks = _ceil(m, config.block_m) * _ceil(u, config.block_n) * call.heads * found.kinds
         splits = max(1, min(_ceil(_SPLIT, blocks), len(found.rows) * call.images // found.kinds))
         partial = call.empty(splits, call.heads, found.kinds, m, u, dtype=torch.float32)
-        launch(
+        _launch(
             tiles_backward_kernel, blocks * splits, config,
             call.q, call.k, call.v, grad, lse, delta, partial,
             found.rows, found.columns, found.kind, tiles, found.members, found.first,
@@ -336,7 +345,7 @@ def _run_backward_extra(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) ->
             call.empty(splits, call.images, call.extra, call.heads, n, dtype=torch.float32)
             for n in (call.dim, call.value_dim)
         ]
-        launch(
+        _launch(
             extra_backward_kernel, blocks * splits, config,
             call.q, grad, lse, delta, call.extra_k, call.extra_v, call.extra_bias, *parts,
             *_strides(call.q, grad, call.extra_k, call.extra_v), *_strides(call.extra_bias, number=4),
@@ -359,7 +368,7 @@ def _run_backward_extra_bias(call: Call, grad: Tensor, lse: Tensor, delta: Tenso
     def run(config: Config) -> tuple[Tensor, ...]:
         found = call.empty(groups, call.queries, call.heads, call.extra, dtype=torch.float32)
         blocks = _ceil(call.queries, config.block_m) * _ceil(call.extra, config.block_n)
-        launch(
+        _launch(
             extra_bias_backward_kernel, groups * blocks * call.heads, config,
             call.q, grad, lse, delta, call.extra_k, call.extra_v, call.extra_bias, found,
             *_strides(call.q, grad, call.extra_k, call.extra_v), *_strides(call.extra_bias, number=4),

@@ -98,12 +98,10 @@ def record() -> Iterator[list[Launch]]:
         _recorded.pop()
 
 
-def launch(kernel: Any, programs: int, config: Config, *args: Any, **constants: Any) -> None:
-    """Launch so many programs of a kernel with ROWS and COLUMNS of a config."""
-    arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
-    arguments.update(ROWS=config.block_m, COLUMNS=config.block_n)
+def launch(kernel: Any, programs: int | tuple[int, ...], config: Config, arguments: dict[str, Any]) -> None:
+    """Launch so many programs of a kernel, per axis if several, with the warps and stages of a config."""
     if _recorded:
         _recorded[-1].append(describe(kernel, arguments, config.num_warps, config.num_stages))
     else:
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **OPTIONS}
-        kernel[(programs,)](**arguments, **options)
+        kernel[programs if isinstance(programs, tuple) else (programs,)](**arguments, **options)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from visattn.ops.fused.launch import Launch, describe, power_of_2, strides
+from visattn.ops.fused.launch import Launch, describe, launch, power_of_2, strides
 from visattn.ops.fused.support import is_interpreting, precision
 from visattn.ops.fused.tuning import Config, run_tuned
 
@@ -102,7 +102,7 @@ def _outer(k: Tensor, v: Tensor) -> Tensor:
     def run(config: Config) -> tuple[Tensor]:
         programs, shape, arguments = _outer_launch(k, v, config)
         out = k.new_empty(shape, dtype=torch.float32)
-        outer_kernel[(programs,)](out=out, **arguments, num_warps=config.num_warps, num_stages=config.num_stages)
+        launch(outer_kernel, programs, config, {**arguments, "out": out})
         return (out[0] if shape[0] == 1 else out.sum(0),)
 
     with torch.cuda.device_of(k):
@@ -122,7 +122,7 @@ def _apply(q: Tensor, context: Tensor) -> Tensor:
     def run(config: Config) -> tuple[Tensor]:
         programs, shape, arguments = _apply_launch(q, context, config)
         out = q.new_empty(shape)
-        apply_kernel[(programs,)](out=out, **arguments, num_warps=config.num_warps, num_stages=config.num_stages)
+        launch(apply_kernel, programs, config, {**arguments, "out": out})
         return (out,)
 
     with torch.cuda.device_of(q):

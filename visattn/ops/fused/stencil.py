@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visattn.ops.fused.launch import Launch, describe, power_of_2, strides
+from visattn.ops.fused.launch import Launch, describe, launch, power_of_2, strides
 from visattn.ops.fused.tuning import Config, run_tuned
 
 _STEPS = 4  # tiles of positions that a program of the kernels' gradient adds up
@@ -100,7 +100,7 @@ def _stencil(x: Tensor, weights: Tensor, transposed: bool) -> Tensor:
     def run(config: Config) -> tuple[Tensor]:
         out = x.new_empty(x.shape)
         programs, arguments = _stencil_launch(x, weights, out, transposed, config)
-        stencil_kernel[(programs,)](**arguments, num_warps=config.num_warps, num_stages=config.num_stages)
+        launch(stencil_kernel, programs, config, arguments)
         return (out,)
 
     key = _shape_class(x, weights, weights.ndim, transposed)
@@ -126,7 +126,7 @@ def _stencil_weights(grad: Tensor, x: Tensor, taps: int, per_channel: bool, dtyp
         else:
             out = x.new_empty((b, h, w, n, taps), dtype=dtype)
         programs, arguments = _weights_launch(grad, x, out, per_channel, config)
-        stencil_weights_kernel[(programs,)](**arguments, num_warps=config.num_warps, num_stages=config.num_stages)
+        launch(stencil_weights_kernel, programs, config, arguments)
         return (out.sum(1).to(dtype) if per_channel else out,)
 
     key = _shape_class(x, grad, taps, per_channel, dtype)

@@ -34,6 +34,8 @@ def refusal(*tensors: Tensor | None) -> str | None:
         return f"Triton kernels run on CUDA devices, got tensors on {device!r} (TRITON_INTERPRET=1 runs them on a CPU)"
     if given[0].dtype not in DTYPES:
         return f"Triton kernels take float32, float16 and bfloat16, got {given[0].dtype}"
+    if len(given[0]) >= 2**16:
+        return f"Triton kernels take fewer than 65536 images at a time, got {len(given[0])}"
     return None
 
 
