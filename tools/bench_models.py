@@ -8,6 +8,10 @@ Both models get timm's random weights (ours through its checkpoint filter) and t
 image gradients differ in float64 is not timed, and the exit status is 1. Timed in float32. A train step is the forward
 and the backward pass in training mode, without an optimizer. Times are CPU seconds of this process on one thread; only
 ratios are meant to be compared.
+
+    python tools/bench_models.py --device cuda                         # tools/gpu_models.py: other models, other rules
+
+Without a GPU that ends with status 2.
 """
 
 from __future__ import annotations
@@ -22,8 +26,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gpu_models
 import timm
 import torch
+from bench_device import open_device
 from report import number, publish
 from torch import Tensor, nn
 
@@ -52,6 +58,7 @@ PAIRS = [
     Pair("halonet50ts_va", "halonet50ts", 256),
     Pair("resnest50_va", "resnest50d"),
 ]
+GPU_PAIRS = [*PAIRS, Pair("swin_tiny_va", "swin_tiny_patch4_window7_224")]
 
 
 @dataclass
@@ -86,6 +93,17 @@ def build(pair: Pair) -> tuple[nn.Module, nn.Module]:
     convert = importlib.import_module(type(ours).__module__).checkpoint_filter_fn
     ours.load_state_dict(convert(theirs.state_dict(), ours))
     return ours, theirs
+
+
+def build_providers(name: str) -> tuple[dict[str, nn.Module], int]:
+    """The models to compare on a GPU, and the size of their images."""
+    pair = next((pair for pair in GPU_PAIRS if pair.model == name), None)
+    if pair is None:
+        torch.manual_seed(0)
+        ours = timm.create_model(name, drop_path_rate=0.0)
+        return {gpu_models.TRITON: ours, gpu_models.EAGER: ours}, 224
+    ours, theirs = build(pair)
+    return {gpu_models.TRITON: ours, gpu_models.EAGER: ours, gpu_models.TIMM: theirs}, pair.size
 
 
 def runner(model: nn.Module, image: Tensor, mode: str) -> Callable[[], Tensor]:
@@ -154,12 +172,25 @@ Not measured on a GPU.
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [pair.model for pair in PAIRS]
-    parser.add_argument("--models", nargs="+", choices=names, default=names)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--models", nargs="+", choices=list(dict.fromkeys((*names, *gpu_models.CUDA_MODELS))))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, help="default: 2, and 128 on a GPU")
     parser.add_argument("--repeats", type=int, default=9, help="timed calls of each model")
     parser.add_argument("--out", type=Path, help="path without suffix for the .json and .md results")
+    gpu = parser.add_argument_group("only with --device cuda")
+    gpu.add_argument("--compiled", choices=("no", "yes", "both"), default="both", help="under torch.compile")
+    gpu.add_argument("--seconds", type=float, default=1.0, help="wall time per provider and mode (>= 6 calls)")
+    gpu.add_argument("--update", action="store_true", help="keep the results in --out of what is not measured now")
+    gpu.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no model begins")
+    gpu.add_argument("--gate-only", action="store_true", help="time nothing; fills the caches of all compilers")
     args = parser.parse_args(argv)
+    if args.device == "cuda":
+        args.models, args.batch = args.models or gpu_models.CUDA_MODELS, args.batch or 128
+        return gpu_models.main(args, open_device("cuda"), build_providers, argv)
+    args.models, args.batch = args.models or names, args.batch or 2
+    if missing := set(args.models) - set(names):
+        parser.error(f"no models of --device cpu: {', '.join(sorted(missing))}")
 
     torch.set_num_threads(1)
     results = []

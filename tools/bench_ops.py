@@ -3,10 +3,14 @@
     python tools/bench_ops.py                                     # every case and provider that can run here
     python tools/bench_ops.py --cases na2d_56_d8 --modes forward  # a part of it
     python tools/bench_ops.py --out tools/results/ops_cpu         # also write ops_cpu.json and ops_cpu.md
+    python tools/bench_ops.py --device cuda                       # other cases, on the GPU: tools/results/<gpu>/
 
 A provider whose output or gradients differ from the float64 reference is not timed, and the exit status is 1. Times are
 CPU seconds of this process on one thread, so that other load on the machine shows little; only the ratios of one run
 are meant to be compared. Peak memory is what the allocator handed out above the inputs.
+
+On a GPU the gate compares the first and the last image of the batch, times are those of the kernels with a cold cache
+(tools/bench_device.py), and the columns and goals are those of tools/gpu_report.py. Without a GPU the exit status is 2.
 """
 
 from __future__ import annotations
@@ -18,15 +22,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import gpu_report
 import torch
-from op_problems import PROBLEMS, Attend, Problem
-from report import number, publish
+from bench_device import CPU, Cpu, open_device
+from bench_device import peak_bytes as peak_bytes  # other benchmarks take it from here
+from gpu_report import TRITON, GpuResult
+from op_gate import TOLERANCES, Given, runner
+from op_problems import CUDA_PROBLEMS, OPS, PROBLEMS, TINY, Attend, Problem, op_of
+from report import failure, number, publish, show
 from torch import Tensor
-from torch.profiler import profile
 
-TOLERANCE = 1e-5  # norm-wise, float32 against float64
+from visattn.ops.dispatch import BackendError
+
+TOLERANCE = TOLERANCES[torch.float32]
 MODES = ("forward", "forward+backward")
+SECONDS = {"cpu": 3.0, "cuda": 0.3}
 
 
 @dataclass
@@ -45,60 +57,6 @@ class Result:
     note: str = ""
 
 
-def runner(attend: Attend, inputs: dict[str, Tensor], mode: str) -> Callable[[], list[Tensor]]:
-    """A call that returns the output and, with the backward, the gradient of every input."""
-    inputs = attend.into(**inputs) if hasattr(attend, "into") else inputs
-    if mode == "forward":
-
-        def run() -> list[Tensor]:
-            with torch.no_grad():
-                return [attend(**inputs)]
-
-        return run
-    leaves = {n: t.detach().clone().requires_grad_() for n, t in inputs.items()}
-    shape = attend(**inputs).shape
-    cotangent = torch.ones((), dtype=next(iter(inputs.values())).dtype).expand(shape)
-
-    def run_both() -> list[Tensor]:
-        out = attend(**leaves)
-        return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), cotangent)]
-
-    return run_both
-
-
-def expected_results(case: Problem, mode: str) -> dict[str, Tensor]:
-    """The output ("out") and gradients (by input) of the reference in float64."""
-    inputs = {n: t.double() for n, t in case.inputs().items()}
-    out, *grads = runner(case.visattn("reference"), inputs, mode)()
-    return {"out": out, **dict(zip(inputs, grads, strict=False))}
-
-
-def in_layout(attend: Attend, expected: dict[str, Tensor]) -> list[Tensor]:
-    """The expected results as `attend` lays them out: gradients lie as the inputs do."""
-    out, grads = expected["out"], {n: t for n, t in expected.items() if n != "out"}
-    out = attend.out(out) if hasattr(attend, "out") else out
-    grads = attend.into(**grads) if grads and hasattr(attend, "into") else grads
-    return [out, *grads.values()]
-
-
-def gate(got: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest norm-wise relative error."""
-    return max(((g.double() - e).norm() / e.norm()).item() for g, e in zip(got, expected, strict=True))
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """What the CPU allocator held at most during a call, above what it held before."""
-    with profile(profile_memory=True) as profiler:
-        kept = run()
-    del kept
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 def saved_bytes(attend: Attend, inputs: dict[str, Tensor]) -> int:
     """What autograd keeps for the backward pass, inputs included, each storage once."""
     inputs = attend.into(**inputs) if hasattr(attend, "into") else inputs
@@ -109,51 +67,95 @@ def saved_bytes(attend: Attend, inputs: dict[str, Tensor]) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = attend(**{n: t.detach().clone().requires_grad_() for n, t in inputs.items()})
+        out = attend(**{n: t.detach().requires_grad_() for n, t in inputs.items()})
     del out
     return sum(kept.values())
 
 
-def providers(case: Problem) -> dict[str, tuple[Callable, Callable | None]]:
-    """The case's peers, baseline first, and this package's portable backend."""
-    return {**case.peers, "visattn eager": (lambda case: case.visattn("eager"), None)}
+def backend(name: str) -> tuple[Callable, Callable | None]:
+    return lambda case: case.visattn(name), None
 
 
-def measure(case: Problem, mode: str, names: list[str] | None, seconds: float) -> list[Result]:
+def providers(case: Problem, is_gpu: bool = False) -> dict[str, tuple[Callable, Callable | None]]:
+    """The case's peers, on a CPU the baseline first, and this package's backends."""
+    ours = {"visattn eager": backend("eager")}
+    if not is_gpu:
+        return {**case.peers, **ours}
+    compiled = (lambda case: torch.compile(case.visattn("eager"), dynamic=False), None)
+    return {**case.cuda_peers, **ours, "visattn eager compiled": compiled, TRITON: backend("triton")}
+
+
+def reason(error: Exception) -> str:
+    """Why a provider has no number."""
+    return str(error) if isinstance(error, BackendError) else failure(error)
+
+
+def prepare(attend: Attend, mode: str, given: Given, device: Cpu, result: Result | GpuResult) -> Callable:
+    """Gate a provider, and note in the result what was found; returns the call to time."""
+    checked, dense = given.cotangents(attend)
+    run = runner(attend, given.inputs, mode, checked)
+    device.poison()
+    start = time.perf_counter()
+    got = run()
+    device.synchronize()
+    first_s = time.perf_counter() - start
+    result.error, is_right = given.check(attend, got)
+    del got
+    if not is_right:
+        result.note = "wrong result: not timed"
+        return run
+    if checked is not None:
+        checked.copy_(dense)
+    if isinstance(result, GpuResult):
+        result.first_s = first_s
+        run()  # what is kept after the first calls is no part of the peak
+    elif mode != "forward":
+        result.saved_mb = saved_bytes(attend, given.inputs) / 1e6
+    result.peak_mb = device.peak_bytes(run) / 1e6
+    return run
+
+
+def measure(
+    case: Problem, mode: str, names: list[str] | None, seconds: float, device: Cpu = CPU, gate_only: bool = False
+) -> list[Any]:
     """Gate every provider, then time those that passed, one call each in turn."""
-    results, runs = {}, {}
-    offered = providers(case)
+    results: dict[str, Any] = {}
+    runs: dict[str, Callable] = {}
+    offered = providers(case, device.is_gpu)
     baseline = next(iter(offered))
-    expected = expected_results(case, mode)
-    for name in (n for n in offered if names is None or n in names):
-        build, refusal = offered[name]
-        results[name] = Result(case.name, mode, name, note=(refusal(case, mode) or "") if refusal else "")
-        if results[name].note:
+    if names is not None:
+        offered = {n: p for n, p in {**offered, TRITON: backend("triton")}.items() if n in names}
+    given = Given(case, mode, device.torch_device)
+    for name, (build, refusal) in offered.items():
+        result = results[name] = (GpuResult if device.is_gpu else Result)(case.name, mode, name)
+        result.note = (refusal(case, mode) or "") if refusal else ""
+        if result.note:
             continue
-        attend = build(case)
-        run = runner(attend, case.inputs(), mode)
-        results[name].error = gate(run(), in_layout(attend, expected))
-        if not results[name].error <= TOLERANCE:  # NaN fails too
-            results[name].note = "wrong result: not timed"
-            continue
-        results[name].peak_mb = peak_bytes(run) / 1e6
-        if mode != "forward":
-            results[name].saved_mb = saved_bytes(attend, case.inputs()) / 1e6
-        runs[name] = run
+        try:
+            run = prepare(build(case), mode, given, device, result)
+        except Exception as error:
+            if not device.is_gpu and not isinstance(error, BackendError):
+                raise
+            result.note = reason(error)
+            device.synchronize()  # raises, and ends the case, where the provider has broken the GPU
+        if not result.note:
+            runs[name] = run
+    if gate_only:
+        return list(results.values())
 
     times: dict[str, list[float]] = {name: [] for name in runs}
     deadline = time.monotonic() + seconds * len(runs)
     while runs and (time.monotonic() < deadline or min(map(len, times.values())) < 5):
         for name, run in runs.items():
-            start = time.process_time()
-            run()
-            times[name].append(time.process_time() - start)
+            times[name].append(device.seconds(run))
     for name, samples in times.items():
         results[name].median_ms = statistics.median(samples) * 1e3
         results[name].calls = len(samples)
-    base = results.get(baseline, Result("", "", "")).median_ms
+        if host_s := device.host_seconds(runs[name]):
+            results[name].host_ms = host_s * 1e3
+    base = results[baseline].median_ms if baseline in results else None
     for result in results.values():
-        if base and result.median_ms:
+        if base and result.median_ms and not device.is_gpu:
             result.times_faster = base / result.median_ms
     return list(results.values())
 
@@ -175,24 +177,68 @@ Problems and providers are in `tools/op_problems/`. Not measured on a GPU.
 """
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=[p.name for p in PROBLEMS], default=[p.name for p in PROBLEMS])
-    names = sorted({name for case in PROBLEMS for name in providers(case)})
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    problems = list({p.name: p for p in (*PROBLEMS, *CUDA_PROBLEMS, *TINY)}.values())
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--cases", nargs="+", choices=[p.name for p in problems], metavar="CASE", help="default: all")
+    names = sorted({name for p in problems for is_gpu in (False, True) for name in providers(p, is_gpu)})
     parser.add_argument("--providers", nargs="+", choices=names)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--seconds", type=float, default=3.0, help="wall time per provider, case and mode (>= 5 calls)")
+    parser.add_argument(
+        "--seconds", type=float, help=f"wall time per provider, case and mode (>= 5 calls); default {SECONDS}"
+    )
     parser.add_argument("--out", type=Path, help="path without suffix for the .json and .md results")
+    gpu = parser.add_argument_group("only with --device cuda")
+    gpu.add_argument("--update", action="store_true", help="keep the results in --out of what is not measured now")
+    gpu.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no case begins")
+    gpu.add_argument("--gate-only", action="store_true", help="time nothing; fills the caches of all compilers")
     args = parser.parse_args(argv)
+    args.problems = [p for p in (PROBLEMS if args.device == "cpu" else CUDA_PROBLEMS) if op_of(p) in args.ops]
+    if args.cases is not None:
+        args.problems = [p for p in (*args.problems, *TINY) if p.name in args.cases]
+        if missing := set(args.cases) - {p.name for p in args.problems}:
+            parser.error(f"no cases of --device {args.device}: {', '.join(sorted(missing))}")
+    args.seconds = SECONDS[args.device] if args.seconds is None else args.seconds
+    return args
 
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    device = open_device(args.device)
+    if device.is_gpu:
+        return on_gpu(args, device, argv)
     torch.set_num_threads(1)
     results = []
-    for case in (p for p in PROBLEMS if p.name in args.cases):
+    for case in args.problems:
         for mode in args.modes:
             print(f"{case.name}, {mode} ...", flush=True)
             results += measure(case, mode, args.providers, args.seconds)
     publish(results, COLUMNS, row, TEXT, "bench_ops.py", argv, args.out)
     return int(any("wrong" in r.note for r in results))
+
+
+def on_gpu(args: argparse.Namespace, device: Any, argv: list[str] | None) -> int:
+    """The same, with results written after every case, and what fails noted instead of raised."""
+    start = time.monotonic()
+    run = gpu_report.Run(device, args.out, args.update, argv)
+    order = [(case, mode) for case in args.problems for mode in args.modes]
+    for case, mode in order:
+        print(f"[{time.monotonic() - start:.0f} s] {case.name}, {mode} ...", flush=True)
+        if time.monotonic() - start > args.budget:
+            results = [GpuResult(case.name, mode, "all", note="not measured: no time left")]
+        else:
+            try:
+                results = measure(case, mode, args.providers, args.seconds, device, args.gate_only)
+                device.forget()
+            except Exception as error:
+                results = [GpuResult(case.name, mode, "all", note=reason(error))]
+        run.add(case, mode, results, write=not args.gate_only)
+    show(run.new, gpu_report.COLUMNS, gpu_report.row, f"{device.name}, GPU time")
+    if not args.gate_only:
+        print(run.goals())
+    return int(any("wrong" in r.note or (r.provider == TRITON and "failed" in r.note) for r in run.new))
 
 
 if __name__ == "__main__":

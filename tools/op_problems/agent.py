@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from op_problems import Attend, Peers, Problem
+from op_problems import MIXED, Attend, Peers, Problem, round_up
 from visattn.ops import agent_attention, agent_position_bias
 
 
@@ -22,7 +22,11 @@ def official_matmuls(case: Agent) -> Attend:
         first, second = (term.flatten(2)[None].repeat(case.batch, 1, 1, 1) for term in terms)
         return first + second
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, agents: Tensor, **tables: Tensor) -> Tensor:
+    def attend(q: Tensor, *tensors: Tensor, **named: Tensor) -> Tensor:
+        with case.mixed_precision(q.device):
+            return formula(q, *tensors, **named)
+
+    def formula(q: Tensor, k: Tensor, v: Tensor, agents: Tensor, **tables: Tensor) -> Tensor:
         query, key, value = (x.flatten(1, 2).permute(0, 2, 1, 3) for x in (q, k, v))
         agents = agents.permute(0, 2, 1, 3)
         bias = position(tables["an"], tables["ah"], tables["aw"])
@@ -41,6 +45,12 @@ class Agent(Problem):
     agents: int
 
     peers: ClassVar[Peers] = {"official matmuls": (official_matmuls, None)}
+    cuda_peers: ClassVar[Peers] = peers
+    maps: ClassVar[tuple[str, ...]] = ("q", "k", "v", "agents")
+
+    def pairs(self) -> int:
+        """Agents with all keys, and queries with all agents."""
+        return 2 * self.tokens() * round_up(self.agents)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         lead, (h, w) = (self.heads, self.agents), self.size
@@ -67,3 +77,12 @@ PROBLEMS = [
     Agent("agent_14_a49", 8, (14, 14), 12, 32, 49),
     Agent("agent_56_a49", 8, (56, 56), 3, 32, 49),
 ]
+
+# The stages of Agent-Swin-T at batch 128, and a detector's map of 800 x 1216.
+CUDA_PROBLEMS = [
+    Agent("agent_56_a9", 128, (56, 56), 3, 32, 9, **MIXED),
+    Agent("agent_28_a16", 128, (28, 28), 6, 32, 16, **MIXED),
+    Agent("agent_14_a49", 128, (14, 14), 12, 32, 49, **MIXED),
+    Agent("agent_dense_200x304_a9", 2, (200, 304), 3, 32, 9, **MIXED),
+]
+TINY = [Agent("tiny_agent", 3, (8, 6), 2, 16, 9, fused=True)]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from op_problems import Attend, Peers, Problem
+from op_problems import MIXED, Attend, Peers, Problem, round_up
 from visattn.ops import aggregated_attention
 from visattn.ops.aggregated.reference import log_coordinates
 from visattn.ops.geometry import Pooled
@@ -28,8 +28,19 @@ def official_unfold(case: Aggregated) -> Attend:
     inside = F.unfold(torch.ones(1, 1, *case.size), case.kernel_size, padding=case.kernel_size // 2)[0].T > 0
     places, pooled, slots = len(inside), case.pool[0] * case.pool[1], case.kernel_size**2
     length = (inside.sum(-1, keepdim=True) + pooled).log()
+    constants = {torch.device("cpu"): (pairs, index, inside, length)}
 
-    def attend(
+    def attend(q: Tensor, *tensors: Tensor, **named: Tensor) -> Tensor:
+        if q.device not in constants:
+            constants[q.device] = tuple(t.to(q.device) for t in (pairs, index, inside, length))
+        with case.mixed_precision(q.device):
+            return formula(*constants[q.device], q, *tensors, **named)
+
+    def formula(
+        pairs: Tensor,
+        index: Tensor,
+        inside: Tensor,
+        length: Tensor,
         q: Tensor,
         pool_k: Tensor,
         pool_v: Tensor,
@@ -68,6 +79,8 @@ def official_unfold(case: Aggregated) -> Attend:
         return {**maps, "kv": torch.cat([k.flatten(3), v.flatten(3)], dim=-1).flatten(1, 2), **rest}
 
     attend.into, attend.out = into, heads_first
+    if case.dtype != torch.float32:
+        attend.parameter_tolerance = 0.1  # its perceptron is bfloat16 in mixed precision
     return attend
 
 
@@ -80,6 +93,16 @@ class Aggregated(Problem):
     hidden: int = 512
 
     peers: ClassVar[Peers] = {"official unfold": (official_unfold, None)}
+    cuda_peers: ClassVar[Peers] = {
+        **peers,
+        "FlexAttention compiled": (official_unfold, lambda case, mode: "head_dim 24, and weights beside the softmax"),
+    }
+    maps: ClassVar[tuple[str, ...]] = ("q", "k", "v", "pool_k", "pool_v")
+    projections: ClassVar[tuple[tuple[str, ...], ...]] = (("k", "v"), ("pool_k", "pool_v"))
+
+    def pairs(self) -> int:
+        near = round_up((8 + self.kernel_size - 1) ** 2)
+        return self.tokens() * (near + round_up(self.pool[0] * self.pool[1]))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         maps, pooled = super().shapes(), (self.batch, *self.pool, self.heads, self.dim)
@@ -101,9 +124,9 @@ class Aggregated(Problem):
             "token_bias": (self.heads, slots),
         }
 
-    def inputs(self) -> dict[str, Tensor]:
+    def inputs(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """As after initialisation, the perceptron's output is of order 1."""
-        inputs = super().inputs()
+        inputs = super().inputs(device)
         return {**inputs, "cpb_weight2": inputs["cpb_weight2"] * self.hidden**-0.5}
 
     def visattn(self, backend: str) -> Attend:
@@ -118,3 +141,12 @@ PROBLEMS = [
     Aggregated("aggregated_56", 2, (56, 56), 3, 24),
     Aggregated("aggregated_28", 2, (28, 28), 6, 24),
 ]
+
+# The stages of TransNeXt-T at 224 x 224, and a detector's map of 800 x 1216.
+CUDA_PROBLEMS = [
+    Aggregated("aggregated_56", 128, (56, 56), 3, 24, **MIXED),
+    Aggregated("aggregated_28", 128, (28, 28), 6, 24, **MIXED),
+    Aggregated("aggregated_14", 128, (14, 14), 12, 24, **MIXED),
+    Aggregated("aggregated_dense_100x152", 2, (100, 152), 6, 24, (25, 38), **MIXED),
+]
+TINY = [Aggregated("tiny_aggregated", 3, (8, 8), 2, 24, (2, 2), hidden=16, fused=True)]

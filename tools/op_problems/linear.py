@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from op_problems import Attend, Peers, Problem
+from op_problems import MIXED, Attend, Peers, Problem
 from visattn.ops import dynamic_depthwise_conv, efficient_attention, focused_linear_attention, inline_attention
 
 
@@ -64,6 +64,10 @@ def official_focused(case: Problem) -> Attend:
     """Focus on whole tokens, then a product per head and one for the normaliser."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, focus_scale: Tensor) -> Tensor:
+        with case.mixed_precision(q.device):
+            return formula(q, k, v, focus_scale)
+
+    def formula(q: Tensor, k: Tensor, v: Tensor, focus_scale: Tensor) -> Tensor:
         shape, n = q.shape, case.size[0] * case.size[1]
         q, k = ((F.relu(t.flatten(3)) + 1e-6) / F.softplus(focus_scale.flatten()) for t in (q, k))
         q_norm, k_norm = q.norm(dim=-1, keepdim=True), k.norm(dim=-1, keepdim=True)
@@ -98,6 +102,10 @@ class Linear(Problem):
     def visattn(self, backend: str) -> Attend:
         return lambda **inputs: type(self).op(**inputs, backend=backend)
 
+    def work(self) -> tuple[float, float]:
+        """Keys to context, context to queries."""
+        return 4 * self.batch * self.heads * self.tokens() * self.dim**2, 0
+
 
 @dataclass(frozen=True)
 class Efficient(Linear):
@@ -105,6 +113,11 @@ class Efficient(Linear):
 
     op = staticmethod(efficient_attention)
     peers: ClassVar[Peers] = {"official loop over heads": (official_efficient, None)}
+    cuda_peers: ClassVar[Peers] = peers
+
+    def work(self) -> tuple[float, float]:
+        """Every query and key channel is exponentiated."""
+        return super().work()[0], 2 * self.batch * self.heads * self.tokens() * self.dim
 
 
 @dataclass(frozen=True)
@@ -113,6 +126,7 @@ class InLine(Linear):
 
     op = staticmethod(inline_attention)
     peers: ClassVar[Peers] = {"official formula": (official_inline, None)}
+    cuda_peers: ClassVar[Peers] = peers
 
 
 @dataclass(frozen=True)
@@ -121,6 +135,7 @@ class Focused(Linear):
 
     op = staticmethod(focused_linear_attention)
     peers: ClassVar[Peers] = {"official formula": (official_focused, None)}
+    cuda_peers: ClassVar[Peers] = peers
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {**super().shapes(), "focus_scale": (self.heads, self.dim)}
@@ -147,3 +162,11 @@ PROBLEMS = [
     DynamicConv("dynamic_conv_56", 8, (56, 56), 2, 32),
     Focused("focused_56", 8, (56, 56), 3, 32),
 ]
+
+# Eager forms only: what they cost on a GPU.
+CUDA_PROBLEMS = [
+    Efficient("efficient_56", 128, (56, 56), 3, 32, **MIXED),
+    InLine("inline_56", 128, (56, 56), 2, 32, **MIXED),
+    Focused("focused_56", 128, (56, 56), 3, 32, **MIXED),
+]
+TINY = [Efficient("tiny_efficient", 3, (8, 6), 2, 16, fused=True)]

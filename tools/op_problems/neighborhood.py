@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from op_problems import Attend, Peers, Problem
+from op_problems import MIXED, Attend, Peers, Problem, partitioned, round_up
+from op_problems.flex import flex
 from visattn.ops import neighborhood_attention
 from visattn.ops.geometry import Axis, neighbors
+
+NATTEN = ("cutlass-fna", "hopper-fna", "blackwell-fna", "flex-fna")
 
 
 def _flat_neighbors(case: Neighborhood) -> tuple[Tensor, Tensor]:
@@ -94,6 +99,47 @@ def _natten_refusal(case: Neighborhood, mode: str) -> str | None:
     return "FlexAttention has no backward on CPU" if mode != "forward" else None
 
 
+def _natten_backend(backend: str) -> tuple[Callable, Callable]:
+    """natten's kernels by name; they copy views of a fused projection, as in natten's own modules."""
+
+    def build(case: Neighborhood) -> Attend:
+        from natten import na2d
+
+        window = {"kernel_size": case.kernel_size, "dilation": case.dilation}
+        return lambda q, k, v: na2d(q, k, v, **window, backend=backend)
+
+    def refusal(case: Neighborhood, mode: str) -> str | None:
+        return _natten_refusal(case, "forward")
+
+    return build, refusal
+
+
+def compiled_flex(case: Neighborhood) -> Attend:
+    """The group of the query, and the window around its position, shifted inside at the border."""
+    size, dilation, half = case.kernel_size, case.dilation, case.kernel_size // 2
+
+    def sees(length: int) -> Callable[[Any, Any], Any]:
+        def one_axis(q: Any, k: Any) -> Any:
+            last = (length - 1 - q % dilation) // dilation  # position in the group
+            centre = (q // dilation).clamp(min=half)
+            centre = torch.minimum(centre, last - half)
+            return (q % dilation == k % dilation) & ((k // dilation - centre).abs() <= half)
+
+        return one_axis
+
+    def entry(q: Any, k: Any) -> Any:
+        return (k // dilation - q // dilation + size - 1).clamp(0, 2 * size - 2)
+
+    attend = flex(case, (sees(case.size[0]), sees(case.size[1])), (entry, entry), case.size)
+    return lambda q, k, v, bias=None: attend(q, k, v, *([] if bias is None else [bias]))
+
+
+def _partition(case: Neighborhood) -> tuple[int, bool] | str:
+    if any(case.kernel_size * case.dilation != n for n in case.size):
+        return "windows that overlap are no partition"
+    return case.kernel_size, True
+
+
 @dataclass(frozen=True)
 class Neighborhood(Problem):
     """Neighborhood attention, with a position table if `bias`."""
@@ -108,9 +154,27 @@ class Neighborhood(Problem):
         "dense SDPA": (dense_sdpa, None),
         "natten": (natten, _natten_refusal),
     }
+    cuda_peers: ClassVar[Peers] = {
+        **{f"natten {name}": _natten_backend(name) for name in NATTEN},
+        "FlexAttention compiled": (compiled_flex, None),
+        **partitioned.peers(_partition),
+    }
 
     def axes(self) -> tuple[Axis, Axis]:
         return tuple(Axis(n, self.kernel_size, self.dilation) for n in self.size)
+
+    def pairs(self) -> int:
+        """Every group of a dilated map is a map of its own."""
+        rows, columns = (self._unions(n) for n in self.size)
+        return 64 * sum(a * b * round_up(i * j) for i, a in rows.items() for j, b in columns.items())
+
+    def _unions(self, length: int) -> Counter[int]:
+        """How many tiles of 8 queries on an axis see how many keys."""
+        unions: Counter[int] = Counter()
+        for group in range(self.dilation):
+            index = neighbors(Axis(-(-(length - group) // self.dilation), self.kernel_size)).index
+            unions.update(int(tile.max() - tile.min()) + 1 for tile in index.split(8))
+        return unions
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         width = 2 * self.kernel_size - 1
@@ -129,4 +193,26 @@ PROBLEMS = [
     Neighborhood("na2d_56_d8", 2, (56, 56), 2, 32, 7, dilation=8),
     Neighborhood("na2d_28_d4_bias", 2, (28, 28), 4, 32, 7, dilation=4, bias=True),
     Neighborhood("na2d_14_bias", 2, (14, 14), 8, 32, 7, bias=True),
+]
+
+# DiNAT-T and -B at 224 x 224 (heads 2, 4, 8 and 4, 8), and a detector's map of 800 x 1216.
+CUDA_PROBLEMS = [
+    Neighborhood("na2d_56", 128, (56, 56), 2, 32, 7, **MIXED),
+    Neighborhood("na2d_28", 128, (28, 28), 4, 32, 7, **MIXED),
+    Neighborhood("na2d_14", 128, (14, 14), 8, 32, 7, **MIXED),
+    Neighborhood("na2d_56_bias", 128, (56, 56), 2, 32, 7, bias=True, **MIXED),
+    Neighborhood("na2d_28_bias", 128, (28, 28), 4, 32, 7, bias=True, **MIXED),
+    Neighborhood("na2d_14_bias", 128, (14, 14), 8, 32, 7, bias=True, **MIXED),
+    Neighborhood("na2d_56_d8", 128, (56, 56), 2, 32, 7, dilation=8, **MIXED),
+    Neighborhood("na2d_56_d8_bias", 128, (56, 56), 2, 32, 7, dilation=8, bias=True, **MIXED),
+    Neighborhood("na2d_28_d4_bias", 128, (28, 28), 4, 32, 7, dilation=4, bias=True, **MIXED),
+    Neighborhood("na2d_14_d2_bias", 128, (14, 14), 8, 32, 7, dilation=2, bias=True, **MIXED),
+    Neighborhood("na2d_56_base_bias", 128, (56, 56), 4, 32, 7, bias=True, **MIXED),
+    Neighborhood("na2d_28_base_bias", 128, (28, 28), 8, 32, 7, bias=True, **MIXED),
+    Neighborhood("na2d_dense_200x304_bias", 2, (200, 304), 2, 32, 7, bias=True, **MIXED),
+    Neighborhood("na2d_dense_100x152", 8, (100, 152), 4, 32, 7, **MIXED),
+]
+TINY = [
+    Neighborhood("tiny_na2d_bias", 3, (14, 13), 2, 16, 7, bias=True, fused=True),
+    Neighborhood("tiny_na2d_d2", 3, (14, 14), 2, 16, 7, dilation=2, fused=True),
 ]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from op_problems import Attend, Peers, Problem
+from op_problems import MIXED, Attend, Peers, Problem, round_up
 from visattn.ops import bilevel_routing_attention
 
 
@@ -39,6 +41,10 @@ def official_gather(case: Routed) -> Attend:
     return attend
 
 
+def _official_refusal(case: Routed) -> str | None:
+    return "regions do not divide the map" if any(n % case.n_win for n in case.size) else None
+
+
 @dataclass(frozen=True)
 class Routed(Problem):
     """Routing of regions, and attention to the `topk` best."""
@@ -47,6 +53,42 @@ class Routed(Problem):
     n_win: int = 7
 
     peers: ClassVar[Peers] = {"official gather": (official_gather, None)}
+    cuda_peers: ClassVar[Peers] = {
+        "official gather": (official_gather, lambda case, mode: _official_refusal(case)),
+        "FlexAttention compiled": (official_gather, lambda case, mode: "the mask depends on the content: no fixed one"),
+    }
+
+    def region(self) -> tuple[int, int]:
+        h, w = (-(-n // self.n_win) for n in self.size)
+        return h, w
+
+    def pairs(self) -> int:
+        regions = math.prod(-(-n // side) for n, side in zip(self.size, self.region(), strict=True))
+        tokens = math.prod(self.region())
+        return regions * round_up(tokens) * round_up(self.topk * tokens)
+
+    def inputs(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """In a narrow dtype, with regions that differ clearly, so that rounding cannot change which are the best."""
+        inputs = super().inputs(device)
+        if self.dtype == torch.float32:
+            return inputs
+        (h, w), (height, width) = self.region(), self.size
+        rows, columns = (torch.arange(n, device=device) // side for n, side in ((height, h), (width, w)))
+        region = rows[:, None] * (-(-width // w)) + columns
+        number = int(region.max()) + 1
+        if number > self.heads * self.dim:
+            raise ValueError(f"expected at most as many regions as channels, got {number} and {self.heads * self.dim}")
+        # Query region p prefers the key regions in the order p, p + 1, ...: its mean is the rank, in a channel each.
+        order = torch.arange(number, device=device)
+        rank = (order - order[:, None]) % number / number
+        means = {"q": 1 - rank, "k": 2 * torch.eye(number, device=device)}
+        share = F.one_hot(region.flatten(), number).float()
+        for name, mean in means.items():
+            noise = inputs[name].float().flatten(3).flatten(1, 2)
+            noise = noise - share @ (share.T @ noise / share.sum(0)[:, None])
+            placed = noise + F.pad(mean, (0, noise.shape[-1] - number))[region.flatten()]
+            inputs[name] = placed.reshape(inputs[name].shape).to(self.dtype)
+        return inputs
 
     def visattn(self, backend: str) -> Attend:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -61,3 +103,12 @@ PROBLEMS = [
     Routed("routed_28_topk4", 8, (28, 28), 4, 32, 4),
     Routed("routed_14_topk16", 8, (14, 14), 8, 32, 16),
 ]
+
+# The same at batch 128, and a detector's map of 800 x 1216.
+CUDA_PROBLEMS = [
+    Routed("routed_56_topk1", 128, (56, 56), 2, 32, 1, **MIXED),
+    Routed("routed_28_topk4", 128, (28, 28), 4, 32, 4, **MIXED),
+    Routed("routed_14_topk16", 128, (14, 14), 8, 32, 16, **MIXED),
+    Routed("routed_dense_200x304", 2, (200, 304), 2, 32, 1, **MIXED),
+]
+TINY = [Routed("tiny_routed", 3, (8, 12), 2, 16, 2, 2, fused=True)]
