@@ -57,8 +57,10 @@ def test_matches_reference(name, data):
 MAP = (2, 13, 11, 2, 24)
 ARGS = {"kernel_size": [7, 5], "dilation": [1, 2], "stride": [1, 1], "is_causal": [False, False]}
 TABLE = {"q": MAP, "k": MAP, "v": MAP, "bias": (2, 13, 9)}
+HALO = {"q": (2, 6, 8, 2, 24), "k": (2, 12, 15, 2, 24), "v": (2, 12, 15, 2, 16), "rel_h": (27, 24), "rel_w": (19, 24)}
 CASES = {
     "neighborhood": ("neighborhood", (TABLE, ARGS, True, 0)),
+    "neighborhood without phases": ("neighborhood", (TABLE, {**ARGS, "dilation": [1, 1]}, False, 0)),
     "neighborhood causal stride": (
         "neighborhood",
         test_neighborhood.make(([4, 4], [2, 1], [2, 3], [True, False]), (1, 13, 9, 1, 40), bias=False, lse=True),
@@ -73,12 +75,12 @@ CASES = {
     ),
     "window": ("window", ({**TABLE, "bias": (2, 9, 9)}, {"window_size": 5, "shift": 3}, True, 0)),
     "grid": ("window", ({**TABLE, "bias": (2, 13, 13)}, {"window_size": 7, "grid": True}, True, 0)),
-    "halo": (
+    "halo": ("halo", (HALO, {"block_size": [8, 4], "halo_size": [3, 3], "stride": [2, 2]}, True, 0)),
+    "halo zero keys": (
         "halo",
         (
-            {"q": (2, 6, 8, 2, 24), "k": MAP[:1] + (12, 15, 2, 24), "v": (2, 12, 15, 2, 16)}
-            | {"rel_h": (27, 24), "rel_w": (19, 24)},
-            {"block_size": [8, 4], "halo_size": [3, 3], "stride": [2, 2]},
+            {"q": MAP, "k": MAP, "v": MAP, "rel_h": (27, 24), "rel_w": (27, 24)},
+            {"block_size": 8, "halo_size": 3, "mask_border": False},
             True,
             0,
         ),
