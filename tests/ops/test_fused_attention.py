@@ -79,7 +79,7 @@ CASES = {
     "halo zero keys": (
         "halo",
         (
-            {"q": MAP, "k": MAP, "v": MAP, "rel_h": (27, 24), "rel_w": (27, 24)},
+            {**dict.fromkeys("qkv", (1, 16, 16, 1, 24)), "rel_h": (27, 24), "rel_w": (27, 24)},
             {"block_size": 8, "halo_size": 3, "mask_border": False},
             True,
             0,
