@@ -117,6 +117,8 @@ def cut_pairs(cut, shape):
 def test_spans_are_the_definition(axis):
     relation = spans(axis)
     assert torch.equal(relation_pairs(relation, sizes(axis)), definition(axis))
+    reach = {Axis: "kernel_size", Partition: "window"}.get(type(axis))
+    assert relation.entries == (2 * getattr(axis, reach) - 1 if reach else getattr(axis, "kernel_size", 1))
     for tokens, number in zip((relation.query, relation.key), sizes(axis), strict=True):
         assert tokens[tokens >= 0].sort().values.tolist() == list(range(number))
         assert (tokens[tokens < 0] == OUTSIDE).all()

@@ -174,6 +174,7 @@ def queries_forward_kernel(
             norm = norm * shrink + tl.sum(p, 1)
             acc = acc * shrink[:, None] + tl.dot(p.to(value.dtype), value, input_precision=PRECISION)
             most = higher
+    norm = tl.where(norm == 0.0, 1.0, norm)  # of rows that are not there
     put(out + line * DV, token, heads * DV, acc / norm[:, None], DV, BDV, UNIT, WIDE)
     place = token.to(tl.int64) if WIDE else token
     tl.store(lse + line + place * heads, (most + tl.log2(norm)) * LN2, mask=token >= 0)

@@ -25,16 +25,19 @@ def _block(channels: int) -> int:
     return max(16, power_of_2(channels))
 
 
-def _configs(rows: int, columns: int, channels: int, sums: int = 1) -> list[Config]:
+def _configs(call: Call, rows: int, columns: int, sums: int = 1) -> list[Config]:
     """Candidates for tiles of so many rows and columns in a kernel with so many sums; the first is the default."""
-    held = min(padded_rows(rows), 64)
+    held, is_wide = min(padded_rows(rows), 64), call.q.dtype == torch.float32
     warps = 2 if held == 16 or (held == 32 and sums == 1) else 4
-    # Few padded columns in few steps, as far as registers go: a backward pass needs twice as many, and more sums more.
-    sizes = [n for n in (16, 32, 64, 128) if n <= 64 or (sums == 1 and channels <= 64)]
-    sizes.sort(key=lambda n: (n > (32 if sums == 3 else 64), _ceil(columns, n) * (n + 40)))
+    # Few padded columns in few steps, as far as registers go: a backward pass needs twice as many, more sums and exact
+    # products of float32 still more.
+    most = 32 if sums == 3 or is_wide else 64
+    sizes = [n for n in (16, 32, 64, 128) if n <= 64 or (sums == 1 and call.dim <= 64 and not is_wide)]
+    sizes.sort(key=lambda n: (n > most, _ceil(columns, n) * (n + 40)))
     stages = (1, 2) if columns <= sizes[0] else (2, 3, 1)  # a single step has nothing to overlap with
-    found = [Config(held, n, warps, s) for n in sizes for s in stages]
-    found += [Config(held, n, 2 * warps, stages[0]) for n in sizes]
+    several = (2 * warps, warps) if is_wide else (warps, 2 * warps)
+    found = [Config(held, n, several[0], s) for n in sizes for s in stages]
+    found += [Config(held, n, several[1], stages[0]) for n in sizes]
     if rows > 64:
         found += [Config(128, n, 8, 2) for n in sizes[:2]]
     return found
@@ -212,7 +215,7 @@ def run_forward(call: Call) -> tuple[Tensor, Tensor]:
         return out, lse
 
     total = topk * u if listed else u
-    candidates = _configs(m, total, call.dim)
+    candidates = _configs(call, m, total)
     shape_class = (*call.shape_class, m, total)
     out, lse = run_tuned("attention_forward", shape_class, call.q.device, candidates, run)
     return out, lse
@@ -257,7 +260,7 @@ def _run_backward_queries(
                 grad_weight = grad_weight.sum(1, keepdim=True)
         return tuple(x for x in (delta, grad_q, grad_terms, grad_weight) if x is not None)
 
-    candidates = _configs(m, total, call.dim, sums=2)
+    candidates = _configs(call, m, total, sums=2)
     return run_tuned("attention_backward_queries", (*call.shape_class, m, total), call.q.device, candidates, run)
 
 
@@ -301,7 +304,7 @@ def _run_backward_keys(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) -> 
         return grad_k, grad_v
 
     total = u if listed is None else u * max(1, entries // len(rows))
-    candidates = _configs(m, total, call.dim, sums=3)
+    candidates = _configs(call, m, total, sums=3)
     shape_class = (*call.shape_class, m, total)
     grad_k, grad_v = run_tuned("attention_backward_keys", shape_class, call.q.device, candidates, run)
     return grad_k, grad_v
@@ -328,7 +331,7 @@ def _run_backward_tiles(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) ->
         )  # fmt: skip
         return (partial.sum(0),)
 
-    candidates = [c for c in _configs(m, u, call.dim, sums=2) if c.block_n <= 64]
+    candidates = _configs(call, m, u, sums=2)
     (summed,) = run_tuned("attention_backward_tiles", (*call.shape_class, m, u), call.q.device, candidates, run)
     if call.is_full(call.bias):
         return summed[:, 0, :, : call.bias.shape[2]].to(call.bias.dtype)
@@ -354,7 +357,7 @@ def _run_backward_extra(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) ->
         )  # fmt: skip
         return tuple(x.sum(0).to(call.q.dtype) for x in parts)
 
-    candidates = _configs(call.extra, call.queries, call.dim, sums=3)
+    candidates = _configs(call, call.extra, call.queries, sums=3)
     shape_class = (*call.shape_class, call.queries, call.extra)
     grad_k, grad_v = run_tuned("attention_backward_extra", shape_class, call.q.device, candidates, run)
     return grad_k, grad_v
@@ -376,7 +379,7 @@ def _run_backward_extra_bias(call: Call, grad: Tensor, lse: Tensor, delta: Tenso
         )  # fmt: skip
         return (found,)
 
-    candidates = [c for c in _configs(call.queries, call.extra, call.dim, sums=2) if c.block_n <= 64]
+    candidates = _configs(call, call.queries, call.extra, sums=2)
     shape_class = (*call.shape_class, call.queries, call.extra)
     (found,) = run_tuned("attention_backward_extra_bias", shape_class, call.q.device, candidates, run)
     shared = [a for a in (1, 2, 3) if call.extra_bias.shape[a] == 1 and found.shape[a] > 1]

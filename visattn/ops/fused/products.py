@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from visattn.ops.fused.launch import Launch, describe, launch, power_of_2, strides
+from visattn.ops.fused.launch import launch, power_of_2, strides
 from visattn.ops.fused.support import is_interpreting, precision
 from visattn.ops.fused.tuning import Config, run_tuned
 
@@ -213,20 +213,3 @@ def apply(q: Tensor, context: Tensor) -> Tensor:
             f"expected q [B, L, N, D] and context [B, N, D, E], got {tuple(q.shape)}, {tuple(context.shape)}"
         )
     return _Apply.apply(q, context)
-
-
-def ahead_of_time() -> list[Launch]:
-    """Launches to compile without a GPU: heads of 32 and 24 channels in bfloat16, several blocks in float32."""
-    from visattn.ops.fused.products_kernels import apply_kernel, outer_kernel
-
-    launches = []
-    for dtype, d, e in ((torch.bfloat16, 32, 32), (torch.bfloat16, 24, 24), (torch.float32, 96, 96)):
-        x, y = (torch.empty(2, 3136, 2, width, dtype=dtype, device="meta") for width in (d, e))
-        context = torch.empty(2, 2, d, e, device="meta")
-        first, second = _OUTER[x.element_size()][0], _APPLY[x.element_size()][0]
-        for kernel, config, (_, _, arguments), out in (
-            (outer_kernel, first, _outer_launch(x, y, first), context),
-            (apply_kernel, second, _apply_launch(x, context, second), y),
-        ):
-            launches.append(describe(kernel, {**arguments, "out": out}, config.num_warps, config.num_stages))
-    return launches

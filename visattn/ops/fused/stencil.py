@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visattn.ops.fused.launch import Launch, describe, launch, power_of_2, strides
+from visattn.ops.fused.launch import launch, power_of_2, strides
 from visattn.ops.fused.tuning import Config, run_tuned
 
 _STEPS = 4  # tiles of positions that a program of the kernels' gradient adds up
@@ -234,28 +234,3 @@ def dynamic_conv(x: Tensor, kernels: Tensor) -> Tensor:
         )
     _check_taps(kernels.shape[-1])
     return _Stencil.apply(x.unsqueeze(3), kernels.unsqueeze(1), False).squeeze(3)
-
-
-def ahead_of_time() -> list[Launch]:
-    """Launches to compile without a GPU: TransNeXt's heads of 24 channels, InLine's convolution, and float32."""
-    from visattn.ops.fused.stencil_kernels import stencil_kernel, stencil_weights_kernel
-
-    launches = []
-    problems = (
-        (torch.bfloat16, torch.bfloat16, (2, 56, 56, 2, 24), (2, 56, 56, 2, 9)),
-        (torch.bfloat16, torch.float32, (2, 28, 28, 4, 32), (2, 28, 28, 4, 9)),
-        (torch.bfloat16, torch.bfloat16, (2, 56, 56, 1, 96), (2, 1, 96, 9)),
-        (torch.float32, torch.float32, (2, 14, 14, 1, 64), (2, 1, 64, 25)),
-    )
-    for dtype, weights_dtype, size, weights_size in problems:
-        x, grad = (torch.empty(size, dtype=dtype, device="meta") for _ in range(2))
-        weights = torch.empty(weights_size, dtype=weights_dtype, device="meta")
-        per_channel = weights.ndim == 4
-        for transposed in (False, True):
-            config = _candidates(x, whole=False)[0]
-            _, arguments = _stencil_launch(x, weights, grad, transposed, config)
-            launches.append(describe(stencil_kernel, arguments, config.num_warps, config.num_stages))
-        config = _candidates(x, whole=not per_channel)[0]
-        _, arguments = _weights_launch(grad, x, weights, per_channel, config)
-        launches.append(describe(stencil_weights_kernel, arguments, config.num_warps, config.num_stages))
-    return launches

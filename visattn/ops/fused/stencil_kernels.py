@@ -1,4 +1,4 @@
-"""Triton kernels of weighted sums over K x K neighbourhoods. Launched, and described, by stencil.py."""
+"""Triton kernels of weighted sums over K x K neighbourhoods. Launched by stencil.py."""
 
 from __future__ import annotations
 

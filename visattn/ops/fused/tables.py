@@ -82,11 +82,12 @@ class Lookup:
 
     def add(self, x: Tensor) -> Tensor:
         """Transpose of `read`: [..., *index] -> [..., number]."""
-        lines = F.pad(x.flatten(-self.index.ndim), (0, 1)).flatten(0, -2)
+        leading = x.shape[: -self.index.ndim]
+        lines = F.pad(x.reshape(-1, self.index.numel()), (0, 1))
         step = max(1, _MOST // self.places.numel())
         parts = [part.index_select(1, self.places.flatten()) for part in lines.split(step)]
         found = torch.cat([part.unflatten(1, self.places.shape).sum(2) for part in parts])
-        return found.unflatten(0, x.shape[: -self.index.ndim])
+        return found.view(*leading, self.number)
 
 
 _MOST = 1 << 26  # numbers that `Lookup.add` gathers at a time
