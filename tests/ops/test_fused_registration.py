@@ -98,6 +98,20 @@ def test_function_transforms():
     assert torch.equal(torch.func.grad(loss)(q), expected)
 
 
+def test_vmap_of_the_op_and_of_its_gradient():
+    q, k, v = torch.randn(3, 3, 1, 20, 1, 8, device=DEVICE).unbind(0)
+    table = torch.randn(1, 3, 5, device=DEVICE)
+
+    def attend(q, k, v):
+        return fused_attention(q, k, v, [Partition(4, 2), Partition(5, 3)], 0.3, bias=table)[0]
+
+    expected = torch.stack([attend(*each) for each in zip(q, k, v, strict=True)])
+    assert torch.equal(torch.vmap(attend)(q, k, v), expected)
+    gradient = torch.func.grad(lambda q, k, v: attend(q, k, v).square().sum())
+    expected = torch.stack([gradient(x, k[0], z) for x, z in zip(q, v, strict=True)])
+    assert torch.equal(torch.vmap(gradient, (0, None, 0))(q, k[0], v), expected)
+
+
 def test_autocast_gives_the_dtype_of_the_projection():
     linear = torch.nn.Linear(8, 24, device=DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -120,6 +134,9 @@ def test_what_cannot_run_says_why():
     q, k, v = torch.randn(3, 1, 4, 4, 1, 8, dtype=torch.float64, device=DEVICE).unbind(0)
     with pytest.raises(BackendError, match=r"float32, float16 and bfloat16, got torch.float64"):
         ops.window_attention(q, k, v, 2, backend="triton")
+    wide = torch.zeros(1, 4, 4, 1, 136, device=DEVICE)
+    with pytest.raises(BackendError, match=r"at most 128 channels in torch.float32, got 136 and 136"):
+        ops.window_attention(wide, wide, wide, 2, backend="triton")
     meta = q.float().to("meta")
     with pytest.raises(BackendError, match="run on CUDA devices, got tensors on 'meta'"):
         ops.window_attention(meta, meta, meta, 2, backend="triton")

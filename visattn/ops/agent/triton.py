@@ -14,7 +14,7 @@ def refusal(
     q: Tensor, k: Tensor, v: Tensor, agents: Tensor, agent_bias: Tensor | None, query_bias: Tensor | None, *args: Any
 ) -> str | None:
     """Why the kernels cannot run this call."""
-    return support.refusal(q, k, v, agents, agent_bias, query_bias)
+    return support.attention_refusal(q, v, k, agents, agent_bias, query_bias)
 
 
 def agent_triton(

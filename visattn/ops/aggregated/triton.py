@@ -40,7 +40,7 @@ def refusal(
     bias = q.shape[1:4].numel() * pool_k.shape[1:3].numel()
     if bias > _MOST:
         return f"expected at most {_MOST} heads x queries x pooled keys for the position bias, got {bias}"
-    return support.refusal(q, pool_k, pool_v, scale, query_embedding, *cpb, k, v, *parameters)
+    return support.attention_refusal(q, pool_v, pool_k, scale, query_embedding, *cpb, k, v, *parameters)
 
 
 @functools.lru_cache(maxsize=64)

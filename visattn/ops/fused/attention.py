@@ -7,6 +7,7 @@ each, and an `autograd.Function` joins them, which function transforms can look 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,8 +60,25 @@ def _fake_backward(*args: Any) -> list[Tensor]:
     return [x.new_empty(x.shape) for x, n in zip(inputs, needs, strict=False) if n]
 
 
+def _one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any, op: Any) -> tuple[Any, Any]:
+    """`torch.vmap` of an op: calls for each element, stacked."""
+    found = []
+    for i in range(info.batch_size):
+        found.append(op(*(x.select(d, i) if isinstance(d, int) else x for x, d in zip(args, in_dims, strict=True))))
+    stacked = [torch.stack(x) for x in zip(*found, strict=True)]
+    if op is torch.ops.visattn.fused_backward:
+        return stacked, [0] * len(stacked)
+    return tuple(stacked), (0,) * len(stacked)
+
+
+_forward.register_vmap(partial(_one_by_one, op=torch.ops.visattn.fused_forward))
+_backward.register_vmap(partial(_one_by_one, op=torch.ops.visattn.fused_backward))
+
+
 class _Gradients(torch.autograd.Function):
     """`visattn::fused_backward`, which has no derivative; under function transforms it must be a function."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -77,6 +95,8 @@ class _Gradients(torch.autograd.Function):
 
 class _Attention(torch.autograd.Function):
     """`visattn::fused_forward` and `visattn::fused_backward` as one function."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,11 @@
 """The Triton kernels of the fused core.
 
 A program holds `ROWS` rows of a tile and streams the tile's columns, `COLUMNS` at a time. In three kernels rows are
-queries and columns keys, in `keys_kernel` it is the reverse. Where rows and columns lie is read from tables of tokens.
+queries and columns keys, in `keys_backward_kernel` it is the reverse. Where they lie is read from tables of tokens.
 
 Shapes: maps are [B, tokens, N, D] with strides for image (b), token (t) and head (n) and channel stride 1; results are
-contiguous. T tiles of M rows and U columns. Logits are kept times log2(e), so that `exp2`
-makes the weights; position tiles come that way.
+contiguous. T tiles of M rows and U columns. Logits are kept times log2(e), so that `exp2` makes the weights; position
+tiles come that way.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def spread_of(codes, TERMS: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def add_tile(s, tiles, base, row, column, M, U, step, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def add_tile(s, tiles, base, row, M, U, step, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """s plus the numbers [M, U] at `base` of the position tiles, -inf around them."""
     if BIASED:
         u = step + tl.arange(0, COLUMNS)
@@ -143,7 +143,7 @@ def queries_forward_kernel(
         if WEIGHTED:
             s = s * factor[None, :]
             value = (value * factor[:, None]).to(value.dtype)
-        s = add_tile(s, tiles, base, row, other, M, U, step, BIASED, ROWS, COLUMNS)
+        s = add_tile(s, tiles, base, row, M, U, step, BIASED, ROWS, COLUMNS)
         if TERMS > 0:
             u = step + tl.arange(0, COLUMNS)
             spread = spread_of(tl.load(codes + tile * U + u, mask=u < U, other=0), TERMS, term.dtype)
@@ -236,7 +236,7 @@ def queries_backward_kernel(
         qk = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
         gv = tl.dot(cotangent, tl.trans(value), input_precision=PRECISION)
         s = qk * factor[None, :] * LOG2E if WEIGHTED else qk * LOG2E
-        s = add_tile(s, tiles, base, row, other, M, U, step, BIASED, ROWS, COLUMNS)
+        s = add_tile(s, tiles, base, row, M, U, step, BIASED, ROWS, COLUMNS)
         if TERMS > 0:
             u = step + tl.arange(0, COLUMNS)
             spread = spread_of(tl.load(codes + tile * U + u, mask=u < U, other=0), TERMS, term.dtype)
@@ -318,7 +318,7 @@ def keys_backward_kernel(
         s = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (scale * LOG2E)
         if WEIGHTED:
             s = s * factor[None, :]
-        s = add_tile(s, tiles, base, row, other, M, U, step, BIASED, ROWS, COLUMNS)
+        s = add_tile(s, tiles, base, row, M, U, step, BIASED, ROWS, COLUMNS)
         if TERMS > 0:
             term = take(terms + line * TERMS, other, heads * TERMS, TERMS, TERMS, UNIT, WIDE, UPCAST)
             s += tl.dot(spread, tl.trans(term), input_precision=PRECISION) * LOG2E
@@ -363,7 +363,7 @@ def tiles_backward_kernel(
     nothing = part.to(tl.int64) * 0  # makes the numbers of images 64 bits wide
     base = (head * kinds + which).to(tl.int64) * (M * U)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    added = add_tile(acc, tiles, base, row, row, M, U, step, True, ROWS, COLUMNS)
+    added = add_tile(acc, tiles, base, row, M, U, step, True, ROWS, COLUMNS)
     for i in range(part * size, tl.minimum(part * size + size, count)):
         tile = tl.load(members + start + i // images)
         b = nothing + i % images

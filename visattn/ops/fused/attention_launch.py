@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from visattn.ops.fused.launch import launch, power_of_2
-from visattn.ops.fused.support import is_interpreting, precision
+from visattn.ops.fused.support import MOST_BYTES, is_interpreting, precision
 from visattn.ops.fused.tables import Tiling, decode, regions, tiling
 from visattn.ops.fused.tuning import Config, run_tuned
 from visattn.ops.geometry import padded_rows
@@ -35,6 +35,8 @@ def _configs(call: Call, rows: int, columns: int, sums: int = 1) -> list[Config]
     sizes = [n for n in (16, 32, 64, 128) if n <= 64 or (sums == 1 and call.dim <= 64 and not is_wide)]
     sizes.sort(key=lambda n: (n > most, _ceil(columns, n) * (n + 40)))
     stages = (1, 2) if columns <= sizes[0] else (2, 3, 1)  # a single step has nothing to overlap with
+    if _block(max(call.dim, call.value_dim)) * call.q.element_size() > MOST_BYTES // 2:
+        sizes, stages = [16, 32], (1,)  # for the sake of shared memory
     several = (2 * warps, warps) if is_wide else (warps, 2 * warps)
     found = [Config(held, n, several[0], s) for n in sizes for s in stages]
     found += [Config(held, n, several[1], stages[0]) for n in sizes]
@@ -82,6 +84,7 @@ class Call:
         self.index = None if index is None else index.contiguous()
         self.weight = None if weight is None else weight.contiguous()
         self.grad: Tensor | None = None  # of the output, in the backward pass
+        self._tiles: dict[bool, tuple[Tiling, Tensor | None]] = {}
         self.extra = 0 if extra_k is None else extra_k.shape[1]
         self.shape_class = (
             str(q.dtype).removeprefix("torch."),
@@ -147,6 +150,11 @@ class Call:
 
     def tiles(self, keys_hold: bool) -> tuple[Tiling, Tensor | None]:
         """Tiles of one direction and the numbers added to their logits."""
+        if keys_hold not in self._tiles:
+            self._tiles[keys_hold] = self._make_tiles(keys_hold)
+        return self._tiles[keys_hold]
+
+    def _make_tiles(self, keys_hold: bool) -> tuple[Tiling, Tensor | None]:
         found = tiling(self.axes, keys_hold, self.q.device, 0 if keys_hold else self.extra)
         if self.bias is None:
             return found, found.mask(self.q.dtype) if found.masked else None

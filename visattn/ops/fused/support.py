@@ -9,6 +9,7 @@ import os
 import torch
 from torch import Tensor
 
+MOST_BYTES = 512  # of a head's channels: several rows of them lie in shared memory
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -20,6 +21,13 @@ def is_interpreting() -> bool:
 @functools.cache
 def _is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _is_old(device: torch.device) -> bool:
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device) < (8, 0)
 
 
 def refusal(*tensors: Tensor | None) -> str | None:
@@ -34,9 +42,19 @@ def refusal(*tensors: Tensor | None) -> str | None:
         return f"Triton kernels run on CUDA devices, got tensors on {device!r} (TRITON_INTERPRET=1 runs them on a CPU)"
     if given[0].dtype not in DTYPES:
         return f"Triton kernels take float32, float16 and bfloat16, got {given[0].dtype}"
+    if device == "cuda" and _is_old(given[0].device):
+        return "Triton kernels need a GPU of compute capability 8.0 or newer"
     if len(given[0]) >= 2**16:
         return f"Triton kernels take fewer than 65536 images at a time, got {len(given[0])}"
     return None
+
+
+def attention_refusal(q: Tensor, v: Tensor, *others: Tensor | None) -> str | None:
+    """Why the attention kernels cannot run tensors with heads of q's and v's channels, or None."""
+    most = MOST_BYTES // q.element_size()
+    if max(q.shape[-1], v.shape[-1]) > most:
+        return f"expected heads of at most {most} channels in {q.dtype}, got {q.shape[-1]} and {v.shape[-1]}"
+    return refusal(q, v, *others)
 
 
 def automatic(*tensors: Tensor | None) -> str | None:

@@ -16,7 +16,7 @@ def refusal(
     q: Tensor, k: Tensor, v: Tensor, axes: tuple[Halo, Halo], rel_h: Tensor | None, rel_w: Tensor | None, *args: Any
 ) -> str | None:
     """Why the kernels cannot run this call."""
-    return support.refusal(q, k, v, rel_h, rel_w)
+    return support.attention_refusal(q, v, k, rel_h, rel_w)
 
 
 def _terms(q: Tensor, axes: tuple[Halo, Halo], rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ def refusal(
     *args: Any,
 ) -> str | None:
     """Why the kernels cannot run this call."""
-    return support.refusal(q, k, v, bias, extra_k, extra_v, extra_bias)
+    return support.attention_refusal(q, v, k, bias, extra_k, extra_v, extra_bias)
 
 
 def neighborhood_triton(

@@ -14,7 +14,7 @@ def refusal(
     q: Tensor, k: Tensor, v: Tensor, index: Tensor, q_axes: Axes, k_axes: Axes, weight: Tensor | None, *args: Any
 ) -> str | None:
     """Why the kernels cannot run this call."""
-    return support.refusal(q, k, v, index, weight)
+    return support.attention_refusal(q, v, k, index, weight)
 
 
 def routed_triton(

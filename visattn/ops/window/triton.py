@@ -14,7 +14,7 @@ def refusal(
     q: Tensor, k: Tensor, v: Tensor, axes: tuple[Partition, ...], bias: Tensor | None, *args: Any
 ) -> str | None:
     """Why the kernels cannot run this call."""
-    return support.refusal(q, k, v, bias)
+    return support.attention_refusal(q, v, k, bias)
 
 
 def window_triton(
