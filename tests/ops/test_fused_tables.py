@@ -61,7 +61,7 @@ def test_tables_are_the_product_of_axes(axes, keys_hold):
 
     table = table_of(axes)
     added = found.position_tiles(table)
-    assert added.shape == (2, found.kinds, found.rows.shape[1], found.columns.shape[1])
+    assert added.shape == (2, len(found.counts), found.rows.shape[1], found.columns.shape[1])
     for head in range(2):
         logits = added[head, found.kind.long()]
         entry = torch.where(logits.isfinite(), logits - table[head].min(), -1).long()
@@ -85,11 +85,24 @@ def test_tilings_know_of_holes(axes):
 def test_members_list_each_tile_once_by_kind(axes, keys_hold):
     found = tiling(axes, keys_hold, CPU)
     assert found.members.sort().values.tolist() == list(range(len(found.rows)))
-    assert found.first[0] == 0
-    assert found.first[-1] == len(found.rows)
-    for kind in range(found.kinds):
-        members = found.members[found.first[kind] : found.first[kind + 1]].long()
+    assert sum(found.counts) == len(found.rows)
+    for kind, members in enumerate(found.members.long().split(found.counts)):
         assert (found.kind[members] == kind).all()
+
+
+@pytest.mark.parametrize("number", [1, 7, 10**6])
+@each_tiling
+def test_parts_are_the_tiles_of_all_images(axes, keys_hold, number):
+    found, images = tiling(axes, keys_hold, CPU), 3
+    parts, numbers = found.parts(images, number)
+    assert len(parts) == sum(numbers) <= number + len(found.counts)
+    seen = [
+        (int(found.members[first + i // images]), i % images) for _, first, a, b in parts.tolist() for i in range(a, b)
+    ]
+    assert sorted(seen) == [(tile, image) for tile in range(len(found.rows)) for image in range(images)]
+    for which, first, start, stop in parts.tolist():
+        assert (found.kind[found.members[first + start // images : first + -(-stop // images)].long()] == which).all()
+    assert parts[:, 0].bincount(minlength=len(numbers)).tolist() == numbers
 
 
 @each_tiling

@@ -338,14 +338,17 @@ def keys_backward_kernel(
 @triton.jit
 def tiles_backward_kernel(
     q, k, v, grad, lse, delta, grad_tiles,
-    rows, columns, kind, tiles, members, first_member,
+    rows, columns, tiles, members, parts,
     q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, g_b, g_t, g_n,
-    images, queries, heads, kinds, M, U, splits, scale,
+    images, queries, heads, kinds, M, U, scale,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, LOWEST: tl.constexpr, CHECKED: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient [splits, N, kinds, M, U] of the position tiles: a program sums a part of the tiles of its kind."""
+    """Gradient [parts, N, M, U] of the position tiles: a program sums a part of the images of the tiles of a kind.
+
+    Parts [parts, 4]: kind, first of its tiles in `members`, start and stop among their images.
+    """
     pid = tl.program_id(0)
     row_blocks, column_blocks = tl.cdiv(M, ROWS), tl.cdiv(U, COLUMNS)
     step = (pid % column_blocks) * COLUMNS
@@ -354,18 +357,14 @@ def tiles_backward_kernel(
     pid = pid // row_blocks
     head = pid % heads
     pid = pid // heads
-    which = pid % kinds
-    part = pid // kinds
-
-    start = tl.load(first_member + which)
-    count = (tl.load(first_member + which + 1) - start) * images
-    size = tl.cdiv(count, splits)
-    nothing = part.to(tl.int64) * 0  # makes the numbers of images 64 bits wide
+    part = parts + pid * 4
+    which, first, start, stop = tl.load(part), tl.load(part + 1), tl.load(part + 2), tl.load(part + 3)
+    nothing = pid.to(tl.int64) * 0  # makes the numbers of images 64 bits wide
     base = (head * kinds + which).to(tl.int64) * (M * U)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     added = add_tile(acc, tiles, base, row, M, U, step, True, ROWS, COLUMNS)
-    for i in range(part * size, tl.minimum(part * size + size, count)):
-        tile = tl.load(members + start + i // images)
+    for i in range(start, stop):
+        tile = tl.load(members + first + i // images)
         b = nothing + i % images
         token = tl.load(rows + tile * M + row, mask=row < M, other=-2)
         u = step + tl.arange(0, COLUMNS)
@@ -383,7 +382,7 @@ def tiles_backward_kernel(
         p = tl.exp2(s - total_lse[:, None])
         acc += p * (tl.dot(cotangent, tl.trans(value), input_precision=PRECISION) - less[:, None])
     u = step + tl.arange(0, COLUMNS)
-    place = (part.to(tl.int64) * heads + head) * kinds + which
+    place = pid.to(tl.int64) * heads + head
     keep = (row < M)[:, None] & (u < U)[None, :]
     tl.store(grad_tiles + place * (M * U) + row[:, None] * U + u[None, :], acc, mask=keep)
 
@@ -454,9 +453,9 @@ def extra_bias_backward_kernel(
 
     token, other = tl.where(t < queries, t, -2), tl.where(e < extra, e, -2)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    size = images // groups
+    size = tl.cdiv(images, groups)
     start = (group * size).to(tl.int64)
-    for i in range(size):
+    for i in range(tl.minimum(size, images - group * size)):
         b = start + i
         query = take(at_head(q, b, head, q_b, q_n, UNIT), token, q_t, D, BD, UNIT, WIDE, UPCAST)
         cotangent = take(at_head(grad, b, head, g_b, g_n, UNIT), token, g_t, DV, BDV, UNIT, WIDE, UPCAST)

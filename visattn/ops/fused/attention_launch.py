@@ -326,18 +326,18 @@ def _run_backward_tiles(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) ->
     m, u = found.rows.shape[1], found.columns.shape[1]
 
     def run(config: Config) -> tuple[Tensor, ...]:
-        blocks = _ceil(m, config.block_m) * _ceil(u, config.block_n) * call.heads * found.kinds
-        splits = max(1, min(_ceil(_SPLIT, blocks), len(found.rows) * call.images // found.kinds))
-        partial = call.empty(splits, call.heads, found.kinds, m, u, dtype=torch.float32)
+        blocks = _ceil(m, config.block_m) * _ceil(u, config.block_n) * call.heads
+        parts, numbers = found.parts(call.images, max(1, _SPLIT // blocks))
+        partial = call.empty(len(parts), call.heads, m, u, dtype=torch.float32)
         _launch(
-            tiles_backward_kernel, blocks * splits, config,
+            tiles_backward_kernel, blocks * len(parts), config,
             call.q, call.k, call.v, grad, lse, delta, partial,
-            found.rows, found.columns, found.kind, tiles, found.members, found.first,
+            found.rows, found.columns, tiles, found.members, parts,
             *_strides(call.q, call.k, call.v, grad),
-            call.images, call.queries, call.heads, found.kinds, m, u, splits, call.scale,
+            call.images, call.queries, call.heads, len(numbers), m, u, call.scale,
             LOWEST=call.lowest, CHECKED=call.checked, **call.options(),
         )  # fmt: skip
-        return (partial.sum(0),)
+        return (torch.stack([part.sum(0) for part in partial.split(numbers)], dim=1),)
 
     candidates = _configs(call, m, u, sums=2)
     (summed,) = run_tuned("attention_backward_tiles", (*call.shape_class, m, u), call.q.device, candidates, run)
@@ -374,24 +374,25 @@ def _run_backward_extra(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) ->
 def _run_backward_extra_bias(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     from visattn.ops.fused.attention_kernels import extra_bias_backward_kernel
 
-    groups = call.extra_bias.shape[0]
+    shared = [a for a, n in enumerate(call.extra_bias.shape) if n == 1]
 
     def run(config: Config) -> tuple[Tensor, ...]:
+        blocks = _ceil(call.queries, config.block_m) * _ceil(call.extra, config.block_n) * call.heads
+        groups = call.images
+        if 0 in shared:
+            groups = _ceil(groups, _ceil(groups, _ceil(_SPLIT, blocks)))
         found = call.empty(groups, call.queries, call.heads, call.extra, dtype=torch.float32)
-        blocks = _ceil(call.queries, config.block_m) * _ceil(call.extra, config.block_n)
         _launch(
-            extra_bias_backward_kernel, groups * blocks * call.heads, config,
+            extra_bias_backward_kernel, groups * blocks, config,
             call.q, grad, lse, delta, call.extra_k, call.extra_v, call.extra_bias, found,
             *_strides(call.q, grad, call.extra_k, call.extra_v), *_strides(call.extra_bias, number=4),
             call.images, groups, call.queries, call.heads, call.extra, call.scale, **call.options(),
         )  # fmt: skip
-        return (found,)
+        return (found.sum(shared, keepdim=True) if shared else found,)
 
     candidates = _configs(call, call.queries, call.extra, sums=2)
     shape_class = (*call.shape_class, call.queries, call.extra)
     (found,) = run_tuned("attention_backward_extra_bias", shape_class, call.q.device, candidates, run)
-    shared = [a for a in (1, 2, 3) if call.extra_bias.shape[a] == 1 and found.shape[a] > 1]
-    found = found.sum(shared, keepdim=True) if shared else found
     return found.to(call.extra_bias.dtype)
 
 

@@ -18,6 +18,10 @@ _KINDS: tuple[type[AnyAxis], ...] = (Axis, Partition, Halo, Whole, Clipped)
 STEP = 16  # columns of a tile are a multiple of this, so that rows of position tiles begin at 16-byte borders
 
 
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def encode(axes: Sequence[AnyAxis]) -> list[int]:
     """Axes as ints, the form in which they pass through registered ops."""
     found = []
@@ -102,7 +106,7 @@ class Tiling:
         columns: int32 [T, U] tokens, OUTSIDE or NONE where there is none; U is a multiple of `STEP`.
         kind: int32 [T] which of the `kinds` different tiles a tile is.
         members: int32 [T] tiles in the order of their kinds.
-        first: [kinds + 1] where the tiles of a kind begin in `members`.
+        counts: How many tiles there are of each kind.
         codes: int32 of the side that holds the keys of halos, row position + 65536 * column position, each modulo the
             window.
         patterns: Per axis [C, t, U] the entry of a position table for each pair, -1 for one that is not visible.
@@ -115,16 +119,31 @@ class Tiling:
     columns: Tensor
     kind: Tensor
     members: Tensor
-    first: Tensor
     codes: Tensor | None
     patterns: tuple[Tensor, ...]
     entries: tuple[int, ...]
+    counts: tuple[int, ...]
     masked: bool
     has_holes: bool
 
-    @property
-    def kinds(self) -> int:
-        return len(self.first) - 1
+    @functools.cached_property
+    def _parts(self) -> dict[tuple[int, int], tuple[Tensor, list[int]]]:
+        return {}
+
+    def parts(self, images: int, number: int) -> tuple[Tensor, list[int]]:
+        """The tiles of all images in about `number` equal parts of one kind each, and how many parts a kind has.
+
+        Parts are int32 [parts, 4]: kind, first of its tiles in `members`, start and stop among their images.
+        """
+        if (images, number) not in self._parts:
+            size, parts, first, numbers = _ceil(sum(self.counts) * images, number), [], 0, []
+            for kind, count in enumerate(self.counts):
+                starts = range(0, count * images, size)
+                parts += [(kind, first, start, min(start + size, count * images)) for start in starts]
+                numbers.append(len(starts))
+                first += count
+            self._parts[images, number] = torch.tensor(parts, dtype=torch.int32).to(self.rows.device), numbers
+        return self._parts[images, number]
 
     @functools.cached_property
     def lookup(self) -> Lookup:
@@ -211,13 +230,13 @@ def tiling(axes: tuple[AnyAxis, ...], keys_hold: bool, device: torch.device, ext
         columns = F.pad(columns, (0, more), value=NONE)
         if codes is not None and not keys_hold:
             codes = F.pad(codes, (0, more))
-        first = F.pad(torch.bincount(kind, minlength=kinds).cumsum(0), (1, 0))
         members = torch.sort(kind, stable=True).indices
-        tables = (rows, columns, kind, members, first, codes)
+        tables = (rows, columns, kind, members, codes)
         return Tiling(
             *(None if x is None else x.to(device, torch.int32) for x in tables),
             patterns=tuple(cut.pattern.to(device, torch.int32) for cut in cuts),
             entries=tuple(s.entries for s in relation),
+            counts=tuple(torch.bincount(kind, minlength=kinds).tolist()),
             masked=any(cut.masked for cut in cuts),
             has_holes=bool((columns == OUTSIDE).any()),
         )
