@@ -49,7 +49,11 @@ class Backend:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Request backend `name` for every op called in this context that does not name one itself."""
+    """Request backend `name` for every op called in this context that does not name one itself.
+
+    `torch.compile` keeps the backends that it traced a module with, in its caches on disk too: to compile the same module
+    with others in one process, call `torch.compiler.reset()` between, and turn those caches off.
+    """
     token = _requested.set(name)
     try:
         yield
