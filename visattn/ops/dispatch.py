@@ -51,8 +51,8 @@ class Backend:
 def use_backend(name: str) -> Iterator[None]:
     """Request backend `name` for every op called in this context that does not name one itself.
 
-    `torch.compile` keeps the backends that it traced a module with, in its caches on disk too: to compile the same module
-    with others in one process, call `torch.compiler.reset()` between, and turn those caches off.
+    `torch.compile` keeps the backends that it traced a module with, in its caches on disk too: to compile the same
+    module with others, call `torch.compiler.reset()` between, and turn those caches off.
     """
     token = _requested.set(name)
     try:
