@@ -97,13 +97,63 @@ def spread_of(codes, TERMS: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def add_tile(s, tiles, base, row, M, U, step, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def add_tile(s, tiles, base, row, M, U, step, BIASED: tl.constexpr, COLUMNS: tl.constexpr):
     """s plus the numbers [M, U] at `base` of the position tiles, -inf around them."""
     if BIASED:
         u = step + tl.arange(0, COLUMNS)
         keep = (row < M)[:, None] & (u < U)[None, :]
         s += tl.load(tiles + base + row[:, None] * U + u[None, :], mask=keep, other=float("-inf")).to(tl.float32)
     return s
+
+
+@triton.jit
+def extra_tile(base, token, e, stride_t, stride_e, extra, WIDE: tl.constexpr):
+    """[tokens, extra keys] of the extra keys' bias, times log2(e)."""
+    place = token.to(tl.int64) if WIDE else token
+    keep = (token >= 0)[:, None] & (e < extra)[None, :]
+    added = tl.load(base + place[:, None] * stride_t + e[None, :] * stride_e, mask=keep, other=0.0)
+    return added.to(tl.float32) * 1.4426950408889634
+
+
+@triton.jit
+def add_positions(
+    s, term, tiles, codes, base, tile, row, key_token, M, U, step,
+    TERMS: tl.constexpr, BIASED: tl.constexpr, LOWEST: tl.constexpr, CHECKED: tl.constexpr,
+    PRECISION: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """s [queries, keys] plus what is known of positions, -inf where a key takes no part; and the terms' spread."""
+    s = add_tile(s, tiles, base, row, M, U, step, BIASED, COLUMNS)
+    spread = s
+    if TERMS > 0:
+        u = step + tl.arange(0, COLUMNS)
+        spread = spread_of(tl.load(codes + tile * U + u, mask=u < U, other=0), TERMS, term.dtype)
+        s += tl.dot(term, tl.trans(spread), input_precision=PRECISION) * LOG2E
+    if CHECKED:
+        s = tl.where((key_token >= LOWEST)[None, :], s, float("-inf"))
+    return s, spread
+
+
+@triton.jit
+def extra_logits(
+    query, key, base, token, e, stride_t, stride_e, extra, scale,
+    EXTRA_BIASED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[queries, extra keys], -inf where there is none."""
+    s = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
+    if EXTRA_BIASED:
+        s += extra_tile(base, token, e, stride_t, stride_e, extra, WIDE)
+    return tl.where((e < extra)[None, :], s, float("-inf"))
+
+
+@triton.jit
+def join(s, value, most, norm, acc, PRECISION: tl.constexpr):
+    """Let logits [rows, columns] and their values into a running softmax."""
+    higher = tl.maximum(most, tl.max(s, 1))
+    shift = tl.where(higher == float("-inf"), 0.0, higher)
+    p, shrink = tl.exp2(s - shift[:, None]), tl.exp2(most - shift)
+    norm = norm * shrink + tl.sum(p, 1)
+    acc = acc * shrink[:, None] + tl.dot(p.to(value.dtype), value, input_precision=PRECISION)
+    return higher, norm, acc
 
 
 @triton.jit
@@ -126,6 +176,7 @@ def queries_forward_kernel(
     token = tl.load(rows + tile * M + row, mask=row < M, other=-2)
     query = take(at_head(q, b, head, q_b, q_n, UNIT), token, q_t, D, BD, UNIT, WIDE, UPCAST)
     line = b * queries * heads + head
+    term = query  # stands for none
     if TERMS > 0:
         term = take(terms + line * TERMS, token, heads * TERMS, TERMS, TERMS, UNIT, WIDE, UPCAST)
     base = head * tiles_n + tl.load(kind + tile).to(tl.int64) * (M * U) if BIASED else 0
@@ -143,50 +194,24 @@ def queries_forward_kernel(
         if WEIGHTED:
             s = s * factor[None, :]
             value = (value * factor[:, None]).to(value.dtype)
-        s = add_tile(s, tiles, base, row, M, U, step, BIASED, ROWS, COLUMNS)
-        if TERMS > 0:
-            u = step + tl.arange(0, COLUMNS)
-            spread = spread_of(tl.load(codes + tile * U + u, mask=u < U, other=0), TERMS, term.dtype)
-            s += tl.dot(term, tl.trans(spread), input_precision=PRECISION) * LOG2E
-        if CHECKED:
-            s = tl.where((other >= LOWEST)[None, :], s, float("-inf"))
-        higher = tl.maximum(most, tl.max(s, 1))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp2(s - shift[:, None])
-        shrink = tl.exp2(most - shift)
-        norm = norm * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None] + tl.dot(p.to(value.dtype), value, input_precision=PRECISION)
-        most = higher
+        s, _ = add_positions(
+            s, term, tiles, codes, base, tile, row, other, M, U, step,
+            TERMS, BIASED, LOWEST, CHECKED, PRECISION, COLUMNS,
+        )  # fmt: skip
+        most, norm, acc = join(s, value, most, norm, acc, PRECISION)
     if EXTRA > 0:
         for step in range(0, extra, EXTRA):
             e = step + tl.arange(0, EXTRA)
             other = tl.where(e < extra, e, -2)
             key = take(at_head(extra_k, b, head, ek_b, ek_n, UNIT), other, ek_t, D, BD, UNIT, WIDE, UPCAST)
             value = take(at_head(extra_v, b, head, ev_b, ev_n, UNIT), other, ev_t, DV, BDV, UNIT, WIDE, UPCAST)
-            s = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
-            if EXTRA_BIASED:
-                s += extra_tile(extra_bias + b * eb_b + head * eb_n, token, e, eb_t, eb_e, extra, WIDE)
-            s = tl.where((e < extra)[None, :], s, float("-inf"))
-            higher = tl.maximum(most, tl.max(s, 1))
-            shift = tl.where(higher == float("-inf"), 0.0, higher)
-            p = tl.exp2(s - shift[:, None])
-            shrink = tl.exp2(most - shift)
-            norm = norm * shrink + tl.sum(p, 1)
-            acc = acc * shrink[:, None] + tl.dot(p.to(value.dtype), value, input_precision=PRECISION)
-            most = higher
+            start = extra_bias + b * eb_b + head * eb_n
+            s = extra_logits(query, key, start, token, e, eb_t, eb_e, extra, scale, EXTRA_BIASED, WIDE, PRECISION)
+            most, norm, acc = join(s, value, most, norm, acc, PRECISION)
     norm = tl.where(norm == 0.0, 1.0, norm)  # of rows that are not there
     put(out + line * DV, token, heads * DV, acc / norm[:, None], DV, BDV, UNIT, WIDE)
     place = token.to(tl.int64) if WIDE else token
     tl.store(lse + line + place * heads, (most + tl.log2(norm)) * LN2, mask=token >= 0)
-
-
-@triton.jit
-def extra_tile(base, token, e, stride_t, stride_e, extra, WIDE: tl.constexpr):
-    """[tokens, extra keys] of the extra keys' bias, times log2(e)."""
-    place = token.to(tl.int64) if WIDE else token
-    keep = (token >= 0)[:, None] & (e < extra)[None, :]
-    added = tl.load(base + place[:, None] * stride_t + e[None, :] * stride_e, mask=keep, other=0.0)
-    return added.to(tl.float32) * 1.4426950408889634
 
 
 @triton.jit
@@ -221,6 +246,7 @@ def queries_backward_kernel(
     place = token.to(tl.int64) if WIDE else token
     tl.store(delta + line + place * heads, less, mask=token >= 0)
     total_lse = take_number(lse + line, token, heads, float("inf"), WIDE) * LOG2E
+    term = query  # stands for none
     if TERMS > 0:
         term = take(terms + line * TERMS, token, heads * TERMS, TERMS, TERMS, UNIT, WIDE, UPCAST)
         acc_terms = tl.zeros([ROWS, TERMS], tl.float32)
@@ -236,13 +262,10 @@ def queries_backward_kernel(
         qk = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
         gv = tl.dot(cotangent, tl.trans(value), input_precision=PRECISION)
         s = qk * factor[None, :] * LOG2E if WEIGHTED else qk * LOG2E
-        s = add_tile(s, tiles, base, row, M, U, step, BIASED, ROWS, COLUMNS)
-        if TERMS > 0:
-            u = step + tl.arange(0, COLUMNS)
-            spread = spread_of(tl.load(codes + tile * U + u, mask=u < U, other=0), TERMS, term.dtype)
-            s += tl.dot(term, tl.trans(spread), input_precision=PRECISION) * LOG2E
-        if CHECKED:
-            s = tl.where((other >= LOWEST)[None, :], s, float("-inf"))
+        s, spread = add_positions(
+            s, term, tiles, codes, base, tile, row, other, M, U, step,
+            TERMS, BIASED, LOWEST, CHECKED, PRECISION, COLUMNS,
+        )  # fmt: skip
         p = tl.exp2(s - total_lse[:, None])
         if WEIGHTED:
             ds = p * (gv * factor[None, :] - less[:, None])
@@ -261,10 +284,9 @@ def queries_backward_kernel(
             other = tl.where(e < extra, e, -2)
             key = take(at_head(extra_k, b, head, ek_b, ek_n, UNIT), other, ek_t, D, BD, UNIT, WIDE, UPCAST)
             value = take(at_head(extra_v, b, head, ev_b, ev_n, UNIT), other, ev_t, DV, BDV, UNIT, WIDE, UPCAST)
-            s = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
-            if EXTRA_BIASED:
-                s += extra_tile(extra_bias + b * eb_b + head * eb_n, token, e, eb_t, eb_e, extra, WIDE)
-            p = tl.exp2(tl.where((e < extra)[None, :], s, float("-inf")) - total_lse[:, None])
+            start = extra_bias + b * eb_b + head * eb_n
+            s = extra_logits(query, key, start, token, e, eb_t, eb_e, extra, scale, EXTRA_BIASED, WIDE, PRECISION)
+            p = tl.exp2(s - total_lse[:, None])
             gv = tl.dot(cotangent, tl.trans(value), input_precision=PRECISION)
             acc += tl.dot((p * (gv - less[:, None])).to(key.dtype), key, input_precision=PRECISION)
     put(grad_q + line * D, token, heads * D, acc * scale, D, BD, UNIT, WIDE)
@@ -318,7 +340,7 @@ def keys_backward_kernel(
         s = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (scale * LOG2E)
         if WEIGHTED:
             s = s * factor[None, :]
-        s = add_tile(s, tiles, base, row, M, U, step, BIASED, ROWS, COLUMNS)
+        s = add_tile(s, tiles, base, row, M, U, step, BIASED, COLUMNS)
         if TERMS > 0:
             term = take(terms + line * TERMS, other, heads * TERMS, TERMS, TERMS, UNIT, WIDE, UPCAST)
             s += tl.dot(spread, tl.trans(term), input_precision=PRECISION) * LOG2E
@@ -362,7 +384,7 @@ def tiles_backward_kernel(
     nothing = pid.to(tl.int64) * 0  # makes the numbers of images 64 bits wide
     base = (head * kinds + which).to(tl.int64) * (M * U)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    added = add_tile(acc, tiles, base, row, M, U, step, True, ROWS, COLUMNS)
+    added = add_tile(acc, tiles, base, row, M, U, step, True, COLUMNS)
     for i in range(start, stop):
         tile = tl.load(members + first + i // images)
         b = nothing + i % images
