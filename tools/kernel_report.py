@@ -113,6 +113,11 @@ def sliding(size: int, heads: int, dim: int, bias: bool = False, **options: Any)
     return make
 
 
+def extended(dtype: torch.dtype) -> tuple:
+    extra_k, extra_v = maps(dtype, (4, 4), 2, 32, parts=2)
+    return maps(dtype, (56, 56), 2, 32), [Axis(56, 7)] * 2, {"extra_k": extra_k, "extra_v": extra_v}
+
+
 def window(dtype: torch.dtype) -> tuple:
     return maps(dtype, (56, 56), 2, 32), [Partition(56, 7)] * 2, {"bias": table(2, 13, 13)}
 
@@ -150,6 +155,7 @@ PROBLEMS: dict[str, Callable[[torch.dtype], tuple]] = {
     "neighborhood, causal": sliding(56, 2, 32, is_causal=True),
     "neighborhood, head dim 64": sliding(14, 6, 64, bias=True),
     "neighborhood, lse": sliding(56, 2, 32),
+    "neighborhood, extra keys": extended,
     "neighborhood, 64-bit": lambda dtype: (
         tuple(x.detach().requires_grad_() for x in far_apart(dtype)),
         [Axis(16, 7)] * 2,

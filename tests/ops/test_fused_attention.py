@@ -63,7 +63,9 @@ CASES = {
     "neighborhood without phases": ("neighborhood", (TABLE, {**ARGS, "dilation": [1, 1]}, False, 0)),
     "neighborhood causal stride": (
         "neighborhood",
-        test_neighborhood.make(([4, 4], [2, 1], [2, 3], [True, False]), (1, 13, 9, 1, 40), bias=False, lse=True),
+        test_neighborhood.make(
+            ([4, 4], [2, 1], [2, 3], [True, False]), (1, 13, 9, 1, 40), bias=False, lse=True, extra_bias=None
+        ),
     ),
     "neighborhood 1d": (
         "neighborhood",

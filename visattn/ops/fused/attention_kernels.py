@@ -135,13 +135,13 @@ def add_positions(
 
 @triton.jit
 def extra_logits(
-    query, key, base, token, e, stride_t, stride_e, extra, scale,
+    query, key, bias, first, token, e, stride_t, stride_e, extra, scale,
     EXTRA_BIASED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """[queries, extra keys], -inf where there is none."""
     s = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
     if EXTRA_BIASED:
-        s += extra_tile(base, token, e, stride_t, stride_e, extra, WIDE)
+        s += extra_tile(bias + first, token, e, stride_t, stride_e, extra, WIDE)
     return tl.where((e < extra)[None, :], s, float("-inf"))
 
 
@@ -205,8 +205,10 @@ def queries_forward_kernel(
             other = tl.where(e < extra, e, -2)
             key = take(at_head(extra_k, b, head, ek_b, ek_n, UNIT), other, ek_t, D, BD, UNIT, WIDE, UPCAST)
             value = take(at_head(extra_v, b, head, ev_b, ev_n, UNIT), other, ev_t, DV, BDV, UNIT, WIDE, UPCAST)
-            start = extra_bias + b * eb_b + head * eb_n
-            s = extra_logits(query, key, start, token, e, eb_t, eb_e, extra, scale, EXTRA_BIASED, WIDE, PRECISION)
+            s = extra_logits(
+                query, key, extra_bias, b * eb_b + head * eb_n, token, e, eb_t, eb_e, extra, scale,
+                EXTRA_BIASED, WIDE, PRECISION,
+            )  # fmt: skip
             most, norm, acc = join(s, value, most, norm, acc, PRECISION)
     norm = tl.where(norm == 0.0, 1.0, norm)  # of rows that are not there
     put(out + line * DV, token, heads * DV, acc / norm[:, None], DV, BDV, UNIT, WIDE)
@@ -284,8 +286,10 @@ def queries_backward_kernel(
             other = tl.where(e < extra, e, -2)
             key = take(at_head(extra_k, b, head, ek_b, ek_n, UNIT), other, ek_t, D, BD, UNIT, WIDE, UPCAST)
             value = take(at_head(extra_v, b, head, ev_b, ev_n, UNIT), other, ev_t, DV, BDV, UNIT, WIDE, UPCAST)
-            start = extra_bias + b * eb_b + head * eb_n
-            s = extra_logits(query, key, start, token, e, eb_t, eb_e, extra, scale, EXTRA_BIASED, WIDE, PRECISION)
+            s = extra_logits(
+                query, key, extra_bias, b * eb_b + head * eb_n, token, e, eb_t, eb_e, extra, scale,
+                EXTRA_BIASED, WIDE, PRECISION,
+            )  # fmt: skip
             p = tl.exp2(s - total_lse[:, None])
             gv = tl.dot(cotangent, tl.trans(value), input_precision=PRECISION)
             acc += tl.dot((p * (gv - less[:, None])).to(key.dtype), key, input_precision=PRECISION)
