@@ -5,12 +5,14 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests import tolerances
 from tests.ops.test_registration import MODULES, module_inputs
 from tests.tolerances import relative_error
 from visattn import ops
 from visattn.ops import BackendError, explain, use_backend
+from visattn.ops.fused import support
 from visattn.ops.fused.attention import fused_attention
 from visattn.ops.fused.tables import encode
 from visattn.ops.geometry import Axis, Halo, Partition
@@ -144,6 +146,22 @@ def test_what_cannot_run_says_why():
         ops.window_attention(q, k, v, 2)
         ops.window_attention(*(x.float() for x in (q, k, v)), 2)
     assert [d.backend for d in decisions] == ["eager", "triton" if DEVICE == "cuda" else "eager"]
+
+
+def test_a_gpu_without_a_c_compiler_is_left_to_eager(monkeypatch):
+    """Triton builds a launcher when it first runs; the eager backend needs nothing."""
+    with FakeTensorMode():
+        q = torch.empty(1, 4, 4, 1, 8, device="cuda")
+    monkeypatch.setattr(support, "_is_old", lambda device: False)
+    monkeypatch.setattr(support, "_has_compiler", support._has_compiler.__wrapped__)
+    monkeypatch.setenv("CC", "cc")
+    assert support.refusal(q) is None
+    assert support.automatic(q) is None
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(support.shutil, "which", lambda name: None)
+    assert "try to install gcc, or set CC" in support.refusal(q)
+    monkeypatch.setattr(support, "_is_old", lambda device: True)
+    assert "compute capability 8.0" in support.refusal(q)
 
 
 def test_position_bias_beyond_the_limit_is_refused(monkeypatch):

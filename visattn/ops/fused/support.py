@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import shutil
 
 import torch
 from torch import Tensor
@@ -30,6 +31,12 @@ def _is_old(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) < (8, 0)
 
 
+@functools.cache
+def _has_compiler() -> bool:
+    """As Triton looks for one; on Windows it brings its own."""
+    return os.name == "nt" or bool(os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc"))
+
+
 def refusal(*tensors: Tensor | None) -> str | None:
     """Why the kernels cannot run these tensors, or None."""
     given = [t for t in tensors if t is not None]
@@ -44,6 +51,8 @@ def refusal(*tensors: Tensor | None) -> str | None:
         return f"Triton kernels take float32, float16 and bfloat16, got {given[0].dtype}"
     if device == "cuda" and _is_old(given[0].device):
         return "Triton kernels need a GPU of compute capability 8.0 or newer"
+    if device == "cuda" and not _has_compiler():
+        return "Triton needs a C compiler when it first launches a kernel; try to install gcc, or set CC"
     if len(given[0]) >= 2**16:
         return f"Triton kernels take fewer than 65536 images at a time, got {len(given[0])}"
     return None
