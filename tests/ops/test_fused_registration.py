@@ -164,6 +164,19 @@ def test_a_gpu_without_a_c_compiler_is_left_to_eager(monkeypatch):
     assert "compute capability 8.0" in support.refusal(q)
 
 
+def test_versions_of_triton(monkeypatch):
+    def version(name):
+        if found is None:
+            raise support.importlib.metadata.PackageNotFoundError
+        return found
+
+    monkeypatch.setattr(support.importlib.metadata, "version", version)
+    for found, message in (("3.4.0", None), ("3.10.1+git", None), (None, None), ("3.3.1", "expected Triton 3.4")):
+        assert (support._missing.__wrapped__() or "")[:19] == (message or ""), found
+    monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: None)
+    assert "pip install triton" in support._missing.__wrapped__()
+
+
 def test_position_bias_beyond_the_limit_is_refused(monkeypatch):
     from tests.ops import test_aggregated
     from tests.ops.gradients import leaves

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -20,8 +21,15 @@ def is_interpreting() -> bool:
 
 
 @functools.cache
-def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; try `pip install triton`"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # it comes under other names too
+        return None
+    is_old = tuple(int(n) for n in version.split(".")[:2]) < (3, 4)
+    return f"expected Triton 3.4 or newer, got {version}; try a newer PyTorch" if is_old else None
 
 
 @functools.cache
@@ -40,8 +48,8 @@ def _has_compiler() -> bool:
 def refusal(*tensors: Tensor | None) -> str | None:
     """Why the kernels cannot run these tensors, or None."""
     given = [t for t in tensors if t is not None]
-    if not _is_installed():
-        return "Triton is not installed; try `pip install triton`"
+    if (missing := _missing()) is not None:
+        return missing
     if any(t.device != given[0].device for t in given):
         return f"tensors are on several devices: {sorted({str(t.device) for t in given})}"
     device = given[0].device.type
