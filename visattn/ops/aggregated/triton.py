@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visattn.ops.aggregated.cpb import position_table
+from visattn.ops.aggregated.reference import visible
 from visattn.ops.fused import support
 from visattn.ops.fused.tables import Lookup, select
 from visattn.ops.geometry import Clipped, Pooled, Whole, interpolated
@@ -72,15 +73,6 @@ read_positions = opaque(
 )
 
 
-def _seen(size: tuple[int, int], kernel_size: int, device: torch.device) -> Tensor:
-    """[H, W] how many neighbours of a query exist."""
-    reach, counts = kernel_size // 2, []
-    for length in size:
-        place = torch.arange(length, device=device)
-        counts.append((place + reach + 1).clamp(max=length) - (place - reach).clamp(min=0))
-    return counts[0][:, None] * counts[1]
-
-
 def aggregated_triton(
     q: Tensor,
     pool_k: Tensor,
@@ -117,7 +109,7 @@ def aggregated_triton(
         )
         return out.view(*q.shape[:-1], pool_v.shape[-1])
 
-    length = (_seen(size, kernel_size, q.device) + count).to(dtype).log()
+    length = (visible(size, kernel_size, q.device).sum(-1) + count).to(dtype).log()
     query = ((unit_q + query_embedding) * (scale[:, None] * length[..., None, None])).to(q.dtype)
     out, _ = fused_attention(
         flat(query),

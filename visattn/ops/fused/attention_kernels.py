@@ -112,7 +112,7 @@ def extra_tile(base, token, e, stride_t, stride_e, extra, WIDE: tl.constexpr):
     place = token.to(tl.int64) if WIDE else token
     keep = (token >= 0)[:, None] & (e < extra)[None, :]
     added = tl.load(base + place[:, None] * stride_t + e[None, :] * stride_e, mask=keep, other=0.0)
-    return added.to(tl.float32) * 1.4426950408889634
+    return added.to(tl.float32) * LOG2E
 
 
 @triton.jit

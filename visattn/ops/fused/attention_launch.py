@@ -11,7 +11,7 @@ from torch import Tensor
 
 from visattn.ops.fused.launch import launch, power_of_2
 from visattn.ops.fused.support import MOST_BYTES, is_interpreting, precision
-from visattn.ops.fused.tables import Tiling, decode, regions, tiling
+from visattn.ops.fused.tables import Tiling, ceil_div, decode, regions, tiling
 from visattn.ops.fused.tuning import Config, run_tuned
 from visattn.ops.geometry import padded_rows
 
@@ -33,7 +33,7 @@ def _configs(call: Call, rows: int, columns: int, sums: int = 1) -> list[Config]
     # products of float32 still more.
     most = 32 if sums == 3 or is_wide else 64
     sizes = [n for n in (16, 32, 64, 128) if n <= 64 or (sums == 1 and call.dim <= 64 and not is_wide)]
-    sizes.sort(key=lambda n: (n > most, _ceil(columns, n) * (n + 40)))
+    sizes.sort(key=lambda n: (n > most, ceil_div(columns, n) * (n + 40)))
     stages = (1, 2) if columns <= sizes[0] else (2, 3, 1)  # a single step has nothing to overlap with
     if _block(max(call.dim, call.value_dim)) * call.q.element_size() > MOST_BYTES // 2:
         sizes, stages = [16, 32], (1,)  # for the sake of shared memory
@@ -179,10 +179,6 @@ def _strides(*tensors: Tensor | None, number: int = 3) -> list[int]:
     return found
 
 
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _tables(
     call: Call, keys_hold: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int, int]:
@@ -207,7 +203,7 @@ def run_forward(call: Call) -> tuple[Tensor, Tensor]:
     def run(config: Config) -> tuple[Tensor, ...]:
         out = call.empty(call.images, call.queries, call.heads, call.value_dim)
         lse = call.empty(call.images, call.queries, call.heads, dtype=torch.float32)
-        blocks = _ceil(m, config.block_m)
+        blocks = ceil_div(m, config.block_m)
         _launch(
             queries_forward_kernel, (len(rows) * blocks, call.heads, call.images), config,
             call.q, call.k, call.v, out, lse,
@@ -242,7 +238,7 @@ def _run_backward_queries(
     total = topk * u if listed else u
 
     def run(config: Config) -> tuple[Tensor, ...]:
-        blocks = _ceil(m, config.block_m)
+        blocks = ceil_div(m, config.block_m)
         delta = torch.empty_like(lse)
         grad_q = call.empty(*call.q.shape)
         grad_terms = call.empty(*call.terms.shape) if call.width else None
@@ -298,7 +294,7 @@ def _run_backward_keys(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) -> 
 
     def run(config: Config) -> tuple[Tensor, ...]:
         grad_k, grad_v = call.empty(*call.k.shape), call.empty(*call.v.shape)
-        blocks = _ceil(m, config.block_m)
+        blocks = ceil_div(m, config.block_m)
         _launch(
             keys_backward_kernel, (len(rows) * blocks, call.heads, call.images), config,
             call.q, call.k, call.v, grad, lse, delta, grad_k, grad_v,
@@ -326,7 +322,7 @@ def _run_backward_tiles(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) ->
     m, u = found.rows.shape[1], found.columns.shape[1]
 
     def run(config: Config) -> tuple[Tensor, ...]:
-        blocks = _ceil(m, config.block_m) * _ceil(u, config.block_n) * call.heads
+        blocks = ceil_div(m, config.block_m) * ceil_div(u, config.block_n) * call.heads
         parts, numbers = found.parts(call.images, max(1, _SPLIT // blocks))
         partial = call.empty(len(parts), call.heads, m, u, dtype=torch.float32)
         _launch(
@@ -350,8 +346,8 @@ def _run_backward_extra(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) ->
     from visattn.ops.fused.attention_kernels import extra_backward_kernel
 
     def run(config: Config) -> tuple[Tensor, ...]:
-        blocks = _ceil(call.extra, config.block_m) * call.images * call.heads
-        splits = max(1, min(_ceil(_SPLIT, blocks), _ceil(call.queries, config.block_n)))
+        blocks = ceil_div(call.extra, config.block_m) * call.images * call.heads
+        splits = max(1, min(ceil_div(_SPLIT, blocks), ceil_div(call.queries, config.block_n)))
         parts = [
             call.empty(splits, call.images, call.extra, call.heads, n, dtype=torch.float32)
             for n in (call.dim, call.value_dim)
@@ -377,10 +373,10 @@ def _run_backward_extra_bias(call: Call, grad: Tensor, lse: Tensor, delta: Tenso
     shared = [a for a, n in enumerate(call.extra_bias.shape) if n == 1]
 
     def run(config: Config) -> tuple[Tensor, ...]:
-        blocks = _ceil(call.queries, config.block_m) * _ceil(call.extra, config.block_n) * call.heads
+        blocks = ceil_div(call.queries, config.block_m) * ceil_div(call.extra, config.block_n) * call.heads
         groups = call.images
         if 0 in shared:
-            groups = _ceil(groups, _ceil(groups, _ceil(_SPLIT, blocks)))
+            groups = ceil_div(groups, ceil_div(groups, ceil_div(_SPLIT, blocks)))
         found = call.empty(groups, call.queries, call.heads, call.extra, dtype=torch.float32)
         _launch(
             extra_bias_backward_kernel, groups * blocks, config,

@@ -18,7 +18,8 @@ _KINDS: tuple[type[AnyAxis], ...] = (Axis, Partition, Halo, Whole, Clipped)
 STEP = 16  # columns of a tile are a multiple of this, so that rows of position tiles begin at 16-byte borders
 
 
-def _ceil(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
     return -(-a // b)
 
 
@@ -136,7 +137,7 @@ class Tiling:
         Parts are int32 [parts, 4]: kind, first of its tiles in `members`, start and stop among their images.
         """
         if (images, number) not in self._parts:
-            size, parts, first, numbers = _ceil(sum(self.counts) * images, number), [], 0, []
+            size, parts, first, numbers = ceil_div(sum(self.counts) * images, number), [], 0, []
             for kind, count in enumerate(self.counts):
                 starts = range(0, count * images, size)
                 parts += [(kind, first, start, min(start + size, count * images)) for start in starts]
