@@ -1,122 +1,217 @@
-"""Files that survive a kill: whole or not there. Nothing is ever unpickled.
+"""Checkpoints that survive a kill at any moment: whole or not there. Nothing is ever unpickled.
 
-output/<run>/
-    last.pt             everything to continue after the last complete epoch
-    model.safetensors   weights of the epoch with the best top-1; timm.create_model(..., checkpoint_path=...) reads it
+RUN/checkpoints/00000123/        after update 123; a folder under this name is complete
+    shard-*.safetensors          tensors of the model, its average and the optimizer, each process its part
+                                 (torch.distributed.checkpoint: any number of processes can read them)
+    state.json                   everything else
+    SHA256SUMS                   of all files above; `sha256sum -c SHA256SUMS` checks them too
 """
 
-import os
-import random
+import json
+import re
+import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import safetensors.torch
 import torch
+import torch.distributed.checkpoint as dcp
+from rich.console import Console
+from safetensors import safe_open
+from timm.utils import unwrap_model
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
-from train.config import Config, recipe
+from train.config import FREE_ON_RESUME, Config, recipe
+from train.distributed import World
 from train.errors import CheckpointError
+from train.files import sha256, sync_folder, write_atomic
+from train.metrics import say
+from train.weights import first_line
 
 if TYPE_CHECKING:
     from train.engine import TrainState
 
-# A resumed run may move to another machine; everything else is what it is.
-FREE_ON_RESUME = ("device", "workers")
-PARTS = {"recipe", "model", "optimizer", "scheduler", "scaler", "progress", "random"}
+FORMAT = 1
+NAME = re.compile(r"\d{8}")
+FILE = re.compile(r"[\w-]+(\.[\w-]+)*")  # no folders, no ..
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
-def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
-    """Write a temporary file, flush it to the disk, rename it over `path`, flush the folder."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def save(folder: Path, state: "TrainState", config: Config, world: World) -> None:
+    """Write the state after an update; all processes together.
+
+    Raises:
+        CheckpointError: on all processes, if one of them cannot write; older checkpoints are as they were.
+    """
+    checkpoints = folder / "checkpoints"
+    final = checkpoints / f"{state.update:08d}"
+    temporary = checkpoints / f".{final.name}.tmp"
+    tensors, values = _pack(state)
+    tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}  # all that safetensors takes
+    values = {"format": FORMAT, "recipe": recipe(config), **values}
+
+    def prepare() -> None:
+        clean()
+        temporary.mkdir(parents=True)
+
+    def write() -> None:
+        writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is meant
+            dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
+
+    def finish() -> None:
+        write_atomic(temporary / "state.json", json.dumps(values).encode())
+        names = sorted(path.name for path in temporary.iterdir())
+        sums = "".join(f"{sha256(temporary / name)}  {name}\n" for name in names)
+        write_atomic(temporary / "SHA256SUMS", sums.encode())
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        sync_folder(checkpoints)
+        for old in _complete(checkpoints)[config.keep_checkpoints :]:
+            # Out of the way first: a kill while deleting must not leave half a checkpoint under a good name.
+            old.rename(old.with_name(f".{old.name}.old"))
+        clean()
+
+    def clean() -> None:
+        for name in (".*.tmp", ".*.old"):
+            for left in checkpoints.glob(name):
+                shutil.rmtree(left, ignore_errors=True)
+
     try:
-        with open(temporary, "wb") as file:
-            content(file) if callable(content) else file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+        for step, mine in ((prepare, world.main), (write, True), (finish, world.main)):
+            _together(step if mine else lambda: None, world, f"expected to write {final}")
+    except CheckpointError:
+        if world.main:
+            clean()  # a full disk needs the room
+        raise
+
+
+def _together(step: Callable[[], None], world: World, expected: str) -> None:
+    """Run a step; if it fails on any process, raise on all."""
+    problem = None
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        step()
+    except (OSError, RuntimeError) as error:
+        problem = first_line(error)
+    except dcp.CheckpointException as error:  # holds what each process raised
+        problem = first_line(next(iter(error.failures.values()))[0])
+    problems = [text for text in world.gather(problem) if text]
+    if problems:
+        raise CheckpointError(f"{expected}, got: {problems[0]}; try another --output, or make room")
 
 
-def save(path: Path, state: "TrainState", config: Config) -> None:
-    """Save a run after a complete epoch."""
-    progress = ("epoch", "updates", "best_top1", "best_epoch", "history")
-    parts = {
-        "recipe": recipe(config),
-        "model": state.task.get_checkpoint_state()["state_dict"],
-        "optimizer": state.optimizer.state_dict(),
-        "scheduler": state.scheduler.state_dict(),
+def _pack(state: "TrainState") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The state as tensors (the live ones, so that loading can write into them) and as plain values."""
+    model = unwrap_model(state.task.get_trainable_module())
+    optimizer = get_optimizer_state_dict(model, state.optimizer, options=FLAT)
+    tensors = {f"model.{key}": value for key, value in get_model_state_dict(model).items()}
+    if state.task.has_ema():
+        average = state.task.get_trainable_module(ema=True).module
+        tensors |= {f"ema.{key}": value for key, value in get_model_state_dict(average).items()}
+    tensors |= {f"optimizer.{k}": v for k, v in optimizer.items() if isinstance(v, torch.Tensor)}
+    values = {
+        "optimizer": {key: value for key, value in optimizer.items() if not isinstance(value, torch.Tensor)},
         "scaler": state.scaler.state_dict(),
-        "progress": {name: getattr(state, name) for name in progress},
-        "random": _random_states(),
+        "progress": state.progress(),
     }
-    write_atomic(path, lambda file: torch.save(parts, file))
+    return tensors, values
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint without running any code that it may hold."""
-    if not path.is_file():
-        raise CheckpointError(f"expected a checkpoint at {path}, got no file; try --resume output/RUN")
+def _complete(checkpoints: Path) -> list[Path]:
+    """Finished checkpoints, the newest first."""
+    found = [path for path in checkpoints.glob("*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, reverse=True)
+
+
+def newest(folder: Path, console: Console) -> Path | None:
+    """The newest checkpoint of a run that is whole; damaged ones are named and passed over.
+
+    None if the run has not come to its first one. Raises CheckpointError if all are damaged.
+    """
+    problems = []
+    for path in _complete(folder / "checkpoints"):
+        try:
+            verify(path)
+            return path
+        except CheckpointError as error:
+            say(console, f"warning: {error}")
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError(f"expected a whole checkpoint in {folder}, got none; try a new run without --resume")
+    return None
+
+
+def verify(path: Path) -> None:
+    """Raise CheckpointError unless a checkpoint holds exactly the plain files that its SHA256SUMS lists, unchanged."""
     try:
-        parts = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises eight kinds of exception for damaged or unsafe files
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        lines = (path / "SHA256SUMS").read_text(encoding="ascii").splitlines()
+        sums = dict(reversed(line.split("  ", 1)) for line in lines)
+        present = {file.name for file in path.iterdir() if file.is_file() and not file.is_symlink()}
+        strange = sorted({file.name for file in path.iterdir()} ^ (set(sums) | {"SHA256SUMS"}))
+        if strange or present != set(sums) | {"SHA256SUMS"} or not all(FILE.fullmatch(name) for name in sums):
+            raise ValueError(f"other files than listed: {', '.join(strange) or 'a link'}")
+        for name, expected in sums.items():
+            if sha256(path / name) != expected:
+                raise ValueError(f"{name} has changed")
+            if name.endswith(".safetensors"):
+                with safe_open(path / name, framework="pt"):
+                    pass  # checks the header and the offsets
+    except Exception as error:  # whatever a damaged file makes the parsers say
         raise CheckpointError(
-            f"expected a checkpoint of plain tensors at {path}, got a damaged or unsafe file ({reason}); "
-            "try a last.pt that this trainer wrote"
+            f"expected a whole checkpoint at {path}, got {first_line(error)}; try an older one"
         ) from error
-    if not isinstance(parts, dict) or set(parts) != PARTS:
-        raise CheckpointError(f"expected a training checkpoint at {path}, got other contents; try --resume output/RUN")
-    return parts
 
 
-def restore(parts: dict[str, Any], state: "TrainState", config: Config) -> None:
-    """Put a loaded checkpoint back; the random generators come last, so that building the run cannot move them."""
-    now, then = recipe(config), parts["recipe"]
-    changed = [key for key in now if key not in FREE_ON_RESUME and now[key] != then.get(key)]
+def restore(path: Path, state: "TrainState", config: Config, world: World) -> None:
+    """Load a verified checkpoint into a freshly built state, whatever the number of processes was."""
+    try:
+        values = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if set(values) != {"format", "recipe", "optimizer", "scaler", "progress"} or values["format"] != FORMAT:
+            raise ValueError(f"contents of another kind: {', '.join(values)[:100]}")
+        _check_recipe(config, values["recipe"])
+        tensors, fresh = _pack(state)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=world.size == 1)
+        optimizer = {key: _like(value, values["optimizer"][key]) for key, value in fresh["optimizer"].items()}
+        optimizer |= {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
+        model = unwrap_model(state.task.get_trainable_module())
+        set_model_state_dict(model, {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        set_optimizer_state_dict(model, state.optimizer, optimizer, options=FLAT)
+        if state.task.has_ema():
+            average = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
+            set_model_state_dict(state.task.get_trainable_module(ema=True).module, average)
+        state.scaler.load_state_dict(values["scaler"])
+        state.load_progress(values["progress"])
+    except CheckpointError:
+        raise
+    except (Exception, dcp.CheckpointException) as error:
+        raise CheckpointError(
+            f"expected a checkpoint of this run at {path}, got {first_line(error)}; try a new run without --resume"
+        ) from error
+    state.scheduler.step_update(state.update)
+
+
+def _check_recipe(now: Config, then: dict[str, Any]) -> None:
+    """Refuse to continue a run with options that would make it another run."""
+    values = recipe(now)
+    changed = [key for key in values if key not in FREE_ON_RESUME and values[key] != then.get(key)]
     if changed:
-        got = ", ".join(f"--{key.replace('_', '-')} {now[key]} (was {then.get(key)})" for key in changed)
+        got = ", ".join(f"--{key.replace('_', '-')} {values[key]} (was {then.get(key)})" for key in changed)
         raise CheckpointError(
             f"expected the options of the run that --resume continues, got {got}; "
             "try --resume without them, or a new run without --resume"
         )
-    state.task.load_checkpoint_state(parts["model"])
-    state.optimizer.load_state_dict(parts["optimizer"])
-    state.scheduler.load_state_dict(parts["scheduler"])
-    state.scaler.load_state_dict(parts["scaler"])
-    for name, value in parts["progress"].items():
-        setattr(state, name, value)
-    _set_random_states(parts["random"])
 
 
-def save_weights(path: Path, state: "TrainState") -> None:
-    """Export the model's weights as safetensors."""
-    weights = state.task.get_checkpoint_state()["state_dict"]
-    # Copies, because safetensors refuses strided views and tensors that share memory.
-    weights = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in weights.items()}
-    write_atomic(path, safetensors.torch.save(weights, metadata={"format": "pt"}))
-
-
-def _random_states() -> dict[str, Any]:
-    """Generator states in types that weights_only loading accepts; numpy's own array is not one of them."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002  the generator that timm's mixup draws from
-    return {
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def _set_random_states(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])  # noqa: NPY002
-    torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
+def _like(template: Any, value: Any) -> Any:
+    """JSON knows no tuples; optimizers do."""
+    return tuple(value) if isinstance(template, tuple) else value

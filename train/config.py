@@ -12,10 +12,17 @@ from typing import Any, Literal
 import tyro
 import yaml
 
+from train.checks import check
 from train.errors import CheckpointError, ConfigError
 
 # How a run is started, not what it computes: kept out of the recipe files.
 LAUNCH_ONLY = ("config", "resume")
+AUTO = Path("auto")
+# A resumed run may change what leaves its mathematics alone.
+FREE_ON_RESUME = (
+    *("output", "name", "device", "engine", "workers", "micro_batch", "compile", "channels_last", "grad_checkpointing"),
+    *("checkpoint_every", "keep_checkpoints", "dist_timeout", "tensorboard", "wandb", "wandb_project", "peak_tflops"),
+)
 
 
 Resize = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
@@ -26,25 +33,37 @@ class Config:
     """Train an image classifier. Without arguments: handwritten digits on a CPU, in about a minute."""
 
     config: Path | None = None  # flat YAML file with any of the options below; the command line overrides it
-    resume: Path | None = None  # run folder (or its last.pt) to continue after its last complete epoch
+    resume: Path | None = None  # run folder to continue, at the very step; `auto`: --name's folder, if there is one
 
-    data: str = "digits"  # `digits` (inside scikit-learn), or a folder with train/ and val/ of class folders
+    data: str = "digits"  # digits, mnist5k, hfds/NAME, or a folder with train/ and val/ of class folders or tar shards
+    max_bad: float = 0.01  # share of unreadable training images above which the run stops
+    workers: int = 0  # loader processes; 0 loads in the main process
     model: str = "test_dinat"  # any name that timm or visattn registers
+    model_args: tuple[str, ...] = ()  # further arguments of the model, each as name=value
+    pretrained: bool = False  # start from the registered pretrained weights
+    weights: Path | None = None  # start from this .safetensors or plain .pth file; a head of another size is left out
+    train_only: tuple[
+        str, ...
+    ] = ()  # train only parameters that match these patterns, such as head.*; the rest is frozen
     output: Path = Path("output")  # folder that receives one folder per run
-    run: str | None = None  # name of this run's folder; None: model-data-timestamp
+    name: str | None = None  # of this run's folder; None: model-data-timestamp
 
     img_size: int | None = None  # training and test size in pixels; None: the data set's or the model's
     in_chans: int | None = None  # 1 (grey) or 3 (RGB); None: the data set's
     mean: tuple[float, ...] | None = None  # pixel mean in 0..1, one value or one per channel; None: as img_size
     std: tuple[float, ...] | None = None  # pixel standard deviation, likewise
     interpolation: Resize | None = None  # test-time resize; None: as img_size
-    crop_pct: float | None = None  # share of the resized test image that the centre crop keeps; None: as img_size
+    crop_pct: float | None = None  # share of the resized test image that the crop keeps; None: as img_size
+    crop_mode: Literal["center", "squash", "border"] | None = (
+        None  # how a test image becomes a square; None: as img_size
+    )
 
-    epochs: int = 15  # length of the cosine schedule, warm-up included
+    epochs: int = 15  # length of the schedule, warm-up included
     cooldown_epochs: int = 0  # further epochs at min_lr
-    batch_size: int = 64  # images per forward pass
-    grad_accum: int = 1  # forward passes per optimizer update
+    batch_size: int = 64  # images per optimizer update, over all processes
+    micro_batch: int | None = None  # most images per forward pass of one process; None: its whole share
     opt: str = "adamw"  # timm optimizer name
+    sched: Literal["cosine", "linear", "constant"] = "cosine"  # what follows the warm-up
     lr: float = 2e-3  # peak learning rate, not scaled by the batch size
     min_lr: float = 1e-5  # final learning rate
     warmup_lr: float = 1e-5  # first learning rate
@@ -52,11 +71,14 @@ class Config:
     weight_decay: float = 0.05  # not applied to biases, norms and what the model's no_weight_decay names
     layer_decay: float | None = None  # learning rate factor from each layer group to the one before it
     grad_clip: float | None = None  # largest gradient norm
+    ema_decay: float = 0.0  # of the moving average of the weights; 0: none. Both are evaluated
+    ema_warmup: bool = True  # let the average follow closely at first: 1 - (1 + update)^(-2/3), at most ema_decay
 
     smoothing: float = 0.1  # label smoothing
-    drop_path: float = 0.0  # stochastic depth rate
+    drop_path: float | None = None  # stochastic depth rate; None: the model's own
     mixup: float = 0.0  # mixup alpha
     cutmix: float = 0.0  # cutmix alpha
+    aug_repeats: int = 1  # copies of an image in an update, each augmented by itself (repeated augmentation: 3)
     scale: tuple[float, float] | None = None  # area kept by the random resized crop; None: the data set's
     ratio: tuple[float, float] | None = None  # its aspect ratio; None: the data set's
     hflip: float | None = None  # chance of a horizontal flip; None: the data set's (0 for digits)
@@ -65,10 +87,30 @@ class Config:
     reprob: float = 0.0  # chance of random erasing (per-pixel noise)
     train_interpolation: Literal[Resize, "random"] | None = None  # training resize; None: as interpolation
 
+    kd_model: str | None = None  # distil from this teacher, a model with pretrained weights
+    kd_weights: Path | None = None  # the teacher's weights from a file instead
+    kd_type: Literal["logit", "feature", "token"] = "logit"  # what the student imitates
+    kd_weight: float = 1.0  # weight of the distillation loss beside the loss of the labels
+    kd_temperature: float = 1.0  # softens both distributions (logit, token)
+
     device: str = "auto"  # auto takes cuda where there is one; otherwise a torch device name
+    engine: Literal["ddp", "fsdp2"] = "ddp"  # how processes of torchrun share the work; fsdp2 shards all state
     amp: Literal["none", "bfloat16", "float16"] = "none"  # mixed precision; float16 scales the loss
-    workers: int = 0  # loader processes; 0 loads in the main process
+    compile: bool = False  # torch.compile
+    channels_last: bool = False  # memory format
+    grad_checkpointing: bool = False  # recompute activations: less memory, more time
+    sync_bn: bool = False  # batch norm over all processes; otherwise their statistics are averaged
+    dist_timeout: float = 600  # seconds after which a process that waits for others gives up
     seed: int = 42  # seeds everything except the fixed digits split
+
+    nonfinite: Literal["halt", "skip"] = "halt"  # at a NaN or infinite loss or gradient: stop, or drop the update
+    max_skips: int = 10  # dropped updates in a row after which `skip` stops too
+    checkpoint_every: int = 0  # updates between checkpoints; there is one after each epoch in any case
+    keep_checkpoints: int = 2  # newest ones that stay
+    tensorboard: bool = False  # event files in the run's folder
+    wandb: Literal["off", "offline", "online"] = "off"  # Weights & Biases; offline writes to the run's folder only
+    wandb_project: str = "visattn"
+    peak_tflops: float | None = None  # of one device, for the MFU; None: known for common GPUs
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -76,27 +118,36 @@ def parse(argv: list[str] | None = None) -> Config:
     early = argparse.ArgumentParser(prog="python -m train", add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
     early.add_argument("--resume", type=Path)
+    early.add_argument("--name")
+    early.add_argument("--output", type=Path, default=Config.output)
     named, _ = early.parse_known_args(argv)
-    if named.config and named.resume:
+    automatic = named.resume == AUTO
+    if automatic and not named.name:
+        raise ConfigError("--resume auto: expected the name of the run too, got none; try --name NAME")
+    if named.config and named.resume and not automatic:
         raise ConfigError("expected --config or --resume, got both; try --resume alone: a run keeps its own args.yaml")
 
     base = Config()
-    if named.resume:
-        base = read_yaml(run_folder(named.resume) / "args.yaml", hint="--resume output/RUN")
+    folder = named.resume
+    if automatic:
+        folder = named.output / named.name
+        folder = folder if (folder / "args.yaml").is_file() else None
+    if folder:
+        base = read_yaml(run_folder(folder) / "args.yaml", hint="--resume output/RUN")
     elif named.config:
         base = read_yaml(named.config)
     config = tyro.cli(Config, args=argv, default=base, prog="python -m train")
+    config = dataclasses.replace(config, resume=folder)
     check(config)
     return config
 
 
 def run_folder(resume: Path) -> Path:
-    """The folder of the run that `--resume` names by folder or by checkpoint."""
-    if resume.is_dir():
-        return resume
-    if resume.is_file():
-        return resume.parent
-    raise CheckpointError(f"--resume: expected a run folder or its last.pt, got no {resume}; try --resume output/RUN")
+    """The folder of the run that `--resume` names by itself or by one of its files."""
+    for folder in (resume, resume.parent, resume.parent.parent):
+        if (folder / "args.yaml").is_file():
+            return folder
+    raise CheckpointError(f"--resume: expected a run folder, got no args.yaml in {resume}; try --resume output/RUN")
 
 
 def read_yaml(path: Path, hint: str = "configs/imagenet/*.yaml") -> Config:
@@ -131,6 +182,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return tuple(_convert(item, args[0], where) for item in value)
     if kind is Literal and value in args:
         return value
+    if hint is bool and isinstance(value, bool):
+        return value
     if hint in (str, Path) and isinstance(value, str):
         return hint(value)
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
@@ -142,45 +195,6 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             pass
     wanted = f"one of {', '.join(args)}" if kind is Literal else hint if kind else hint.__name__
     raise ConfigError(f"{where}: expected {wanted}, got {value!r}; try `python -m train --help`")
-
-
-def check(config: Config) -> None:
-    """Raise ConfigError for a value that no run can use."""
-    for names, ok, wanted in (
-        ("epochs batch_size grad_accum", lambda v: v >= 1, "at least 1"),
-        ("lr img_size grad_clip", lambda v: 0 < v < float("inf"), "a finite value above 0"),
-        ("layer_decay crop_pct", lambda v: 0 < v <= 1, "above 0 and at most 1"),
-        ("hflip reprob", lambda v: 0 <= v <= 1, "a probability, 0 to 1"),
-        ("smoothing drop_path", lambda v: 0 <= v < 1, "at least 0 and below 1"),
-        ("in_chans", lambda v: v in (1, 3), "1 (grey) or 3 (RGB)"),
-        (
-            "cooldown_epochs min_lr warmup_lr warmup_epochs weight_decay mixup cutmix color_jitter workers seed",
-            lambda v: 0 <= v < float("inf"),
-            "a finite value of at least 0",
-        ),
-        ("scale", lambda v: 0 < v[0] <= v[1] <= 1, "two rising shares of the area, such as 0.7 1.0"),
-        ("ratio", lambda v: 0 < v[0] <= v[1], "two rising aspect ratios, such as 0.75 1.33"),
-        ("std", lambda v: len(v) > 0 and all(x > 0 for x in v), "values above 0"),
-    ):
-        for name in names.split():
-            value = getattr(config, name)
-            if value is not None and not ok(value):
-                raise ConfigError(f"--{name.replace('_', '-')}: expected {wanted}, got {value}; try another value")
-    if max(config.min_lr, config.warmup_lr) > config.lr:
-        raise ConfigError(
-            f"expected --min-lr and --warmup-lr of at most --lr {config.lr}, got {config.min_lr} and "
-            f"{config.warmup_lr}; try {config.lr / 100}"
-        )
-    if config.warmup_epochs >= config.epochs and config.warmup_epochs > 0:
-        raise ConfigError(
-            f"--warmup-epochs: expected fewer than --epochs {config.epochs}, got {config.warmup_epochs}; "
-            "try --warmup-epochs 0"
-        )
-    if (config.mixup or config.cutmix) and config.batch_size % 2:
-        raise ConfigError(
-            f"--batch-size: expected an even number for mixup and cutmix, which mix pairs, got {config.batch_size}; "
-            f"try {config.batch_size + 1}"
-        )
 
 
 def recipe(config: Config) -> dict[str, Any]:

@@ -1,33 +1,39 @@
-"""Data sets and their timm loaders."""
+"""Data sets: what the options name, opened as sources with one class map."""
 
 import dataclasses
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
-from timm.data import FastCollateMixup, ImageDataset, create_loader, resolve_data_config
-from torch.utils.data import Dataset
+import numpy as np
+from timm.data import resolve_data_config
+from timm.utils.misc import natural_key
 
 from train.config import Config
 from train.errors import ConfigError, DataError, DataNotFoundError
+from train.listing import EXTENSIONS, Listing, list_folder, list_tars
+from train.sources import EmbeddedSource, HfSource, Source
 
-# What suits 8x8 grey digits; the mean and deviation are those of the training split. No flip: a mirrored 2 is no 2.
+# What suits small grey digits. No flip: a mirrored 2 is no 2.
 DIGITS = {
     "img_size": 32,
     "in_chans": 1,
-    "mean": (0.305,),
-    "std": (0.376,),
     "interpolation": "bicubic",
     "crop_pct": 1.0,
     "scale": (0.7, 1.0),
     "ratio": (0.85, 1.18),
     "hflip": 0.0,
 }
+# Mean and deviation are those of the training split before it is enlarged.
+EMBEDDED = {
+    "digits": {**DIGITS, "mean": (0.305,), "std": (0.376,)},
+    "mnist5k": {**DIGITS, "mean": (0.131,), "std": (0.308,)},
+}
 # timm's ImageNet defaults, spelled out so that args.yaml is complete.
 FOLDER = {"in_chans": 3, "scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5}
-EVAL_SPLITS = ("val", "validation", "test")
+EVAL_SPLITS = ("val", "validation", "test")  # test last: published ones often come without labels
+STREAMS = ("wds/", "hfids/", "tfds/")
 
 
 @dataclass(frozen=True)
@@ -35,40 +41,20 @@ class Data:
     """A training and a test split with the same classes."""
 
     name: str
-    train: Dataset
-    eval: Dataset
-    num_classes: int
+    train: Source
+    eval: Source
+    class_names: list[str]
 
-
-class Digits(Dataset):
-    """One fixed split of scikit-learn's 1,797 handwritten digits (8x8, grey), enlarged once to `size` pixels."""
-
-    def __init__(self, split: str, size: int, mode: str):
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        digits = load_digits()
-        # The split does not follow --seed, so that accuracies of different seeds compare.
-        parts = train_test_split(digits.images, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
-        images, self.targets = (parts[0], parts[2]) if split == "train" else (parts[1], parts[3])
-        levels = (images * (255 / 16)).round().astype("uint8")
-        images = [Image.fromarray(image).convert(mode) for image in levels]
-        self.images = [image.resize((size, size), Image.Resampling.BICUBIC) for image in images]
-        self.transform = None  # set by timm's create_loader
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = self.images[index]
-        return self.transform(image) if self.transform else image, int(self.targets[index])
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
 
 
 def resolve(config: Config, model_cfg: dict[str, Any]) -> Config:
     """Replace every None that means `as the data set or the model has it`; `model_cfg` is timm's pretrained_cfg."""
-    defaults = DIGITS if config.data == "digits" else FOLDER
+    defaults = EMBEDDED.get(config.data, FOLDER)
     config = _fill(config, defaults)
-    asked = {name: getattr(config, name) for name in ("img_size", "in_chans", "interpolation", "crop_pct")}
+    asked = {name: getattr(config, name) for name in ("img_size", "in_chans", "interpolation", "crop_pct", "crop_mode")}
     for name in ("mean", "std"):
         values = getattr(config, name)
         if values is not None and len(values) not in (1, config.in_chans):
@@ -92,6 +78,7 @@ def resolve(config: Config, model_cfg: dict[str, Any]) -> Config:
             "std": tuple(found["std"]),
             "interpolation": found["interpolation"],
             "crop_pct": found["crop_pct"],
+            "crop_mode": found["crop_mode"],
             "train_interpolation": found["interpolation"],
         },
     )
@@ -104,37 +91,61 @@ def _fill(config: Config, values: dict[str, Any]) -> Config:
 def open_data(config: Config) -> Data:
     """Open the splits that `config.data` names; images stay undecoded until they are read."""
     mode = "L" if config.in_chans == 1 else "RGB"
-    if config.data == "digits":
-        train, evaluation = (Digits(split, config.img_size, mode) for split in ("train", "test"))
-        return Data("digits", train, evaluation, num_classes=10)
+    if config.data in EMBEDDED:
+        splits = (EmbeddedSource(config.data, split, config.img_size, mode) for split in ("train", "test"))
+        return Data(config.data, *splits, [str(digit) for digit in range(10)])
+    if config.data.startswith(STREAMS):
+        raise DataError(
+            f"expected data that can be read in any order, got {config.data}: a stream cannot be resumed at the very "
+            "image; try DIR with DIR/train/*.tar and DIR/val/*.tar (webdataset shards), or hfds/NAME"
+        )
+    if config.data.startswith("hfds/"):
+        return _open_hf(config.data.removeprefix("hfds/"), mode)
 
     root = Path(config.data)
-    train_dir = _split_folder(root, ("train",))
-    eval_dir = _split_folder(root, EVAL_SPLITS)
-    try:
-        train = ImageDataset(train_dir, input_img_mode=mode)
-        class_map = train.reader.class_to_idx
-        unknown = sorted(set(ImageDataset(eval_dir).reader.class_to_idx) - set(class_map))
-        # One class map for both splits: timm alone would number the classes of each split by itself.
-        evaluation = ImageDataset(eval_dir, input_img_mode=mode, class_map=class_map)
-    except RuntimeError as error:  # timm found no images
-        raise DataError(f"expected class folders with images, got: {error}; try DIR/train/CLASS/x.png") from error
-    if unknown:
+    train, evaluation = (_list_split(root, names) for names in (("train",), EVAL_SPLITS))
+    classes = _classes(train)
+    # One class map for both splits: timm alone would number the classes of each split by itself.
+    if unknown := sorted(set(evaluation.labels) - set(classes), key=natural_key):
         raise DataError(
-            f"expected {eval_dir} to hold only the {len(class_map)} classes of {train_dir}, got also "
-            f"{', '.join(unknown[:5])}; try the same folder names in both"
+            f"expected {evaluation.path} to hold only the {len(classes)} classes of {train.path}, got also "
+            f"{', '.join(unknown[:5])}; try the same class names in both"
         )
-    if len(class_map) < 2:
+    if missing := sorted(set(train.labels) - set(evaluation.labels), key=natural_key):
         raise DataError(
-            f"expected at least 2 class folders in {train_dir}, got {len(class_map)}; try DIR/train/CLASS/x.png"
+            f"expected images of all {len(classes)} classes in {evaluation.path}, got none of "
+            f"{', '.join(missing[:5])}; try whether it was unpacked as a whole"
         )
-    return Data(root.resolve().name, train, evaluation, len(class_map))
+    return Data(root.resolve().name, train.source(classes, mode), evaluation.source(classes, mode), classes)
 
 
-def _split_folder(root: Path, names: tuple[str, ...]) -> Path:
+def open_eval(config: Config) -> tuple[Source, list[str]]:
+    """The test split and its class names; of a folder nothing else is looked at."""
+    if config.data in EMBEDDED or config.data.startswith(("hfds/", *STREAMS)):
+        data = open_data(config)
+        return data.eval, data.class_names
+    listing = _list_split(Path(config.data), EVAL_SPLITS)
+    classes = _classes(listing)
+    return listing.source(classes, "L" if config.in_chans == 1 else "RGB"), classes
+
+
+def _list_split(root: Path, names: tuple[str, ...]) -> Listing:
+    """List the first of `names` that is there, as a folder of class folders or shards, or as one tar."""
     for name in names:
-        if (root / name).is_dir():
-            return root / name
+        folder, tar = root / name, root / f"{name}.tar"
+        if folder.is_dir():
+            shards = sorted(folder.glob("*.tar"), key=lambda shard: natural_key(shard.name))
+            found = list_tars(folder, shards, numbered=True) if shards else list_folder(folder)
+        elif tar.is_file():
+            found = list_tars(tar, [tar], numbered=False)
+        else:
+            continue
+        if not found.names:
+            raise DataError(
+                f"expected images ({', '.join(sorted(EXTENSIONS))}) in class folders of {found.path}, got none; "
+                f"try {root / name}/CLASS/x.png"
+            )
+        return found
     wanted = " or ".join(str(root / name) for name in names)
     if root.is_dir():
         got = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "an empty folder"
@@ -142,54 +153,64 @@ def _split_folder(root: Path, names: tuple[str, ...]) -> Path:
         got = f"no folder {root}"
     raise DataNotFoundError(
         f"expected the folder {wanted}, got {got}; try --data DIR with DIR/train/CLASS/*.png and DIR/val/CLASS/*.png, "
-        "or --data digits"
+        "with tar files of these, or --data digits"
     )
 
 
-def make_loaders(config: Config, data: Data, device: torch.device) -> tuple[Any, Any]:
-    """timm loaders (training, test) that yield normalized batches on `device`."""
-    if len(data.train) < config.batch_size:
-        raise ConfigError(
-            f"--batch-size: expected at most the {len(data.train)} training images, got {config.batch_size}; "
-            f"try --batch-size {max(2, len(data.train) // 4)}"
+def _classes(train: Listing) -> list[str]:
+    """The names of the classes in the order of their numbers."""
+    if train.numbered:
+        return _numbered(max(int(label) for label in train.labels) + 1, len(train.names), train.path)
+    return _two(sorted(set(train.labels), key=natural_key), train.path)
+
+
+def _numbered(classes: int, images: int, where: str) -> list[str]:
+    if classes > images:  # a damaged label must not become a model with a billion outputs
+        raise DataError(
+            f"expected an image of each class in {where}, got {images} images and class number {classes - 1}; "
+            "try numbers from 0 on without gaps"
         )
-    mixing = None
-    if config.mixup or config.cutmix:
-        mixing = FastCollateMixup(
-            config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=data.num_classes
-        )
-    common = {
-        "input_size": (config.in_chans, config.img_size, config.img_size),
-        "batch_size": config.batch_size,
-        "mean": config.mean * (config.in_chans if len(config.mean) == 1 else 1),
-        "std": config.std * (config.in_chans if len(config.std) == 1 else 1),
-        "num_workers": config.workers,
-        # Fresh workers draw their seeds from the main generator each epoch; persistent ones would carry random
-        # state that no checkpoint holds, and a resumed run would differ.
-        "persistent_workers": False,
-        "pin_memory": device.type == "cuda",
-        "device": device,
-    }
+    return _two([str(number) for number in range(classes)], where)
+
+
+def _two(classes: list[str], where: str) -> list[str]:
+    if len(classes) < 2:
+        raise DataError(f"expected at least 2 classes in {where}, got {len(classes)}; try {where}/CLASS/x.png")
+    return classes
+
+
+def _open_hf(name: str, mode: str) -> Data:
+    """Open a data set of the Hugging Face hub, or of a local folder in one of its layouts."""
+    if importlib.util.find_spec("datasets") is None:
+        raise DataNotFoundError(f"expected the package datasets for hfds/{name}, got none; try pip install datasets")
+    from datasets import ClassLabel, get_dataset_split_names
+    from timm.data.readers.reader_hfds import ReaderHfds
+
+    where = f"hfds/{name}"
     try:
-        train = create_loader(
-            data.train,
-            is_training=True,
-            scale=config.scale,
-            ratio=config.ratio,
-            hflip=config.hflip,
-            color_jitter=config.color_jitter,
-            auto_augment=config.auto_augment,
-            interpolation=config.train_interpolation,
-            re_prob=config.reprob,
-            re_mode="pixel",
-            collate_fn=mixing,
-            **common,
-        )
-    except (AssertionError, KeyError, ValueError) as error:
-        if config.auto_augment is None:
-            raise
-        raise ConfigError(
-            f"--auto-augment: expected a timm policy, got {config.auto_augment!r} ({error}); try rand-m9-mstd0.5-inc1"
+        splits = get_dataset_split_names(name)
+        evaluation = next((split for split in EVAL_SPLITS if split in splits), EVAL_SPLITS[0])
+        readers = [ReaderHfds(name, split=split) for split in ("train", evaluation)]
+        targets = [reader.dataset.with_format("numpy", columns=["label"])[:]["label"] for reader in readers]
+    except Exception as error:  # of the hub, the network, the files, the columns
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"expected {where} with the splits train and validation (or test) and the columns image and label, "
+            f"got {type(error).__name__}: {reason}; try hfds/OWNER/NAME, or a folder with train/ and val/"
         ) from error
-    evaluation = create_loader(data.eval, crop_pct=config.crop_pct, interpolation=config.interpolation, **common)
-    return train, evaluation
+    feature = readers[0].dataset.features["label"]
+    if targets[0].dtype.kind not in "iu":
+        raise DataError(f"{where}: expected class numbers in the column label, got {feature}; try a ClassLabel column")
+    if isinstance(feature, ClassLabel):
+        classes = _two(feature.names, where)
+    else:
+        classes = _numbered(int(targets[0].max()) + 1, len(targets[0]), where)
+    for reader, numbers in zip(readers, targets, strict=True):
+        outside = np.setdiff1d(numbers, np.arange(len(classes)))
+        if outside.size:
+            raise DataError(
+                f"{where}: expected class numbers from 0 to {len(classes) - 1} in {reader.split}, got "
+                f"{outside[:5].tolist()}; try a split with labels"
+            )
+    sources = (HfSource(reader, numbers, mode) for reader, numbers in zip(readers, targets, strict=True))
+    return Data(Path(name).name, *sources, classes)

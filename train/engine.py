@@ -1,38 +1,70 @@
-"""One epoch of training and one pass of evaluation."""
+"""Training updates that all processes take or leave together, and evaluation."""
 
 import math
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.scheduler.scheduler import Scheduler
-from timm.task import TrainingTask
-from timm.utils import dispatch_clip_grad
+from timm.task import ClassificationEvaluator, TrainingTask
+from timm.utils import unwrap_model
+from torch.distributed.fsdp import FSDPModule
 
 from train.config import Config
-from train.errors import NonFiniteLossError
-from train.metrics import EpochBar, Meter
+from train.distributed import World, synchronize_gradients
+from train.errors import DataError, NonFiniteLossError
+from train.loader import Loaders
+from train.metrics import Meter, Speed
+from train.seeding import seed_everything
+
+SMALLEST_SCALE = 2.0**-14  # float16 losses that overflow even so do not come back
 
 
 @dataclass
 class TrainState:
-    """All that changes while training, and so all that a checkpoint must hold besides the random generators."""
+    """All that changes while training. Randomness is no part of it: it follows from `update` (train.seeding)."""
 
     task: TrainingTask
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
-    epoch: int = 0  # complete epochs
-    updates: int = 0  # optimizer updates so far
-    best_top1: float = -1.0
-    best_epoch: int = 0
+    meter: Meter  # training loss of the epoch so far
+    update: int = 0  # updates so far, dropped ones too: the place in the data
+    skipped: int = 0  # updates dropped for a non-finite loss or gradient
+    skipped_in_a_row: int = 0
+    bad_train: list[int] = field(default_factory=list)  # unreadable images that have been named
+    bad_eval: list[int] = field(default_factory=list)
+    best: dict[str, float] = field(default_factory=dict)  # best top-1 of the model and of its average
     history: list[dict[str, Any]] = field(default_factory=list)  # the rows of log.csv
 
+    PROGRESS = ("update", "skipped", "skipped_in_a_row", "bad_train", "bad_eval", "best", "history")
 
-def updates_per_epoch(batches: int, grad_accum: int) -> int:
-    """Optimizer updates in one epoch; the last of them may join fewer batches."""
-    return math.ceil(batches / grad_accum)
+    def progress(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {name: getattr(self, name) for name in self.PROGRESS} | {"meter": self.meter.state_dict()}
+
+    def load_progress(self, values: dict[str, Any]) -> None:
+        """Take the values of `progress()` back."""
+        for name in self.PROGRESS:
+            setattr(self, name, values[name])
+        self.meter.load_state_dict(values["meter"])
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What an update came to."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    stop: bool  # a process was asked to stop
+
+
+def _is_frozen(module: torch.nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
@@ -41,47 +73,142 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=amp != "none")
 
 
-def train_one_epoch(state: TrainState, loader: Any, config: Config, meter: Meter, bar: EpochBar) -> float:
-    """Train for one pass over `loader`, filling `meter`; returns the learning rate of the last update."""
-    task, batches, lr = state.task, len(loader), 0.0
-    task.train()
-    state.optimizer.zero_grad()
-    for step, (images, target) in enumerate(loader):
-        first = step - step % config.grad_accum
-        joined = min(config.grad_accum, batches - first)
-        with autocast(task.device, config.amp):
-            result = task(images, target)
-        loss = result["loss"]
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(
-                f"expected a finite loss, got {loss.item()} in epoch {state.epoch + 1}, step {step + 1} of {batches} "
-                f"(the optimizer step was not taken); try a lower --lr, --grad-clip 1.0 or --amp none"
-            )
-        state.scaler.scale(loss / joined).backward()
-        meter.update(loss.detach(), result["output"].detach(), target)
+class Engine:
+    """Takes updates. `stop` may be set at any time, by a signal handler for example."""
 
-        if step + 1 == first + joined:
+    def __init__(self, state: TrainState, loaders: Loaders, config: Config, world: World):
+        self.state, self.loaders, self.config, self.world = state, loaders, config, world
+        self.model = unwrap_model(state.task.get_trainable_module())
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        # Modules that are not trained at all do not change in training either: no statistics, no dropping.
+        self.frozen = [module for module in self.model.modules() if _is_frozen(module)]
+        self.buffers = list(self.model.buffers())
+        self.backup = [buffer.clone() for buffer in self.buffers]
+        self.stop = False
+
+    def update(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], speed: Speed) -> Taken:
+        """Take the next update, or drop it on all processes if a loss or a gradient of any of them is not finite.
+
+        Raises:
+            NonFiniteLossError: `--nonfinite halt`, or too many dropped in a row. No weight has changed.
+            DataError: more unreadable images than `--max-bad` allows.
+        """
+        state, config, world = self.state, self.config, self.world
+        if self.buffers:
+            torch._foreach_copy_(self.backup, self.buffers)
+        state.task.train()
+        for module in self.frozen:
+            module.eval()
+        loss = self._backward(batches, speed)
+        state.scaler.unscale_(state.optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
+        whole_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+        finite = torch.isfinite(loss) & torch.isfinite(whole_norm)
+        bad = self.loaders.train.dataset.bad.sum() - len(state.bad_train)
+        loss, unusable, stop, bad, overflow = world.total(
+            [loss / world.size, ~finite, float(self.stop), bad, torch.isfinite(loss) & ~finite]
+        )
+        lr = max(group["lr"] for group in state.optimizer.param_groups)  # layer decay scales the others down from it
+        state.update += 1
+        if unusable:
+            self._drop(loss, overflow == world.size)
+        else:
             if config.grad_clip is not None:
-                state.scaler.unscale_(state.optimizer)
-                dispatch_clip_grad(task.get_clip_parameters(), config.grad_clip)
-            # Layer decay scales the groups down from the head's, which has the learning rate that was asked for.
-            lr = max(group["lr"] for group in state.optimizer.param_groups)
+                torch.nn.utils.clip_grads_with_norm_(self.trained, config.grad_clip, norm)
             state.scaler.step(state.optimizer)
             state.scaler.update()
-            state.optimizer.zero_grad()
-            state.updates += 1
-            state.scheduler.step_update(state.updates)
-        bar.step(meter, lr)
-    return lr
+            world.average_batch_norm(self.model)
+            state.task.update_ema(step=state.update - state.skipped)
+            state.skipped_in_a_row = 0
+            state.meter.add(loss * config.batch_size, config.batch_size)
+        state.optimizer.zero_grad()
+        state.scheduler.step_update(state.update)
+        speed.images(config.batch_size)
+        self._check_bad(len(state.bad_train) + int(bad))
+        return Taken(loss, whole_norm.item(), lr, stop > 0)
 
+    def _backward(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], speed: Speed) -> torch.Tensor:
+        """Add up the gradients of this process's part of an update; returns its mean loss."""
+        state, config, parts = self.state, self.config, self.loaders.batches.parts
+        total = torch.zeros((), device=self.world.device)
+        for part in range(parts):
+            start = time.perf_counter()
+            images, target = next(batches)
+            speed.waited(time.perf_counter() - start)
+            if config.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            seed_everything(config.seed, "step", state.update, part, self.world.rank)
+            with synchronize_gradients(state.task, last=part + 1 == parts):
+                with autocast(self.world.device, config.amp):
+                    loss = state.task(images, target)["loss"] / parts
+                state.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
 
-@torch.no_grad()
-def evaluate(task: TrainingTask, loader: Any, config: Config, meter: Meter) -> None:
-    """Fill `meter` with the plain cross-entropy and the accuracy on `loader`."""
-    task.eval()
-    model = task.get_eval_model()
-    for images, target in loader:
-        with autocast(task.device, config.amp):
-            output = model(images)
-        output = output.float()
-        meter.update(F.cross_entropy(output, target), output, target)
+    def _drop(self, loss: float, overflow: bool) -> None:
+        """Leave an update out: weights, averages and running statistics stay as they were."""
+        state, config = self.state, self.config
+        reports = self.world.gather(self._culprit())
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, self.backup)
+        state.skipped += 1
+        if state.scaler.is_enabled() and overflow:
+            # A finite loss whose scaled gradients overflow is float16 as usual: a smaller scale, the same on all.
+            scale = state.scaler.get_scale() * state.scaler.get_backoff_factor()
+            state.scaler.update(scale)
+            if scale >= SMALLEST_SCALE:
+                return
+        elif state.scaler.is_enabled():
+            state.scaler.update(state.scaler.get_scale())
+        state.skipped_in_a_row += 1
+        if config.nonfinite == "halt" or state.skipped_in_a_row > config.max_skips:
+            updates = self.loaders.batches.updates
+            where = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(reports) if text)
+            epoch, update = divmod(state.update - 1, updates)
+            raise NonFiniteLossError(
+                f"expected a finite loss and gradient, got loss {loss} in epoch {epoch + 1}, update {update + 1} of "
+                f"{updates} ({where}); the optimizer step was not taken; try a lower --lr, --grad-clip 1.0, "
+                "--amp none, or --nonfinite skip"
+            )
+
+    def _culprit(self) -> str:
+        """Where this process first finds a value that is not finite."""
+        named = list(self.model.named_parameters())
+        for what, tensors in (
+            ("weight", named),
+            ("gradient of", [(name, p.grad) for name, p in named if p.grad is not None]),
+        ):
+            for name, tensor in tensors:
+                local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+                if not torch.isfinite(local).all():
+                    return f"{what} {name}"
+        return ""
+
+    def _check_bad(self, bad: int) -> None:
+        images = len(self.loaders.train.dataset)
+        if bad > math.ceil(self.config.max_bad * images):
+            raise DataError(
+                f"expected at most {self.config.max_bad:.1%} unreadable training images, got {bad} of {images}; "
+                "try to repair the data, or a higher --max-bad"
+            )
+
+    @torch.no_grad()
+    def evaluate(self, ema: bool = False) -> dict[str, float]:
+        """Cross-entropy, top-1 and top-5 in % over the readable test images of all processes, each counted once."""
+        model = unwrap_model(self.state.task.get_eval_model(ema=ema))
+        model.eval()
+        evaluator = ClassificationEvaluator(self.world.device)
+        left = self.loaders.real_eval_images
+        for images, target in self.loaders.eval:
+            if self.config.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            with autocast(self.world.device, self.config.amp):
+                output = model(images)
+            output, target = output[: max(left, 0)], target[: max(left, 0)]  # the rest is padding
+            left -= len(images)
+            readable = target >= 0
+            evaluator.update(output[readable], target[readable])
+        if isinstance(model, FSDPModule):
+            model.reshard()  # its own parameters stay gathered after a forward pass, for a backward pass
+        return dict(evaluator.compute(distributed=self.world.size > 1))

@@ -27,3 +27,21 @@ class NonFiniteLossError(TrainError, FloatingPointError):
     """The loss became NaN or infinite; raised before the optimizer sees its gradient."""
 
     exit_code = 1
+
+
+class PeerError(TrainError, RuntimeError):
+    """Another process of the run ended or does not answer."""
+
+    exit_code = 1
+
+
+class Interrupted(TrainError):
+    """The run was asked to stop and has saved a checkpoint."""
+
+    exit_code = 143
+
+
+class DeviceMemoryError(TrainError, MemoryError):
+    """A forward or backward pass does not fit in the device's memory."""
+
+    exit_code = 1

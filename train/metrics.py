@@ -1,5 +1,6 @@
-"""What a run shows and leaves behind: running averages, progress bar, log.csv, curves.png."""
+"""What a run measures, says and leaves behind: loss, speed, one line an epoch, log.csv, curves.png."""
 
+import contextlib
 import csv
 import io
 import sys
@@ -11,100 +12,129 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 
-from train.checkpoint import write_atomic
+from train.files import write_atomic
 
-COLUMNS = ("epoch", "train_loss", "eval_loss", "top1", "top5", "lr", "images_per_s", "seconds")
+COLUMNS = (
+    "epoch",
+    "update",
+    "train_loss",  # as optimized: with smoothing, mixing and distillation
+    "eval_loss",  # cross-entropy on the test images
+    "top1",  # in %
+    "top5",
+    "ema_loss",  # the same of the averaged weights; empty without them
+    "ema_top1",
+    "ema_top5",
+    "lr",
+    "grad_norm",  # of the epoch's last update, before clipping
+    "images_per_s",
+    "data_wait",  # share of the training time, 0 to 1
+    "memory_gb",  # most so far, of one process
+    "gflops_per_s",  # of the model, over all processes
+    "mfu",  # share of the devices' peak, 0 to 1
+    "skipped",  # updates so far, for a loss or gradient that was not finite
+    "bad_images",  # unreadable ones so far
+    "seconds",  # with the evaluation
+)
 
 
 class Meter:
-    """Loss, top-1 and top-5 (in %) over the images seen, and how fast they came."""
+    """Mean training loss; its state is two numbers, which JSON keeps exactly."""
 
-    def __init__(self, num_classes: int, device: torch.device):
-        options = {"num_classes": num_classes, "average": "micro", "validate_args": False}
-        self._loss = MeanMetric().to(device)
-        self._top1 = MulticlassAccuracy(top_k=1, **options).to(device)
-        self._top5 = MulticlassAccuracy(top_k=min(5, num_classes), **options).to(device)
-        self._images = 0
-        self._start = time.perf_counter()
+    def __init__(self) -> None:
+        self._loss_sum, self._images = 0.0, 0
 
-    def update(self, loss: torch.Tensor, output: torch.Tensor, target: torch.Tensor) -> None:
-        """Add a batch; of a mixed (soft) target the larger share counts as the class."""
-        if target.ndim == 2:
-            target = target.argmax(1)
-        self._images += len(target)
-        self._loss.update(loss.float(), weight=len(target))
-        self._top1.update(output, target)
-        self._top5.update(output, target)
+    def add(self, loss_sum: float, images: int) -> None:
+        """Add the sum of the losses of some images."""
+        self._loss_sum += loss_sum
+        self._images += images
 
     @property
     def loss(self) -> float:
-        return self._loss.compute().item()
+        """NaN before the first image."""
+        return self._loss_sum / self._images if self._images else float("nan")
 
-    @property
-    def top1(self) -> float:
-        return 100 * self._top1.compute().item()
+    def state_dict(self) -> dict[str, float]:
+        return {"loss_sum": self._loss_sum, "images": self._images}
 
-    @property
-    def top5(self) -> float:
-        return 100 * self._top5.compute().item()
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._loss_sum, self._images = state["loss_sum"], state["images"]
+
+
+class Speed:
+    """The clock of an epoch. Rates are those up to the last images counted, whatever follows them."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self._images, self._waited = 0, 0.0
+
+    def waited(self, seconds: float) -> None:
+        """Add time spent waiting for data."""
+        self._waited += seconds
+
+    def images(self, count: int) -> None:
+        """Count images that have been trained on."""
+        self._images += count
+        self._last = time.perf_counter()
 
     @property
     def images_per_s(self) -> float:
-        return self._images / max(time.perf_counter() - self._start, 1e-9)
+        return self._images / max(self._last - self._start, 1e-9)
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the time, 0 to 1."""
+        return min(self._waited / max(self._last - self._start, 1e-9), 1.0)
+
+    @property
+    def seconds(self) -> float:
+        """Until now."""
+        return time.perf_counter() - self._start
 
 
-class EpochBar:
-    """A progress bar for one epoch; silent where the console is no terminal, so that logs hold whole lines only."""
-
-    def __init__(self, console: Console, epoch: int, epochs: int, batches: int):
-        self._progress = Progress(
-            TextColumn(f"epoch {epoch}/{epochs}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._bar = self._progress.add_task("", total=batches, status="")
-
-    def __enter__(self) -> "EpochBar":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def step(self, meter: Meter, lr: float) -> None:
-        """Move on by one batch."""
-        if not self._progress.disable:
-            status = f"loss {meter.loss:.3f}  acc {meter.top1:.1f} %  lr {lr:.1e}  {meter.images_per_s:.0f} img/s"
-            self._progress.update(self._bar, advance=1, status=status)
+def memory_gb(device: torch.device) -> float | None:
+    """Most memory held so far: by tensors on a GPU, by the process on a CPU; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    if device.type != "cpu":
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def make_console(stream: TextIO | None = None) -> Console:
+class _Console(Console):
+    """A console whose broken pipe is an error like others; rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def make_console(stream: TextIO | None = None, enabled: bool = True) -> Console:
     """A console that is a terminal only if its stream is one, whatever FORCE_COLOR says: logs stay plain text."""
     stream = stream or sys.stdout
-    return Console(file=stream, force_terminal=stream.isatty(), highlight=False)
+    return _Console(file=stream, force_terminal=stream.isatty(), highlight=False, quiet=not enabled)
 
 
 def say(console: Console, text: str) -> None:
-    """Print one line as it is: no markup, no wrapping."""
-    console.print(text, markup=False, soft_wrap=True)
+    """Print one line as it is: no markup, no emoji, no wrapping. A run outlives whatever read its output."""
+    with contextlib.suppress(OSError):
+        console.print(text, markup=False, emoji=False, soft_wrap=True)
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
     """The line a finished epoch leaves on the screen."""
+    ema = "" if row["ema_top1"] is None else f" (EMA {row['ema_top1']:.2f} %)"
+    mfu = "" if row["mfu"] is None else f"  MFU {row['mfu']:.1%}"
+    lost = {"updates skipped": row["skipped"], "unreadable images": row["bad_images"]}
+    lost = "".join(f"  {count} {what}" for what, count in lost.items() if count)
     return (
         f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  train loss {row['train_loss']:.3f}  "
-        f"test loss {row['eval_loss']:.3f}  top-1 {row['top1']:.2f} %  top-5 {row['top5']:.2f} %  "
-        f"lr {row['lr']:.2e}  {row['images_per_s']:.0f} img/s  {row['seconds']:.1f} s"
+        f"test loss {row['eval_loss']:.3f}  top-1 {row['top1']:.2f} %{ema}  top-5 {row['top5']:.2f} %  "
+        f"lr {row['lr']:.2e}  {row['images_per_s']:.0f} img/s{mfu}  {row['seconds']:.1f} s{lost}"
     )
 
 
@@ -118,25 +148,44 @@ def write_log(path: Path, history: list[dict[str, Any]]) -> None:
 
 
 def draw_curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
-    """Draw loss and accuracy over the epochs as a PNG; needs no display."""
-    epochs = [row["epoch"] for row in history]
-    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    """Draw loss, accuracy, learning rate and gradient norm over the epochs as a PNG; needs no display."""
+    figure = Figure(figsize=(14, 4), dpi=120, layout="constrained")
     figure.suptitle(title)
-    losses, accuracy = figure.subplots(1, 2)
-    losses.plot(epochs, [row["train_loss"] for row in history], label="train (as optimized)", color="tab:gray")
-    losses.plot(epochs, [row["eval_loss"] for row in history], label="test (cross-entropy)", color="tab:blue")
-    losses.set_ylabel("loss")
-    losses.set_ylim(bottom=0)
+    losses, accuracy, rates = figure.subplots(1, 3)
+    norms = rates.twinx()
     best = max(history, key=lambda row: row["top1"])
-    accuracy.plot(epochs, [row["top5"] for row in history], label="test top-5", color="tab:gray")
-    accuracy.plot(epochs, [row["top1"] for row in history], label="test top-1", color="tab:blue")
-    accuracy.plot(best["epoch"], best["top1"], "o", color="tab:orange", label=f"best top-1: {best['top1']:.2f} %")
-    accuracy.set_ylabel("accuracy (%)")
-    for axes in (losses, accuracy):
+    curves = [
+        (losses, "train_loss", "train (as optimized)", "tab:gray"),
+        (losses, "eval_loss", "test (cross-entropy)", "tab:blue"),
+        (losses, "ema_loss", "test, EMA", "tab:green"),
+        (accuracy, "top5", "test top-5", "tab:gray"),
+        (accuracy, "top1", f"test top-1, best {best['top1']:.2f} %", "tab:blue"),
+        (accuracy, "ema_top1", "test top-1, EMA", "tab:green"),
+        (rates, "lr", "learning rate", "tab:blue"),
+        (norms, "grad_norm", "gradient norm", "tab:gray"),
+    ]
+    for axes, key, label, color in curves:
+        points = [(row["epoch"], row[key]) for row in history if row[key] is not None]
+        if points:
+            # A run of one epoch has no line: the dot shows it.
+            axes.plot(*zip(*points, strict=True), ".-", label=label, color=color)
+    accuracy.plot(best["epoch"], best["top1"], "o", color="tab:orange")
+    losses.set_ylim(bottom=0)
+    rates.set_ylim(bottom=0)
+    for axes, label in (
+        (losses, "loss"),
+        (accuracy, "accuracy (%)"),
+        (rates, "learning rate"),
+        (norms, "gradient norm"),
+    ):
+        axes.set_ylabel(label)
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
+    for axes in (losses, accuracy, rates):
         axes.grid(alpha=0.3)
-        axes.legend()
+    losses.legend()
+    accuracy.legend()
+    rates.legend(handles=[*rates.lines, *norms.lines])
     png = io.BytesIO()
     FigureCanvasAgg(figure).print_png(png)
     write_atomic(path, png.getvalue())

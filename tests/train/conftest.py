@@ -1,6 +1,11 @@
-"""`train/` is not installed: put the repository root on the path, and share one tiny data set and one way to run."""
+"""`train/` is not installed: put the repository root on the path, and share tiny data sets and ways to run."""
 
+import multiprocessing
+import os
+import signal
+import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +24,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """Runs install signal handlers: put pytest's back."""
+    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for name, handler in before.items():
+        signal.signal(name, handler)
 
 
 @pytest.fixture
@@ -41,7 +55,82 @@ def run(tmp_path):
     from train.__main__ import main
 
     def call(name: str, *args: object, model: str = "test_vit"):
-        options = () if "--resume" in args else ("--model", model, "--output", tmp_path / "out", "--run", name)
+        options = () if "--resume" in args else ("--model", model, "--output", tmp_path / "out", "--name", name)
         return main([str(value) for value in (*options, *args)]), tmp_path / "out" / name
 
     return call
+
+
+class Processes:
+    """The ranks of one run, as processes that can be killed."""
+
+    def __init__(self, argv: list[str], log: Path, size: int, change: Callable[[], None] | None):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        context = multiprocessing.get_context("forkserver")
+        self.logs = [log.with_name(f"{log.name}.{rank}") for rank in range(size)]
+        self.ranks = [
+            context.Process(
+                target=_child, args=(argv, {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}, str(path), change)
+            )
+            for rank, path in enumerate(self.logs)
+        ]
+        for process in self.ranks:
+            process.start()
+
+    def kill(self, *ranks: int) -> None:
+        """SIGKILL some ranks, or all."""
+        for rank in ranks or range(len(self.ranks)):
+            self.ranks[rank].kill()
+
+    def wait(self, seconds: float = 120) -> list[int | None]:
+        """The exit codes of all ranks; None for one that is still running, which is then killed."""
+        codes = []
+        for process in self.ranks:
+            process.join(seconds)
+            codes.append(process.exitcode)
+            process.kill()
+            process.join()
+        return codes
+
+    def output(self) -> str:
+        return "".join(path.read_text() for path in self.logs if path.exists())
+
+
+def _child(argv: list[str], environment: dict[str, str], log: str, change: Callable[[], None] | None) -> None:
+    os.environ.update(environment)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    from train.__main__ import main
+
+    if change:
+        change()
+    code = main(argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Start the processes of `torchrun -m train` without its start-up time: forked from a server that imported torch.
+
+    `change` runs first in each of them.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train.__main__"])
+    started = []
+
+    def call(*args: object, size: int = 1, model: str = "test_vit", change: Callable[[], None] | None = None):
+        options = () if args[0] == "--resume" else ("--model", model, "--output", tmp_path / "out")
+        argv = [str(value) for value in (*options, *args)]
+        started.append(Processes(argv, tmp_path / f"log{len(started)}", size, change))
+        return started[-1]
+
+    yield call
+    for processes in started:
+        processes.wait(0)
