@@ -11,7 +11,7 @@ import torch
 import visattn  # noqa: F401  registers its models with timm
 from train import distributed
 from train.config import parse
-from train.errors import DeviceMemoryError, PeerError, TrainError
+from train.errors import DataError, DeviceMemoryError, PeerError, TrainError
 from train.metrics import make_console
 from train.run import Run, build, report, train
 
@@ -42,9 +42,12 @@ def main(argv: list[str] | None = None) -> int:
             rank,
         )
     except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        if reason.startswith("DataLoader worker"):
+            text = f"expected loader processes that go on, got: {reason}; try fewer --workers, or more shared memory"
+            return fail(DataError(text), rank)
         if not distributed.peer_lost(error):
             raise
-        reason = str(error).splitlines()[0]
         return fail(PeerError(f"expected all processes to go on, got: {reason}; try --resume once all can run"), rank)
     except KeyboardInterrupt:
         print("interrupted; --resume continues after the last checkpoint", file=sys.stderr)
@@ -53,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def fail(error: TrainError, rank: int) -> int:
     """Say what went wrong, once per process that has something to say."""
-    if rank == 0 or isinstance(error, PeerError):
+    if isinstance(error, PeerError) or distributed.first_to_say(str(error)):
         print(f"{f'rank {rank}: ' if rank else ''}error: {error}", file=sys.stderr)
     return error.exit_code
 

@@ -54,7 +54,8 @@ def save(folder: Path, state: "TrainState", config: Config, world: World) -> Non
     final = checkpoints / f"{state.update:08d}"
     temporary = checkpoints / f".{final.name}.tmp"
     tensors, values = _pack(state)
-    tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}  # all that safetensors takes
+    # All that safetensors takes; parameters of a group may share their group's tensors.
+    tensors = {k: v.clone() if ".param_groups." in k else v.contiguous() for k, v in tensors.items()}
     values = {"format": FORMAT, "recipe": recipe(config), **values}
 
     def prepare() -> None:
@@ -68,7 +69,7 @@ def save(folder: Path, state: "TrainState", config: Config, world: World) -> Non
             dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
 
     def finish() -> None:
-        write_atomic(temporary / "state.json", json.dumps(values).encode())
+        write_atomic(temporary / "state.json", json.dumps(values, default=_type_name).encode())
         names = sorted(path.name for path in temporary.iterdir())
         sums = "".join(f"{sha256(temporary / name)}  {name}\n" for name in names)
         write_atomic(temporary / "SHA256SUMS", sums.encode())
@@ -176,7 +177,7 @@ def restore(path: Path, state: "TrainState", config: Config, world: World) -> No
         values = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if set(values) != {"format", "recipe", "optimizer", "scaler", "progress"} or values["format"] != FORMAT:
             raise ValueError(f"contents of another kind: {', '.join(values)[:100]}")
-        _check_recipe(config, values["recipe"])
+        check_recipe(config, values["recipe"])
         tensors, fresh = _pack(state)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -200,7 +201,7 @@ def restore(path: Path, state: "TrainState", config: Config, world: World) -> No
     state.scheduler.step_update(state.update)
 
 
-def _check_recipe(now: Config, then: dict[str, Any]) -> None:
+def check_recipe(now: Config, then: dict[str, Any]) -> None:
     """Refuse to continue a run with options that would make it another run."""
     values = recipe(now)
     changed = [key for key in values if key not in FREE_ON_RESUME and values[key] != then.get(key)]
@@ -212,6 +213,14 @@ def _check_recipe(now: Config, then: dict[str, Any]) -> None:
         )
 
 
+def _type_name(value: Any) -> str:
+    if isinstance(value, torch.dtype):
+        return str(value)
+    raise TypeError(f"expected plain values in an optimizer's state, got {value!r}; try another --opt")
+
+
 def _like(template: Any, value: Any) -> Any:
-    """JSON knows no tuples; optimizers do."""
+    """JSON knows neither tuples nor types; optimizers do. A type is no state: it is what the options say."""
+    if isinstance(template, torch.dtype):
+        return template
     return tuple(value) if isinstance(template, tuple) else value

@@ -28,6 +28,9 @@ BLOCKS = re.compile(r"(blocks?|layers?|levels?|stages?)_?\d*")
 PEER_LOST = re.compile(r"closed by peer|timed? ?out|reset by peer|gloo|nccl|socket|broken pipe", re.IGNORECASE)
 
 
+_store: dist.Store | None = None  # of the process group
+
+
 @dataclass(frozen=True)
 class World:
     """This process among its `size` peers. All ranks must call every method but the properties together."""
@@ -67,7 +70,9 @@ class World:
         """Give all processes the mean of their running statistics, so that they hold one state after every update."""
         if self.size == 1:
             return
-        stats = [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+        # Those of frozen modules are equal as they are; the mean of three could round them to other values.
+        own = (item for module in model.modules() if module.training for item in module.named_buffers(recurse=False))
+        stats = [buffer for name, buffer in own if name in ("running_mean", "running_var")]
         if stats:
             flat = torch.cat([buffer.flatten() for buffer in stats])
             dist.all_reduce(flat)
@@ -78,10 +83,9 @@ class World:
 
 def start(config: Config) -> World:
     """Join the process group that the environment describes, if it does, and pick this process's device."""
+    global _store
     local_rank, rank, size = world_info_from_env() if is_distributed_env() else (0, 0, 1)
-    device = pick_device(config.device, local_rank if size > 1 else None)
     if size > 1:
-        backend = "cpu:gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         for variable, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", size)):
             os.environ.setdefault(variable, str(value))  # Slurm names them otherwise
         if "MASTER_ADDR" not in os.environ:
@@ -94,11 +98,40 @@ def start(config: Config) -> World:
         timeout = timedelta(seconds=config.dist_timeout)
         try:
             store, *_ = next(rendezvous("env://", timeout=timeout))
-            store = dist.PrefixStore(f"train/{attempt}", store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+            _store = dist.PrefixStore(f"train/{attempt}", store)
+            device = _pick_together(config.device, local_rank, rank, size)
+            backend = "cpu:gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+            dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=timeout)
+        except ConfigError:
+            raise
         except (RuntimeError, ValueError) as error:
             raise PeerError(f"expected {size} processes that meet, got: {error}; try another MASTER_ADDR") from error
-    return World(rank, size, device)
+        return World(rank, size, device)
+    return World(rank, size, pick_device(config.device))
+
+
+def first_to_say(text: str) -> bool:
+    """True in one of the processes that have the same to say; before they meet, in one of each node."""
+    local_rank, rank, _ = world_info_from_env()
+    if _store is None:
+        return local_rank == 0
+    try:
+        return _store.compare_set(f"said/{text}", "", str(rank)) == str(rank).encode()
+    except RuntimeError:  # the process that holds the store has gone, and was not silent
+        return False
+
+
+def _pick_together(name: str, local_rank: int, rank: int, size: int) -> torch.device:
+    """This process's device; if one process has none, all raise."""
+    problem = ""
+    try:
+        device = pick_device(name, local_rank)
+    except ConfigError as error:
+        problem = str(error)
+    _store.set(f"device/{rank}", problem)
+    if problems := [text for text in _store.multi_get([f"device/{peer}" for peer in range(size)]) if text]:
+        raise ConfigError(problems[0].decode())
+    return device
 
 
 def stop() -> None:

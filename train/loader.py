@@ -143,7 +143,7 @@ class SeededErasing:
     """timm's random erasing, which draws in the main process: seeded by the batch."""
 
     def __init__(self, erasing: RandomErasing, batches: Batches):
-        self.erasing, self.batches, self.place = erasing, batches, (-1, -1)
+        self.erasing, self.batches, self.done = erasing, batches, 0
 
     def begin(self) -> None:
         self.done = self.batches.first * self.batches.parts
@@ -169,6 +169,18 @@ def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
     return auto_augment.posterize(image, bits, **options) if bits else image.point([0] * 256 * len(image.getbands()))
 
 
+def _plain_errors(batches: Iterator[Any]) -> Iterator[Any]:
+    """Without the traceback of a loader process, which torch puts into the text of its errors."""
+    try:
+        yield from batches
+    except (EOFError, OSError) as error:  # images that cannot be read do not come here
+        raise DataError(
+            f"expected loader processes that go on, got {type(error).__name__}: {error}; try fewer --workers"
+        ) from error
+    except DataError as error:
+        raise DataError(str(error).strip().rpartition(f"{DataError.__name__}: ")[2]) from error
+
+
 @dataclass
 class Loaders:
     """What one process reads."""
@@ -183,7 +195,7 @@ class Loaders:
         self.batches.begin(epoch, update)
         if self.train.random_erasing is not None:
             self.train.random_erasing.begin()
-        return iter(self.train)
+        return _plain_errors(iter(self.train))
 
 
 def make_loaders(config: Config, data: Data, world: World) -> Loaders:

@@ -2,14 +2,14 @@
 
 import difflib
 import fnmatch
-from typing import Any
 
 import timm
 import torch
 import yaml
 from rich.console import Console
+from timm.data.loader import adapt_to_chs
 from timm.models import resolve_model_input_args
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.task import (
@@ -26,10 +26,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from train.config import Config
 from train.distributed import World
-from train.errors import ConfigError
+from train.errors import ConfigError, TrainError
 from train.metrics import say
-from train.weights import load_into
+from train.weights import first_line, load_into
 
+# What models and optimizers raise when options, or the machine, do not fit them.
+UNFIT = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError)
+UNFIT += (TypeError, ValueError)
 DISTILLATION = {"logit": LogitDistillationTask, "feature": FeatureDistillationTask, "token": TokenDistillationTask}
 
 
@@ -42,6 +45,8 @@ def check_names(config: Config) -> None:
     if config.opt not in list_optimizers():
         near = difflib.get_close_matches(config.opt, list_optimizers(), n=3, cutoff=0.0)
         raise ConfigError(f"--opt: expected a timm optimizer, got {config.opt!r}; try {', '.join(near)}")
+    if get_optimizer_info(config.opt).second_order:
+        raise ConfigError(f"--opt: expected an optimizer of first order, got {config.opt!r}; try adamw")
 
 
 def make_model(config: Config, num_classes: int, console: Console) -> nn.Module:
@@ -52,24 +57,33 @@ def make_model(config: Config, num_classes: int, console: Console) -> nn.Module:
         arguments["drop_path_rate"] = config.drop_path
     for argument in config.model_args:
         name, _, value = argument.partition("=")
-        arguments[name] = yaml.safe_load(value)
+        try:
+            arguments[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"--model-args: expected a YAML value, got {argument!r}; try {name}=7, {name}=[1, 2] or {name}=text"
+            ) from error
     try:
         model = timm.create_model(**arguments, pretrained=config.pretrained)
-    except TypeError as error:
+    except UNFIT as error:
+        if config.pretrained and isinstance(error, (OSError, RuntimeError)):
+            raise ConfigError(
+                f"--pretrained: expected weights of {config.model}, got: {error}; try --weights FILE"
+            ) from error
         raise ConfigError(
-            f"expected options that {config.model} takes, got: {error}; try without --drop-path or --model-args"
-        ) from error
-    except (OSError, RuntimeError) as error:
-        if not config.pretrained:
-            raise
-        raise ConfigError(
-            f"--pretrained: expected weights of {config.model}, got: {error}; try --weights FILE"
+            f"expected options that {config.model} takes, got: {first_line(error)}; try without --drop-path, "
+            "--model-args or --img-size"
         ) from error
     model.pretrained_cfg = {**model.pretrained_cfg, "mean": config.mean, "std": config.std}  # what distillation reads
     if config.weights and (left_out := load_into(model, config.weights)):
         say(console, f"{config.weights}: left out {', '.join(left_out)}, whose sizes differ")
     if config.grad_checkpointing:
-        model.set_grad_checkpointing(True)
+        try:
+            model.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError) as error:
+            raise ConfigError(
+                f"--grad-checkpointing: expected a model that can, got {config.model}; try a smaller --micro-batch"
+            ) from error
     if config.train_only:
         names = [name for name, _ in model.named_parameters()]
         kept = {name for pattern in config.train_only for name in fnmatch.filter(names, pattern)}
@@ -83,41 +97,79 @@ def make_model(config: Config, num_classes: int, console: Console) -> nn.Module:
     return model
 
 
+def try_forward(model: nn.Module, config: Config, device: torch.device, option: str, name: str) -> None:
+    """Raise ConfigError if images of the size that the run uses do not fit the model."""
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, config.in_chans, config.img_size, config.img_size, device=device))
+    except torch.OutOfMemoryError:
+        raise
+    except UNFIT as error:
+        size = model.pretrained_cfg["input_size"][-1]
+        raise ConfigError(
+            f"{option}: expected images that fit {name}, got {config.img_size}x{config.img_size} "
+            f"({first_line(error)}); try --img-size {size}"
+        ) from error
+
+
 def make_task(config: Config, model: nn.Module, device: torch.device) -> TrainingTask:
     """The training task: labels alone, or labels and a teacher."""
+    try_forward(model, config, device, "--img-size", config.model)
     loss = {"smoothing": config.smoothing, "soft_targets": bool(config.mixup or config.cutmix)}
     if config.kd_model is None:
         return ClassificationTask(model, criterion_kwargs=loss, device=device)
-    arguments: dict[str, Any] = {"num_classes": model.num_classes, "in_chans": config.in_chans}
     try:
-        teacher = timm.create_model(config.kd_model, pretrained=config.kd_weights is None, **arguments)
-        if config.kd_weights is not None:
-            load_into(teacher, config.kd_weights)
-            teacher.pretrained_cfg = {**teacher.pretrained_cfg, "mean": config.mean, "std": config.std}
+        teacher = make_teacher(config, model.num_classes).to(device)
+        try_forward(teacher, config, device, "--kd-model", config.kd_model)
         options = {} if config.kd_type == "feature" else {"temperature": config.kd_temperature}
         return DISTILLATION[config.kd_type](
             model,
-            DistillationTeacher(teacher.requires_grad_(False).to(device), device=device),
+            DistillationTeacher(teacher.requires_grad_(False), device=device),
             criterion_kwargs=loss,
             distill_loss_weight=config.kd_weight,
             device=device,
             **options,
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except TrainError:
+        raise
+    except UNFIT as error:
         raise ConfigError(
             f"--kd-model: expected a teacher for {config.model}, got: {error}; try --kd-weights"
         ) from error
 
 
+def make_teacher(config: Config, num_classes: int) -> nn.Module:
+    """The trained teacher, for images of the student's size."""
+    input_args = {"in_chans": config.in_chans, "img_size": config.img_size}
+    arguments = resolve_model_input_args(config.kd_model, input_args, num_classes=num_classes)
+    teacher = timm.create_model(**arguments, pretrained=config.kd_weights is None)
+    if config.kd_weights is None:
+        untrained = teacher.pretrained_cfg["num_classes"] != num_classes
+        statistics = {key: adapt_to_chs(teacher.pretrained_cfg[key], config.in_chans) for key in ("mean", "std")}
+    else:
+        untrained = load_into(teacher, config.kd_weights)
+        statistics = {"mean": config.mean, "std": config.std}
+    teacher.pretrained_cfg = {**teacher.pretrained_cfg, **statistics}
+    if untrained and config.kd_type != "feature":
+        raise ConfigError(
+            f"--kd-model: expected a teacher of the {num_classes} classes, got {config.kd_model} with a head for "
+            "others; try --kd-weights FILE, or --kd-type feature"
+        )
+    return teacher
+
+
 def make_optimizer(config: Config, task: TrainingTask) -> torch.optim.Optimizer:
     """timm's optimizer with weight decay where it belongs, and layer decay."""
-    return create_optimizer_v2(
-        unwrap_model(task.get_trainable_module()),
-        opt=config.opt,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        layer_decay=config.layer_decay,
-    )
+    try:
+        return create_optimizer_v2(
+            unwrap_model(task.get_trainable_module()),
+            opt=config.opt,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            layer_decay=config.layer_decay,
+        )
+    except UNFIT as error:
+        raise ConfigError(f"--opt: expected one that runs here, got {config.opt}: {error}; try adamw") from error
 
 
 def make_scheduler(config: Config, optimizer: torch.optim.Optimizer, updates: int) -> Scheduler:

@@ -11,10 +11,10 @@ from rich.console import Console
 from timm.models import resolve_model_input_args
 
 from train import checkpoint, metrics
-from train.config import Config, recipe, run_folder
+from train.config import Config, read_yaml, recipe, run_folder
 from train.data import open_data, resolve
 from train.distributed import World, prepare
-from train.engine import Engine, TrainState
+from train.engine import Engine, Taken, TrainState
 from train.errors import CheckpointError, ConfigError, Interrupted
 from train.files import write_atomic
 from train.flops import forward_flops, peak_flops, utilization
@@ -80,9 +80,16 @@ def build(config: Config, world: World, console: Console) -> Run:
             checkpoint.restore(path, state, config, world)
             for images, bad in ((loaders.train.dataset, state.bad_train), (loaders.eval.dataset, state.bad_eval)):
                 images.bad[bad] = 1
+        else:
+            checkpoint.check_recipe(config, recipe(read_yaml(folder / "args.yaml")))
         say(console, f"resumed after update {state.update}")
     else:
         folder = _on_main(world, lambda: new_folder(config, data.name))
+    if not all(world.gather((folder / "args.yaml").is_file())):
+        raise ConfigError(
+            f"--output: expected a folder that all processes share, got {folder}, which some do not see; "
+            "try one on a network file system"
+        )
     say(
         console,
         f"{config.model} ({parameters / 1e6:.2f} M parameters) on {data.name}: {len(data.train)} training and "
@@ -110,11 +117,11 @@ def new_folder(config: Config, data_name: str) -> Path:
     """Create the folder of a new run with its args.yaml; never reuse one that has begun."""
     name = config.name or f"{config.model}-{data_name}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = config.output / name
-    if (folder / "args.yaml").exists():
-        raise ConfigError(
-            f"expected a new run folder, got {folder}, which exists; try --resume {folder} or another --name"
-        )
     try:
+        if (folder / "args.yaml").exists():
+            raise ConfigError(
+                f"expected a new run folder, got {folder}, which exists; try --resume {folder} or another --name"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "args.yaml", yaml.safe_dump(recipe(config), sort_keys=False).encode())
     except OSError as error:
@@ -151,11 +158,10 @@ def train_epoch(run: Run, loggers: Loggers | None) -> None:
                 loggers.update(
                     state.update, {"train_loss": taken.loss, "lr": taken.lr, "grad_norm": taken.grad_norm, **rates}
                 )
-            last = update == run.updates
-            if taken.stop or (config.checkpoint_every and state.update % config.checkpoint_every == 0 and not last):
+            due = config.checkpoint_every and state.update % config.checkpoint_every == 0
+            if update < run.updates and (taken.stop or due):  # after the last update the epoch saves
                 save(run)
-            if taken.stop:
-                raise Interrupted(f"stopped after update {state.update}; --resume {run.folder} goes on from there")
+                _stop_if_asked(run, taken)
     row = {
         "epoch": epoch + 1,
         "update": state.update,
@@ -175,6 +181,12 @@ def train_epoch(run: Run, loggers: Loggers | None) -> None:
         _keep_going(run, lambda: metrics.write_log(run.folder / "log.csv", state.history))
         say(run.console, metrics.epoch_line(row, run.epochs))
         loggers.epoch(row, state.update)
+    _stop_if_asked(run, taken)
+
+
+def _stop_if_asked(run: Run, taken: Taken) -> None:
+    if taken.stop and run.state.update < run.epochs * run.updates:
+        raise Interrupted(f"stopped after update {run.state.update}; --resume {run.folder} goes on from there")
 
 
 def _evaluate(run: Run) -> dict[str, float | None]:
@@ -222,7 +234,7 @@ def _name_bad_images(run: Run) -> int:
 
 def _merge_bad(run: Run, images: Images, known: list[int]) -> list[int]:
     bad = run.world.merge(images.bad).nonzero().flatten().tolist()
-    for index in sorted(set(bad) - set(known)):
+    for index in sorted(set(bad) - set(known)) if run.world.main else ():
         say(run.console, f"unreadable image: {images.source.name(index)} ({_reason(images.source, index)})")
     return bad
 

@@ -47,7 +47,13 @@ def load_into(model: nn.Module, path: Path) -> list[str]:
     weights = load_weights(path)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is not None:
-        weights = convert(weights, model)
+        try:
+            weights = convert(weights, model)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"expected weights of this model, got {path} ({type(error).__name__}: {first_line(error)}); "
+                "try another --model"
+            ) from error
     own = model.state_dict()
     heads = model.pretrained_cfg.get("classifier") or ()
     heads = tuple(f"{name}." for name in ((heads,) if isinstance(heads, str) else heads))

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -59,6 +60,24 @@ def run(tmp_path):
         return main([str(value) for value in (*options, *args)]), tmp_path / "out" / name
 
     return call
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory):
+    """A run of one epoch on digits."""
+    from train.__main__ import main
+
+    torch.set_num_threads(1)
+    output = tmp_path_factory.mktemp("template")
+    options = ("--model", "test_vit", "--batch-size", 1437, "--warmup-epochs", 0, "--epochs", 1)
+    assert main([*map(str, options), "--output", str(output), "--name", "r"]) == 0
+    return output / "r"
+
+
+@pytest.fixture
+def finished(template, tmp_path):
+    """A copy of that run."""
+    return shutil.copytree(template, tmp_path / "out" / "r")
 
 
 class Processes:

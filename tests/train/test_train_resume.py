@@ -80,7 +80,7 @@ def test_a_run_stopped_in_mid_epoch_is_bitwise_the_uninterrupted_one(folder_data
     assert_same(whole, parts)
 
 
-def kill_at_random(launch, options, name, folder, size, kills, seed, done=3.0):
+def kill_at_random(launch, options, name, folder, size, kills, seed, done=2.0):
     """Kill the run `name` at random moments and let it go on each time, until it has survived `kills` of them."""
     rng = random.Random(seed)
     survived = finished = 0

@@ -1,0 +1,218 @@
+"""What a run takes from other models: their weights (--weights, --train-only) and their answers (--kd-model)."""
+
+import csv
+import shutil
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+
+import visattn  # noqa: F401
+from train import distributed, metrics
+from train import run as trainer
+from train.config import parse
+
+SMALL = ("--img-size", 32, "--batch-size", 8, "--warmup-epochs", 0)
+# One update an epoch: log.csv holds the loss of each. Nothing is drawn but the order.
+PLAIN = ("--img-size", 32, "--batch-size", 32, "--warmup-epochs", 0, "--scale", 1, 1, "--ratio", 1.2, 1.2)
+PLAIN += ("--hflip", 0, "--lr", 1e-3)
+
+
+def column(folder, key):
+    with open(folder / "log.csv") as file:
+        return [float(row[key]) for row in csv.DictReader(file)]
+
+
+def tensors(folder):
+    """All tensors of the last checkpoint; not sharded ones."""
+    found = {}
+    for path in sorted(sorted((folder / "checkpoints").glob("[0-9]*"))[-1].glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return found
+
+
+def save_model(path, name, classes=2, **options):
+    torch.manual_seed(5)
+    save_file(timm.create_model(name, num_classes=classes, **options).state_dict(), path)
+    return path
+
+
+def build(*options):
+    config = parse([str(option) for option in options])
+    return trainer.build(config, distributed.start(config), metrics.make_console(enabled=False))
+
+
+@pytest.fixture
+def refused(run, folder_data, capsys):
+    """Run with options that cannot work; returns what is said."""
+
+    def call(*options, model="test_vit"):
+        code, _ = run("refused", "--data", folder_data, *SMALL, "--epochs", 1, *options, model=model)
+        error = capsys.readouterr().err
+        assert code == 2, error
+        assert error.count("error: ") == 1, error
+        assert "Traceback" not in error
+        assert "expected " in error
+        assert ", got" in error
+        assert "; try " in error
+        return error
+
+    return call
+
+
+STUDENTS = [("logit", "test_vit"), ("feature", "test_vit"), ("token", "deit_tiny_distilled_patch16_224")]
+
+
+@pytest.mark.parametrize(("kind", "student"), STUDENTS)
+def test_distillation_adds_its_weighted_loss(folder_data, run, tmp_path, kind, student):
+    """From one start, the first loss is linear in the weight of the teacher."""
+    teacher = ("--kd-model", "test_resnet", "--kd-weights", save_model(tmp_path / "t.safetensors", "test_resnet"))
+    options = ("--data", folder_data, *PLAIN, "--epochs", 1)
+    losses = [
+        column(run(f"w{w}", *options, *teacher, "--kd-type", kind, "--kd-weight", w, model=student)[1], "train_loss")[0]
+        for w in (0, 1, 2)
+    ]
+    assert losses[1] > losses[0] + 1e-3
+    assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-3)
+    if kind != "token":  # whose student has two heads in this case only
+        _, alone = run("alone", *options, model=student)
+        assert column(alone, "train_loss")[0] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_logits_are_imitated_at_a_temperature(folder_data, tmp_path):
+    teacher = ("--kd-model", "test_resnet", "--kd-weights", save_model(tmp_path / "t.safetensors", "test_resnet"))
+    options = ("--data", folder_data, *PLAIN, "--epochs", 1, "--kd-temperature", 3, "--kd-weight", 0.5)
+    built = build("--model", "test_vit", *options, *teacher, "--output", tmp_path)
+    images, target = next(built.engine.loaders.begin(0, 0))
+    mine, wanted = (model(images) / 3 for model in (built.engine.model, built.state.task.teacher))
+    gap = functional.kl_div(mine.log_softmax(1), wanted.softmax(1), reduction="batchmean")
+    labels = functional.cross_entropy(3 * mine, target, label_smoothing=0.1)
+    torch.testing.assert_close(built.state.task(images, target)["loss"], labels + 0.5 * 9 * gap)
+
+
+@pytest.mark.parametrize("kind", ["logit", "feature"])
+def test_distillation_goes_on_and_leaves_the_teacher_alone(folder_data, run, tmp_path, kind):
+    weights = save_model(tmp_path / "t.safetensors", "test_resnet")
+    options = ("--data", folder_data, *PLAIN, "--kd-model", "test_resnet", "--kd-weights", weights)
+    options += ("--kd-type", kind, "--epochs", 3, "--ema-decay", 0.5)
+    built = build(*options, "--model", "test_vit", "--output", tmp_path / "out", "--name", "whole")
+    before = {key: value.clone() for key, value in built.state.task.teacher.model.state_dict().items()}
+    trainer.train(built)
+    after = built.state.task.teacher.model.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert not any(p.requires_grad for p in built.state.task.teacher.parameters())
+
+    whole, parts = tmp_path / "out" / "whole", tmp_path / "out" / "parts"
+    assert load_file(whole / "model_ema.safetensors").keys() == load_file(whole / "model.safetensors").keys()
+    timm.create_model("test_vit", num_classes=2, img_size=32, checkpoint_path=whole / "model.safetensors")
+    stop_after_first_epoch(whole, parts)
+    assert run("parts", "--resume", parts)[0] == 0
+    assert_same(whole, parts)
+    assert any("projection" in key for key in tensors(whole)) == (kind == "feature")
+
+
+def stop_after_first_epoch(whole, parts):
+    """A copy of a run as if it had been killed after its first kept checkpoint."""
+    shutil.copytree(whole, parts)
+    for path in sorted((parts / "checkpoints").glob("[0-9]*"))[1:]:
+        shutil.rmtree(path)
+
+
+def assert_same(one, other):
+    mine, theirs = tensors(one), tensors(other)
+    assert mine.keys() == theirs.keys()
+    for key, value in mine.items():
+        assert torch.equal(value, theirs[key]), key
+
+
+@pytest.mark.parametrize(
+    ("kind", "engine"),
+    [
+        ("feature", "fsdp2"),
+        ("logit", "ddp"),
+        pytest.param("feature", "ddp", marks=pytest.mark.slow),
+        pytest.param("logit", "fsdp2", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_distil_like_one(folder_data, run, launch, tmp_path, kind, engine):
+    weights = save_model(tmp_path / "t.safetensors", "test_resnet")
+    options = ("--data", folder_data, *PLAIN, "--kd-model", "test_resnet", "--kd-weights", weights)
+    options += ("--kd-type", kind, "--epochs", 3, "--ema-decay", 0.5)
+    _, one = run("one", *options)
+    processes = launch(*options, "--engine", engine, "--name", "two", size=2)
+    assert processes.wait() == [0, 0], processes.output()
+    for key in ("train_loss", "eval_loss", "ema_loss"):
+        assert column(tmp_path / "out" / "two", key) == pytest.approx(column(one, key), rel=1e-5), key
+
+
+def test_teachers_that_cannot_teach_are_refused(refused, tmp_path):
+    teacher = ("--kd-model", "test_resnet", "--kd-weights")
+    good, ten = (save_model(tmp_path / f"{n}.safetensors", "test_resnet", n) for n in (2, 10))
+    assert "does not have 'set_distilled_training'" in refused(*teacher, good, "--kd-type", "token")
+    assert "a head for others" in refused(*teacher, ten)
+    assert "got no file" in refused(*teacher, tmp_path / "none.safetensors")
+    assert "expected weights of this model" in refused("--kd-model", "test_convnext", "--kd-weights", good)
+    assert "--kd-model: expected a teacher" in refused("--kd-model", "test_dinat")  # nobody has its weights
+
+
+@pytest.mark.parametrize(("size", "engine"), [(1, "ddp"), (2, "ddp"), (2, "fsdp2")])
+def test_train_only_leaves_the_rest_as_it_is(folder_data, launch, tmp_path, size, engine):
+    start = save_model(tmp_path / "start.safetensors", "test_resnet")
+    options = ("--data", folder_data, *SMALL, "--batch-size", 6, "--epochs", 1, "--weights", start, "--engine", engine)
+    options += ("--train-only", "fc.*", "--name", "r")
+    processes = launch(*options, "--weight-decay", 0.5, size=size, model="test_resnet")
+    assert set(processes.wait()) == {0}, processes.output()
+    before, after = load_file(start), load_file(tmp_path / "out" / "r" / "model.safetensors")
+    changed = {key for key, value in before.items() if not torch.equal(value, after[key])}
+    assert changed == {"fc.weight", "fc.bias"}
+    assert any("running_mean" in key for key in before)
+
+
+def test_frozen_statistics_are_not_averaged(monkeypatch):
+    """Five and more processes could round their mean to other values."""
+    monkeypatch.setattr(distributed.dist, "all_reduce", torch.Tensor.zero_)
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(2), torch.nn.BatchNorm2d(2).eval())
+    distributed.World(0, 5, torch.device("cpu")).average_batch_norm(model)
+    assert [norm.running_var.tolist() for norm in model] == [[0, 0], [1, 1]]
+
+
+def test_train_only_goes_on_and_names_what_it_does_not_find(folder_data, run, refused):
+    """Without weight decay all parameters are in one group, the frozen ones too."""
+    options = ("--data", folder_data, *SMALL, "--epochs", 2, "--train-only", "fc.*", "--weight-decay", 0)
+    code, whole = run("whole", *options, model="test_resnet")
+    assert code == 0
+    stop_after_first_epoch(whole, whole.with_name("parts"))
+    assert run("parts", "--resume", whole.with_name("parts"))[0] == 0
+    assert_same(whole, whole.with_name("parts"))
+    assert "try the ends of head.weight, head.bias" in refused("--train-only", "fc.*")
+
+
+def test_weights_from_files(folder_data, run, tmp_path, capsys):
+    same = save_model(tmp_path / "same.safetensors", "test_swin_va")
+    torch.save({"model": load_file(same)}, tmp_path / "same.pth")
+    official = {key.replace("head.fc.", "head."): value for key, value in load_file(same).items()}
+    torch.save({"model": official}, tmp_path / "official.pth")
+    head = save_model(tmp_path / "head.safetensors", "test_swin_va", 10)
+    still = ("--data", folder_data, *PLAIN, "--epochs", 1, "--opt", "sgd", "--lr", 1e-30, "--min-lr", 0)
+    for path in (same, tmp_path / "same.pth", tmp_path / "official.pth", head):
+        code, folder = run(path.name, *still, "--warmup-lr", 0, "--weights", path, model="test_swin_va")
+        said = capsys.readouterr()
+        assert code == 0, said.err
+        got, given = load_file(folder / "model.safetensors"), load_file(path if path == head else same)
+        others = {key for key, value in given.items() if got[key].shape != value.shape}
+        assert all(torch.allclose(got[key], given[key], rtol=0, atol=1e-20) for key in given.keys() - others)
+        assert others == ({"head.fc.weight", "head.fc.bias"} if path == head else set())
+        assert ("left out head.fc." in said.out) == (path == head)
+
+
+@pytest.mark.parametrize("other", ["test_resnet", "test_swin_va", "test_dinat", "test_vit2"])
+@pytest.mark.parametrize("model", ["test_vit", "test_swin_va", "test_biformer", "test_transnext", "test_maxvit_va"])
+def test_weights_of_another_model_are_refused(refused, tmp_path, model, other):
+    if model == other:
+        return
+    said = refused("--weights", save_model(tmp_path / "w.safetensors", other), model=model)
+    assert "expected weights of this model" in said
