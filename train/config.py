@@ -59,7 +59,7 @@ class Config:
     )
 
     epochs: int = 15  # length of the schedule, warm-up included
-    cooldown_epochs: int = 0  # further epochs at min_lr
+    cooldown_epochs: int = 0  # further epochs at the last learning rate
     batch_size: int = 64  # images per optimizer update, over all processes
     micro_batch: int | None = None  # most images per forward pass of one process; None: its whole share
     opt: str = "adamw"  # timm optimizer name
@@ -154,11 +154,11 @@ def read_yaml(path: Path, hint: str = "configs/imagenet/*.yaml") -> Config:
     """Read a flat recipe file; every key must be an option and every value of its type."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"expected a YAML file at {path}, got {error}; try {hint}") from error
     try:
         values = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: expected flat YAML, got {reason}; try one `option: value` a line") from error
     if not isinstance(values, dict):

@@ -12,7 +12,10 @@ import torch
 
 def seed_everything(*counter: int | str) -> None:
     """Seed Python's, numpy's and torch's generators (on all devices) from a place in the run."""
-    _seed_python_and_numpy(torch.manual_seed, counter)
+    if torch.accelerator.is_available():
+        _seed_python_and_numpy(torch.manual_seed, counter)
+    else:
+        seed_worker(*counter)  # the same, without asking a dozen kinds of devices
 
 
 def seed_worker(*counter: int | str) -> None:

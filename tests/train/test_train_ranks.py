@@ -21,7 +21,10 @@ def lose_images(rank):
     TrainingImages.read = lambda self, index: None if int(os.environ["RANK"]) == rank else read(self, index)
 
 
-@pytest.mark.parametrize(("workers", "rank"), [(0, 1), (1, 0)])
+@pytest.mark.parametrize(
+    ("workers", "rank"),
+    [(1, 1), pytest.param(1, 0, marks=pytest.mark.slow), pytest.param(0, 1, marks=pytest.mark.slow)],
+)
 def test_what_one_rank_finds_wrong_is_said_and_ends_the_other(folder_data, launch, workers, rank):
     change = functools.partial(lose_images, rank)
     processes = launch("--data", folder_data, *SMALL, "--epochs", 1, "--workers", workers, size=2, change=change)

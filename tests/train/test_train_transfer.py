@@ -64,7 +64,11 @@ def refused(run, folder_data, capsys):
     return call
 
 
-STUDENTS = [("logit", "test_vit"), ("feature", "test_vit"), ("token", "deit_tiny_distilled_patch16_224")]
+STUDENTS = [
+    ("logit", "test_vit"),
+    ("feature", "test_vit"),
+    pytest.param("token", "deit_tiny_distilled_patch16_224", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("kind", "student"), STUDENTS)
@@ -87,6 +91,7 @@ def test_logits_are_imitated_at_a_temperature(folder_data, tmp_path):
     teacher = ("--kd-model", "test_resnet", "--kd-weights", save_model(tmp_path / "t.safetensors", "test_resnet"))
     options = ("--data", folder_data, *PLAIN, "--epochs", 1, "--kd-temperature", 3, "--kd-weight", 0.5)
     built = build("--model", "test_vit", *options, *teacher, "--output", tmp_path)
+    built.state.task.teacher.model.fc.weight.data *= 100  # of small logits any temperature makes the same
     images, target = next(built.engine.loaders.begin(0, 0))
     mine, wanted = (model(images) / 3 for model in (built.engine.model, built.state.task.teacher))
     gap = functional.kl_div(mine.log_softmax(1), wanted.softmax(1), reduction="batchmean")
@@ -133,7 +138,7 @@ def assert_same(one, other):
     ("kind", "engine"),
     [
         ("feature", "fsdp2"),
-        ("logit", "ddp"),
+        pytest.param("logit", "ddp", marks=pytest.mark.slow),
         pytest.param("feature", "ddp", marks=pytest.mark.slow),
         pytest.param("logit", "fsdp2", marks=pytest.mark.slow),
     ],
@@ -209,10 +214,8 @@ def test_weights_from_files(folder_data, run, tmp_path, capsys):
         assert ("left out head.fc." in said.out) == (path == head)
 
 
-@pytest.mark.parametrize("other", ["test_resnet", "test_swin_va", "test_dinat", "test_vit2"])
-@pytest.mark.parametrize("model", ["test_vit", "test_swin_va", "test_biformer", "test_transnext", "test_maxvit_va"])
+@pytest.mark.parametrize("other", ["test_resnet", "test_dinat"])
+@pytest.mark.parametrize("model", ["test_vit", "test_swin_va", "test_maxvit_va"])
 def test_weights_of_another_model_are_refused(refused, tmp_path, model, other):
-    if model == other:
-        return
     said = refused("--weights", save_model(tmp_path / "w.safetensors", other), model=model)
     assert "expected weights of this model" in said
