@@ -21,6 +21,15 @@ def _seed():
 
 
 @pytest.fixture
+def one_thread():
+    """PyTorch on one thread, for a test."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def poisoned_empty(monkeypatch):
     """Fill what `torch.empty` and its relatives return with NaN, so that an unwritten output cannot pass."""
 

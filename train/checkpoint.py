@@ -33,7 +33,7 @@ from train.distributed import World
 from train.errors import CheckpointError
 from train.files import sha256, sync_folder, write_atomic
 from train.metrics import say
-from train.weights import first_line
+from visattn.weights import first_line
 
 if TYPE_CHECKING:
     from train.engine import TrainState

@@ -198,14 +198,24 @@ class Loaders:
         return _plain_errors(iter(self.train))
 
 
+def make_test_transform(config: Config) -> Any:
+    """Resize, crop, to a uint8 tensor, as the resolved `config` says."""
+    return create_transform(
+        (config.in_chans, config.img_size, config.img_size),
+        interpolation=config.interpolation,
+        crop_pct=config.crop_pct,
+        crop_mode=config.crop_mode,
+        mean=config.mean,
+        use_prefetcher=True,
+    )
+
+
 def make_loaders(config: Config, data: Data, world: World) -> Loaders:
     """timm transforms, collation and prefetching around our order and counters; `config` is resolved."""
     batches = Batches(len(data.train), config, world)
-    channels = config.in_chans
-    size = (channels, config.img_size, config.img_size)
     try:
         augment = create_transform(
-            size,
+            (config.in_chans, config.img_size, config.img_size),
             is_training=True,
             scale=config.scale,
             ratio=config.ratio,
@@ -223,14 +233,6 @@ def make_loaders(config: Config, data: Data, world: World) -> Loaders:
             f"--auto-augment: expected a timm policy, got {config.auto_augment!r} ({error}); try rand-m9-mstd0.5-inc1"
         ) from error
     _allow_no_bits(augment)
-    crop = create_transform(
-        size,
-        interpolation=config.interpolation,
-        crop_pct=config.crop_pct,
-        crop_mode=config.crop_mode,
-        mean=config.mean,
-        use_prefetcher=True,
-    )
     mixing = fast_collate
     if config.mixup or config.cutmix:
         # Its draws follow those of the batch's last image, so they too depend on places only.
@@ -242,7 +244,7 @@ def make_loaders(config: Config, data: Data, world: World) -> Loaders:
         "persistent_workers": config.workers > 0,
         "pin_memory": world.device.type == "cuda",
     }
-    normalize = {"mean": config.mean, "std": config.std, "channels": channels, "device": world.device}
+    normalize = {"mean": config.mean, "std": config.std, "channels": config.in_chans, "device": world.device}
     train = PrefetchLoader(
         DataLoader(
             TrainingImages(data.train, augment, config.seed), batch_sampler=batches, collate_fn=mixing, **options
@@ -253,7 +255,7 @@ def make_loaders(config: Config, data: Data, world: World) -> Loaders:
     )
     if train.random_erasing is not None:
         train.random_erasing = SeededErasing(train.random_erasing, batches)
-    test = TestImages(data.eval, crop)
+    test = TestImages(data.eval, make_test_transform(config))
     sampler = OrderedDistributedSampler(test, world.size, world.rank)
     evaluation = DataLoader(
         test,

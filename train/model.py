@@ -28,7 +28,8 @@ from train.config import Config
 from train.distributed import World
 from train.errors import ConfigError, TrainError
 from train.metrics import say
-from train.weights import first_line, load_into
+from train.weights import load_into
+from visattn.weights import first_line
 
 # What models and optimizers raise when options, or the machine, do not fit them.
 UNFIT = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError)

@@ -24,7 +24,6 @@ from train.metrics import Meter, Speed, say
 from train.model import check_names, export_state, make_model, make_optimizer, make_scheduler, make_task
 from train.progress import EpochBar, Status
 from train.seeding import seed_everything
-from train.sources import BadImageError, Source
 from train.weights import export
 
 LOG_EVERY = 10  # updates between two lines of the loggers
@@ -132,6 +131,8 @@ def new_folder(config: Config, data_name: str) -> Path:
 def train(run: Run) -> None:
     """Train the epochs that are left. Files follow every epoch; the curves are drawn at the end, however it comes."""
     loggers = Loggers(run.folder, run.config, run.console, run.state.update) if run.world.main else None
+    if run.world.main and run.state.history:  # an earlier session may have been killed between a checkpoint and its row
+        _keep_going(run, lambda: metrics.write_log(run.folder / "log.csv", run.state.history))
     try:
         while run.state.update < run.epochs * run.updates:
             train_epoch(run, loggers)
@@ -160,6 +161,7 @@ def train_epoch(run: Run, loggers: Loggers | None) -> None:
                 )
             due = config.checkpoint_every and state.update % config.checkpoint_every == 0
             if update < run.updates and (taken.stop or due):  # after the last update the epoch saves
+                _name_bad_images(run)
                 save(run)
                 _stop_if_asked(run, taken)
     row = {
@@ -235,21 +237,12 @@ def _name_bad_images(run: Run) -> int:
 def _merge_bad(run: Run, images: Images, known: list[int]) -> list[int]:
     bad = run.world.merge(images.bad).nonzero().flatten().tolist()
     for index in sorted(set(bad) - set(known)) if run.world.main else ():
-        say(run.console, f"unreadable image: {images.source.name(index)} ({_reason(images.source, index)})")
+        say(run.console, f"unreadable image: {images.source.describe(index)}")
     return bad
-
-
-def _reason(source: Source, index: int) -> str:
-    try:
-        source.read(index)
-    except BadImageError as error:
-        return str(error)
-    return "now readable"
 
 
 def save(run: Run) -> None:
     """Write a checkpoint; a run that cannot goes on, says so, and keeps the one before."""
-    _name_bad_images(run)
     try:
         checkpoint.save(run.folder, run.state, run.config, run.world)
     except CheckpointError as error:

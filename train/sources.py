@@ -58,6 +58,15 @@ class Source(ABC):
     def name(self, index: int) -> str:
         """How to find the image again."""
 
+    def describe(self, index: int) -> str:
+        """The name of an unreadable image, and why it is."""
+        try:
+            self.read(index)
+            reason = "readable again"
+        except BadImageError as error:
+            reason = str(error)
+        return f"{self.name(index)} ({reason})"
+
 
 class FileSource(Source):
     """Encoded images."""

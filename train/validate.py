@@ -12,7 +12,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from timm.data import RealLabelsImagenet, create_transform
+from timm.data import RealLabelsImagenet
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.models import resolve_model_input_args
 from timm.task import ClassificationEvaluator
@@ -27,11 +27,11 @@ from train.distributed import pick_device
 from train.engine import autocast
 from train.errors import CheckpointError, ConfigError, DataError, TrainError
 from train.files import write_atomic
-from train.loader import TestImages
+from train.loader import TestImages, make_test_transform
 from train.metrics import make_console, say
 from train.model import check_names, make_model
 from train.robustness import open_robustness
-from train.sources import BadImageError, Source
+from train.sources import Source
 from train.weights import load_into
 
 
@@ -109,12 +109,7 @@ class Validator:
     def _name_bad(self, images: TestImages) -> None:
         for index in images.bad.nonzero().flatten().tolist():
             self.bad.append(images.source.name(index))
-            reason = "readable again"
-            try:
-                images.source.read(index)
-            except BadImageError as error:
-                reason = str(error)
-            say(self.console, f"unreadable image: {self.bad[-1]} ({reason})")
+            say(self.console, f"unreadable image: {images.source.describe(index)}")
 
 
 class ToStack:
@@ -129,15 +124,7 @@ class ToStack:
 
 def make_transform(config: Config, crops: int) -> Compose:
     """The trainer's test transform; with several crops per image instead of one in the centre."""
-    size = (config.in_chans, config.img_size, config.img_size)
-    transform = create_transform(
-        size,
-        interpolation=config.interpolation,
-        crop_pct=config.crop_pct,
-        crop_mode=config.crop_mode,
-        mean=config.mean,
-        use_prefetcher=True,
-    )
+    transform = make_test_transform(config)
     if crops > 1:
         resize, _, to_tensor = transform.transforms
         cut = FiveCrop if crops == 5 else TenCrop

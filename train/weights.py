@@ -1,59 +1,38 @@
 """Weights in and out: plain tensors only, whatever a file pretends to be."""
 
 import hashlib
-import sys
 from pathlib import Path
 
 import safetensors.torch
-import timm
 import torch
 from torch import nn
 
+import visattn.weights
 from train.errors import CheckpointError
 from train.files import sha256, write_atomic
+from visattn.weights import WeightsError, convert_weights
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in a .safetensors file, or in a .pth file that holds nothing but tensors and plain values.
+    """`visattn.weights.load_weights`, after a look at the sha256 in `path`.sha256 where there is such a file.
 
     Raises:
-        CheckpointError: no such file, damaged, unsafe (anything that would have to run code), no state dict, or its
-            sha256 differs from the one in `path`.sha256 where there is such a file.
+        CheckpointError: no such file, damaged, unsafe (anything that would have to run code), or no state dict.
     """
-    if not path.is_file():
-        raise CheckpointError(f"expected weights at {path}, got no file; try output/RUN/model.safetensors")
-    check_hash(path)
+    if path.is_file():
+        check_hash(path)
     try:
-        weights = timm.models.load_state_dict(str(path), weights_only=True)
-        bad = [key for key, value in weights.items() if not (isinstance(key, str) and isinstance(value, torch.Tensor))]
-    except Exception as error:  # torch and safetensors raise a dozen kinds for damaged or unsafe files
-        raise CheckpointError(
-            f"expected plain tensors at {path}, got a damaged or unsafe file ({first_line(error)}); "
-            "try a .safetensors file"
-        ) from error
-    if bad or not weights:
-        raise CheckpointError(f"expected a state dict at {path}, got {bad[:3] or 'nothing'}; try a file of weights")
-    return weights
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+        return visattn.weights.load_weights(path)
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def load_into(model: nn.Module, path: Path) -> list[str]:
     """Load weights (official layouts too) into a timm model; a head of another size is left out, and named."""
-    weights = load_weights(path)
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if convert is not None:
-        try:
-            weights = convert(weights, model)
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"expected weights of this model, got {path} ({type(error).__name__}: {first_line(error)}); "
-                "try another --model"
-            ) from error
+    try:
+        weights = convert_weights(load_weights(path), model)
+    except WeightsError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     own = model.state_dict()
     heads = model.pretrained_cfg.get("classifier") or ()
     heads = tuple(f"{name}." for name in ((heads,) if isinstance(heads, str) else heads))

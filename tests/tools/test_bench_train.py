@@ -12,13 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import bench_train
 from bench_train import Case
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_both_loops_take_the_same_updates(tmp_path, monkeypatch):

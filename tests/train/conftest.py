@@ -19,12 +19,8 @@ sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def _one_thread(one_thread):
     """These models are too small for threads, which only wait for each other where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +76,25 @@ def finished(template, tmp_path):
     return shutil.copytree(template, tmp_path / "out" / "r")
 
 
+@pytest.fixture
+def refused(run, folder_data, capsys):
+    """Run with options that cannot work; returns what is said."""
+    from runs import SMALL
+
+    def call(*options, model="test_vit"):
+        code, _ = run("refused", "--data", folder_data, *SMALL, "--epochs", 1, *options, model=model)
+        error = capsys.readouterr().err
+        assert code == 2, error
+        assert error.count("error: ") == 1, error
+        assert "Traceback" not in error
+        assert "expected " in error
+        assert ", got" in error
+        assert "; try " in error
+        return error
+
+    return call
+
+
 class Processes:
     """The ranks of one run, as processes that can be killed."""
 
@@ -124,6 +139,7 @@ def _child(argv: list[str], environment: dict[str, str], log: str, change: Calla
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # loader processes inherit what is imported and changed
     from train.__main__ import main
 
     if change:

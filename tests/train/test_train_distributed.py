@@ -1,7 +1,6 @@
 """Several processes compute what one does, end together, and start again together."""
 
 import contextlib
-import csv
 import functools
 import os
 import signal
@@ -14,37 +13,30 @@ import pytest
 import timm
 import torch
 from conftest import ROOT
+from runs import column, rows, slow
 from safetensors.torch import load_file
 
 import visattn  # noqa: F401
 from train.distributed import World, repeated_blocks
 
 # One update an epoch: log.csv holds the loss of each.
-TWENTY = ("--img-size", 32, "--batch-size", 32, "--epochs", 20, "--warmup-epochs", 2, "--lr", 1e-3, "--seed", 3)
-TWENTY += ("--auto-augment", "rand-m9-mstd0.5-inc1", "--grad-clip", 1.0, "--ema-decay", 0.9, "--aug-repeats", 2)
+DRAWN = ("--img-size", 32, "--batch-size", 32, "--warmup-epochs", 2, "--lr", 1e-3, "--seed", 3)
+DRAWN += ("--auto-augment", "rand-m9-mstd0.5-inc1", "--grad-clip", 1.0, "--ema-decay", 0.9, "--aug-repeats", 2)
 
 
-def rows(folder):
-    with open(folder / "log.csv") as file:
-        return list(csv.DictReader(file))
-
-
-def column(folder, key):
-    return [float(row[key]) for row in rows(folder)]
-
-
-@pytest.fixture
-def single(folder_data, run):
-    code, folder = run("single", "--data", folder_data, *TWENTY)
-    assert code == 0
-    assert min(column(folder, "train_loss")) < 0.8 * column(folder, "train_loss")[0]
-    return folder
+EXTRA = ("--micro-batch", 5, "--grad-checkpointing", "--channels-last")
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("extra", [(), ("--micro-batch", 5), ("--grad-checkpointing", "--channels-last")], ids=len)
-def test_two_processes_equal_one(folder_data, single, launch, tmp_path, engine, extra):
-    processes = launch("--data", folder_data, *TWENTY, *extra, "--engine", engine, "--name", "two", size=2)
+@pytest.mark.parametrize(
+    ("updates", "extra"), [(8, EXTRA), slow(20, EXTRA), slow(20, ()), slow(20, EXTRA[:2]), slow(20, EXTRA[2:])]
+)
+def test_two_processes_equal_one(folder_data, run, launch, tmp_path, engine, updates, extra):
+    options = ("--data", folder_data, *DRAWN, "--epochs", updates)
+    code, single = run("single", *options)
+    assert code == 0
+    assert min(column(single, "train_loss")) < 0.8 * column(single, "train_loss")[0]
+    processes = launch(*options, *extra, "--engine", engine, "--name", "two", size=2)
     assert processes.wait() == [0, 0], processes.output()
     two = tmp_path / "out" / "two"
     for key, tolerance in (("train_loss", 1e-5), ("eval_loss", 1e-5), ("ema_loss", 1e-5), ("grad_norm", 1e-4)):
@@ -59,13 +51,13 @@ def test_two_processes_equal_one(folder_data, single, launch, tmp_path, engine, 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_all_processes_hold_the_same_running_statistics(folder_data, launch, engine):
-    options = ("--data", folder_data, "--img-size", 32, "--batch-size", 32, "--epochs", 5, "--warmup-epochs", 0)
+    options = ("--data", folder_data, "--img-size", 32, "--batch-size", 32, "--epochs", 2, "--warmup-epochs", 0)
     processes = launch(*options, "--engine", engine, size=2, model="test_resnet", change=print_statistics)
     assert processes.wait() == [0, 0], processes.output()
     lines = [line for line in processes.output().splitlines() if line.startswith("statistics ")]
-    assert len(lines) == 2 * 5
+    assert len(lines) == 2 * 2
     assert all(lines.count(line) == 2 for line in lines), lines
-    assert len(set(lines)) == 5
+    assert len(set(lines)) == 2
     refused = launch(*options, "--sync-bn", size=2, model="test_resnet")
     assert refused.wait() == [2, 2]
     assert "--sync-bn: expected GPUs, got cpu" in refused.output()
@@ -114,8 +106,7 @@ def sleep_at(update, rank, seconds):
     Engine.update = slow
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("dead", [0, 1])
+@pytest.mark.parametrize(("engine", "dead"), [("ddp", 0), ("fsdp2", 1), slow("ddp", 1), slow("fsdp2", 0)])
 def test_a_killed_rank_ends_the_other(folder_data, launch, engine, dead):
     options = ("--data", folder_data, "--img-size", 32, "--batch-size", 8, "--epochs", 1000, "--engine", engine)
     processes = launch(*options, "--name", "r", size=2)
@@ -145,7 +136,7 @@ def test_a_rank_that_hangs_ends_the_other(folder_data, launch):
 def test_torchrun_restarts_a_run_that_lost_a_process(folder_data, tmp_path):
     """The real launcher: a rank is killed, torchrun starts both again, and --resume auto goes on."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    options = ("--data", folder_data, "--img-size", 32, "--batch-size", 8, "--epochs", 6, "--warmup-epochs", 0)
+    options = ("--data", folder_data, "--img-size", 32, "--batch-size", 8, "--epochs", 3, "--warmup-epochs", 0)
     options += ("--model", "test_vit", "--checkpoint-every", 1, "--output", tmp_path, "--name", "r", "--resume", "auto")
     running = subprocess.Popen(
         [*torchrun, "--max-restarts", "1", "-m", "train", *map(str, options)],
@@ -162,7 +153,7 @@ def test_torchrun_restarts_a_run_that_lost_a_process(folder_data, tmp_path):
     output, _ = running.communicate(timeout=240)
     assert running.returncode == 0, output
     assert "resumed after update" in output
-    assert len(rows(tmp_path / "r")) == 6
+    assert len(rows(tmp_path / "r")) == 3
     assert "test accuracy" in output
 
 

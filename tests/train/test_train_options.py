@@ -1,76 +1,19 @@
 """What each option does to a run."""
 
-import csv
 import math
 import os
 import shutil
 
 import pytest
 import torch
-from safetensors import safe_open
+from runs import PLAIN, SMALL, assert_same_tensors, build, column, slow, stop_after_first_epoch, tensors
 
-from train import distributed, finetune, metrics
+from train import distributed, finetune
 from train import run as trainer
 from train.__main__ import main
-from train.config import Config, parse
+from train.config import Config
 from train.engine import Engine
 from train.loader import Batches
-
-SMALL = ("--img-size", 32, "--batch-size", 8, "--warmup-epochs", 0)
-# One update an epoch: log.csv holds the loss of each. Nothing is drawn but the order.
-PLAIN = ("--img-size", 32, "--batch-size", 32, "--warmup-epochs", 0, "--scale", 1, 1, "--ratio", 1.2, 1.2)
-PLAIN += ("--hflip", 0, "--lr", 1e-3)
-
-
-def column(folder, key):
-    with open(folder / "log.csv") as file:
-        return [float(row[key]) for row in csv.DictReader(file)]
-
-
-def tensors(folder):
-    """All tensors of the last checkpoint; not sharded ones."""
-    found = {}
-    for path in sorted(sorted((folder / "checkpoints").glob("[0-9]*"))[-1].glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    return found
-
-
-def build(*options):
-    config = parse([str(option) for option in options])
-    return trainer.build(config, distributed.start(config), metrics.make_console(enabled=False))
-
-
-@pytest.fixture
-def refused(run, folder_data, capsys):
-    """Run with options that cannot work; returns what is said."""
-
-    def call(*options, model="test_vit"):
-        code, _ = run("refused", "--data", folder_data, *SMALL, "--epochs", 1, *options, model=model)
-        error = capsys.readouterr().err
-        assert code == 2, error
-        assert error.count("error: ") == 1, error
-        assert "Traceback" not in error
-        assert "expected " in error
-        assert ", got" in error
-        assert "; try " in error
-        return error
-
-    return call
-
-
-def stop_after_first_epoch(whole, parts):
-    """A copy of a run as if it had been killed after its first kept checkpoint."""
-    shutil.copytree(whole, parts)
-    for path in sorted((parts / "checkpoints").glob("[0-9]*"))[1:]:
-        shutil.rmtree(path)
-
-
-def assert_same(one, other):
-    mine, theirs = tensors(one), tensors(other)
-    assert mine.keys() == theirs.keys()
-    for key, value in mine.items():
-        assert torch.equal(value, theirs[key]), key
 
 
 @pytest.mark.parametrize(
@@ -106,7 +49,7 @@ def schedule(kind, epoch):
     return 1e-4 + (1e-3 - 1e-4) * share
 
 
-@pytest.mark.parametrize("kind", ["linear", "constant", pytest.param("cosine", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["linear", "constant", slow("cosine")])
 def test_schedules_follow_their_formula(folder_data, run, kind):
     options = ("--data", folder_data, *PLAIN, "--epochs", 4, "--warmup-epochs", 1, "--warmup-lr", 1e-5)
     _, folder = run("r", *options, "--min-lr", 1e-4, "--cooldown-epochs", 2, "--sched", kind, "--layer-decay", 0.5)
@@ -168,7 +111,7 @@ def test_channels_last_changes_the_layout_only(folder_data, tmp_path):
     assert column(tmp_path / "b", "train_loss") == pytest.approx(column(tmp_path / "a", "train_loss"), rel=1e-4)
 
 
-@pytest.mark.parametrize("amp", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("amp", ["float16", slow("bfloat16")])
 def test_mixed_precision_of_shards(folder_data, run, launch, tmp_path, amp):
     """float16 skips updates that overflow, on both processes alike."""
     options = ("--data", folder_data, *PLAIN, "--epochs", 4, "--amp", amp, "--grad-clip", 1)
@@ -200,16 +143,14 @@ COMMON = ("adafactorbv", "clamb")
 OPTIMIZERS = (*COMMON, "nadamuon", "sgd", "adafactor", "lion", "lamb", "muon")
 
 
-@pytest.mark.parametrize(
-    "opt", [opt if opt in COMMON else pytest.param(opt, marks=pytest.mark.slow) for opt in OPTIMIZERS]
-)
+@pytest.mark.parametrize("opt", [opt if opt in COMMON else slow(opt) for opt in OPTIMIZERS])
 def test_optimizers_go_on_bitwise(folder_data, run, opt):
     code, whole = run("whole", "--data", folder_data, *SMALL, "--epochs", 2, "--opt", opt)
     assert code == 0
     stop_after_first_epoch(whole, whole.with_name("parts"))
     assert run("parts", "--resume", whole.with_name("parts"))[0] == 0
     assert any(key.startswith("optimizer.") for key in tensors(whole))
-    assert_same(whole, whole.with_name("parts"))
+    assert_same_tensors(whole, whole.with_name("parts"))
 
 
 @pytest.mark.slow

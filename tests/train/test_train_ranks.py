@@ -5,26 +5,21 @@ import multiprocessing
 import os
 
 import pytest
+from runs import SMALL, slow
 
 from train import distributed
 from train.engine import Engine
 
-SMALL = ("--img-size", 32, "--batch-size", 8, "--warmup-epochs", 0)
-
 
 def lose_images(rank):
     """On one rank no image can be read."""
-    multiprocessing.set_start_method("fork", force=True)  # loader processes inherit this
     from train.loader import TrainingImages
 
     read = TrainingImages.read
     TrainingImages.read = lambda self, index: None if int(os.environ["RANK"]) == rank else read(self, index)
 
 
-@pytest.mark.parametrize(
-    ("workers", "rank"),
-    [(1, 1), pytest.param(1, 0, marks=pytest.mark.slow), pytest.param(0, 1, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("workers", "rank"), [(1, 1), slow(1, 0), slow(0, 1)])
 def test_what_one_rank_finds_wrong_is_said_and_ends_the_other(folder_data, launch, workers, rank):
     change = functools.partial(lose_images, rank)
     processes = launch("--data", folder_data, *SMALL, "--epochs", 1, "--workers", workers, size=2, change=change)
@@ -67,7 +62,6 @@ def test_a_killed_loader_process_is_said(folder_data, launch):
 
 def kill_loader(update):
     """SIGKILL, as from a system without memory."""
-    multiprocessing.set_start_method("fork", force=True)
     take = Engine.update
 
     def after(self, batches, speed):

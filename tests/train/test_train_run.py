@@ -1,6 +1,5 @@
 """Whole runs: they learn, repeat themselves, do as the options say, and leave the files they promise."""
 
-import csv
 import json
 import os
 import re
@@ -12,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from runs import newest, rows
 
 from train import distributed, metrics
 from train import run as trainer
@@ -22,11 +22,6 @@ SHORT = ("--img-size", 32, "--batch-size", 8, "--epochs", 2, "--warmup-epochs", 
 REPORT = re.compile(
     r"^test accuracy \d+\.\d\d % \(best \d+\.\d\d % at epoch \d+(, EMA \d+\.\d\d %)?\) in \d+ s$", re.MULTILINE
 )
-
-
-def rows(folder):
-    with open(folder / "log.csv") as file:
-        return list(csv.DictReader(file))
 
 
 def test_digits_are_learned(run, capsys):
@@ -105,13 +100,9 @@ def test_options_reach_the_model_the_optimizer_and_the_transforms(folder_data, t
 
 
 def final_weights(folder):
-    shard = next(last(folder).glob("*.safetensors"))
+    shard = next(newest(folder).glob("*.safetensors"))
     weights = safetensors.torch.load_file(shard)
     return torch.cat([v.flatten() for k, v in weights.items() if k.startswith("model.") and v.is_floating_point()])
-
-
-def last(folder):
-    return sorted((folder / "checkpoints").iterdir())[-1]
 
 
 def test_accumulated_gradients_equal_a_larger_pass(folder_data, run):
@@ -123,7 +114,7 @@ def test_accumulated_gradients_equal_a_larger_pass(folder_data, run):
     _, small = run("small", *fixed, "--batch-size", 8)
     torch.testing.assert_close(final_weights(large), final_weights(joined), atol=1e-5, rtol=1e-4)
     assert (final_weights(large) - final_weights(small)).abs().max() > 1e-3
-    assert [last(folder).name for folder in (large, joined, small)] == ["00000001", "00000001", "00000004"]
+    assert [newest(folder).name for folder in (large, joined, small)] == ["00000001", "00000001", "00000004"]
 
 
 def test_clipping_limits_the_step(folder_data, run):
@@ -144,7 +135,7 @@ def test_mixed_precision_stays_close(folder_data, run, amp):
     _, full = run("full", *fixed)
     code, mixed = run(amp, *fixed, "--amp", amp)
     assert code == 0
-    scaler = json.loads((last(mixed) / "state.json").read_text())["scaler"]
+    scaler = json.loads((newest(mixed) / "state.json").read_text())["scaler"]
     assert bool(scaler) == (amp == "float16")
     first, other = (float(rows(folder)[0]["train_loss"]) for folder in (full, mixed))
     assert first != other
@@ -152,11 +143,11 @@ def test_mixed_precision_stays_close(folder_data, run, amp):
     assert float(rows(mixed)[1]["train_loss"]) < other
 
 
-def test_logs_are_plain_text(tmp_path):
+def test_logs_are_plain_text(folder_data, tmp_path):
     """A real process, piped, with the variables that make rich colour its output."""
-    command = [sys.executable, "-m", "train", "--model", "test_vit", "--epochs", "2", "--warmup-epochs", "0"]
+    command = (sys.executable, "-m", "train", "--model", "test_vit", "--data", folder_data, *SHORT)
     done = subprocess.run(
-        [*command, "--output", str(tmp_path)],
+        [*map(str, command), "--output", str(tmp_path / "out")],
         cwd=ROOT,
         env={**os.environ, "FORCE_COLOR": "1", "COLUMNS": "40", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -169,5 +160,5 @@ def test_logs_are_plain_text(tmp_path):
     assert len([line for line in lines if line.startswith("epoch ")]) == 2
     assert REPORT.search(done.stdout)
     folder = Path(lines[-1].removeprefix("output: "))
-    assert re.fullmatch(r"test_vit-digits-\d{8}-\d{6}", folder.name)
-    assert last(folder).name == "00000044"
+    assert re.fullmatch(r"test_vit-pictures-\d{8}-\d{6}", folder.name)
+    assert newest(folder).name == "00000008"

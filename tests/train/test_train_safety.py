@@ -11,14 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import newest
 
 from train.errors import CheckpointError
 from train.files import sha256
 from train.weights import load_weights
-
-
-def newest(folder):
-    return sorted((folder / "checkpoints").glob("[0-9]*"))[-1]
 
 
 def seal(path):

@@ -1,38 +1,15 @@
 """What a run takes from other models: their weights (--weights, --train-only) and their answers (--kd-model)."""
 
-import csv
-import shutil
-
 import pytest
 import timm
 import torch
-from safetensors import safe_open
+from runs import PLAIN, SMALL, assert_same_tensors, build, column, slow, stop_after_first_epoch, tensors
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 import visattn  # noqa: F401
-from train import distributed, metrics
+from train import distributed
 from train import run as trainer
-from train.config import parse
-
-SMALL = ("--img-size", 32, "--batch-size", 8, "--warmup-epochs", 0)
-# One update an epoch: log.csv holds the loss of each. Nothing is drawn but the order.
-PLAIN = ("--img-size", 32, "--batch-size", 32, "--warmup-epochs", 0, "--scale", 1, 1, "--ratio", 1.2, 1.2)
-PLAIN += ("--hflip", 0, "--lr", 1e-3)
-
-
-def column(folder, key):
-    with open(folder / "log.csv") as file:
-        return [float(row[key]) for row in csv.DictReader(file)]
-
-
-def tensors(folder):
-    """All tensors of the last checkpoint; not sharded ones."""
-    found = {}
-    for path in sorted(sorted((folder / "checkpoints").glob("[0-9]*"))[-1].glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    return found
 
 
 def save_model(path, name, classes=2, **options):
@@ -41,34 +18,7 @@ def save_model(path, name, classes=2, **options):
     return path
 
 
-def build(*options):
-    config = parse([str(option) for option in options])
-    return trainer.build(config, distributed.start(config), metrics.make_console(enabled=False))
-
-
-@pytest.fixture
-def refused(run, folder_data, capsys):
-    """Run with options that cannot work; returns what is said."""
-
-    def call(*options, model="test_vit"):
-        code, _ = run("refused", "--data", folder_data, *SMALL, "--epochs", 1, *options, model=model)
-        error = capsys.readouterr().err
-        assert code == 2, error
-        assert error.count("error: ") == 1, error
-        assert "Traceback" not in error
-        assert "expected " in error
-        assert ", got" in error
-        assert "; try " in error
-        return error
-
-    return call
-
-
-STUDENTS = [
-    ("logit", "test_vit"),
-    ("feature", "test_vit"),
-    pytest.param("token", "deit_tiny_distilled_patch16_224", marks=pytest.mark.slow),
-]
+STUDENTS = [("logit", "test_vit"), ("feature", "test_vit"), slow("token", "deit_tiny_distilled_patch16_224")]
 
 
 @pytest.mark.parametrize(("kind", "student"), STUDENTS)
@@ -99,7 +49,7 @@ def test_logits_are_imitated_at_a_temperature(folder_data, tmp_path):
     torch.testing.assert_close(built.state.task(images, target)["loss"], labels + 0.5 * 9 * gap)
 
 
-@pytest.mark.parametrize("kind", ["logit", "feature"])
+@pytest.mark.parametrize("kind", [slow("logit"), "feature"])
 def test_distillation_goes_on_and_leaves_the_teacher_alone(folder_data, run, tmp_path, kind):
     weights = save_model(tmp_path / "t.safetensors", "test_resnet")
     options = ("--data", folder_data, *PLAIN, "--kd-model", "test_resnet", "--kd-weights", weights)
@@ -116,32 +66,12 @@ def test_distillation_goes_on_and_leaves_the_teacher_alone(folder_data, run, tmp
     timm.create_model("test_vit", num_classes=2, img_size=32, checkpoint_path=whole / "model.safetensors")
     stop_after_first_epoch(whole, parts)
     assert run("parts", "--resume", parts)[0] == 0
-    assert_same(whole, parts)
+    assert_same_tensors(whole, parts)
     assert any("projection" in key for key in tensors(whole)) == (kind == "feature")
 
 
-def stop_after_first_epoch(whole, parts):
-    """A copy of a run as if it had been killed after its first kept checkpoint."""
-    shutil.copytree(whole, parts)
-    for path in sorted((parts / "checkpoints").glob("[0-9]*"))[1:]:
-        shutil.rmtree(path)
-
-
-def assert_same(one, other):
-    mine, theirs = tensors(one), tensors(other)
-    assert mine.keys() == theirs.keys()
-    for key, value in mine.items():
-        assert torch.equal(value, theirs[key]), key
-
-
 @pytest.mark.parametrize(
-    ("kind", "engine"),
-    [
-        ("feature", "fsdp2"),
-        pytest.param("logit", "ddp", marks=pytest.mark.slow),
-        pytest.param("feature", "ddp", marks=pytest.mark.slow),
-        pytest.param("logit", "fsdp2", marks=pytest.mark.slow),
-    ],
+    ("kind", "engine"), [("feature", "fsdp2"), slow("logit", "ddp"), slow("feature", "ddp"), slow("logit", "fsdp2")]
 )
 def test_two_processes_distil_like_one(folder_data, run, launch, tmp_path, kind, engine):
     weights = save_model(tmp_path / "t.safetensors", "test_resnet")
@@ -192,7 +122,7 @@ def test_train_only_goes_on_and_names_what_it_does_not_find(folder_data, run, re
     assert code == 0
     stop_after_first_epoch(whole, whole.with_name("parts"))
     assert run("parts", "--resume", whole.with_name("parts"))[0] == 0
-    assert_same(whole, whole.with_name("parts"))
+    assert_same_tensors(whole, whole.with_name("parts"))
     assert "try the ends of head.weight, head.bias" in refused("--train-only", "fc.*")
 
 
