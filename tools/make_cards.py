@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from pathlib import Path
 import yaml
 
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
+CONFIGS = CARDS.parent / "configs"
 PACKAGE = "visattn"
 
 
@@ -76,7 +78,8 @@ class Variant:
 class Results:
     """One table of published results; a row gives a variant, the columns' values and, if any has one, a file.
 
-    A file is a path below `weights.base` or a full URL.
+    A file is a path below `weights.base` or a full URL. `config` names the rows' files below configs/, where {model} is
+    the variant and another field a column's value, both in lower case and with dashes.
     """
 
     title: str
@@ -84,6 +87,7 @@ class Results:
     columns: list[str]
     rows: list[list]
     note: str | None = None
+    config: str | None = None
 
 
 @dataclass
@@ -211,6 +215,13 @@ def _has_files(table: Results) -> bool:
     return any(len(row) > len(table.columns) + 1 for row in table.rows)
 
 
+def config_of(table: Results, row: list) -> str:
+    """The config of a row, below configs/."""
+    fields = {"model": row[0], **dict(zip(table.columns, row[1:], strict=False))}
+    slugs = {key: re.sub("[_ ]", "-", str(value)).lower() for key, value in fields.items()}
+    return f"{table.config.format_map(slugs)}.py"
+
+
 def address(card: Card, file: str | None, hub: str | None = None) -> str:
     """The URL of a file or of a page of the Hugging Face hub."""
     if hub:
@@ -318,7 +329,9 @@ def render(card: Card) -> str:
     parts += ["## How to use", f"```python\n{card.usage.strip()}\n```"]
     parts += ["## Input", _bullets(card.input), "## Limits", _bullets(card.limits)]
     if card.results:
-        parts += ["## Published results", "Reported by the authors, not reproduced here."]
+        parts += ["## Published results", "Official numbers, not reproduced here; each table names its source."]
+        if any(results.config for results in card.results):
+            parts.append("`config` is the file of this repository with the settings behind a row.")
         for results in card.results:
             source = f"Source: {card.sources[results.source]}."
             parts += [f"### {results.title}", _results(card, results), f"{results.note or ''} {source}".strip()]
@@ -364,13 +377,23 @@ def _variants_note(card: Card) -> str:
 def _results(card: Card, results: Results) -> str:
     number, files = len(results.columns), _has_files(results)
     rows = [
-        [f"`{row[0]}`", *map(_cell, row[1 : number + 1]), *([_link(card, row[-1])] if files else [])]
+        [
+            f"`{row[0]}`",
+            *map(_cell, row[1 : number + 1]),
+            *([_config_link(results, row)] if results.config else []),
+            *([_link(card, row[-1])] if files else []),
+        ]
         for row in results.rows
     ]
     texts = {i for i, _ in enumerate(results.columns, 1) if any(isinstance(row[i], str) for row in results.rows)}
     titles = [name if i in texts else f"{name}, published" for i, name in enumerate(results.columns, 1)]
-    head = ["backbone", *titles, *(["checkpoint"] if files else [])]
-    return _table(head, rows, left={0, *texts, number + 1})
+    head = ["backbone", *titles, *(["config"] if results.config else []), *(["checkpoint"] if files else [])]
+    return _table(head, rows, left={0, *texts, number + 1, number + 2})
+
+
+def _config_link(table: Results, row: list) -> str:
+    config = config_of(table, row)
+    return f"[{Path(config).stem}](../configs/{config})"
 
 
 def _cell(value) -> str:
@@ -419,7 +442,11 @@ def check(path: Path, only: Iterable[str] | None = None) -> list[str]:
         f"{target.name} rendered",
         lineterm="",
     )
-    return [*lines, *check_models(card, only)]
+    configs = {config_of(table, row) for table in card.results if table.config for row in table.rows}
+    absent = [
+        f"configs/{config}: named, but not there" for config in sorted(configs) if not (CONFIGS / config).is_file()
+    ]
+    return [*lines, *absent, *check_models(card, only)]
 
 
 def main(argv: list[str] | None = None) -> int:

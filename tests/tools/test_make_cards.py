@@ -190,7 +190,8 @@ def test_one_row_for_each_set_of_weights(copy):
         "| `nat_mini.b` | 19.98 | 2.695 | – | 224 | 1000 | – | [b.pth](https://h.org/x/b.pth) |",
         "| `nat_mini.in1k` | 19.98 | 2.695 | 2.7 | 224 | 1000 | 81.8 | [c.pth](https://shi-labs.com/projects/c.pth) |",
         "| `test_dinat` | 0.66 | 0.051 | – | 160 | 1000 | 1.5 | – |",
-        "| `nat_mini` | 46.5 | – | – |",
+        "| `nat_mini` | 46.5 | – | [mask_rcnn_nat-mini_fpn_3x_coco]"
+        "(../configs/detection/mask_rcnn_nat-mini_fpn_3x_coco.py) | – |",
     ]
     assert lines[lines.index("### Ninth table") + 2 :][:3] == [
         "| backbone | top-1, published |",

@@ -205,6 +205,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _rename(key: str) -> str:
+    key = re.sub(r"^norm(\d)\.", r"out_norms.\1.", key)  # of the official dense backbones
     if not re.match(r"(levels|layers)\.\d+\.", key):
         return key
     key = re.sub(r"^(levels|layers)\.", "stages.", key)

@@ -1,0 +1,19 @@
+# Settings of rayleizhu/BiFormer at 1697bbb. Official runs are in float16, `--amp float16`. Weights to start from:
+# model.backbone.checkpoint. Official, not reproduced here: box AP 48.6, mask AP 43.7 (model_cards/biformer.md). Written
+# by tools/make_mm_configs.py from tools/mm_recipes.yaml.
+_base_ = ["_base_/mask_rcnn.py", "_base_/coco.py", "_base_/schedule_1x.py", "_base_/runtime.py"]
+model = dict(
+    backbone=dict(
+        type="TimmBackboneVA",
+        model_name="biformer_base",
+        out_norm="layer",
+        n_win="detection",
+        norm_eval=True,
+        drop_path_rate=0.3,
+    ),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)
+optim_wrapper = dict(
+    optimizer=dict(lr=0.0001, weight_decay=0.05),
+    paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0)}),
+)

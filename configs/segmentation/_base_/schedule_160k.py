@@ -1,0 +1,23 @@
+"""160k iterations of AdamW, linear decay after a warm-up; rates are for 8 GPUs."""
+
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=160000, val_interval=16000)
+val_cfg = dict(type="ValLoop")
+test_cfg = dict(type="TestLoop")
+param_scheduler = [
+    dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=1500),
+    dict(type="PolyLR", eta_min=0.0, power=1.0, begin=1500, end=160000, by_epoch=False),
+]
+optim_wrapper = dict(
+    type="OptimWrapper",
+    constructor="BackboneOptimWrapperConstructor",
+    optimizer=dict(type="AdamW", lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
+)
+auto_scale_lr = dict(enable=False, base_batch_size=16)
+default_hooks = dict(
+    timer=dict(type="IterTimerHook"),
+    logger=dict(type="LoggerHook", interval=50, log_metric_by_epoch=False),
+    param_scheduler=dict(type="ParamSchedulerHook"),
+    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=16000, max_keep_ckpts=3),
+    sampler_seed=dict(type="DistSamplerSeedHook"),
+    visualization=dict(type="SegVisualizationHook"),
+)

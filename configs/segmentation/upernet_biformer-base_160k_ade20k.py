@@ -1,0 +1,19 @@
+# Settings of rayleizhu/BiFormer at 1697bbb. Official runs are in float16, `--amp float16`, or float32 where that gives
+# NaN. Weights to start from: model.backbone.checkpoint. Official, not reproduced here: mIoU 51.0, mIoU (multi-scale)
+# 51.7 (model_cards/biformer.md). Written by tools/make_mm_configs.py from tools/mm_recipes.yaml.
+_base_ = ["_base_/upernet.py", "_base_/ade20k.py", "_base_/schedule_160k.py", "_base_/runtime.py"]
+model = dict(
+    backbone=dict(
+        type="TimmBackboneVA",
+        model_name="biformer_base",
+        out_norm="layer",
+        n_win="segmentation",
+        drop_path_rate=0.4,
+    ),
+    decode_head=dict(in_channels=[96, 192, 384, 768]),
+    auxiliary_head=dict(in_channels=384),
+)
+optim_wrapper = dict(
+    optimizer=dict(lr=6e-05, weight_decay=0.01),
+    paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0)}),
+)

@@ -1,0 +1,19 @@
+# Settings of rayleizhu/BiFormer at 1697bbb. Official runs are in float16, `--amp float16`, or float32 where that gives
+# NaN. Weights to start from: model.backbone.checkpoint. Official, not reproduced here: mIoU 49.8, mIoU (multi-scale)
+# 50.8 (model_cards/biformer.md). Written by tools/make_mm_configs.py from tools/mm_recipes.yaml.
+_base_ = ["_base_/upernet.py", "_base_/ade20k.py", "_base_/schedule_160k.py", "_base_/runtime.py"]
+model = dict(
+    backbone=dict(
+        type="TimmBackboneVA",
+        model_name="biformer_small",
+        out_norm="layer",
+        n_win="segmentation",
+        drop_path_rate=0.3,
+    ),
+    decode_head=dict(in_channels=[64, 128, 256, 512]),
+    auxiliary_head=dict(in_channels=256),
+)
+optim_wrapper = dict(
+    optimizer=dict(lr=6e-05, weight_decay=0.01),
+    paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0)}),
+)

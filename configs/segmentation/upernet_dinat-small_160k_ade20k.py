@@ -1,0 +1,20 @@
+# Settings of SHI-Labs/Neighborhood-Attention-Transformer at d334f5b. Official runs are in float16, `--amp float16`.
+# Official, not reproduced here: mIoU 48.9, mIoU (multi-scale) 49.9 (model_cards/nat.md). Written by
+# tools/make_mm_configs.py from tools/mm_recipes.yaml.
+_base_ = ["_base_/upernet.py", "_base_/ade20k.py", "_base_/schedule_160k.py", "_base_/runtime.py"]
+model = dict(
+    backbone=dict(
+        type="TimmBackboneVA",
+        model_name="dinat_small",
+        out_norm="layer",
+        drop_path_rate=0.3,
+        dilations="segmentation",
+        pretrained=True,
+    ),
+    decode_head=dict(in_channels=[96, 192, 384, 768]),
+    auxiliary_head=dict(in_channels=384),
+)
+optim_wrapper = dict(
+    optimizer=dict(lr=6e-05, weight_decay=0.01),
+    paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0)}),
+)

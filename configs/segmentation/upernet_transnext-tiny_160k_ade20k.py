@@ -1,0 +1,23 @@
+# Settings of DaiShiResearch/TransNeXt at c8a9974. Multi-scale tests have bias_img_size=800, or
+# position_bias="extrapolate", and mode="whole". Official, not reproduced here: mIoU 51.1, mIoU (multi-scale,
+# interpolated bias) 51.5, mIoU (multi-scale, extrapolated bias) 51.7 (model_cards/transnext.md). Written by
+# tools/make_mm_configs.py from tools/mm_recipes.yaml.
+_base_ = ["_base_/upernet.py", "_base_/ade20k.py", "_base_/schedule_160k.py", "_base_/runtime.py"]
+model = dict(
+    backbone=dict(
+        type="TimmBackboneVA",
+        model_name="transnext_tiny",
+        out_norm="own",
+        position_bias="interpolate",
+        bias_img_size=512,
+        drop_path_rate=0.4,
+        pretrained=True,
+    ),
+    decode_head=dict(in_channels=[72, 144, 288, 576]),
+    auxiliary_head=dict(in_channels=288),
+    test_cfg=dict(mode="slide", crop_size=[512, 512], stride=[341, 341]),
+)
+optim_wrapper = dict(
+    optimizer=dict(lr=6e-05, weight_decay=0.05),
+    paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0)}),
+)

@@ -1,0 +1,277 @@
+"""Configs of detectors and segmentors are short, build, fit their backbones and say what the official code says."""
+
+import re
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from mmdet.registry import MODELS as DET_MODELS
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DefaultScope, init_default_scope
+from mmseg.registry import MODELS as SEG_MODELS
+
+import visattn.mm  # noqa: F401 - registers what the configs name
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import make_mm_configs  # noqa: E402
+
+CONFIGS = ROOT / "configs"
+FOLDERS = ("detection", "segmentation")
+LEAVES = sorted(str(path.relative_to(CONFIGS)) for folder in FOLDERS for path in (CONFIGS / folder).glob("*.py"))
+# One leaf of every kind and family is built in every run, all others in the slow one.
+BUILT = [
+    "detection/cascade_mask_rcnn_agent-swin-tiny_fpn_1x_coco.py",
+    "detection/cascade_mask_rcnn_dinat-s-tiny_fpn_3x_coco.py",
+    "detection/cascade_mask_rcnn_resnest50-va_fpn_1x_coco.py",
+    "detection/dino_4scale_transnext-tiny_12e_coco.py",
+    "detection/dino_5scale_transnext-tiny_12e_coco.py",
+    "detection/mask2former_dinat-large_100e_coco-panoptic.py",
+    "detection/mask_rcnn_nat-mini_fpn_3x_coco.py",
+    "detection/mask_rcnn_resnet50-ea_ea-fpn_1x_coco.py",
+    "detection/mask_rcnn_transnext-tiny_fpn_1x_coco.py",
+    "detection/retinanet_agent-pvt-tiny_fpn_1x_coco.py",
+    "detection/retinanet_biformer-small_fpn_1x_coco.py",
+    "segmentation/deeplabv3plus_resnest101-va_160k_ade20k.py",
+    "segmentation/mask2former_dinat-large_90k_cityscapes.py",
+    "segmentation/mask2former_transnext-tiny_160k_ade20k.py",
+    "segmentation/semantic_fpn_biformer-small_80k_ade20k.py",
+    "segmentation/upernet_agent-swin-tiny_160k_ade20k.py",
+    "segmentation/upernet_dinat-mini_160k_ade20k.py",
+]
+every_leaf = pytest.mark.parametrize("leaf", LEAVES)
+every_built = pytest.mark.parametrize(
+    "leaf", [pytest.param(leaf, marks=() if leaf in BUILT else pytest.mark.slow) for leaf in LEAVES]
+)
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def _scopes():
+    """mmengine's default scope is global: leave none behind."""
+    yield
+    DefaultScope._instance_dict.clear()
+
+
+def read(leaf):
+    return Config.fromfile(CONFIGS / leaf)
+
+
+def build(leaf):
+    """A leaf's config and its model, without memory."""
+    config = read(leaf)
+    init_default_scope(config.default_scope)
+    with torch.device("meta"):
+        return config, (DET_MODELS if leaf.startswith("detection") else SEG_MODELS).build(config.model)
+
+
+def groups(leaf):
+    """{parameter: (learning rate, weight decay)}, both as parts of the optimizer's own."""
+    config, model = build(leaf)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
+    lr, decay = config.optim_wrapper.optimizer.lr, config.optim_wrapper.optimizer.weight_decay
+    return {
+        names[id(parameter)]: (group["lr"] / lr, group["weight_decay"] / decay)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+@every_leaf
+def test_a_leaf_is_short_and_names_bases_alone(leaf):
+    text = (CONFIGS / leaf).read_text()
+    bases = re.search(r"^_base_ = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)[1]
+    assert len(text.splitlines()) <= 25
+    assert all(name.startswith("_base_/") for name in re.findall(r'"(.*?)"', bases))
+    assert "official, not reproduced here" in " ".join(text.split()).replace("# ", "").lower()
+
+
+@every_leaf
+def test_the_backbone_is_a_model_with_weights_and_the_images_are_its_own(leaf):
+    config = read(leaf)
+    weights = timm.get_pretrained_cfg(config.model.backbone.model_name)
+    assert config.model.backbone.get("pretrained", False) == bool(weights.has_weights)
+    assert config.model.data_preprocessor.mean == pytest.approx([255 * v for v in weights.mean], rel=5e-3)
+    assert config.model.data_preprocessor.std == pytest.approx([255 * v for v in weights.std], rel=1e-3)
+    assert config.custom_hooks == [{"type": "PlainCheckpointHook"}]
+    assert config.sync_bn == "torch"
+
+
+@every_built
+def test_the_model_builds_and_fits_its_backbone(leaf):
+    config, model = build(leaf)
+    channels = model.backbone.out_channels
+    if "in_channels" in config.model.get("neck", {}):
+        assert config.model.neck.in_channels == channels
+    elif "panoptic_head" in config.model:
+        assert config.model.panoptic_head.in_channels == channels
+    else:
+        head = config.model.decode_head
+        expected = [channels[i] for i in head.in_index] if isinstance(head.get("in_index"), list) else channels
+        assert head.in_channels == (channels[head.in_index] if isinstance(head.get("in_index"), int) else expected)
+        assert "c1_in_channels" not in head or head.c1_in_channels == channels[0]
+    if "auxiliary_head" in config.model:
+        assert config.model.auxiliary_head.in_channels == channels[config.model.auxiliary_head.in_index]
+
+
+@pytest.mark.parametrize(
+    ("leaf", "millions"),
+    [
+        ("detection/mask_rcnn_transnext-tiny_fpn_1x_coco.py", 47.9),
+        pytest.param("detection/mask_rcnn_transnext-small_fpn_1x_coco.py", 69.3, marks=pytest.mark.slow),
+        pytest.param("detection/mask_rcnn_transnext-base_fpn_1x_coco.py", 109.2, marks=pytest.mark.slow),
+    ],
+)
+def test_detectors_have_the_published_number_of_parameters(leaf, millions):
+    assert sum(p.numel() for p in build(leaf)[1].parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+NORMS = ["*norm*"]
+AGENTS = [f"*.{axes}_bias" for axes in ("an", "na", "ah", "aw", "ha", "wa")]
+POSITIONS = ["*.query_embedding", "*.local_bias", "*.cpb_fc*", "*.temperature"]
+
+
+@pytest.mark.parametrize(
+    ("leaf", "patterns"),
+    [
+        ("detection/mask_rcnn_nat-mini_fpn_3x_coco.py", [*NORMS, "*.rpb"]),
+        ("segmentation/upernet_dinat-mini_160k_ade20k.py", [*NORMS, "*.rpb"]),
+        ("detection/mask_rcnn_transnext-tiny_fpn_1x_coco.py", [*NORMS, *POSITIONS]),
+        ("segmentation/upernet_agent-swin-tiny_160k_ade20k.py", [*NORMS, *AGENTS, "*.rpb"]),
+        ("detection/mask_rcnn_biformer-small_fpn_1x_coco.py", NORMS),
+        ("detection/retinanet_biformer-small_fpn_1x_coco.py", []),
+        ("detection/retinanet_agent-pvt-tiny_fpn_1x_coco.py", []),
+        ("segmentation/deeplabv3plus_resnest101-va_160k_ade20k.py", []),
+    ],
+)
+def test_what_does_not_decay_is_what_the_official_patterns_name(leaf, patterns):
+    """They match names, so that heads' batch norms (`bn`) and biases decay."""
+    found = groups(leaf)
+    still = {name for name, (_, decay) in found.items() if decay == 0}
+    assert still == {name for name in found if any(fnmatch(name, pattern) for pattern in patterns)}
+    assert all(any(fnmatch(name, pattern) for name in found) for pattern in patterns)
+    assert {lr for lr, _ in found.values()} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("leaf", "still"),
+    [
+        ("detection/dino_4scale_transnext-tiny_12e_coco.py", []),
+        ("segmentation/mask2former_transnext-tiny_160k_ade20k.py", ["query_embed", "query_feat", "level_embed"]),
+    ],
+)
+def test_transnext_in_transformers_has_a_tenth_of_the_rate(leaf, still):
+    """Nothing of one dimension decays, nor do norms, biases and positions, nor embeddings of Mask2Former's."""
+    found, (_, model) = groups(leaf), build(leaf)
+    flat = {name for name, parameter in model.named_parameters() if parameter.ndim == 1}
+    embeddings = {f"decode_head.{name}.weight" for name in still}
+    positions = {name for name in found if any(fnmatch(name, pattern) for pattern in POSITIONS)}
+    # mmengine reads the packed biases of attention as flat; nothing else is named bias
+    assert {name for name, (_, decay) in found.items() if decay == 0} == flat | embeddings | positions
+    assert {name for name, (lr, _) in found.items() if lr < 1} == {n for n in found if n.startswith("backbone.")}
+    assert {round(lr, 9) for lr, _ in found.values()} == {0.1, 1.0}
+
+
+@pytest.mark.parametrize(
+    "leaf",
+    ["segmentation/mask2former_dinat-large_90k_cityscapes.py",
+     "detection/mask2former_dinat-large_100e_coco-panoptic.py"],
+)  # fmt: skip
+def test_nat_in_mask2former_has_a_tenth_of_the_rate(leaf):
+    found = groups(leaf)
+    for name, (lr, decay) in found.items():
+        inside = name.startswith("backbone.")
+        assert lr == pytest.approx(0.1 if inside else 1.0)
+        if inside:
+            assert decay == (0 if "norm" in name or name.endswith(".rpb") else 1), name
+        elif re.search(r"head\.(query_embed|query_feat|level_embed)\.", name):
+            assert decay == 0, name
+    assert any(decay == 0 for name, (_, decay) in found.items() if ".norms." in name and "head" in name)
+
+
+def settings(leaf):
+    """What the tables of official configs list of a leaf."""
+    config = read(leaf)
+    optimizer, backbone = config.optim_wrapper.optimizer, config.model.backbone
+    found = {"lr": optimizer.lr, "decay": optimizer.weight_decay, "batch": config.train_dataloader.batch_size}
+    found |= {"end": config.param_scheduler[-1].end, "warmup": config.param_scheduler[0].end}
+    found |= {key: backbone[key] for key in backbone if key not in ("type", "model_name", "pretrained")}
+    return found
+
+
+BIFORMER = {"out_norm": "layer", "norm_eval": True, "n_win": "detection", "batch": 2, "end": 12, "warmup": 500}
+NAT = {"out_norm": "layer", "batch": 2, "end": 36, "warmup": 500}
+SEG = {"batch": 2, "end": 160000, "warmup": 1500, "lr": 6e-5}
+TRANSNEXT = {"out_norm": "own", "position_bias": "interpolate", "bias_img_size": 800, "lr": 1e-4, "decay": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("leaf", "expected"),
+    [
+        ("detection/mask_rcnn_biformer-base_fpn_1x_coco.py",
+         {**BIFORMER, "lr": 1e-4, "decay": 0.05, "drop_path_rate": 0.3}),
+        ("detection/retinanet_biformer-small_fpn_1x_coco.py",
+         {**BIFORMER, "lr": 1e-4, "decay": 1e-4, "drop_path_rate": 0.2}),
+        ("segmentation/semantic_fpn_biformer-small_80k_ade20k.py",
+         {"out_norm": "layer", "n_win": "segmentation", "batch": 4, "end": 80000, "warmup": 1000, "lr": 2e-4,
+          "decay": 1e-4, "drop_path_rate": 0.15}),
+        ("segmentation/upernet_biformer-base_160k_ade20k.py",
+         {**SEG, "out_norm": "layer", "n_win": "segmentation", "decay": 0.01, "drop_path_rate": 0.4}),
+        ("detection/mask_rcnn_dinat-small_fpn_3x_coco.py",
+         {**NAT, "lr": 1e-4, "decay": 0.05, "drop_path_rate": 0.35, "dilations": "detection"}),
+        ("detection/cascade_mask_rcnn_nat-tiny_fpn_3x_coco.py",
+         {**NAT, "lr": 1e-4, "decay": 0.05, "drop_path_rate": 0.3}),
+        ("detection/cascade_mask_rcnn_dinat-base_fpn_3x_coco.py",
+         {**NAT, "lr": 7.5e-5, "decay": 0.05, "drop_path_rate": 0.6, "dilations": "detection"}),
+        ("detection/cascade_mask_rcnn_dinat-s-large_fpn_3x_coco.py",
+         {**NAT, "lr": 5e-5, "decay": 0.05, "drop_path_rate": 0.6, "dilations": "detection"}),
+        ("segmentation/upernet_dinat-large_160k_ade20k.py",
+         {**SEG, "out_norm": "layer", "decay": 0.01, "drop_path_rate": 0.3, "dilations": "segmentation_640"}),
+        ("detection/mask_rcnn_transnext-small_fpn_1x_coco.py",
+         {**TRANSNEXT, "batch": 2, "end": 12, "warmup": 500, "drop_path_rate": 0.6}),
+        ("detection/dino_4scale_transnext-tiny_12e_coco.py",
+         {**TRANSNEXT, "batch": 1, "end": 12, "warmup": 12, "drop_path_rate": 0.3, "out_indices": [1, 2, 3]}),
+        ("segmentation/upernet_transnext-base_160k_ade20k.py",
+         {**TRANSNEXT, **SEG, "bias_img_size": 512, "drop_path_rate": 0.7}),
+        ("segmentation/mask2former_transnext-base_160k_ade20k.py",
+         {**TRANSNEXT, "bias_img_size": 512, "batch": 2, "end": 160000, "warmup": 160000, "drop_path_rate": 0.6}),
+    ],
+)  # fmt: skip
+def test_settings_are_the_official_ones(leaf, expected):
+    assert settings(leaf) == expected
+
+
+def test_agents_have_the_published_grids_and_the_detectors_windows():
+    for name, grids in (("agent-swin-tiny", [9, 12, 14, 7]), ("agent-pvt-tiny", [12, 16, 28, 28])):
+        config, model = build(f"detection/mask_rcnn_{name}_fpn_1x_coco.py")
+        trained = timm.create_model(config.model.backbone.model_name, device="meta")
+        for stage, grid, official in zip(model.backbone.model.stages, grids, trained.stages, strict=True):
+            agent = getattr(stage.blocks[0].attn, "num_agents", None)
+            assert agent == getattr(official.blocks[0].attn, "num_agents", None)
+            assert agent is None or stage.blocks[0].attn.agent_size == [grid, grid]
+    swin = read("detection/mask_rcnn_agent-swin-tiny_fpn_1x_coco.py")
+    assert swin.model.backbone.always_shift
+    assert swin.model.backbone.out_norm == "layer"
+    assert swin.train_dataloader.dataset.pipeline[3].type == "RandomChoice"  # many sizes, in the short schedule too
+
+
+def test_the_rest_of_the_transformers_and_of_tests_is_official():
+    dino = read("detection/dino_5scale_transnext-base_12e_coco.py")
+    assert (dino.optim_wrapper.clip_grad.max_norm, dino.optim_wrapper.accumulative_counts) == (0.1, 2)
+    assert dino.param_scheduler[0].milestones == [11]
+    former = read("segmentation/mask2former_transnext-tiny_160k_ade20k.py")
+    assert (former.optim_wrapper.clip_grad.max_norm, former.param_scheduler[0].power) == (0.01, 0.9)
+    upernet = read("segmentation/upernet_transnext-tiny_160k_ade20k.py").model.test_cfg
+    assert (upernet.mode, upernet.crop_size, upernet.stride) == ("slide", [512, 512], [341, 341])
+    assert read("segmentation/upernet_dinat-tiny_160k_ade20k.py").model.test_cfg.mode == "whole"
+
+
+def test_the_leaves_are_those_of_the_table(monkeypatch, capsys):
+    """As `python tools/make_mm_configs.py --check`, with channels of backbones that the other tests compare."""
+    assert make_mm_configs.main(["--check"]) == 0, capsys.readouterr().err

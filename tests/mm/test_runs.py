@@ -1,0 +1,150 @@
+"""Runs from the command line, resumed, of two processes, and in lower precision."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from mmengine.config import ConfigDict
+from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import Runner
+
+from tests.mm.conftest import ROOT
+from tests.mm.runs import losses, small_config
+
+
+def tool(name, *args, torchrun=0):
+    """Run a tool; returns what it printed."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"] if torchrun else []
+    command = [sys.executable, *launch, str(ROOT / "tools" / f"{name}.py"), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+class SameWeights(Hook):
+    """Looks whether a run begins with these weights."""
+
+    def __init__(self, weights):
+        self.weights = weights
+
+    def before_train(self, runner):
+        for key, value in runner.model.state_dict().items():
+            assert torch.equal(value, self.weights[key]), key
+
+
+def test_a_resumed_run_goes_on(nuclei, tmp_path):
+    """From a file of plain values, with the optimizer, the schedule and the history."""
+    first = Runner.from_cfg(small_config("semantic_fpn", "test_dinat", nuclei, tmp_path, 3))
+    first.train()
+    saved = torch.load(tmp_path / "iter_3.pth", weights_only=True)
+    assert torch.serialization.get_unsafe_globals_in_checkpoint(tmp_path / "iter_3.pth") == []
+    runner = Runner.from_cfg(small_config("semantic_fpn", "test_dinat", nuclei, tmp_path, 5, resume=True))
+    runner.register_hook(SameWeights(saved["state_dict"]))
+    runner.train()
+    assert runner.iter == 5
+    assert losses(runner)[:3] == losses(first)
+    assert len(losses(runner)) == 5
+    assert isinstance(runner.message_hub.get_scalar("train/loss"), HistoryBuffer)
+    steps = {int(state["step"]) for state in runner.optim_wrapper.optimizer.state.values()}
+    assert steps == {5}
+    lrs = runner.message_hub.get_scalar("train/lr").data[0]
+    assert lrs[0] < lrs[2] < lrs[4]  # the warm-up goes on
+
+
+def test_the_hook_refuses_what_it_cannot_make_plain(nuclei, tmp_path):
+    runner = Runner.from_cfg(small_config("semantic_fpn", "test_dinat", nuclei, tmp_path, 1))
+    runner.message_hub.update_info("mine", HistoryBuffer)
+    with pytest.raises(TypeError, match=r"expected plain values in a checkpoint, got type at message_hub.*mine"):
+        runner.train()
+
+
+def test_commands_of_segmentation(nuclei, tmp_path):
+    config = small_config("upernet", "test_dinat", nuclei, tmp_path / "run", 5, log_level="INFO")
+    config.dump(tmp_path / "small.py")
+    tool("train_seg", tmp_path / "small.py", "--log", "tensorboard", "--seed", 1)
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+    said = tool("train_seg", tmp_path / "small.py", "--resume", "--cfg-options", "train_cfg.max_iters=6")
+    assert "resumed epoch: 0, iter: 5" in said
+    checkpoint = tmp_path / "run" / "iter_6.pth"
+    said = tool("test_seg", tmp_path / "small.py", checkpoint, "--work-dir", tmp_path / "test")
+    score = float(re.findall(r"mIoU: +([\d.]+)", said)[-1])
+    config.load_from = str(checkpoint)
+    assert Runner.from_cfg(config).test()["mIoU"] == pytest.approx(score, abs=0.01)
+    assert score > 0
+
+
+def test_commands_of_detection(nuclei, tmp_path):
+    config = small_config("mask_rcnn", "test_dinat", nuclei, tmp_path / "run", 2, log_level="INFO")
+    config.dump(tmp_path / "small.py")
+    assert "coco/segm_mAP" in tool("train_det", tmp_path / "small.py", "--amp", "bfloat16")
+    said = tool("test_det", tmp_path / "small.py", tmp_path / "run" / "iter_2.pth", "--show")
+    assert "coco/segm_mAP" in said
+    assert len(list((tmp_path / "run").rglob("vis_image/*.png"))) == 4
+
+
+def test_two_processes_train(nuclei, tmp_path):
+    """With batch norms of each process, as there is no SyncBN on CPUs; both end with the same weights."""
+    config = small_config("upernet", "test_biformer", nuclei, tmp_path / "run", 4, log_level="INFO")
+    config.model.decode_head.norm_cfg = ConfigDict(type="SyncBN", requires_grad=True)
+    config.dump(tmp_path / "small.py")
+    said = tool("train_seg", tmp_path / "small.py", torchrun=2)
+    assert "Distributed training: True" in said
+    assert "GPU number: 2" in said
+    weights = torch.load(tmp_path / "run" / "iter_4.pth", weights_only=True)["state_dict"]
+    single = Runner.from_cfg(config)
+    start = {key: value.clone() for key, value in single.model.state_dict().items()}
+    assert weights.keys() == start.keys()
+    said = tool("test_seg", tmp_path / "small.py", tmp_path / "run" / "iter_4.pth", torchrun=2)
+    assert "mIoU" in said
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["mask_rcnn", "upernet"])
+def test_autocast_of_backbone_and_neck(kind, dtype, nuclei, tmp_path):
+    if dtype == "float16" and kind == "mask_rcnn":
+        pytest.skip("float16 on CPUs is tested with one head, it takes long")
+    wrapper = {"type": "AutocastOptimWrapper", "dtype": dtype}
+    runner = Runner.from_cfg(small_config(kind, "test_dinat", nuclei, tmp_path, 2, optim_wrapper=wrapper))
+    seen = set()
+
+    def look(module, args, output):
+        if module.training:  # the validation at the end is in float32
+            seen.add(output.dtype)
+
+    conv = next(m for m in runner.model.backbone.modules() if isinstance(m, torch.nn.Conv2d))
+    conv.register_forward_hook(look)
+    runner.train()
+    assert seen == {getattr(torch, dtype)}
+    assert all(loss > 0 for loss in losses(runner))
+    assert all(parameter.dtype == torch.float32 for parameter in runner.model.parameters())
+    assert "extract_feat" not in vars(runner.model)
+    scaler = runner.optim_wrapper.loss_scaler
+    assert scaler.is_enabled() == (dtype == "float16")
+
+
+def test_another_autocast_is_refused():
+    from visattn.mm import AutocastOptimWrapper
+
+    with pytest.raises(ValueError, match="expected dtype 'bfloat16' or 'float16', got 'float32'"):
+        AutocastOptimWrapper("float32", optimizer=torch.optim.SGD([torch.ones(1, requires_grad=True)], 1.0))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("nothing.py",), "expected a config file, got nothing.py"),
+        (("CONFIG",), "expected a config of mmseg, got one of mmdet; try the other command"),
+    ],
+)
+def test_mistakes_on_the_command_line(args, message, nuclei, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    from mm_runner import main
+
+    small_config("retinanet", "test_dinat", nuclei, tmp_path, 1).dump(tmp_path / "CONFIG.py")
+    args = [str(tmp_path / "CONFIG.py") if arg == "CONFIG" else arg for arg in args]
+    monkeypatch.setattr(sys, "argv", ["train_seg.py", *args])
+    with pytest.raises(SystemExit, match=message):
+        main("mmseg", "train", "")

@@ -1,0 +1,98 @@
+"""What tools/{train,test}_{det,seg}.py share: a config file and options to mmengine's Runner."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+try:
+    import torch
+    from mmengine.config import Config, ConfigDict, DictAction
+    from mmengine.runner import Runner
+
+    import visattn.mm  # noqa: F401 - registers the backbone and what goes with it
+except ImportError as error:
+    sys.exit(f"expected mmengine, mmcv, mmdet and mmsegmentation ({error}); try tools/install_mm.sh")
+from visattn.weights import WeightsError
+
+LOGGERS = {"tensorboard": "TensorboardVisBackend", "wandb": "WandbVisBackend"}
+
+
+def main(scope: str, job: str, description: str) -> None:
+    """Parse the command line and run `job`.
+
+    Args:
+        scope: "mmdet" or "mmseg".
+        job: "train" or "test".
+        description: For `--help`.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("config", type=Path, help="file of configs/")
+    if job == "test":
+        parser.add_argument("checkpoint", help="weights of the whole detector or segmentor")
+        parser.add_argument("--tta", action="store_true", help="several scales and flips: the config's tta_pipeline")
+        parser.add_argument("--show", action="store_true", help="write pictures of predictions into the work folder")
+    else:
+        parser.add_argument("--amp", choices=("bfloat16", "float16"), help="backbone and neck in this precision")
+        parser.add_argument(
+            "--resume", nargs="?", const="auto", metavar="FILE", help="go on from this checkpoint, or from the last one"
+        )
+    parser.add_argument("--work-dir", help="default: output/CONFIG")
+    parser.add_argument("--log", nargs="+", default=[], choices=sorted(LOGGERS), help="report there too")
+    parser.add_argument("--seed", type=int, help="of the weights and the order of the data")
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE")
+    args = parser.parse_args()
+    if not args.config.is_file():
+        sys.exit(f"expected a config file, got {args.config}; try one of configs/")
+    config = Config.fromfile(args.config)
+    config.merge_from_dict(args.cfg_options)
+    if config.get("default_scope") != scope:
+        sys.exit(f"expected a config of {scope}, got one of {config.get('default_scope')}; try the other command")
+    config.work_dir = args.work_dir or config.get("work_dir") or f"output/{args.config.stem}"
+    config.visualizer.vis_backends += [ConfigDict(type=LOGGERS[name]) for name in args.log]
+    if args.seed is not None:
+        config.randomness = ConfigDict(seed=args.seed)
+    if job == "test":
+        config.load_from = args.checkpoint
+        if args.tta:
+            config.test_dataloader.dataset.pipeline = config.tta_pipeline
+            config.model = ConfigDict(config.tta_model, module=config.model)
+        if args.show:
+            hook = {"mmdet": "DetVisualizationHook", "mmseg": "SegVisualizationHook"}[scope]
+            config.default_hooks["visualization"] = ConfigDict(type=hook, draw=True, interval=1)
+    else:
+        config.resume = args.resume is not None
+        config.load_from = config.get("load_from") if args.resume in (None, "auto") else args.resume
+        if args.amp:
+            config.optim_wrapper.update(type="AutocastOptimWrapper", dtype=args.amp)
+    start_processes(config)
+    try:
+        getattr(Runner.from_cfg(config), job)()
+    except WeightsError as error:
+        sys.exit(str(error))
+
+
+def start_processes(config: Config) -> None:
+    """Under torchrun, join the other processes; without a GPU too, which mmengine's launcher needs."""
+    if "LOCAL_RANK" not in os.environ:
+        return
+    config.launcher = "pytorch"
+    if torch.cuda.is_available():
+        return
+    torch.distributed.init_process_group("gloo")
+    config.model = without_sync_bn(config.model)
+    config.sync_bn = None
+    unused = config.get("find_unused_parameters", False)
+    config.model_wrapper_cfg = ConfigDict(
+        type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False, find_unused_parameters=unused
+    )
+
+
+def without_sync_bn(value: Any) -> Any:
+    """A part of a config with batch norms of each process, as PyTorch has no others on CPUs."""
+    if isinstance(value, dict):
+        return ConfigDict({key: without_sync_bn(item) for key, item in value.items()})
+    if isinstance(value, (list, tuple)):
+        return type(value)(without_sync_bn(item) for item in value)
+    return "BN" if value == "SyncBN" else value

@@ -1,0 +1,185 @@
+"""The one adapter that mmdet and mmsegmentation configs name, for every model of visattn and of timm."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+from mmengine.registry import MODELS
+from timm.layers import LayerNorm2d
+from timm.models import group_parameters
+from timm.models._hub import download_cached_file
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import visattn.models  # noqa: F401 - registers the models
+from visattn.weights import WeightsError, convert_weights, load_weights
+
+
+@MODELS.register_module()
+class TimmBackboneVA(nn.Module):
+    """A timm model as backbone: [B, C, H, W] images of any size -> a tuple of [B, C', H', W'] maps.
+
+    The attributes `out_channels` and `out_strides` say what a neck gets. Checkpoints of detectors and segmentors whose
+    backbone was the official one of a visattn family load too: keys are brought to the model's while they load.
+
+    Args:
+        model_name: A model's name, with or without a tag.
+        out_indices: Feature levels, as in the model's `feature_info`; None for the last four.
+        out_norm: "layer" or "batch" gives every map a norm that nothing else sees, as most official backbones for dense
+            tasks do; "own" is the model's final norm, on the maps of its width (TransNeXt's last; its other maps are
+            normalised by their stages); None leaves the maps as they are.
+        frozen_stages: -1 trains everything, 0 freezes the stem, n also the first n stages (of timm's models: groups of
+            `group_matcher(coarse=True)`).
+        norm_eval: Batch norms use and keep their running statistics in training.
+        checkpoint: Path or URL of weights, of the model itself or of a detector or segmentor with it; in any layout
+            that the family's `checkpoint_filter_fn` knows. Read when `init_weights` is called, as a Runner does before
+            training; nothing in it is ever unpickled. `out_norm` may be new, nothing else may be missing.
+        pretrained: Load the published weights that timm knows for the name, likewise.
+        with_cp: Recompute activations in the backward pass instead of keeping them (activation checkpointing).
+        **options: Of the model's constructor, such as `drop_path_rate` or `dilations="detection"`.
+
+    Raises:
+        TypeError: An option that the model does not know, a model that cannot return its maps, or `init_cfg`.
+        ValueError: An unknown model, level or norm.
+        visattn.weights.WeightsError: By `init_weights`, for weights that are missing, unsafe or of another model.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        out_indices: Sequence[int] | None = None,
+        out_norm: str | None = None,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        checkpoint: str | None = None,
+        pretrained: bool = False,
+        with_cp: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if not timm.is_model(model_name):
+            close = ", ".join(timm.list_models(f"*{model_name.partition('.')[0]}*")[:5]) or "timm.list_models()"
+            raise ValueError(f"expected a model of visattn or timm, got {model_name!r}; try {close}")
+        if options.pop("init_cfg", None) is not None:
+            raise TypeError("expected no init_cfg, because timm models initialise themselves; try checkpoint=FILE")
+        self.model_name = model_name
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.checkpoint = checkpoint
+        self.pretrained = pretrained
+        self._options = options
+        self.own_norm = out_norm == "own"
+        separate_norm = None if self.own_norm else out_norm
+        self.model = self._create()
+        has_norms = hasattr(self.model, "out_norms")
+        if has_norms and separate_norm is not None:
+            self.model = self._create(out_norm=separate_norm)
+        if not hasattr(self.model, "forward_intermediates"):
+            raise TypeError(f"expected a model with forward_intermediates, got {model_name}; try another")
+        levels = self.model.feature_info
+        levels = levels if isinstance(levels, list) else levels.info
+        self.out_indices = self._check_levels(out_indices, len(levels))
+        self.out_channels = [levels[i]["num_chs"] for i in self.out_indices]
+        self.out_strides = [levels[i]["reduction"] for i in self.out_indices]
+        everything = set(self.model.state_dict())
+        self.model.prune_intermediate_layers(list(self.out_indices), prune_norm=not self.own_norm)
+        self._pruned = frozenset(everything - set(self.model.state_dict()))
+        self.norms = nn.ModuleList()
+        if separate_norm is not None and not has_norms:
+            norms = {"layer": partial(LayerNorm2d, eps=1e-5), "batch": nn.BatchNorm2d}
+            if separate_norm not in norms:
+                raise ValueError(f"expected out_norm None, 'own' or one of {sorted(norms)}, got {out_norm!r}")
+            self.norms.extend(norms[separate_norm](channels) for channels in self.out_channels)
+        if with_cp:
+            self.model.set_grad_checkpointing(True)
+        self._frozen = self._find_frozen()
+        for name in self._frozen:
+            self.model.get_submodule(name).requires_grad_(False)
+        self.register_load_state_dict_pre_hook(_convert_official)
+
+    def _create(self, **kwargs: Any) -> nn.Module:
+        return timm.create_model(self.model_name, **self._options, **kwargs)
+
+    def _check_levels(self, indices: Sequence[int] | None, number: int) -> tuple[int, ...]:
+        if indices is None:
+            return tuple(range(max(0, number - 4), number))
+        if not indices or any(i not in range(number) for i in indices) or sorted(set(indices)) != list(indices):
+            raise ValueError(
+                f"expected out_indices of {self.model_name} to be growing numbers from 0 to {number - 1}, "
+                f"got {tuple(indices)}; try None for the last four"
+            )
+        return tuple(indices)
+
+    def _find_frozen(self) -> list[str]:
+        """The largest modules that have parameters, all of them in frozen groups."""
+        groups = group_parameters(self.model, self.model.group_matcher(coarse=True), reverse=True)
+        frozen: list[str] = []
+        for name, module in self.model.named_modules():
+            names = [f"{name}.{key}" for key, _ in module.named_parameters()]
+            inside = any(name.startswith(f"{outer}.") for outer in frozen)
+            if name and names and not inside and all(groups[key] <= self.frozen_stages for key in names):
+                frozen.append(name)
+        return frozen
+
+    def train(self, mode: bool = True) -> "TimmBackboneVA":
+        """As for any module, but frozen stages stay in evaluation mode, and with `norm_eval` all batch norms."""
+        super().train(mode)
+        for name in self._frozen:
+            self.model.get_submodule(name).eval()
+        if self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def init_weights(self) -> None:
+        """Read `checkpoint` or the pretrained weights, if asked for; the rest was initialised on construction.
+
+        Raises:
+            visattn.weights.WeightsError: Weights that are missing, unsafe or of another model.
+        """
+        if self.checkpoint is not None:
+            url = self.checkpoint.startswith(("http://", "https://"))
+            path = Path(download_cached_file(self.checkpoint) if url else self.checkpoint)
+            weights = load_weights(path)
+            for prefix in ("backbone.model.", "backbone."):  # of a detector with this class, or with another
+                part = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+                weights = part or weights
+            self._load(convert_weights(weights, self.model), self.checkpoint)
+        elif self.pretrained:
+            self._load(self._create(pretrained=True).state_dict(), "the published weights")
+
+    def _load(self, weights: Mapping[str, Tensor], source: str) -> None:
+        weights = {key: value for key, value in weights.items() if key not in self._pruned}
+        try:
+            missing, unknown = self.model.load_state_dict(weights, strict=False)
+        except RuntimeError as error:
+            raise WeightsError(f"expected weights of {self.model_name}, got {source}: {error}") from error
+        missing = [key for key in missing if not key.startswith("out_norms.")]
+        if missing or unknown:
+            raise WeightsError(
+                f"expected weights of {self.model_name}, got {source}, which lacks {missing[:3]} and adds "
+                f"{list(unknown)[:3]}; try another model_name, or its options"
+            )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """[B, C, H, W] -> one map [B, C', H', W'] per level of `out_indices`."""
+        maps = self.model.forward_intermediates(
+            x, indices=list(self.out_indices), norm=self.own_norm, intermediates_only=True
+        )
+        if len(self.norms):
+            maps = [norm(level) for norm, level in zip(self.norms, maps, strict=True)]
+        return tuple(maps)
+
+
+def _convert_official(backbone: TimmBackboneVA, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Replace, in place, keys of an official backbone below `prefix` by those of `backbone`."""
+    keys = [key for key in state_dict if key.startswith(prefix)]
+    if not keys or any(key.startswith((f"{prefix}model.", f"{prefix}norms.")) for key in keys):
+        return
+    official = {key[len(prefix) :]: state_dict.pop(key) for key in keys}
+    for key, value in convert_weights(official, backbone.model).items():
+        if key not in backbone._pruned:
+            state_dict[f"{prefix}model.{key}"] = value
