@@ -88,15 +88,15 @@ def test_a_config_of_a_card_without_recipe_is_said(table, monkeypatch):
 def test_code_of_the_table_is_written_and_never_run(table):
     folder = table(RECIPE)
     path = make_mm_configs.SOURCE
-    path.write_text(path.read_text().replace("out_norm: layer", "out_norm: !python __import__('os').abort()"))
+    path.write_text(path.read_text().replace("out_norm: layer", "out_norm: !python __import__('os').getcwd()"))
     assert make_mm_configs.main([]) == 0
-    assert "out_norm=__import__('os').abort()" in next(folder.glob("*.py")).read_text()
+    assert "out_norm=__import__('os').getcwd()" in next(folder.glob("*.py")).read_text()
 
 
 def test_tags_that_make_objects_are_refused(table):
     table(RECIPE)
     path = make_mm_configs.SOURCE
-    path.write_text(path.read_text().replace("out_norm: layer", "out_norm: !!python/object/apply:os.abort []"))
+    path.write_text(path.read_text().replace("out_norm: layer", "out_norm: !!python/object/apply:os.getcwd []"))
     with pytest.raises(yaml.constructor.ConstructorError):
         make_mm_configs.render_all()
 
@@ -107,6 +107,7 @@ def test_numbers_come_from_the_row_that_names_the_config():
     assert numbers[config] == "Official, not reproduced here: box AP 47.3, mask AP 42.7 (model_cards/swin_va.md)."
     dino = numbers["detection/dino_5scale_transnext-tiny_12e_coco.py"]
     assert dino == "Official, not reproduced here: box AP 55.7 (model_cards/transnext.md)."
+    assert "mIoU 45.62" in numbers["segmentation/fcn_resnest101-va_160k_ade20k.py"]  # FCN in the card
 
 
 def test_a_card_names_configs_that_are_there(tmp_path, monkeypatch):
