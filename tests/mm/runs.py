@@ -22,7 +22,7 @@ FAMILIES = {
     "agent": "test_agent_swin",
     "efficient": "test_efficient_cswin",
 }
-WIDTH = 32
+WIDTH = 64  # of necks and heads
 
 
 def parts(kind, channels):
@@ -33,10 +33,17 @@ def parts(kind, channels):
         heads = {
             "bbox_roi_extractor": {"out_channels": WIDTH},
             "mask_roi_extractor": {"out_channels": WIDTH},
-            "bbox_head": {**roi, "fc_out_channels": 64},
-            "mask_head": {**roi, "conv_out_channels": WIDTH, "num_convs": 2},
+            "bbox_head": {**roi, "fc_out_channels": 256},
+            "mask_head": {**roi, "conv_out_channels": WIDTH},
         }
-        return {**neck, "rpn_head": {"in_channels": WIDTH, "feat_channels": WIDTH}, "roi_head": heads}
+        few = {"nms_pre": 500, "max_per_img": 200}  # proposals, for small images
+        return {
+            **neck,
+            "rpn_head": {"in_channels": WIDTH, "feat_channels": WIDTH},
+            "roi_head": heads,
+            "train_cfg": {"rpn_proposal": few, "rcnn": {"sampler": {"num": 128}}},
+            "test_cfg": {"rpn": few},
+        }
     if kind == "retinanet":
         return {**neck, "bbox_head": {**roi, "stacked_convs": 2, "feat_channels": WIDTH}}
     if kind == "upernet":
@@ -83,7 +90,7 @@ def small_config(kind, model_name, data, work_dir, iterations, **changes):
             "optim_wrapper": {
                 "type": "OptimWrapper",
                 "constructor": "BackboneOptimWrapperConstructor",
-                "optimizer": {"type": "AdamW", "lr": 3e-3, "weight_decay": 0.05},
+                "optimizer": {"type": "AdamW", "lr": 2e-3, "weight_decay": 0.05},
                 "paramwise_cfg": {"norm_decay_mult": 0.0},
                 "clip_grad": {"max_norm": 5.0},
             },
