@@ -6,7 +6,7 @@
 # ${VISATTN_CACHE:-~/.cache/visattn}/wheels; delete that folder to build anew.
 #
 #   tools/install_mm.sh            build for the CPU, and for CUDA where a GPU and nvcc are there
-#   FORCE_CUDA=1 tools/install_mm.sh   CUDA without a GPU in sight (TORCH_CUDA_ARCH_LIST says for which)
+#   FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 tools/install_mm.sh   for CUDA without a GPU in sight
 #   FORCE_CUDA=0 tools/install_mm.sh   the CPU only
 set -euo pipefail
 
@@ -22,6 +22,8 @@ if [ "${FORCE_CUDA:-}" != 0 ] && { [ "${FORCE_CUDA:-}" = 1 ] || [ "$(ask 'torch.
     nvcc=${CUDA_HOME:+$CUDA_HOME/bin/}nvcc
     if command -v "$nvcc" >/dev/null; then
         kind=cuda$(ask 'torch.version.cuda')
+        [ -n "${TORCH_CUDA_ARCH_LIST:-}" ] || [ "$(ask 'torch.cuda.is_available()')" = True ] ||
+            fail "expected TORCH_CUDA_ARCH_LIST for a build without a GPU in sight, got none; try 9.0 for an H100"
     else
         [ "${FORCE_CUDA:-}" != 1 ] || fail "expected nvcc for FORCE_CUDA=1, got none; try CUDA_HOME=DIR with DIR/bin/nvcc"
         echo "A GPU but no nvcc: building ops for the CPU only, so mmcv's ops will refuse CUDA tensors; try CUDA_HOME=DIR"

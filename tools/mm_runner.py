@@ -55,6 +55,8 @@ def main(scope: str, job: str, description: str) -> None:
         config.randomness = ConfigDict(seed=args.seed)
     if job == "test":
         config.load_from = args.checkpoint
+        if args.tta and "tta_pipeline" not in config:
+            sys.exit(f"expected a config with tta_pipeline, got {args.config}; try without --tta")
         if args.tta:
             config.test_dataloader.dataset.pipeline = config.tta_pipeline
             config.model = ConfigDict(config.tta_model, module=config.model)
@@ -71,6 +73,8 @@ def main(scope: str, job: str, description: str) -> None:
         getattr(Runner.from_cfg(config), job)()
     except WeightsError as error:
         sys.exit(str(error))
+    except FileNotFoundError as error:
+        sys.exit(f"expected the data where the config's data_root says, got: {error}; try tools/make_small_sets.py")
 
 
 def start_processes(config: Config) -> None:

@@ -242,6 +242,12 @@ def test_frozen_stages_do_not_change(name, frozen):
     assert any("norms." in key for key in changed)
 
 
+def test_a_frozen_stem_includes_tokens_and_positions():
+    backbone = TimmBackboneVA("test_agent_deit", frozen_stages=0)
+    fixed = {key.split(".")[1] for key, p in backbone.named_parameters() if not p.requires_grad}
+    assert fixed == {"cls_token", "pos_embed", "patch_embed"}
+
+
 def test_norm_eval_keeps_the_statistics():
     for norm_eval in (True, False):
         backbone = TimmBackboneVA("test_biformer", norm_eval=norm_eval).train()

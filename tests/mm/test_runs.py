@@ -136,15 +136,18 @@ def test_another_autocast_is_refused():
     ("args", "message"),
     [
         (("nothing.py",), "expected a config file, got nothing.py"),
-        (("CONFIG",), "expected a config of mmseg, got one of mmdet; try the other command"),
+        (("DET",), "expected a config of mmseg, got one of mmdet; try the other command"),
+        (("SEG", "--cfg-options", "train_dataloader.dataset.data_root=nowhere"), "expected the data where"),
+        (("SEG", "--resume", "nothing.pth"), "expected a checkpoint at nothing.pth, got no file"),
     ],
 )
 def test_mistakes_on_the_command_line(args, message, nuclei, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
     from mm_runner import main
 
-    small_config("retinanet", "test_dinat", nuclei, tmp_path, 1).dump(tmp_path / "CONFIG.py")
-    args = [str(tmp_path / "CONFIG.py") if arg == "CONFIG" else arg for arg in args]
+    for kind, name in (("retinanet", "DET"), ("upernet", "SEG")):
+        small_config(kind, "test_dinat", nuclei, tmp_path, 1).dump(tmp_path / f"{name}.py")
+    args = [str(tmp_path / f"{arg}.py") if arg in ("DET", "SEG") else arg for arg in args]
     monkeypatch.setattr(sys, "argv", ["train_seg.py", *args])
     with pytest.raises(SystemExit, match=message):
         main("mmseg", "train", "")

@@ -94,9 +94,7 @@ class TimmBackboneVA(nn.Module):
             self.norms.extend(norms[separate_norm](channels) for channels in self.out_channels)
         if with_cp:
             self.model.set_grad_checkpointing(True)
-        self._frozen = self._find_frozen()
-        for name in self._frozen:
-            self.model.get_submodule(name).requires_grad_(False)
+        self._frozen = self._freeze()
         self.register_load_state_dict_pre_hook(_convert_official)
 
     def _create(self, **kwargs: Any) -> nn.Module:
@@ -112,14 +110,17 @@ class TimmBackboneVA(nn.Module):
             )
         return tuple(indices)
 
-    def _find_frozen(self) -> list[str]:
-        """The largest modules that have parameters, all of them in frozen groups."""
+    def _freeze(self) -> list[str]:
+        """Stop the gradients of the frozen groups; returns the largest modules that have no others."""
         groups = group_parameters(self.model, self.model.group_matcher(coarse=True), reverse=True)
+        for key, parameter in self.model.named_parameters():
+            if groups[key] <= self.frozen_stages:
+                parameter.requires_grad_(False)
         frozen: list[str] = []
         for name, module in self.model.named_modules():
-            names = [f"{name}.{key}" for key, _ in module.named_parameters()]
+            trained = [parameter.requires_grad for parameter in module.parameters()]
             inside = any(name.startswith(f"{outer}.") for outer in frozen)
-            if name and names and not inside and all(groups[key] <= self.frozen_stages for key in names):
+            if trained and not any(trained) and not inside:
                 frozen.append(name)
         return frozen
 
