@@ -59,6 +59,11 @@ if ! ls "$wheels"/mmcv-2.1.0-*.whl >/dev/null 2>&1; then
         printf '#!/bin/sh\nexec %s "$@" -std=c++20\n' "$(command -v "$nvcc")" >"$work/nvcc"
         chmod +x "$work/nvcc"
         export PYTORCH_NVCC=$work/nvcc
+        # Headers that a small toolkit lacks are in the packages that torch's own CUDA build came with.
+        CPATH=$(python -c "
+import pathlib, sysconfig
+print(*pathlib.Path(sysconfig.get_path('purelib')).glob('nvidia/cu*/include'), sep=':')")${CPATH:+:$CPATH}
+        export CPATH
     fi
     # gcc takes a precompiled header only if it and the sources are compiled with the same flags.
     flags="-DNDEBUG -fwrapv -g0 -O2 -w -fPIC"

@@ -37,11 +37,12 @@ class SameWeights(Hook):
 
 def test_a_resumed_run_goes_on(nuclei, tmp_path):
     """From a file of plain values, with the optimizer, the schedule and the history."""
-    first = Runner.from_cfg(small_config("semantic_fpn", "test_dinat", nuclei, tmp_path, 3))
+    warmup = {"param_scheduler": [{"type": "LinearLR", "start_factor": 0.1, "by_epoch": False, "begin": 0, "end": 10}]}
+    first = Runner.from_cfg(small_config("semantic_fpn", "test_dinat", nuclei, tmp_path, 3, **warmup))
     first.train()
     saved = torch.load(tmp_path / "iter_3.pth", weights_only=True)
     assert torch.serialization.get_unsafe_globals_in_checkpoint(tmp_path / "iter_3.pth") == []
-    runner = Runner.from_cfg(small_config("semantic_fpn", "test_dinat", nuclei, tmp_path, 5, resume=True))
+    runner = Runner.from_cfg(small_config("semantic_fpn", "test_dinat", nuclei, tmp_path, 5, resume=True, **warmup))
     runner.register_hook(SameWeights(saved["state_dict"]))
     runner.train()
     assert runner.iter == 5
