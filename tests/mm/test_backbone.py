@@ -31,7 +31,7 @@ SWIN_AGENTS = agents((9, 9), (16, 12), (49, 14), (49, 7))
 @pytest.mark.parametrize("name", OURS)
 def test_four_maps_of_a_detectors_image(name):
     with torch.device("meta"):
-        backbone = MODELS.build({"type": "TimmBackboneVA", "model_name": name})
+        backbone = MODELS.build({"type": "TimmBackboneVA", "model_name": name}).eval()
         maps = backbone(torch.empty(1, 3, 800, 1216))
     info = timm.create_model(name, device="meta").feature_info[-4:]
     assert [m.shape[1] for m in maps] == backbone.out_channels == [level["num_chs"] for level in info]
