@@ -58,10 +58,22 @@ def test_what_the_model_names_does_not_decay(name, kept):
         assert lr == (0.1 if "qkv" in key else 1.0), key
 
 
-@pytest.mark.parametrize("decay", [0.0, 1.1, -1])
-def test_another_layer_decay_is_refused(decay):
-    with pytest.raises(ValueError, match="expected layer_decay in"):
-        groups_of(Detector(model_name="test_dinat"), layer_decay=decay)
+@pytest.mark.parametrize("name", ["test_dinat", "test_vit"])  # output norms of the model, and of the adapter
+def test_a_factor_for_the_backbone(name):
+    model = Detector(model_name=name, out_norm="layer")
+    groups = groups_of(model, backbone_lr_mult=0.1, norm_decay_mult=0.0, custom_keys={"qkv": {"lr_mult": 0.5}})
+    assert groups.keys() == dict(model.named_parameters()).keys()
+    assert any("norms.3" in key for key in groups)
+    for key, (lr, decay) in groups.items():
+        assert lr == pytest.approx((0.1 if key.startswith("backbone.") else 1.0) * (0.5 if "qkv" in key else 1.0)), key
+        if "norm" in key:
+            assert decay == 0, key
+
+
+@pytest.mark.parametrize("options", [*({"layer_decay": d} for d in (0.0, 1.1, -1)), {"backbone_lr_mult": -0.1}])
+def test_another_factor_is_refused(options):
+    with pytest.raises(ValueError, match=f"expected {next(iter(options))} "):
+        groups_of(Detector(model_name="test_dinat"), **options)
 
 
 @pytest.fixture

@@ -13,44 +13,52 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from timm.models._manipulate import group_with_matcher
 from torch import nn
 
+from visattn.mm.backbone import TimmBackboneVA
+
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class BackboneOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """mmengine's default constructor that also asks the backbone of visattn or timm.
 
     Parameters that the backbone's `no_weight_decay` names do not decay. `paramwise_cfg` may have, beside mmengine's
-    keys, `layer_decay` in (0, 1]: the learning rate of every layer of the backbone is this times that of the layer
-    above it, where the heads are the highest layer and layers are groups of timm's `group_matcher`. Both act on top of
-    mmengine's keys.
+    keys, `backbone_lr_mult`, a factor of the backbone's learning rates, and `layer_decay` in (0, 1]: the learning rate
+    of every layer of the backbone is this times that of the layer above it, where the heads are the highest layer and
+    layers are groups of timm's `group_matcher`. All act on top of mmengine's keys.
 
     Raises:
-        ValueError: Another `layer_decay`.
+        ValueError: Another `layer_decay`, or a negative `backbone_lr_mult`.
     """
 
     def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None) -> None:
-        super().__init__(optim_wrapper_cfg, {"layer_decay": 1.0, **(paramwise_cfg or {})})
+        super().__init__(optim_wrapper_cfg, {"layer_decay": 1.0, "backbone_lr_mult": 1.0, **(paramwise_cfg or {})})
         self.layer_decay = self.paramwise_cfg["layer_decay"]
+        self.backbone_lr_mult = self.paramwise_cfg["backbone_lr_mult"]
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"expected layer_decay in (0, 1], got {self.layer_decay}; try 0.9")
+        if self.backbone_lr_mult < 0:
+            raise ValueError(f"expected backbone_lr_mult of 0 or more, got {self.backbone_lr_mult}; try 0.1")
 
     def add_params(
         self, params: list[dict[str, Any]], module: nn.Module, prefix: str = "", is_dcn_module: Any = None
     ) -> None:
         """Append a group per parameter of `module` to `params`."""
         super().add_params(params, module, prefix, is_dcn_module)
-        backbone = getattr(getattr(module, "backbone", None), "model", None)
-        if prefix or backbone is None:
+        backbone = getattr(module, "backbone", None)
+        if prefix or not isinstance(backbone, TimmBackboneVA):
             return
+        model = backbone.model
         # timm puts norms of the outputs, which no pattern matches, with the heads; so does a name that is not there.
-        named = [*backbone.named_parameters(), ("heads", None)]
-        layers = group_with_matcher(named, backbone.group_matcher(), reverse=True)
+        added = [(f"out_norms.{name}", parameter) for name, parameter in backbone.norms.named_parameters()]
+        named = [*model.named_parameters(), *added, ("heads", None)]
+        layers = group_with_matcher(named, model.group_matcher(), reverse=True)
         names = {id(parameter): name for name, parameter in named}
-        patterns = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
+        patterns = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
         for group in params:
             name = names.get(id(group["params"][0]))
             if name is None:
                 continue
-            group["lr"] = group.get("lr", self.base_lr) * self.layer_decay ** (layers["heads"] - layers[name])
+            scale = self.backbone_lr_mult * self.layer_decay ** (layers["heads"] - layers[name])
+            group["lr"] = group.get("lr", self.base_lr) * scale
             if any(fnmatch(name, pattern) for pattern in patterns):
                 group["weight_decay"] = 0.0
 

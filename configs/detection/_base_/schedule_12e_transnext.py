@@ -1,6 +1,6 @@
 """DINO's 12 epochs of AdamW, for 8 GPUs of 2 images or of 1 accumulated twice; the backbone at a tenth of the rate.
 
-Norms and biases do not decay. Names of parameters are TransNeXt's, whose backbone this is for.
+Norms and biases do not decay.
 """
 
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=12, val_interval=1)
@@ -14,36 +14,8 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=0.1, norm_type=2),
     accumulative_counts=2,  # 1 image per GPU
     paramwise_cfg=dict(
+        backbone_lr_mult=0.1,
         flat_decay_mult=0.0,  # norms and biases
-        custom_keys={
-            "backbone": dict(lr_mult=0.1),
-            **{
-                key: dict(lr_mult=0.1, decay_mult=0.0)
-                for key in [
-                    "attn.q.bias",
-                    "attn.kv.bias",
-                    "attn.qkv.bias",
-                    "attn.sr.bias",
-                    "attn.proj.bias",
-                    "attn.norm",
-                    "mlp.fc1.bias",
-                    "mlp.fc2.bias",
-                    "mlp.dwconv.bias",
-                    "norm1.weight",
-                    "norm1.bias",
-                    "norm2.weight",
-                    "norm2.bias",
-                    "patch_embed.norm",
-                    "patch_embed.proj.bias",
-                    "downsample.norm",
-                    "downsample.reduction.bias",
-                    "stages.0.norm",
-                    "stages.1.norm",
-                    "stages.2.norm",
-                    "backbone.model.norm",
-                ]
-            },
-        },
     ),
 )
 auto_scale_lr = dict(enable=False, base_batch_size=16)

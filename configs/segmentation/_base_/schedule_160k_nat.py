@@ -1,6 +1,6 @@
 """Mask2Former's 160k iterations of AdamW, for 8 GPUs of 2 images; the backbone at a tenth of the rate.
 
-Norms and embeddings do not decay. Names of parameters are NAT's, whose backbone this is for.
+Norms and embeddings do not decay.
 """
 
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=160000, val_interval=5000)
@@ -13,25 +13,11 @@ optim_wrapper = dict(
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
     clip_grad=dict(max_norm=0.01, norm_type=2),
     paramwise_cfg=dict(
+        backbone_lr_mult=0.1,
         norm_decay_mult=0.0,
         custom_keys={
-            "backbone": dict(lr_mult=0.1),
-            **{
-                key: dict(lr_mult=0.1, decay_mult=0.0)
-                for key in [
-                    "norm1.weight",
-                    "norm1.bias",
-                    "norm2.weight",
-                    "norm2.bias",
-                    "patch_embed.norm",
-                    "downsample.norm",
-                    "backbone.model.out_norms",
-                ]
-            },
-            **{
-                key: dict(decay_mult=0.0)
-                for key in ["decode_head.query_embed", "decode_head.query_feat", "decode_head.level_embed"]
-            },
+            key: dict(decay_mult=0.0)
+            for key in ["decode_head.query_embed", "decode_head.query_feat", "decode_head.level_embed"]
         },
     ),
 )
