@@ -4,7 +4,11 @@ import itertools
 from pathlib import Path
 
 import timm
+import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.dist import all_gather_object, is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 
 import visattn.mm  # noqa: F401 - registers what the configs name
 
@@ -117,3 +121,24 @@ def small_config(kind, model_name, data, work_dir, iterations, **changes):
 def losses(runner):
     """The loss of every iteration."""
     return list(runner.message_hub.get_scalar("train/loss").data[0])
+
+
+@HOOKS.register_module()
+class SameWeightsEverywhere(Hook):
+    """Compares what the processes of a run have learnt, and from what."""
+
+    def before_train(self, runner):
+        self.images = set()
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.images.update(sample.img_path for sample in data_batch["data_samples"])
+
+    def after_train(self, runner):
+        weights = [parameter.detach().clone() for parameter in runner.model.parameters()]
+        everywhere = all_gather_object((weights, self.images))
+        if not is_main_process():
+            return
+        for others, images in everywhere[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
+            assert not images & self.images
+        print(f"the same weights in {len(everywhere)} processes, of other images")

@@ -1,5 +1,6 @@
 """Runs from the command line, resumed, of two processes, and in lower precision."""
 
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +20,8 @@ def tool(name, *args, torchrun=0):
     """Run a tool; returns what it printed."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"] if torchrun else []
     command = [sys.executable, *launch, str(ROOT / "tools" / f"{name}.py"), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout + done.stderr
 
@@ -86,20 +88,27 @@ def test_commands_of_detection(nuclei, tmp_path):
     assert len(list((tmp_path / "run").rglob("vis_image/*.png"))) == 4
 
 
-def test_two_processes_train(nuclei, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "model_name", "task", "metric"),
+    [("upernet", "test_biformer", "seg", "mIoU"), ("mask_rcnn", "test_dinat", "det", "coco/segm_mAP_50")],
+)
+def test_two_processes_train(kind, model_name, task, metric, nuclei, tmp_path):
     """With batch norms of each process, as there is no SyncBN on CPUs; both end with the same weights."""
-    config = small_config("upernet", "test_biformer", nuclei, tmp_path / "run", 4, log_level="INFO")
-    config.model.decode_head.norm_cfg = ConfigDict(type="SyncBN", requires_grad=True)
+    config = small_config(kind, model_name, nuclei, tmp_path / "run", 2, log_level="INFO")
+    config.custom_imports = ConfigDict(imports=["tests.mm.runs"])
+    config.custom_hooks = [*config.custom_hooks, ConfigDict(type="SameWeightsEverywhere")]
+    if kind == "upernet":
+        config.model.decode_head.norm_cfg = ConfigDict(type="SyncBN", requires_grad=True)
     config.dump(tmp_path / "small.py")
-    said = tool("train_seg", tmp_path / "small.py", torchrun=2)
+    said = tool(f"train_{task}", tmp_path / "small.py", torchrun=2)
     assert "Distributed training: True" in said
     assert "GPU number: 2" in said
-    weights = torch.load(tmp_path / "run" / "iter_4.pth", weights_only=True)["state_dict"]
-    single = Runner.from_cfg(config)
-    start = {key: value.clone() for key, value in single.model.state_dict().items()}
-    assert weights.keys() == start.keys()
-    said = tool("test_seg", tmp_path / "small.py", tmp_path / "run" / "iter_4.pth", torchrun=2)
-    assert "mIoU" in said
+    assert "the same weights in 2 processes, of other images" in said
+    weights = torch.load(tmp_path / "run" / "iter_2.pth", weights_only=True)["state_dict"]
+    config.custom_hooks.pop()
+    assert weights.keys() == Runner.from_cfg(config).model.state_dict().keys()
+    said = tool(f"test_{task}", tmp_path / "small.py", tmp_path / "run" / "iter_2.pth", torchrun=2)
+    assert metric in said
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
