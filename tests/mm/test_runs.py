@@ -79,10 +79,12 @@ def test_commands_of_segmentation(nuclei, tmp_path):
     assert score > 0
 
 
-def test_commands_of_detection(nuclei, tmp_path):
+def test_commands_of_detection(nuclei, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
     config = small_config("mask_rcnn", "test_dinat", nuclei, tmp_path / "run", 2, log_level="INFO")
     config.dump(tmp_path / "small.py")
-    assert "coco/segm_mAP" in tool("train_det", tmp_path / "small.py", "--amp", "bfloat16")
+    assert "coco/segm_mAP" in tool("train_det", tmp_path / "small.py", "--amp", "bfloat16", "--log", "wandb")
+    assert list((tmp_path / "run").rglob("run-*.wandb"))
     said = tool("test_det", tmp_path / "small.py", tmp_path / "run" / "iter_2.pth", "--show")
     assert "coco/segm_mAP" in said
     assert len(list((tmp_path / "run").rglob("vis_image/*.png"))) == 4
