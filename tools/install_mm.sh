@@ -59,6 +59,9 @@ if ! ls "$wheels"/mmcv-2.1.0-*.whl >/dev/null 2>&1; then
         printf '#!/bin/sh\nexec %s "$@" -std=c++20\n' "$(command -v "$nvcc")" >"$work/nvcc"
         chmod +x "$work/nvcc"
         export PYTORCH_NVCC=$work/nvcc
+        # torch takes the folder above nvcc's for the toolkit, where the nvcc that is found may be a script elsewhere.
+        toolkit=$("$nvcc" --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')
+        [ -n "${CUDA_HOME:-}" ] || [ ! -f "$toolkit/include/cuda_runtime.h" ] || export CUDA_HOME=$toolkit
         # Headers that a small toolkit lacks are in the packages that torch's own CUDA build came with.
         CPATH=$(python -c "
 import pathlib, sysconfig
