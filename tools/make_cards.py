@@ -242,15 +242,12 @@ def registered(modules: Iterable[str]) -> list[str]:
 def measure(name: str, size: int) -> tuple[int, float, int]:
     """Parameters, GMACs (rounded to 3 decimals) and classes of a model at a square input, on the meta device."""
     import timm
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
-    model = timm.create_model(name, device="meta").eval()
-    # Under inference_mode visattn's ops reach the counter whole, and their own formulas count exactly the visible keys.
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, model.in_chans, size, size, device="meta"))
+    from visattn.flops import forward_flops
+
+    model = timm.create_model(name, device="meta")
     params = sum(parameter.numel() for parameter in model.parameters())
-    return params, round(counter.get_total_flops() / 2e9, 3), model.num_classes
+    return params, round(forward_flops(model, model.in_chans, size, size) / 2e9, 3), model.num_classes
 
 
 def check_models(card: Card, only: Iterable[str] | None = None) -> list[str]:

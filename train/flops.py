@@ -1,12 +1,11 @@
 """How much a model computes, and the share of what the device could (MFU)."""
 
-import copy
-import itertools
 import re
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+
+import visattn.flops
 
 # Dense matrix products of one device in TFLOP/s: in half precision with sums in float32, and in float32 as cuDNN does
 # them by default (TF32; plain float32 before Ampere). From NVIDIA's data sheets, RTX cards from the white papers of
@@ -35,19 +34,14 @@ OTHERS = ("MIG", "Laptop", "Max-Q", "4090 D", "3090 Ti")
 
 
 def forward_flops(model: nn.Module, in_chans: int, img_size: int) -> int | None:
-    """FLOPs (two per multiply-add) of one image forward; None if the model cannot run without data.
+    """`visattn.flops.forward_flops` of a square image; None if the model cannot run without data.
 
-    Runs a twin of `model` on the meta device, which holds no weights. Call it before the model is wrapped or sharded.
+    Call it before the model is wrapped or sharded.
     """
-    tensors = itertools.chain(model.parameters(), model.buffers())
     try:
-        twin = copy.deepcopy(model, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors}).eval()
-        # Under inference_mode visattn's ops reach the counter whole: their formulas count exactly the visible keys.
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-            twin(torch.empty(1, in_chans, img_size, img_size, device="meta"))
+        return visattn.flops.forward_flops(model, in_chans, img_size, img_size)
     except Exception:  # whatever a model does that needs real values; the count is only information
         return None
-    return counter.get_total_flops()
 
 
 def peak_flops(device: torch.device, amp: str, override_tflops: float | None = None) -> float | None:

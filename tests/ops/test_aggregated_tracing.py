@@ -105,7 +105,7 @@ def test_flops_count_what_takes_part():
 
     shapes = shapes_of(2, (8, 5), (2, 2), 3, 4, hidden=6, width=7, kernel=3)
     tensors = {n: torch.randn(s, device="meta") for n, s in shapes.items()}
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         aggregated_attention(**tensors, pretrain_size=7)
     pairs = (8 + 7 + 7) * (5 + 4 + 4) + 8 * 5 * 4
     bias = len(Pooled(8, 2).distances) * len(Pooled(5, 2).distances) * 6 * (2 + 3)

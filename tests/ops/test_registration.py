@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests import tolerances
 from tests.tolerances import relative_error
@@ -179,20 +180,21 @@ def test_script_and_meta():
     assert Scripted()(x.to("meta"), bias.to("meta")).shape == expected.shape == (1, 8, 12, 2, 4)
 
 
-def test_flops_count_visible_keys_only():
-    from torch.utils.flop_counter import FlopCounterMode
+def counted(call, mode=torch.no_grad):
+    with mode(), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
+
+def test_flops_count_visible_keys_only():
     q, k, v = torch.randn(3, 2, 14, 14, 3, 8, device="meta")
     for kernel, extra in (((7, 7), 0), ((3, 5), 4)):
         ek = torch.randn(2, extra, 3, 8, device="meta") if extra else None
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-            ops.neighborhood_attention(q, k, v, kernel, extra_k=ek, extra_v=ek)
-        assert counter.get_total_flops() == 2 * 2 * 14 * 14 * 3 * (kernel[0] * kernel[1] + extra) * (8 + 8)
+        found = counted(lambda: ops.neighborhood_attention(q, k, v, kernel, extra_k=ek, extra_v=ek))  # noqa: B023
+        assert found == 2 * 2 * 14 * 14 * 3 * (kernel[0] * kernel[1] + extra) * (8 + 8)
 
 
 def test_flops_of_other_ops_count_visible_keys_only():
-    from torch.utils.flop_counter import FlopCounterMode
-
     q, k, v = torch.randn(3, 2, 9, 14, 3, 8, device="meta")
     table, lists = torch.randn(11, 8, device="meta"), torch.zeros(2, 1, 35, 3, device="meta").long()
     calls = [
@@ -207,6 +209,28 @@ def test_flops_of_other_ops_count_visible_keys_only():
         (lambda: ops.bilevel_routing_attention(q, k, v, (3, 7), 4, kv_pool="avg", kv_size=2), 9 * 14 * 4 * 1 * 16),
     ]
     for call, multiplications in calls:
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-            call()
-        assert counter.get_total_flops() == 2 * 2 * 3 * multiplications
+        assert counted(call) == 2 * 2 * 3 * multiplications
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+def test_flops_are_those_of_the_formula_however_an_op_runs(mode, device, backend):
+    q, k, v = (torch.randn(1, 6, 6, 2, 4, device=device, requires_grad=True) for _ in range(3))
+    calls = {
+        lambda: ops.neighborhood_attention(q, k, v, 3, backend=backend): 9 * 8,
+        lambda: ops.neighborhood_attention(q, k, v, 3, return_lse=True, backend=backend): 9 * 8,
+        lambda: ops.window_attention(q, k, v, 3, backend=backend): 9 * 8,
+        lambda: ops.efficient_attention(q, k, v, backend=backend): 2 * 4 * 4,
+    }
+    for call, multiplications in calls.items():
+        assert counted(call, mode) == 2 * 36 * 2 * multiplications
+
+
+def test_flops_of_a_backward_pass_are_twice_those_of_the_forward_pass():
+    q, k, v = (torch.randn(1, 6, 6, 2, 4, requires_grad=True) for _ in range(3))
+    expected = torch.autograd.grad(ops.window_attention(q, k, v, 3).sum(), (q, k, v))
+    with FlopCounterMode(display=False) as counter:
+        found = torch.autograd.grad(ops.window_attention(q, k, v, 3).sum(), (q, k, v))
+    torch.testing.assert_close(found, expected)
+    assert counter.get_total_flops() == 3 * 2 * 36 * 2 * 9 * 8

@@ -4,17 +4,22 @@ Called through `torch.ops`, an op is a single node for fx tracing and TorchScrip
 `torch.compile` and `torch.export` see through a composite op to the PyTorch operations inside it.
 
 While a graph with symbolic sizes is traced, an op that would cut a map according to its size becomes one opaque node
-instead, which runs when the sizes are known.
+instead, which runs when the sizes are known. So does an op with a FLOP formula while `FlopCounterMode` counts: what it
+counts is then the formula, with every version of PyTorch, on every device, whatever a backend computes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import register_flop_formula
 
 _library = torch.library.Library("visattn", "DEF")
 
@@ -35,6 +40,11 @@ def sizes_are_known(args: tuple[Any, ...]) -> bool:
     return True
 
 
+def flops_are_counted() -> bool:
+    """True under `FlopCounterMode`, whose mode is private and has had other names in other versions of PyTorch."""
+    return any("FlopCounter" in type(mode).__name__ for mode in _get_current_dispatch_mode_stack())
+
+
 def _fresh(x: Tensor, args: Sequence[Any]) -> Tensor:
     """x, contiguous, as a copy if it shares memory with a tensor among the arguments: an op may not return those."""
     taken = {t.untyped_storage()._cdata for t in args if isinstance(t, Tensor)}
@@ -48,6 +58,7 @@ def opaque(
     results: int,
     run: Callable[..., Tensor | tuple[Tensor, ...]],
     fake: Callable[..., Tensor | tuple[Tensor, ...]],
+    flops: Callable[..., int] | None = None,
 ) -> Any:
     """Define `visattn::<name>_opaque`, differentiable, which tracing does not look into; returns its `torch.ops` entry.
 
@@ -57,6 +68,8 @@ def opaque(
         results: How many tensors it returns; one that is not asked for is an empty tensor.
         run: The implementation. The backward pass runs it again and differentiates it.
         fake: Empty tensors of the results' shapes and dtypes.
+        flops: FLOPs of a forward pass by the arguments, shapes in place of tensors; a backward pass counts twice that,
+            what it computes again as nothing.
     """
     is_tensor = [argument.startswith("Tensor") for argument in arguments.split(", ")]
     positions = [i for i, yes in enumerate(is_tensor) if yes]
@@ -99,29 +112,45 @@ def opaque(
         tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
         args = [next(tensors) if yes else next(others) for yes in is_tensor]
         needs = [ctx.needs_input_grad[i] for i in positions]
-        found = iter(getattr(torch.ops.visattn, f"{name}_opaque_backward")(list(grads), needs, *args))
+        if flops_are_counted():
+            # No kernel can differentiate below a mode: one call to be counted, another for the values.
+            on_meta = tree_map_only(Tensor, lambda t: t.to("meta"), (list(grads), needs, *args))
+            backward_packet(*on_meta)
+        with _disable_current_modes() if flops_are_counted() else contextlib.nullcontext():
+            found = iter(backward_packet(list(grads), needs, *args))
         return tuple(next(found) if yes and ctx.needs_input_grad[i] else None for i, yes in enumerate(is_tensor))
 
     forward.register_autograd(differentiate, setup_context=setup_context)
-    return getattr(torch.ops.visattn, f"{name}_opaque")
+    packet, backward_packet = (getattr(torch.ops.visattn, f"{name}_opaque{suffix}") for suffix in ("", "_backward"))
+    if flops is not None:
+        register_flop_formula(packet)(lambda *args, out_shape=None: flops(*args))
+        register_flop_formula(backward_packet)(lambda grads, needs, *args, out_shape=None: 2 * flops(*args))
+    return packet
 
 
-def define_op(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor], whole_on_cpu: bool = False) -> Any:
+def define_op(
+    schema: str,
+    run: Callable[..., Tensor],
+    fake: Callable[..., Tensor],
+    flops: Callable[..., int] | None = None,
+    whole_on_cpu: bool = False,
+) -> Any:
     """Define op `schema`, whose work depends on sizes: composite where they are known, opaque where symbolic.
 
     It has one result. `run` and `fake` take the schema's arguments by position; `run`'s own default values stand for
-    those left out. With `whole_on_cpu`, `torch.compile` for a CPU keeps the op opaque too: its eager form is the faster
-    one there. Programs of `torch.export` see into it nevertheless.
+    those left out. `flops`: as for `opaque`. With `whole_on_cpu`, `torch.compile` for a CPU keeps the op opaque too:
+    its eager form is the faster one there. Programs of `torch.export` see into it nevertheless.
     """
     name, _, rest = schema.partition("(")
     arguments = rest[: rest.rindex(") -> ")].replace("Tensor(a)", "Tensor")
-    hidden = opaque(name, ", ".join(a.partition("=")[0] for a in arguments.split(", ")), 1, run, fake)
+    hidden = opaque(name, ", ".join(a.partition("=")[0] for a in arguments.split(", ")), 1, run, fake, flops)
     defaults = [p.default for p in inspect.signature(run).parameters.values()]
 
     def call(*args: Any) -> Tensor:
         args = (*args, *defaults[len(args) :])
         compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        if not sizes_are_known(args) or (whole_on_cpu and compiled and args[0].device.type == "cpu"):
+        whole = whole_on_cpu and compiled and args[0].device.type == "cpu"
+        if whole or not sizes_are_known(args) or (flops is not None and flops_are_counted()):
             return hidden(*args)
         return run(*args)
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from visattn.ops.agent.eager import agent_eager
 from visattn.ops.agent.reference import agent_reference
@@ -63,23 +62,22 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
     return v.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
-attend = define_op(
-    "agent_attention(Tensor q, Tensor k, Tensor v, Tensor agents, Tensor? agent_bias=None, Tensor? query_bias=None, "
-    "float? scale=None, str backend='auto') -> Tensor",
-    _run,
-    _fake,
-)
-
-
-@register_flop_formula([attend])
 def _flops(
     q_shape: Sequence[int],
     k_shape: Sequence[int],
     v_shape: Sequence[int],
     agents_shape: Sequence[int],
     *args: Any,
-    **kwargs: Any,
 ) -> int:
     """Twice the multiply-adds of the four products."""
     tokens = math.prod(q_shape[1:-2]) + math.prod(k_shape[1:-2])
     return 2 * q_shape[0] * q_shape[-2] * agents_shape[1] * tokens * (q_shape[-1] + v_shape[-1])
+
+
+attend = define_op(
+    "agent_attention(Tensor q, Tensor k, Tensor v, Tensor agents, Tensor? agent_bias=None, Tensor? query_bias=None, "
+    "float? scale=None, str backend='auto') -> Tensor",
+    _run,
+    _fake,
+    _flops,
+)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from visattn.ops.aggregated.eager import aggregated_eager
 from visattn.ops.aggregated.reference import aggregated_reference, reference_weights
@@ -137,6 +136,41 @@ def _fake(q: Tensor, pool_k: Tensor, pool_v: Tensor, *args: Any) -> Tensor:
     return pool_v.new_empty((*q.shape[:-1], pool_v.shape[-1]))
 
 
+def _pairs(length: int, kernel_size: int) -> int:
+    """How many pairs of tokens of an axis lie in one another's window."""
+    return sum(max(length - abs(step), 0) for step in range(-(kernel_size // 2), kernel_size // 2 + 1))
+
+
+def _flops(
+    q_shape: Sequence[int],
+    pool_k_shape: Sequence[int],
+    pool_v_shape: Sequence[int],
+    temperature_shape: Any,
+    query_embedding_shape: Any,
+    cpb_weight1_shape: Sequence[int],
+    cpb_bias1_shape: Any,
+    cpb_weight2_shape: Any,
+    cpb_bias2_shape: Any,
+    pretrain_size: Any,
+    bias_size: Sequence[int],
+    k_shape: Any = None,
+    v_shape: Any = None,
+    kernel_size: int = 3,
+    local_bias_shape: Any = None,
+    tokens_shape: Any = None,
+    *args: Any,
+) -> int:
+    """Twice the multiply-adds for the pairs that take part, the learnable tokens and the bias of distinct distances."""
+    b, h, w, n, d = q_shape
+    pairs = h * w * pool_k_shape[1] * pool_k_shape[2]
+    if k_shape is not None:
+        pairs += _pairs(h, kernel_size) * _pairs(w, kernel_size)
+    tokens = h * w * kernel_size**2 * d if tokens_shape is not None else 0
+    axes = _bias_axes((h, w, *pool_k_shape[1:3]), bias_size)
+    bias = len(axes[0].distances) * len(axes[1].distances) * cpb_weight1_shape[0] * (2 + n)
+    return 2 * (b * n * (pairs * (d + pool_v_shape[4]) + tokens) + bias)
+
+
 attend = define_op(
     "aggregated_attention(Tensor q, Tensor pool_k, Tensor pool_v, Tensor temperature, Tensor query_embedding, "
     "Tensor cpb_weight1, Tensor cpb_bias1, Tensor cpb_weight2, Tensor cpb_bias2, SymInt[] pretrain_size, "
@@ -144,6 +178,7 @@ attend = define_op(
     "Tensor? tokens=None, Tensor? token_bias=None, str backend='auto') -> Tensor",
     _run,
     _fake,
+    _flops,
     whole_on_cpu=True,
 )
 
@@ -171,40 +206,3 @@ def aggregated_weights(
             q, pool_k, scale, embedding, cpb, axes, list(pretrain_size), k, kernel_size, local_bias
         )
     return local, pooled.unflatten(-1, tuple(pool_k.shape[1:3]))
-
-
-def _pairs(length: int, kernel_size: int) -> int:
-    """How many pairs of tokens of an axis lie in one another's window."""
-    return sum(max(length - abs(step), 0) for step in range(-(kernel_size // 2), kernel_size // 2 + 1))
-
-
-@register_flop_formula([attend])
-def _flops(
-    q_shape: Sequence[int],
-    pool_k_shape: Sequence[int],
-    pool_v_shape: Sequence[int],
-    temperature_shape: Any,
-    query_embedding_shape: Any,
-    cpb_weight1_shape: Sequence[int],
-    cpb_bias1_shape: Any,
-    cpb_weight2_shape: Any,
-    cpb_bias2_shape: Any,
-    pretrain_size: Any,
-    bias_size: Sequence[int],
-    k_shape: Any = None,
-    v_shape: Any = None,
-    kernel_size: int = 3,
-    local_bias_shape: Any = None,
-    tokens_shape: Any = None,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    """Twice the multiply-adds for the pairs that take part, the learnable tokens and the bias of distinct distances."""
-    b, h, w, n, d = q_shape
-    pairs = h * w * pool_k_shape[1] * pool_k_shape[2]
-    if k_shape is not None:
-        pairs += _pairs(h, kernel_size) * _pairs(w, kernel_size)
-    tokens = h * w * kernel_size**2 * d if tokens_shape is not None else 0
-    axes = _bias_axes((h, w, *pool_k_shape[1:3]), bias_size)
-    bias = len(axes[0].distances) * len(axes[1].distances) * cpb_weight1_shape[0] * (2 + n)
-    return 2 * (b * n * (pairs * (d + pool_v_shape[4]) + tokens) + bias)

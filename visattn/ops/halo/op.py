@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from visattn.ops.checks import check_dtypes
 from visattn.ops.dispatch import Backend, Dispatcher, always
@@ -79,15 +78,6 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
     return v.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
-attend = define_op(
-    "halo_attention(Tensor q, Tensor k, Tensor v, SymInt[2] block_size, SymInt[2] halo_size, SymInt[2] stride, "
-    "Tensor? rel_h=None, Tensor? rel_w=None, bool mask_border=True, float? scale=None, str backend='auto') -> Tensor",
-    _run,
-    _fake,
-)
-
-
-@register_flop_formula([attend])
 def _flops(
     q_shape: Sequence[int],
     k_shape: Sequence[int],
@@ -99,7 +89,6 @@ def _flops(
     rel_w_shape: Any = None,
     mask_border: bool = True,
     *args: Any,
-    **kwargs: Any,
 ) -> int:
     """Twice the multiply-adds for the pairs that take part and the relative terms, whatever a backend computes."""
     axes = _axes(k_shape[1:3], block_size, halo_size, stride)
@@ -108,3 +97,12 @@ def _flops(
     tables = zip(axes, (rel_h_shape, rel_w_shape), strict=True)
     relative = q_shape[1] * q_shape[2] * sum(axis.window for axis, shape in tables if shape)
     return 2 * heads * (pairs * (dim + v_shape[-1]) + relative * dim)
+
+
+attend = define_op(
+    "halo_attention(Tensor q, Tensor k, Tensor v, SymInt[2] block_size, SymInt[2] halo_size, SymInt[2] stride, "
+    "Tensor? rel_h=None, Tensor? rel_w=None, bool mask_border=True, float? scale=None, str backend='auto') -> Tensor",
+    _run,
+    _fake,
+    _flops,
+)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from visattn.ops.checks import check_dtypes, spatial_axes
 from visattn.ops.dispatch import Backend, Dispatcher, always
@@ -114,36 +113,42 @@ def _fake_dynamic_conv(x: Tensor, *args: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-efficient = define_op(
-    "efficient_attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, str backend='auto') -> Tensor",
-    _efficient,
-    _fake,
-)
-inline = define_op(
-    "inline_attention(Tensor q, Tensor k, Tensor v, float? scale=None, str backend='auto') -> Tensor", _inline, _fake
-)
-focused = define_op(
-    "focused_linear_attention(Tensor q, Tensor k, Tensor v, Tensor focus_scale, float factor=3.0, "
-    "str backend='auto') -> Tensor",
-    _focused,
-    _fake,
-)
-dynamic_conv = define_op(
-    "dynamic_depthwise_conv(Tensor x, Tensor kernels, str backend='auto') -> Tensor",
-    _dynamic_conv,
-    _fake_dynamic_conv,
-    whole_on_cpu=True,
-)
-
-
-@register_flop_formula([efficient, inline, focused])
-def _flops(q_shape: Sequence[int], k_shape: Sequence[int], v_shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
+def _flops(q_shape: Sequence[int], k_shape: Sequence[int], v_shape: Sequence[int], *args: Any) -> int:
     """Twice the multiply-adds of the two products in the cheaper order."""
     queries, keys = math.prod(q_shape[1:-2]), math.prod(k_shape[1:-2])
     d, dv = q_shape[-1], v_shape[-1]
     return 2 * q_shape[0] * q_shape[-2] * min(queries * keys * (d + dv), (queries + keys) * d * dv)
 
 
-@register_flop_formula([dynamic_conv])
-def _dynamic_conv_flops(x_shape: Sequence[int], kernels_shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
+efficient = define_op(
+    "efficient_attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, str backend='auto') -> Tensor",
+    _efficient,
+    _fake,
+    _flops,
+)
+inline = define_op(
+    "inline_attention(Tensor q, Tensor k, Tensor v, float? scale=None, str backend='auto') -> Tensor",
+    _inline,
+    _fake,
+    _flops,
+)
+focused = define_op(
+    "focused_linear_attention(Tensor q, Tensor k, Tensor v, Tensor focus_scale, float factor=3.0, "
+    "str backend='auto') -> Tensor",
+    _focused,
+    _fake,
+    _flops,
+)
+
+
+def _dynamic_conv_flops(x_shape: Sequence[int], kernels_shape: Sequence[int], *args: Any) -> int:
     return 2 * math.prod(x_shape) * kernels_shape[-1]
+
+
+dynamic_conv = define_op(
+    "dynamic_depthwise_conv(Tensor x, Tensor kernels, str backend='auto') -> Tensor",
+    _dynamic_conv,
+    _fake_dynamic_conv,
+    _dynamic_conv_flops,
+    whole_on_cpu=True,
+)

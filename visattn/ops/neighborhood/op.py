@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from visattn.ops.dispatch import Backend, Dispatcher, always
 from visattn.ops.fused.support import automatic
@@ -21,7 +20,7 @@ from visattn.ops.neighborhood.checks import check_bias, check_tensors, checked_a
 from visattn.ops.neighborhood.eager import neighborhood_eager
 from visattn.ops.neighborhood.reference import neighborhood_reference
 from visattn.ops.neighborhood.triton import neighborhood_triton, refusal
-from visattn.ops.registration import composite, opaque, sizes_are_known
+from visattn.ops.registration import composite, flops_are_counted, opaque, sizes_are_known
 
 dispatcher = Dispatcher(
     "neighborhood_attention",
@@ -70,7 +69,7 @@ def _attend(
 ) -> Tensor | tuple[Tensor, ...]:
     tensors = (q, k, v, bias, extra_k, extra_v, extra_bias)
     window = (kernel_size, dilation, stride, is_causal)
-    if sizes_are_known((*tensors, *window)):
+    if sizes_are_known((*tensors, *window)) and not flops_are_counted():
         results = _run(tensors, window, scale, backend, return_lse)
     else:
         results = _opaque(*tensors, *window, scale, backend, return_lse)
@@ -83,28 +82,6 @@ _arguments = (
 )
 attend = composite(f"neighborhood_attention{_arguments} -> Tensor", partial(_attend, False))
 attend_lse = composite(f"neighborhood_attention_lse{_arguments} -> (Tensor, Tensor)", partial(_attend, True))
-
-
-@register_flop_formula([attend, attend_lse])
-def _flops(
-    q_shape: Sequence[int],
-    k_shape: Sequence[int],
-    v_shape: Sequence[int],
-    kernel_size: Sequence[int],
-    dilation: Sequence[int],
-    stride: Sequence[int],
-    is_causal: Sequence[bool],
-    bias_shape: Any = None,
-    extra_k_shape: Any = None,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    """Twice the multiply-adds for the keys that a query sees (causal axes in full), whatever a backend computes.
-
-    The counter reaches these ops under `torch.inference_mode`; elsewhere it counts a backend's own operations.
-    """
-    keys = math.prod(kernel_size) + (extra_k_shape[1] if extra_k_shape else 0)
-    return 2 * math.prod(q_shape[:-1]) * keys * (q_shape[-1] + v_shape[-1])
 
 
 # The opaque node. The lse that is not asked for is an empty tensor, as an op cannot return None.
@@ -125,6 +102,22 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor]:
     return v.new_empty((*q.shape[:-1], v.shape[-1])), lse.new_empty(q.shape[:-1]) if return_lse else lse
 
 
+def _flops(
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+    v_shape: Sequence[int],
+    bias_shape: Any,
+    extra_k_shape: Any,
+    extra_v_shape: Any,
+    extra_bias_shape: Any,
+    kernel_size: Sequence[int],
+    *args: Any,
+) -> int:
+    """Twice the multiply-adds for the keys that a query sees (causal axes in full), whatever a backend computes."""
+    keys = math.prod(kernel_size) + (extra_k_shape[1] if extra_k_shape else 0)
+    return 2 * math.prod(q_shape[:-1]) * keys * (q_shape[-1] + v_shape[-1])
+
+
 _opaque = opaque(
     "neighborhood_attention",
     f"Tensor q, Tensor k, Tensor v, {', '.join(f'Tensor? {name}' for name in _OPTIONAL)}, {_WINDOW}, "
@@ -132,4 +125,5 @@ _opaque = opaque(
     2,
     _with_lse,
     _fake,
+    _flops,
 )

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from visattn.ops.checks import check_dtypes
 from visattn.ops.dispatch import Backend, Dispatcher, always
@@ -84,11 +83,31 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
     return v.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
+def _attention_flops(q_shape: Sequence[int], v_shape: Sequence[int], keys: int) -> int:
+    """Twice the multiply-adds for so many keys per query, whatever a backend computes."""
+    return 2 * math.prod(q_shape[:4]) * keys * (q_shape[4] + v_shape[4])
+
+
+def _flops(
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+    v_shape: Sequence[int],
+    index_shape: Sequence[int],
+    region_size: Sequence[int],
+    kv_region_size: Sequence[int],
+    *args: Any,
+) -> int:
+    """With full regions."""
+    tokens = math.prod(min(n, s) for n, s in zip(k_shape[1:3], kv_region_size, strict=True))
+    return _attention_flops(q_shape, v_shape, index_shape[-1] * tokens)
+
+
 attend = define_op(
     "routed_attention(Tensor q, Tensor k, Tensor v, Tensor index, SymInt[] region_size, SymInt[] kv_region_size, "
     "Tensor? weight=None, bool mask_border=True, float? scale=None, str backend='auto') -> Tensor",
     _run,
     _fake,
+    _flops,
 )
 
 
@@ -133,37 +152,6 @@ def _run_bilevel(
     return _run(q, k, v, index, size, kv_region_size, weight if soft else None, rule == "mask", scale, backend)
 
 
-attend_bilevel = define_op(
-    "bilevel_routing_attention(Tensor q, Tensor k, Tensor v, SymInt[] n_win, SymInt topk, str rule='mask', "
-    "bool per_head=False, bool soft=False, bool diff=False, Tensor? router_weight=None, Tensor? router_bias=None, "
-    "str kv_pool='none', SymInt kv_size=1, float? scale=None, str backend='auto') -> Tensor",
-    _run_bilevel,
-    _fake,
-)
-
-
-def _attention_flops(q_shape: Sequence[int], v_shape: Sequence[int], keys: int) -> int:
-    """Twice the multiply-adds for so many keys per query, whatever a backend computes."""
-    return 2 * math.prod(q_shape[:4]) * keys * (q_shape[4] + v_shape[4])
-
-
-@register_flop_formula([attend])
-def _flops(
-    q_shape: Sequence[int],
-    k_shape: Sequence[int],
-    v_shape: Sequence[int],
-    index_shape: Sequence[int],
-    region_size: Sequence[int],
-    kv_region_size: Sequence[int],
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    """With full regions."""
-    tokens = math.prod(min(n, s) for n, s in zip(k_shape[1:3], kv_region_size, strict=True))
-    return _attention_flops(q_shape, v_shape, index_shape[-1] * tokens)
-
-
-@register_flop_formula([attend_bilevel])
 def _bilevel_flops(
     q_shape: Sequence[int],
     k_shape: Sequence[int],
@@ -179,7 +167,6 @@ def _bilevel_flops(
     kv_pool: str = "none",
     kv_size: int = 1,
     *args: Any,
-    **kwargs: Any,
 ) -> int:
     """Attention with full regions; routing is left out."""
     size = region_sizes(q_shape[1:3], n_win, rule)
@@ -187,3 +174,13 @@ def _bilevel_flops(
     if kv_pool != "none":
         size = [kv_size if kv_pool.startswith("ada_") else s // kv_size for s in size]
     return _attention_flops(q_shape, v_shape, topk * math.prod(size))
+
+
+attend_bilevel = define_op(
+    "bilevel_routing_attention(Tensor q, Tensor k, Tensor v, SymInt[] n_win, SymInt topk, str rule='mask', "
+    "bool per_head=False, bool soft=False, bool diff=False, Tensor? router_weight=None, Tensor? router_bias=None, "
+    "str kv_pool='none', SymInt kv_size=1, float? scale=None, str backend='auto') -> Tensor",
+    _run_bilevel,
+    _fake,
+    _bilevel_flops,
+)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from visattn.ops.checks import check_qkv, check_table
 from visattn.ops.dispatch import Backend, Dispatcher, always
@@ -58,15 +57,6 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
     return v.new_empty(v.shape)
 
 
-attend = define_op(
-    "window_attention(Tensor q, Tensor k, Tensor v, SymInt[] window_size, SymInt[] shift, bool grid, "
-    "Tensor? bias=None, float? scale=None, str backend='auto') -> Tensor",
-    _run,
-    _fake,
-)
-
-
-@register_flop_formula([attend])
 def _flops(
     q_shape: Sequence[int],
     k_shape: Sequence[int],
@@ -75,8 +65,16 @@ def _flops(
     shift: Sequence[int],
     grid: bool,
     *args: Any,
-    **kwargs: Any,
 ) -> int:
     """Twice the multiply-adds for the pairs that see each other, whatever a backend computes."""
     pairs = math.prod(axis.pairs() for axis in _axes(q_shape[1:-2], window_size, shift, grid))
     return 2 * q_shape[0] * q_shape[-2] * pairs * (q_shape[-1] + v_shape[-1])
+
+
+attend = define_op(
+    "window_attention(Tensor q, Tensor k, Tensor v, SymInt[] window_size, SymInt[] shift, bool grid, "
+    "Tensor? bias=None, float? scale=None, str backend='auto') -> Tensor",
+    _run,
+    _fake,
+    _flops,
+)
