@@ -4,11 +4,10 @@ import importlib.resources
 from pathlib import Path
 
 from timm.data import ImageNetInfo
-from timm.utils.misc import natural_key
 
 from train.config import Config
 from train.errors import DataError, DataNotFoundError
-from train.listing import list_folder
+from train.listing import list_folder, natural
 from train.sources import Source
 
 LAYOUTS = {"a": "SYNSET/x.jpg", "r": "SYNSET/x.jpg", "c": "CORRUPTION/1/CLASS/x.JPEG"}
@@ -28,7 +27,7 @@ def open_robustness(config: Config, kind: str) -> tuple[dict[str, Source], list[
     if not found:
         raise DataError(f"expected images in {root}, got none; try --data DIR with DIR/{LAYOUTS[kind]}")
     if kind == "c":
-        classes, outputs = sorted(found, key=natural_key), None
+        classes, outputs = sorted(found, key=natural), None
     else:
         synsets = importlib.resources.files("timm.data") / "_info" / f"imagenet_{kind}_synsets.txt"
         classes, all_classes = synsets.read_text().split(), ImageNetInfo().label_names()

@@ -135,12 +135,6 @@ def test_missing_class_folders(folder_data):
         open_data(config_for(folder_data))
 
 
-@pytest.mark.parametrize("name", ["validation", "test"])
-def test_other_names_of_the_test_split(folder_data, name):
-    (folder_data / "val").rename(folder_data / name)
-    assert len(open_data(config_for(folder_data)).eval) == 12
-
-
 def test_missing_splits(folder_data):
     with pytest.raises(
         DataNotFoundError, match=r"expected the folder .*/nowhere/train, got no folder .*/nowhere; try --data DIR"
@@ -157,9 +151,7 @@ def test_folders_without_classes_or_images(folder_data):
         open_data(config_for(folder_data))
     for image in (folder_data / "val").rglob("*.[pP]*"):
         image.unlink()
-    with pytest.raises(
-        DataError, match=r"expected images \(.jpeg, .jpg, .png, .webp\) in class folders of .*, got none"
-    ):
+    with pytest.raises(DataError, match=r"expected images \(.*.png, .*\) in class folders of .*, got none; try"):
         open_data(config_for(folder_data))
 
 
