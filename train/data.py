@@ -260,8 +260,11 @@ def _open_hf(name: str, mode: str) -> Data:
                 f"{outside[:5].tolist()}; try a split with labels"
             )
     train, test = (HfSource(reader, numbers, mode) for reader, numbers in zip(readers, targets, strict=True))
-    notes = [f"used as there is no {EVAL_SPLITS[0]}"] * (evaluation != EVAL_SPLITS[0])
-    if lost := [classes[number] for number in np.setdiff1d(targets[1], targets[0])]:
+    file = os.path.relpath(readers[0].dataset[0]["image"]["path"] or name, name)
+    if file.count(os.sep) > 2 and os.path.isdir(name):  # SPLIT/CLASS/.../IMAGE
+        train.report = f"{where}: classes are the last folders of the images ({file}); try --data {name} for the first"
+    notes = [f"tested on the split {evaluation}"] * (evaluation != EVAL_SPLITS[0])
+    if lost := [classes[number] for number in np.setdiff1d(*reversed(targets))]:
         notes.append(f"of {some(lost)} there are no training images")
-    test.report = "; ".join([f"{where}: the split {evaluation}", *notes]) if notes else ""
+    test.report = f"{where}: {'; '.join(notes)}" if notes else ""
     return Data(Path(name).name, train, test, classes)

@@ -165,7 +165,7 @@ def _list_shard(listing: Listing, shard: int, archive: tarfile.TarFile, skipped:
                 raise DataError(f"{where}: expected one .cls per key, got two; try a key of its own for each")
             labels[key] = str(int(text))
         else:
-            skipped.add(f"*.{extension}", path)
+            skipped.add(f"*.{extension}")
     if missing := images.keys() ^ labels.keys():
         raise DataError(
             f"{listing.shards[shard]}: expected an image and a .cls for each key, got only one of them for "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import multiprocessing
+import os
 import shutil
 import tarfile
 
@@ -12,7 +13,7 @@ from PIL import Image
 from train.config import Config
 from train.data import EMBEDDED, open_data, resolve
 from train.errors import DataError, DataNotFoundError
-from train.sources import EmbeddedSource
+from train.sources import BadImageError, EmbeddedSource
 
 RGB = {"input_size": (3, 32, 32), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.2, 0.2), "interpolation": "bilinear"}
 
@@ -101,6 +102,11 @@ def test_hugging_face_data_sets(folder_data, hf_data, tmp_path):
     assert contents(data.train) == contents(before.train)
     assert contents(data.eval) == contents(before.eval)
     assert data.eval.name(7) == f"row 7 of validation: {folder_data}/val/red/1.png"
+    assert (data.train.report, data.eval.report) == ("", f"{hf_data}: tested on the split validation")
+    (folder_data / "val" / "red" / "1.png").unlink()
+    os.mkfifo(folder_data / "val" / "red" / "1.png")
+    with pytest.raises(BadImageError, match="Not a regular file"):
+        data.eval.read(7)
 
     (tmp_path / "table").mkdir()
     for split, name in (("train", "train"), ("validation", "test")):
@@ -119,6 +125,17 @@ def test_hugging_face_data_sets(folder_data, hf_data, tmp_path):
         open_data(config_for(f"hfds/{tmp_path}/table"))
     with pytest.raises(DataError, match=r"expected hfds/nobody/nothing with the splits train .*, got .*; try"):
         open_data(config_for("hfds/nobody/nothing"))
+
+
+def test_hugging_face_takes_the_last_folder(folder_data, hf_data):
+    for path in sorted(folder_data.glob("*/*/*.png")):
+        (path.parent / "part").mkdir(exist_ok=True)
+        path.rename(path.parent / "part" / path.name)
+    for path in sorted(folder_data.glob("*/*/part")):
+        path.rename(path.with_name(f"part{path.parent.name == 'red'}"))
+    data = open_data(config_for(hf_data))
+    assert data.class_names == ["partFalse", "partTrue"]
+    assert "classes are the last folders of the images (train/blue/partFalse/0.png); try" in data.train.report
 
 
 def test_missing_class_folders(folder_data):
