@@ -121,6 +121,13 @@ def _files(
             yield path, member
         else:
             skipped.add("link{s}" if member.islnk() or member.issym() else "special file{s}", path)
+    # tarfile takes a header that it cannot read for the end, and so leaves out whatever follows.
+    archive.fileobj.seek(archive.offset)
+    rest = archive.fileobj.read(1 << 16)
+    if rest.strip(b"\0"):
+        raise tarfile.ReadError(f"no header and no end at byte {archive.offset}, or more after the end")
+    if not rest:
+        skipped.add("tar file{s} without an end, maybe cut off", outer or os.path.basename(archive.name))
 
 
 def _list_class_folders(

@@ -279,16 +279,28 @@ def test_members_that_are_no_files_are_named(tmp_path):
         assert contents(data.train)[0] == contents(data.eval)[0]
 
 
-def test_a_tar_whose_header_points_back_is_refused(tmp_path):
-    with tarfile.open(tmp_path / "train.tar", "w") as archive:
-        add(archive, "cat/0.png", b"x" * 600)
-    content = bytearray((tmp_path / "train.tar").read_bytes())
+def pointing_back(content):
     content[124:136] = (2**96 - 1024).to_bytes(12, "big")  # a negative size
     content[148:156] = b" " * 8
     content[148:156] = f"{sum(content[:512]):06o}\0 ".encode()
-    (tmp_path / "train.tar").write_bytes(content)
-    with pytest.raises(DataError, match=r"expected an uncompressed tar file at .*/train.tar, got .*; try tar -tf"):
-        list_tars(tmp_path / "train.tar", [tmp_path / "train.tar"], numbered=False)
+
+
+def test_what_would_end_a_tar_before_its_end_is_refused(tmp_path):
+    tar, damages = tmp_path / "train.tar", {"pointing back": pointing_back}
+    damages["header"] = lambda content: content.__setitem__(1024, 1)  # that of the second image
+    damages["more after the end"] = lambda content: content.extend(content)
+    damages["half a header"] = lambda content: content.__delitem__(slice(1200, None))
+    for damage in damages.values():
+        with tarfile.open(tar, "w") as archive:
+            for name in ("cat/0.png", "dog/0.png"):
+                add(archive, name, b"x" * 500)
+        content = bytearray(tar.read_bytes())
+        damage(content)
+        tar.write_bytes(content)
+        with pytest.raises(DataError, match=r"expected an uncompressed tar file at .*/train.tar, got .*; try tar -tf"):
+            list_tars(tar, [tar], numbered=False)
+    tar.write_bytes(content[:1024])
+    assert "left out: 1 tar file without an end, maybe cut off (train.tar)" in list_tars(tar, [tar], False).report
 
 
 def test_what_lies_beside_shards_is_said(tmp_path):
