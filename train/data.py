@@ -2,18 +2,19 @@
 
 import dataclasses
 import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from timm.data import resolve_data_config
-from timm.utils.misc import natural_key
 
 from train.config import Config
-from train.errors import ConfigError, DataError, DataNotFoundError
-from train.listing import EXTENSIONS, Listing, list_folder, list_tars
-from train.sources import EmbeddedSource, HfSource, Source
+from train.errors import ConfigError, DataError, DataNotFoundError, TrainError
+from train.listing import Listing, is_hidden, list_folder, natural, some
+from train.sources import EXTENSIONS, EmbeddedSource, HfSource, Source
+from train.tars import list_tars
 
 # What suits small grey digits. No flip: a mirrored 2 is no 2.
 DIGITS = {
@@ -32,7 +33,7 @@ EMBEDDED = {
 }
 # timm's ImageNet defaults, spelled out so that args.yaml is complete.
 FOLDER = {"in_chans": 3, "scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5}
-EVAL_SPLITS = ("val", "validation", "test")  # test last: published ones often come without labels
+EVAL_SPLITS = ("val", "valid", "validation", "test")  # test last: published ones often come without labels
 STREAMS = ("wds/", "hfids/", "tfds/")
 
 
@@ -106,16 +107,25 @@ def open_data(config: Config) -> Data:
     train, evaluation = (_list_split(root, names) for names in (("train",), EVAL_SPLITS))
     classes = _classes(train)
     # One class map for both splits: timm alone would number the classes of each split by itself.
-    if unknown := sorted(set(evaluation.labels) - set(classes), key=natural_key):
+    tested = {*evaluation.labels, *evaluation.empty}
+    if lost := sorted(tested & ({*classes, *train.empty} - {*train.labels}), key=natural):
+        raise DataError(
+            f"expected images of all classes in {train.path}, got none of {some(lost)}; try to add them, or to remove "
+            f"these classes from {evaluation.path} too{_said(train)}"
+        )
+    if unknown := sorted(set(evaluation.labels) - set(classes), key=natural):
         raise DataError(
             f"expected {evaluation.path} to hold only the {len(classes)} classes of {train.path}, got also "
-            f"{', '.join(unknown[:5])}; try the same class names in both"
+            f"{some(unknown)}; try the same class names in both"
         )
-    if missing := sorted(set(train.labels) - set(evaluation.labels), key=natural_key):
+    if missing := sorted(set(train.labels) - set(evaluation.labels), key=natural):
         raise DataError(
             f"expected images of all {len(classes)} classes in {evaluation.path}, got none of "
-            f"{', '.join(missing[:5])}; try whether it was unpacked as a whole"
+            f"{some(missing)}; try whether it was unpacked as a whole{_said(evaluation)}"
         )
+    if both := len(train.stores & evaluation.stores):
+        what = "tar file(s)" if train.shards else "folder(s)"
+        evaluation.remarks.append(f"{both} {what} of {train.path} too, so that models are tested on what they learnt")
     return Data(root.resolve().name, train.source(classes, mode), evaluation.source(classes, mode), classes)
 
 
@@ -126,42 +136,76 @@ def open_eval(config: Config) -> tuple[Source, list[str]]:
         return data.eval, data.class_names
     listing = _list_split(Path(config.data), EVAL_SPLITS)
     classes = _classes(listing)
+    if listing.empty:  # without it the classes after it would have other numbers than in training
+        raise DataError(
+            f"expected images in each class folder of {listing.path}, got none in {some(listing.empty)}; "
+            f"try to add them{_said(listing)}"
+        )
     return listing.source(classes, "L" if config.in_chans == 1 else "RGB"), classes
 
 
 def _list_split(root: Path, names: tuple[str, ...]) -> Listing:
     """List the first of `names` that is there, as a folder of class folders or shards, or as one tar."""
-    for name in names:
-        folder, tar = root / name, root / f"{name}.tar"
-        if folder.is_dir():
-            shards = sorted(folder.glob("*.tar"), key=lambda shard: natural_key(shard.name))
-            found = list_tars(folder, shards, numbered=True) if shards else list_folder(folder)
-        elif tar.is_file():
-            found = list_tars(tar, [tar], numbered=False)
-        else:
-            continue
-        if not found.names:
-            raise DataError(
-                f"expected images ({', '.join(sorted(EXTENSIONS))}) in class folders of {found.path}, got none; "
-                f"try {root / name}/CLASS/x.png"
-            )
-        return found
-    wanted = " or ".join(str(root / name) for name in names)
-    if root.is_dir():
-        got = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "an empty folder"
-    else:
+    try:
+        for name in names:
+            folder, tar = root / name, root / f"{name}.tar"
+            if os.path.isdir(folder):
+                found = _list_content(folder)
+                if os.path.lexists(tar):
+                    found.remarks.append(f"{tar.name} beside it is left out")
+            elif os.path.isfile(tar):
+                found = list_tars(tar, [tar], numbered=False)
+            elif there := [path for path in (folder, tar) if os.path.lexists(path)]:
+                raise DataError(
+                    f"expected a folder of class folders or a tar file, got {there[0]}, which is neither; try "
+                    f"ls -l {there[0]}"
+                )
+            else:
+                continue
+            if name != names[0]:
+                found.remarks.insert(0, f"used as there is no {names[0]}")
+            if not found.names:
+                raise DataError(
+                    f"expected images ({', '.join(sorted(EXTENSIONS))}) in class folders of {found.path}, got none; "
+                    f"try {folder}/CLASS/x.png{_said(found)}"
+                )
+            return found
         got = f"no folder {root}"
+        if os.path.isdir(root):
+            got = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "an empty folder"
+    except TrainError:
+        raise
+    except OSError as error:
+        raise DataError(f"expected data that can be read, got: {error}; try ls -l {root}") from error
+    wanted = " or ".join(str(root / name) for name in names)
     raise DataNotFoundError(
         f"expected the folder {wanted}, got {got}; try --data DIR with DIR/train/CLASS/*.png and DIR/val/CLASS/*.png, "
         "with tar files of these, or --data digits"
     )
 
 
+def _list_content(folder: Path) -> Listing:
+    """List a folder of webdataset shards, if it holds tar files, or of class folders."""
+    names = sorted((path.name for path in folder.iterdir() if not is_hidden(path.name)), key=natural)
+    shards = [folder / name for name in names if name.endswith(".tar")]
+    if not shards:
+        return list_folder(folder)
+    found = list_tars(folder, shards, numbered=True)
+    if others := [name for name in names if not name.endswith(".tar")]:
+        found.remarks.append(f"left out beside the shards: {some(others)}")
+    return found
+
+
+def _said(listing: Listing) -> str:
+    """What a split's report has to add to an error about it."""
+    return f" ({'; '.join(listing.remarks)})" if listing.remarks else ""
+
+
 def _classes(train: Listing) -> list[str]:
     """The names of the classes in the order of their numbers."""
     if train.numbered:
         return _numbered(max(int(label) for label in train.labels) + 1, len(train.names), train.path)
-    return _two(sorted(set(train.labels), key=natural_key), train.path)
+    return _two(sorted(set(train.labels), key=natural), train.path, _said(train))
 
 
 def _numbered(classes: int, images: int, where: str) -> list[str]:
@@ -173,9 +217,12 @@ def _numbered(classes: int, images: int, where: str) -> list[str]:
     return _two([str(number) for number in range(classes)], where)
 
 
-def _two(classes: list[str], where: str) -> list[str]:
+def _two(classes: list[str], where: str, said: str = "") -> list[str]:
     if len(classes) < 2:
-        raise DataError(f"expected at least 2 classes in {where}, got {len(classes)}; try {where}/CLASS/x.png")
+        raise DataError(
+            f"expected at least 2 classes in {where}, got {len(classes)}; try {where}/CLASS/x.png with more than "
+            f"{some(classes)}{said}"
+        )
     return classes
 
 
@@ -212,5 +259,12 @@ def _open_hf(name: str, mode: str) -> Data:
                 f"{where}: expected class numbers from 0 to {len(classes) - 1} in {reader.split}, got "
                 f"{outside[:5].tolist()}; try a split with labels"
             )
-    sources = (HfSource(reader, numbers, mode) for reader, numbers in zip(readers, targets, strict=True))
-    return Data(Path(name).name, *sources, classes)
+    train, test = (HfSource(reader, numbers, mode) for reader, numbers in zip(readers, targets, strict=True))
+    file = os.path.relpath(readers[0].dataset[0]["image"]["path"] or name, name)
+    if file.count(os.sep) > 2 and os.path.isdir(name):  # SPLIT/CLASS/.../IMAGE
+        train.report = f"{where}: classes are the last folders of the images ({file}); try --data {name} for the first"
+    notes = [f"tested on the split {evaluation}"] * (evaluation != EVAL_SPLITS[0])
+    if lost := [classes[number] for number in np.setdiff1d(*reversed(targets))]:
+        notes.append(f"of {some(lost)} there are no training images")
+    test.report = f"{where}: {'; '.join(notes)}" if notes else ""
+    return Data(Path(name).name, train, test, classes)

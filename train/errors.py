@@ -1,10 +1,20 @@
 """Failures a user can act on. `python -m train` prints their text without a traceback and exits with `exit_code`."""
 
 
+def printable(text: str) -> str:
+    """One line in which whatever a terminal would obey (newline, ESC, text direction) or refuse is spelled out."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class TrainError(Exception):
-    """Base of all; the text says: expected ..., got ...; try ... ."""
+    """Base of all; the text says: expected ..., got ...; try ... . Names in it come from data, so it is printable."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(TrainError, ValueError):

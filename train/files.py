@@ -1,7 +1,9 @@
-"""Files that survive a kill: whole or not there."""
+"""Files: written so that they survive a kill, read only where they are files."""
 
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -37,3 +39,27 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def open_regular(path: str | bytes | Path) -> BinaryIO:
+    """Open a regular file, or a link to one, for reading; any other kind raises OSError.
+
+    A FIFO without a writer would never open, and opening a device may set it going: look first, and again at
+    what was opened, as it may have been put there in between.
+    """
+
+    def check(info: os.stat_result) -> None:
+        if not (stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode)):  # open() itself refuses a folder
+            raise OSError(errno.EINVAL, "Not a regular file", os.fsdecode(path))
+
+    def opener(name: str | bytes | Path, flags: int) -> int:
+        check(os.stat(name))
+        handle = os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # which Windows lacks, as it does FIFOs
+        try:
+            check(os.fstat(handle))
+        except OSError:
+            os.close(handle)
+            raise
+        return handle
+
+    return open(path, "rb", opener=opener)

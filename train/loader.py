@@ -178,7 +178,7 @@ def _plain_errors(batches: Iterator[Any]) -> Iterator[Any]:
             f"expected loader processes that go on, got {type(error).__name__}: {error}; try fewer --workers"
         ) from error
     except DataError as error:
-        raise DataError(str(error).strip().rpartition(f"{DataError.__name__}: ")[2]) from error
+        raise DataError(error.args[0].strip().rpartition(f"{DataError.__name__}: ")[2]) from error
 
 
 @dataclass

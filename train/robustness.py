@@ -1,14 +1,14 @@
 """The folder layouts of ImageNet-A, -R (class folders of 200 classes) and -C (CORRUPTION/SEVERITY/CLASS)."""
 
 import importlib.resources
+import os
 from pathlib import Path
 
 from timm.data import ImageNetInfo
-from timm.utils.misc import natural_key
 
 from train.config import Config
 from train.errors import DataError, DataNotFoundError
-from train.listing import list_folder
+from train.listing import list_folder, natural
 from train.sources import Source
 
 LAYOUTS = {"a": "SYNSET/x.jpg", "r": "SYNSET/x.jpg", "c": "CORRUPTION/1/CLASS/x.JPEG"}
@@ -17,7 +17,7 @@ LAYOUTS = {"a": "SYNSET/x.jpg", "r": "SYNSET/x.jpg", "c": "CORRUPTION/1/CLASS/x.
 def open_robustness(config: Config, kind: str) -> tuple[dict[str, Source], list[str], list[int] | None]:
     """Sources by name (of C: corruption/severity), the classes, and the outputs that stand for them (None: all)."""
     root, mode = Path(config.data), "L" if config.in_chans == 1 else "RGB"
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise DataNotFoundError(f"expected the folder of ImageNet-{kind.upper()}, got no {root}; try --data DIR")
     if kind == "c":
         folders = [path for severity in "12345" for path in root.glob(f"*/{severity}") if path.is_dir()]
@@ -28,7 +28,7 @@ def open_robustness(config: Config, kind: str) -> tuple[dict[str, Source], list[
     if not found:
         raise DataError(f"expected images in {root}, got none; try --data DIR with DIR/{LAYOUTS[kind]}")
     if kind == "c":
-        classes, outputs = sorted(found, key=natural_key), None
+        classes, outputs = sorted(found, key=natural), None
     else:
         synsets = importlib.resources.files("timm.data") / "_info" / f"imagenet_{kind}_synsets.txt"
         classes, all_classes = synsets.read_text().split(), ImageNetInfo().label_names()

@@ -58,6 +58,9 @@ def build(config: Config, world: World, console: Console) -> Run:
     check_packages(config)
     config = resolve(config, resolve_model_input_args(config.model)["pretrained_cfg"])
     data = open_data(config)
+    for source in (data.train, data.eval):
+        if source.report:
+            say(console, source.report)
     loaders = make_loaders(config, data, world)
     seed_everything(config.seed, "weights")
     model = make_model(config, data.num_classes, console).to(world.device)

@@ -9,12 +9,22 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from train.errors import DataNotFoundError
+from train.files import open_regular
 
-# What PIL may take a file for. Without the list it starts Ghostscript on an .eps that calls itself .jpg.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+Image.init()  # loads all plugins; by itself PIL would know half of them
+CODECS = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}  # what a build of PIL may lack
+# What PIL may take a file for: formats that a file's first bytes prove. Without the list it starts Ghostscript on an
+# .eps that calls itself .jpg.
+FORMATS = tuple(
+    name
+    for name in ("JPEG", "PNG", "BMP", "DIB", "GIF", "TIFF", "PPM", *CODECS)
+    if name in Image.OPEN and features.check(CODECS.get(name, "zlib"))
+)
+# An .mpo is a JPEG with more pictures behind it; a .pfm has floating-point pixels only.
+EXTENSIONS = {end for end, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")} - {".pfm"}
 MAX_PIXELS = 89_478_485  # from here on PIL warns of a decompression bomb
 
 
@@ -46,6 +56,7 @@ class Source(ABC):
 
     targets: np.ndarray  # class numbers
     mode: str  # RGB or L
+    report = ""  # one line on what of the data is used and what is not, where there is something to say
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -142,7 +153,7 @@ class FolderSource(FileSource):
         self.paths = np.array([os.fsencode(path) for path in paths])
 
     def open(self, index: int) -> BinaryIO:
-        return open(self.paths[index], "rb")
+        return open_regular(self.paths[index])
 
     def name(self, index: int) -> str:
         return os.fsdecode(self.paths[index])
@@ -159,7 +170,7 @@ class TarSource(FileSource):
 
     def open(self, index: int) -> BinaryIO:
         shard, offset, size = self.places[index].tolist()
-        with open(self.shards[shard], "rb") as file:
+        with open_regular(self.shards[shard]) as file:
             file.seek(offset)
             return io.BytesIO(file.read(size))
 
@@ -175,7 +186,8 @@ class HfSource(FileSource):
         self.reader = reader
 
     def open(self, index: int) -> BinaryIO:
-        return self.reader[index][0]
+        image = self.reader.dataset[index][self.reader.image_key]
+        return io.BytesIO(image["bytes"]) if image["bytes"] else open_regular(image["path"])
 
     def name(self, index: int) -> str:
         return f"row {index} of {self.reader.split}: {self.reader.filename(index)}"

@@ -12,6 +12,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from timm.data import RealLabelsImagenet
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.models import resolve_model_input_args
@@ -25,7 +26,7 @@ from train.config import Config, read_yaml
 from train.data import open_eval, resolve
 from train.distributed import pick_device
 from train.engine import autocast
-from train.errors import CheckpointError, ConfigError, DataError, TrainError
+from train.errors import CheckpointError, ConfigError, DataError, TrainError, printable
 from train.files import write_atomic
 from train.loader import TestImages, make_test_transform
 from train.metrics import make_console, say
@@ -213,6 +214,9 @@ def validate(options: Options, console: Console) -> dict[str, Any]:
     config, weights = configure(options)
     device = pick_device(config.device)
     splits, classes, outputs = open_splits(config, options.robustness)
+    for source in splits.values():
+        if source.report:
+            say(console, source.report)
     model = load_model(config, weights, len(classes) if outputs is None else 1000, console).to(device)
     batch_size = options.batch_size or 2 * (config.micro_batch or config.batch_size)
     validator = Validator(config, model, make_transform(config, options.crops), batch_size, device, console)
@@ -248,14 +252,15 @@ def validate(options: Options, console: Console) -> dict[str, Any]:
 
 def show(results: dict[str, Any], console: Console) -> None:
     """Print the figures as a table."""
-    table = Table(title=f"{results['model']} on {results['data']}", title_justify="left", show_header=False)
+    title = Text(printable(f"{results['model']} on {results['data']}"))
+    table = Table(title=title, title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
     for name in ("top1", "top5", "real_top1", "real_top5", "loss"):
         if name in results:
             table.add_row(name, f"{results[name]:.4f}" if name == "loss" else f"{results[name]:.2f} %")
     for corruption, by_severity in results.get("errors", {}).items():
-        table.add_row(f"error on {corruption}", f"{by_severity['mean']:.2f} %")
+        table.add_row(Text(printable(f"error on {corruption}")), f"{by_severity['mean']:.2f} %")
     if "mean_error" in results:
         table.add_row("mean error", f"{results['mean_error']:.2f} %")
     table.add_row("images read", str(results["images"]))

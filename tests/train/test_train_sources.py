@@ -2,6 +2,7 @@
 
 import copy
 import io
+import os
 import struct
 import zlib
 
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from train.listing import list_folder
-from train.sources import BadImageError, FolderSource, TarSource
+from train.sources import EXTENSIONS, BadImageError, FolderSource, TarSource
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (24, 20, 3), dtype=np.uint8)
@@ -72,16 +73,36 @@ def test_unreadable_images_are_refused_with_a_reason(tmp_path, name):
     refused(FolderSource([str(tmp_path / name)], [0], "RGB"), reason)
 
 
-def test_what_is_no_file_is_refused(tmp_path):
-    (tmp_path / "red").mkdir()
-    (tmp_path / "red" / "folder.png").mkdir()
-    (tmp_path / "red" / "folder.png" / "lost.png").write_bytes(PNG)
-    (tmp_path / "red" / "link.png").symlink_to("nowhere.png")
+def test_what_is_no_file_is_refused_even_after_it_was_listed(tmp_path):
+    for name, make in (("fifo", os.mkfifo), ("folder", os.mkdir), ("gone", lambda path: None)):
+        make(tmp_path / name)
+        (tmp_path / f"link to {name}").symlink_to(name)
+    (tmp_path / "device").symlink_to("/dev/zero")
+    reasons = {
+        "fifo": "Not a regular file",
+        "device": "Not a regular file",
+        "folder": "Is a dir",
+        "gone": "No such file",
+    }
+    for path in tmp_path.iterdir():
+        reason = reasons[path.name.removeprefix("link to ")]
+        refused(FolderSource([str(path)], [0], "RGB"), reason)
+        refused(TarSource([str(path)], ["0.png"], [[0, 0, 9]], [0], "RGB"), reason)
+
+
+@pytest.mark.parametrize("extension", sorted(EXTENSIONS))
+def test_every_extension_that_is_listed_is_decoded(tmp_path, extension):
+    path = tmp_path / "red" / f"0{extension.upper()}"
+    path.parent.mkdir()
+    Image.fromarray(PIXELS).convert("1" if extension == ".pbm" else "RGB").save(path)
     listing = list_folder(tmp_path)
-    assert [name.removeprefix(f"{tmp_path}/") for name in listing.names] == ["red/folder.png", "red/link.png"]
-    refused(FolderSource(listing.names[:1], [0], "RGB"), "Is a directory")
-    refused(FolderSource(listing.names[1:], [0], "RGB"), "No such file or directory")
-    refused(TarSource([str(tmp_path / "gone.tar")], ["0.png"], [[0, 0, 9]], [0], "RGB"), "No such file or directory")
+    assert (listing.names, listing.report) == ([str(path)], "")
+    image, _ = listing.source(["red"], "RGB").read(0)
+    assert (image.mode, image.size) == ("RGB", (20, 24))
+
+
+def test_what_starts_other_programs_is_no_image():
+    assert not EXTENSIONS & {".eps", ".ps", ".pdf", ".wmf", ".emf", ".svg", ".mpg"}
 
 
 PALETTE = Image.fromarray(np.array([[0, 1, 1]], "uint8"), "P")
