@@ -12,6 +12,7 @@ try:
     from mmengine.config import Config, ConfigDict, DictAction
     from mmengine.dist import broadcast_object_list, init_dist, is_main_process
     from mmengine.runner import Runner
+    from mmengine.utils.dl_utils import set_multi_processing
 
     import visattn.mm  # noqa: F401 - registers the backbone and what goes with it
 except ImportError as error:
@@ -92,15 +93,17 @@ def stop(message: str) -> NoReturn:
 
 
 def check(config: Config, job: str) -> None:
-    """Look at the data in the first process; all end where it is not as it should be."""
-    lines = [None]
+    """Look at the data in the first process; all end where they are not as they should be."""
+    stops = [False]
     if is_main_process():
         findings, summary = check_data(config, job)
         print(summary, *findings.lines("warning"), sep="\n", flush=True)
-        lines = [findings.lines("error")]
-    broadcast_object_list(lines)
-    if lines[0]:
-        sys.exit("\n".join(lines[0]) if is_main_process() else 1)
+        for line in findings.lines("error"):
+            print(line, file=sys.stderr, flush=True)
+            stops = [True]
+    broadcast_object_list(stops)
+    if stops[0]:
+        sys.exit(1)
 
 
 def start_processes(config: Config) -> None:
@@ -109,6 +112,7 @@ def start_processes(config: Config) -> None:
         return
     config.launcher = "pytorch"
     if torch.cuda.is_available():
+        set_multi_processing(**config.env_cfg.get("mp_cfg", {}), distributed=True)
         init_dist(config.launcher, **config.env_cfg.get("dist_cfg", {}))
         return
     torch.distributed.init_process_group("gloo")

@@ -309,7 +309,9 @@ def no_images(data):
         content.update(images=[], annotations=[])
 
 
-@fault("det", r"train.json: expected metainfo.classes of the config to be the file's categories \['nucleus'\], got \['Nu")
+@fault(
+    "det", r"train.json: expected metainfo.classes of the config to be the file's categories \['nucleus'\], got \['Nu"
+)
 def other_names(data):
     data.set(metainfo={"classes": ("Nucleus",)})
 
@@ -319,7 +321,9 @@ def name_without_a_comma(data):
     data.set(metainfo={"classes": "nucleus"})
 
 
-@fault("det", r"file's categories \['nucleus', 'debris'\], got \['nucleus'\], which leaves out 1 objects of \['debris'\]")
+@fault(
+    "det", r"file's categories \['nucleus', 'debris'\], got \['nucleus'\], which leaves out 1 objects of \['debris'\]"
+)
 def category_that_the_config_lacks(data):
     with data.json() as content:
         content["categories"].append({"id": 2, "name": "debris"})
@@ -336,7 +340,9 @@ def classes_in_another_order(data):
     data.heads(2)
 
 
-@fault("det", r"config.py: expected num_classes=1 in model.roi_head.\w+, as metainfo.classes, got 80 \(1 more like it\)")
+@fault(
+    "det", r"config.py: expected num_classes=1 in model.roi_head.\w+, as metainfo.classes, got 80 \(1 more like it\)"
+)
 def forgotten_heads(data):
     data.heads(80)
 

@@ -39,7 +39,9 @@ def check_data(config: Config, job: str, seconds: float = SECONDS) -> tuple[Find
     wanted = ("train", "val") if job == "train" else ("test",)
     loaders = {part: config[f"{part}_dataloader"] for part in wanted if config.get(f"{part}_dataloader")}
     if wanted[0] not in loaders:
-        findings.add(config.filename or "the config", "no data", f"{wanted[0]}_dataloader", "none", "a base file with data")
+        findings.add(
+            config.filename or "the config", "no data", f"{wanted[0]}_dataloader", "none", "a base file with data"
+        )
     leaves = [(part, leaf) for part, loader in loaders.items() for leaf in _leaves(loader["dataset"])]
     said = {}
     classes = []
@@ -107,7 +109,9 @@ def _check(config: Config, part: str, leaf: Any, dataset: Any, findings: Finding
             if step.get("reduce_zero_label") not in (None, dataset.reduce_zero_label):
                 got = f"{step.reduce_zero_label} in its pipeline"
                 expected = f"reduce_zero_label={dataset.reduce_zero_label} as the dataset has it"
-                findings.add(config.filename or "the config", "zero", expected, got, "reduce_zero_label in the dataset alone")
+                findings.add(
+                    config.filename or "the config", "zero", expected, got, "reduce_zero_label in the dataset alone"
+                )
         heads = [head for _, head in _heads(config.model)]
         return check_masks(
             dataset,
@@ -146,9 +150,17 @@ def _check_heads(config: Config, classes: list[str], findings: Findings) -> None
         number = _number(head)
         expected = f"num_classes={len(classes)} in {key}, as metainfo.classes"
         if classes and number != len(classes) and _labels(head) != len(classes):
-            findings.add(config.filename or "the config", "heads", expected, str(number), "the same number of classes in every head")
+            findings.add(
+                config.filename or "the config",
+                "heads",
+                expected,
+                str(number),
+                "the same number of classes in every head",
+            )
         for name, loss in parts(head):
             weights = loss.get("class_weight")
             if isinstance(weights, (list, tuple)) and len(weights) not in (number, number + 1):
                 expected = f"{number} or, with the background, {number + 1} values in {key}{name}.class_weight"
-                findings.add(config.filename or "the config", "weights", expected, str(len(weights)), "a weight for every class")
+                findings.add(
+                    config.filename or "the config", "weights", expected, str(len(weights)), "a weight for every class"
+                )

@@ -86,7 +86,7 @@ def check_coco(
             if masks and not panoptic:
                 check_mask(found, image, partial(say, of=total), polygons)
             name = categories[found["category_id"]]
-            objects[name] += 1
+            objects[name] += not found.get("iscrowd")
             if name in classes:
                 seen.add(image["id"])
     _check_classes(dataset.metainfo.get("classes"), list(categories.values()), objects, say, part)

@@ -79,9 +79,7 @@ def _data(dataset: Any, findings: Findings) -> list[dict]:
     for key, path in (("img_path", folder), ("seg_map_path", masks)):
         if not path or not os.path.isdir(path):
             got = not_a_file(path) or "a file" if path else "none"
-            findings.add(
-                path or "the config", "folder", f"a folder as data_prefix.{key}", got, "data_root, data_prefix"
-            )
+            findings.add(path or "the config", "folder", f"a folder as data_prefix.{key}", got, "another one")
             return []
     inside = list(_walk(folder, findings)) if not listed else []
     if "loop" in findings.faults:
@@ -91,8 +89,9 @@ def _data(dataset: Any, findings: Findings) -> list[dict]:
     if twice := [name for name, count in names.items() if count > 1]:
         say = partial(findings.add, dataset.ann_file, "twice", "every image once")
         say(f"{len(twice)} again, e.g. {twice[0]}", "a list without them", warning=True)
-    left = [path for path in inside if not path.endswith(dataset.img_suffix) or not os.path.isfile(path)]
-    left = [path for path in left if Path(path).suffix.lower() in SUFFIXES and path not in names]
+    known = {os.path.normpath(item["seg_map_path"]) for item in data}
+    left = [path for path in inside if path not in names and os.path.normpath(path) not in known]
+    left = [path for path in left if Path(path).suffix.lower() in SUFFIXES]
     if not data:
         kinds = ", ".join(f"{n} *{suffix}" for suffix, n in Counter(Path(path).suffix for path in left).items())
         where = dataset.ann_file if listed else folder
@@ -101,7 +100,6 @@ def _data(dataset: Any, findings: Findings) -> list[dict]:
         got = f"{len(left)} that are left out, e.g. {left[0]}"
         findings.add(folder, "left out", f"images *{dataset.img_suffix}", got, "one suffix for all", warning=True)
     if not listed and data:
-        known = {os.path.normpath(item["seg_map_path"]) for item in data}
         for path in _walk(masks, findings):
             if path.endswith(dataset.seg_map_suffix) and os.path.normpath(path) not in known and path not in names:
                 advice = f"the image beside the others (*{dataset.img_suffix}), or no mask"
@@ -111,14 +109,15 @@ def _data(dataset: Any, findings: Findings) -> list[dict]:
 
 def _walk(folder: str, findings: Findings) -> Iterator[str]:
     """Yield the files below a folder, with a finding for every folder that is reached twice."""
-    seen = {}
+    seen = set()
+    top = os.path.realpath(folder)
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
-        if real in seen:
-            findings.add(place, "loop", "every folder once", f"{seen[real]} again", "to remove the link")
+        if real in seen or (seen and os.path.commonpath([real, top]) == real):
+            findings.add(place, "loop", "every folder once", f"{real} again", "to remove the link")
             folders.clear()
             continue
-        seen[real] = place
+        seen.add(real)
         yield from (os.path.join(place, name) for name in files if not name.startswith("."))
 
 
