@@ -9,23 +9,42 @@ from mmengine.config import ConfigDict
 from PIL import Image
 from pycocotools import mask as mask_tools
 
-from tests.mm.broken_sets import FAULTS, HEIGHT, WIDTH, Data
+from tests.mm import coco_faults, mask_faults
 from tests.mm.conftest import ROOT
+from tests.mm.runs import small_config
+from tests.mm.tiny_sets import HEIGHT, KINDS, WIDTH, Data
 
 sys.path.insert(0, str(ROOT / "tools"))
 
 from mm_checks import check_data
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_one_line(name, tmp_path):
-    kind, break_it, says = FAULTS[name]
+def says_of(data):
+    """The one line that is said of a fault."""
+    (line,) = check_data(data.config, "train")[0].lines("error")
+    assert line.isprintable()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("kind", "break_it", "says"),
+    [
+        pytest.param(kind, *found, id=name)
+        for kind, faults in (("det", coco_faults), ("seg", mask_faults))
+        for name, found in faults.FAULTS.items()
+    ],
+)
+def test_a_fault_is_one_line(kind, break_it, says, tmp_path):
     data = Data(kind, tmp_path)
     break_it(data)
-    findings, _ = check_data(data.config, "train")
-    (line,) = findings.lines("error")
-    assert "\n" not in line
-    assert re.search(says, line), line
+    assert re.search(says, says_of(data))
+
+
+@pytest.mark.parametrize(("changes", "says"), coco_faults.ANNOTATIONS)
+def test_a_fault_of_an_annotation_is_one_line(changes, says, tmp_path):
+    data = Data("det", tmp_path)
+    data.annotation(**changes)
+    assert says in says_of(data)
 
 
 @pytest.mark.parametrize("kind", ["det", "seg"])
@@ -44,7 +63,7 @@ def test_a_healthy_set_is_one_line(kind, tmp_path):
 
 
 def coco_like(root):
-    """A set as COCO publishes it: crowds, touched borders, a box without height, gaps in ids, images without objects."""
+    """A set as COCO publishes it: crowds, touched borders, gaps in ids, images without objects."""
     data = Data("det", root)
     with data.json() as content:
         content["categories"] = [{"id": 3, "name": "car"}, {"id": 90, "name": "toothbrush"}]
@@ -134,6 +153,19 @@ def images_alone(root):
     return data.config
 
 
+def boxes_alone(root):
+    """No masks where no head wants any."""
+    data = Data("det", root)
+    data.config.model.roi_head.pop("mask_head")
+    for split in ("train", "val"):
+        with data.json(split) as content:
+            for found in content["annotations"]:
+                del found["segmentation"]
+        for step in data.config[f"{split}_dataloader"].dataset.pipeline:
+            step.pop("with_mask", None)
+    return data.config
+
+
 def panoptic(root):
     """Pictures of segments, with a class of things and one of stuff."""
     data = Data("det", root)
@@ -165,13 +197,22 @@ def panoptic(root):
     return data
 
 
-HEALTHY = [coco_like, ade_like, voc_like, cityscapes_like, wrapped, two_classes_of_one_output, images_alone, panoptic]
+HEALTHY = [
+    coco_like,
+    ade_like,
+    voc_like,
+    cityscapes_like,
+    wrapped,
+    two_classes_of_one_output,
+    images_alone,
+    boxes_alone,
+]
+HEALTHY.append(lambda root: panoptic(root).config)
 
 
 @pytest.mark.parametrize("make", HEALTHY)
 def test_what_publishers_do_is_healthy(make, tmp_path):
-    config = make(tmp_path)
-    findings, _ = check_data(getattr(config, "config", config), "train")
+    findings, _ = check_data(make(tmp_path), "train")
     assert not findings.faults
 
 
@@ -188,29 +229,12 @@ def test_panoptic_faults(tmp_path):
     assert all(any(text in line for line in lines) for text in said)
 
 
-@pytest.mark.parametrize("name", ["nuclei", "trees"])
-def test_the_small_sets_are_healthy(name, tmp_path):
-    import make_small_sets
-
-    try:
-        make_small_sets.make(name, tmp_path)
-    except make_small_sets.DownloadError as error:
-        pytest.skip(str(error))
-    kinds = ("det", "seg") if name == "nuclei" else ("det",)
-    for kind in kinds:
-        config = Data(kind, tmp_path / kind).config
-        if name == "trees":
-            config.model.roi_head.pop("mask_head")
-            for part in ("train", "val"):
-                config[f"{part}_dataloader"].dataset.metainfo = {"classes": ("tree",)}
-                config[f"{part}_dataloader"].dataset.pipeline[:] = []
-        for part in ("train", "val"):
-            config[f"{part}_dataloader"].dataset.data_root = str(tmp_path / name)
-        if kind == "det":
-            config.val_evaluator.ann_file = str(tmp_path / name / "val.json")
-        findings, summary = check_data(config, "train")
-        assert not findings.faults
-        assert any(text in summary for text in ("275 objects", "870 objects", "35 images (35 read"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_nuclei_are_healthy(kind, nuclei, tmp_path):
+    config = small_config(KINDS[kind], "test_dinat", nuclei, tmp_path, 1)
+    findings, summary = check_data(config, "train")
+    assert not findings.faults
+    assert {"det": "train 35 of 35 images (35 read), 275 objects", "seg": "train 35 images (35 read"}[kind] in summary
 
 
 def warn_of_an_absent_class(data):

@@ -35,13 +35,11 @@ def check_data(config: Config, job: str, seconds: float = SECONDS) -> tuple[Find
     Returns:
         What is wrong, and one line on what there is.
     """
-    findings = Findings()
+    findings = Findings(config.filename or "the config")
     wanted = ("train", "val") if job == "train" else ("test",)
     loaders = {part: config[f"{part}_dataloader"] for part in wanted if config.get(f"{part}_dataloader")}
     if wanted[0] not in loaders:
-        findings.add(
-            config.filename or "the config", "no data", f"{wanted[0]}_dataloader", "none", "a base file with data"
-        )
+        findings.add(findings.config, "no data", f"{wanted[0]}_dataloader", "none", "a base file with data")
     leaves = [(part, leaf) for part, loader in loaders.items() for leaf in _leaves(loader["dataset"])]
     said = {}
     classes = []
@@ -56,7 +54,7 @@ def check_data(config: Config, job: str, seconds: float = SECONDS) -> tuple[Find
         _check_heads(config, classes[0], findings)
         if other := [names for names in classes if names != classes[0]]:
             expected = f"the classes {classes[0]} in every set"
-            findings.add(config.filename or "the config", "other classes", expected, other[0], "one metainfo for all")
+            findings.add(findings.config, "other classes", expected, other[0], "one metainfo for all")
     return findings, f"data: {'; '.join(said.values())}"
 
 
@@ -83,7 +81,7 @@ def _build(config: Config, leaf: Any, findings: Findings) -> Any:
     except Exception as error:  # whatever a dataset's own __init__ raises for what it is given
         got = f"{type(error).__name__}: {first_line(error)}"
         advice = "other data_root, ann_file, data_prefix or metainfo"
-        findings.add(config.filename or "the config", "dataset", f"a dataset {leaf.get('type')}", got, advice)
+        findings.add(findings.config, "dataset", f"a dataset {leaf.get('type')}", got, advice)
         return None
 
 
@@ -109,9 +107,7 @@ def _check(config: Config, part: str, leaf: Any, dataset: Any, findings: Finding
             if step.get("reduce_zero_label") not in (None, dataset.reduce_zero_label):
                 got = f"{step.reduce_zero_label} in its pipeline"
                 expected = f"reduce_zero_label={dataset.reduce_zero_label} as the dataset has it"
-                findings.add(
-                    config.filename or "the config", "zero", expected, got, "reduce_zero_label in the dataset alone"
-                )
+                findings.add(findings.config, "zero", expected, got, "reduce_zero_label in the dataset alone")
         heads = [head for _, head in _heads(config.model)]
         return check_masks(
             dataset,
@@ -151,7 +147,7 @@ def _check_heads(config: Config, classes: list[str], findings: Findings) -> None
         expected = f"num_classes={len(classes)} in {key}, as metainfo.classes"
         if classes and number != len(classes) and _labels(head) != len(classes):
             findings.add(
-                config.filename or "the config",
+                findings.config,
                 "heads",
                 expected,
                 str(number),
@@ -161,6 +157,4 @@ def _check_heads(config: Config, classes: list[str], findings: Findings) -> None
             weights = loss.get("class_weight")
             if isinstance(weights, (list, tuple)) and len(weights) not in (number, number + 1):
                 expected = f"{number} or, with the background, {number + 1} values in {key}{name}.class_weight"
-                findings.add(
-                    config.filename or "the config", "weights", expected, str(len(weights)), "a weight for every class"
-                )
+                findings.add(findings.config, "weights", expected, str(len(weights)), "a weight for every class")

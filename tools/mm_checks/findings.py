@@ -27,8 +27,9 @@ class Fault:
 
 @dataclass
 class Findings:
-    """Faults by kind."""
+    """Faults by kind, of the data and of the file that is their config."""
 
+    config: str
     faults: dict[str, Fault] = field(default_factory=dict)
 
     def add(
