@@ -46,7 +46,10 @@ def main(scope: str, job: str, description: str) -> None:
     parser.add_argument("--no-check", action="store_true", help="do not look at the data before the run")
     parser.add_argument("--seed", type=int, help="of the weights and the order of the data")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE")
-    args = parser.parse_args()
+    try:
+        args = parser.parse_args()
+    except ValueError as error:  # mmengine's DictAction, of an option without "="
+        stop(f"expected --cfg-options KEY=VALUE, got others ({first_line(error)}); try key.of.config=value")
     if not args.config.is_file():
         stop(f"expected a config file, got {args.config}; try one of configs/")
     try:
@@ -58,7 +61,8 @@ def main(scope: str, job: str, description: str) -> None:
     if config.get("default_scope") != scope:
         stop(f"expected a config of {scope}, got one of {config.get('default_scope')}; try the other command")
     config.work_dir = args.work_dir or config.get("work_dir") or f"output/{args.config.stem}"
-    config.visualizer.vis_backends += [ConfigDict(type=LOGGERS[name]) for name in args.log]
+    if args.log:
+        config.visualizer.vis_backends += [ConfigDict(type=LOGGERS[name]) for name in args.log]
     if args.seed is not None:
         config.randomness = ConfigDict(seed=args.seed)
     if job == "test":
@@ -80,7 +84,12 @@ def main(scope: str, job: str, description: str) -> None:
     if not args.no_check:
         check(config, job)
     try:
-        getattr(Runner.from_cfg(config), job)()
+        runner = Runner.from_cfg(config)
+    except (AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
+        got = f"{type(error).__name__}: {first_line(error)}"
+        stop(f"expected a config that can be built, got {args.config} with {got}; try one of configs/")
+    try:
+        getattr(runner, job)()
     except WeightsError as error:
         stop(str(error))
     except FileNotFoundError as error:

@@ -1,6 +1,8 @@
 """What the commands say of data before they begin."""
 
+import os
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -16,6 +18,7 @@ from tests.mm.tiny_sets import HEIGHT, KINDS, WIDTH, Data
 
 sys.path.insert(0, str(ROOT / "tools"))
 
+import mm_runner
 from mm_checks import check_data
 
 
@@ -331,3 +334,37 @@ def test_a_test_looks_at_its_own_set(tmp_path):
     findings, summary = check_data(data.config, "test")
     assert not findings.faults
     assert summary.startswith("data: test 2 images")
+
+
+@pytest.mark.parametrize("job", ["train", "test"])
+def test_a_command_ends_with_one_line(job, tmp_path, monkeypatch, capsys):
+    data = Data("seg", tmp_path)
+    data.paint([0, 255])
+    data.config.dump(tmp_path / "own.py")
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "own.py"), *(["x.pth"] if job == "test" else [])])
+    with pytest.raises(SystemExit, match="1"):
+        mm_runner.main("mmseg", job, "")
+    said = capsys.readouterr()
+    assert said.out.startswith(f"data: {job} ")
+    (line,) = said.err.splitlines()
+    assert line.startswith("error: ")
+    assert not list(tmp_path.rglob("*.log"))
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_one_line(tmp_path):
+    data = Data("seg", tmp_path)
+    data.paint([0, 255])
+    data.config.dump(tmp_path / "own.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(ROOT / "tools" / "train_seg.py"), str(tmp_path / "own.py")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 1
+    assert len(re.findall("^error: .*train_masks: expected several classes", done.stderr, re.MULTILINE)) == 1
+    assert done.stdout.count("data: train 4 images (4 read with their masks), 1 of 2 classes, 50.0 % ignored") == 1
+    assert "mm_runner.py" not in done.stderr  # the only traceback is torchrun's own
+    assert not list(tmp_path.rglob("*.log"))
