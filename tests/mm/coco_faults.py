@@ -26,6 +26,7 @@ ANNOTATIONS = [
     ({"bbox": None}, f"{NUMBERS} None"),
     ({"area": "256"}, NUMBERS),
     ({"id": [1]}, "train.json: expected annotations with id, image_id, category_id, bbox, area, got {"),
+    ({"iscrowd": None}, "expected iscrowd of 0 or 1, got annotation 1 with None"),
     ({"segmentation": []}, "expected a segmentation of every object, got annotation 1 with []"),
     ({"segmentation": None}, "expected a segmentation of every object, got annotation 1 with None"),
     ({"segmentation": [[]]}, f"{POLYGON} []"),

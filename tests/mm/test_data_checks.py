@@ -258,6 +258,10 @@ def warn_of_another_suffix(data):
     Image.open(data.image(1)).save(data.root / "train" / "5.BMP")
 
 
+def warn_of_16_bits(data):
+    Image.fromarray(np.full((HEIGHT, WIDTH), 4000, np.uint16)).save(data.image(1))
+
+
 def warn_of_a_name_listed_twice(data):
     (data.root / "list.txt").write_text("1\n1\n2\n")
     data.config.train_dataloader.dataset.ann_file = "list.txt"
@@ -286,6 +290,7 @@ def warn_of_a_class_without_objects(data):
         ("seg", warn_of_an_ignored_mask, "1.png: expected labels, got 255 alone, which is ignored; try others"),
         ("seg", warn_of_a_mask_of_0_and_255, "1.png: expected both classes, or none ignored, got 0 and 255, which is"),
         ("seg", warn_of_another_suffix, "expected images *.png, got 1 that are left out, e.g. "),
+        ("seg", warn_of_16_bits, "1.png: expected images of 8 bits, got I;16, of which mmcv takes the upper 8"),
         ("seg", warn_of_a_name_listed_twice, "list.txt: expected every image once, got 1 again, e.g. "),
         ("det", warn_of_a_thin_box, "annotation 1 with bbox [4, 4, 0.4, 16] and area 256, which mmdet leaves out"),
         ("det", warn_of_a_class_without_objects, "expected objects of every class, got none of 'debris'"),

@@ -55,7 +55,7 @@ def check_data(config: Config, job: str, seconds: float = SECONDS) -> tuple[Find
         if other := [names for names in classes if names != classes[0]]:
             expected = f"the classes {classes[0]} in every set"
             findings.add(findings.config, "other classes", expected, other[0], "one metainfo for all")
-    return findings, f"data: {'; '.join(said.values())}"
+    return findings, f"data: {'; '.join(said.values()) or 'none'}"
 
 
 def _leaves(dataset: Any) -> Iterator[Any]:

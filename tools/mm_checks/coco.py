@@ -14,7 +14,7 @@ from mmdet.datasets import CocoPanopticDataset
 
 from mm_checks.findings import Findings
 from mm_checks.panoptic import check_panoptic, segments
-from mm_checks.pictures import Files, not_a_file, open_picture, sample, size_when_read
+from mm_checks.pictures import Files, not_a_file, read_picture, sample, size_when_read
 from mm_checks.shapes import FORMAT, check_mask, is_inside, is_number
 from visattn.weights import first_line
 
@@ -201,6 +201,9 @@ def _objects(
             got = f"{which} with {box} and {found['area']}"
             say("numbers", "x, y, width, height as bbox, and an area", got, "to repair or remove it")
             continue
+        if found.get("iscrowd", 0) not in (0, 1):
+            say("crowd", "iscrowd of 0 or 1", f"{which} with {found['iscrowd']!r}", "to repair or remove it")
+            continue
         x, y, width, height = box
         got = f"{which} with bbox {box} and area {found['area']}"
         if width <= 0 or height <= 0 or found["area"] <= 0:
@@ -251,11 +254,10 @@ def _check_pictures(dataset: Any, images: list[dict], findings: Findings, second
     read = 0
     for path, size in sample(found, seconds):
         read += 1
-        try:
-            got = size_when_read(open_picture(path))
-        except ValueError as error:
-            findings.add(path, "damaged image", "an image", str(error), "to copy it again")
+        picture = read_picture(path, findings)
+        if picture is None:
             continue
+        got = size_when_read(picture, path, findings)
         if got != size:
             expected = f"{size[0]} x {size[1]} pixels as in {dataset.ann_file}"
             findings.add(path, "image size", expected, f"{got[0]} x {got[1]}", "annotations of this very image")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mm_checks.findings import Findings
-from mm_checks.pictures import SUFFIXES, Files, not_a_file, open_picture, sample, size_when_read
+from mm_checks.pictures import SUFFIXES, Files, not_a_file, read_picture, sample, size_when_read
 
 NUMBERS = ("1", "L", "P", "I", "F")  # modes of one channel; Pillow has several of 16 bits that begin with I
 
@@ -123,14 +123,9 @@ def _walk(folder: str, findings: Findings) -> Iterator[str]:
 
 def _count(image: str, mask: str, findings: Findings, palettes: bool) -> np.ndarray | None:
     """How often each of the 256 values is in a mask; None with a finding where it or the image cannot be used."""
-    pictures = []
-    for path in (image, mask):
-        try:
-            pictures.append(open_picture(path))
-        except ValueError as error:
-            findings.add(path, "damaged image", "an image", str(error), "to copy it again")
-            return None
-    picture = pictures[1]
+    photo, picture = (read_picture(path, findings) for path in (image, mask))
+    if photo is None or picture is None:
+        return None
     if picture.format == "JPEG":
         findings.add(mask, "mode", "a mask as PNG", "JPEG, which alters labels", "PNG from the source")
         return None
@@ -138,7 +133,7 @@ def _count(image: str, mask: str, findings: Findings, palettes: bool) -> np.ndar
         got = f"{picture.mode}, {len(picture.getbands())} channels"
         findings.add(mask, "mode", "one channel of class numbers", got, "masks of 0, 1, 2 ... with mode L")
         return None
-    size = size_when_read(pictures[0])
+    size = size_when_read(photo, image, findings)
     if picture.size != size:
         got = "{} x {}".format(*picture.size)
         expected = "the {} x {} pixels of {}".format(*size, image)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mm_checks.findings import Findings
-from mm_checks.pictures import not_a_file, open_picture, sample
+from mm_checks.pictures import not_a_file, read_picture, sample
 from mm_checks.shapes import FORMAT
 
 
@@ -42,10 +42,8 @@ def check_panoptic(dataset: Any, content: dict, images: dict, findings: Findings
         if got := not_a_file(path):
             findings.add(path, "no segments", f"the segments of {image['file_name']}", got, "data_prefix.seg")
             continue
-        try:
-            picture = open_picture(path)
-        except ValueError as error:
-            findings.add(path, "damaged image", "an image", str(error), "to copy it again")
+        picture = read_picture(path, findings)
+        if picture is None:
             continue
         if picture.mode != "RGB" or picture.size != (image["width"], image["height"]):
             got = f"{picture.mode} of {picture.size[0]} x {picture.size[1]}"

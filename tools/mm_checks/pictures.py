@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import mmcv
 from PIL import Image
 
+from mm_checks.findings import Findings
 from visattn.weights import first_line
 
 SUFFIXES = {suffix for suffix in Image.registered_extensions() if suffix not in (".pdf", ".mpg", ".mpeg")}
@@ -58,24 +59,24 @@ class Files:
         return None if name in self.names[folder] else not_a_file(path)
 
 
-def open_picture(path: str | Path) -> Image.Image:
-    """Open and decode an image.
-
-    Raises:
-        ValueError: a damaged file, or none of an image.
-    """
+def read_picture(path: str, findings: Findings) -> Image.Image | None:
+    """A decoded image; None with a finding if it is damaged or none."""
     try:
         picture = Image.open(path)
         picture.load()
         if picture.format not in COMMON and mmcv.imfrombytes(Path(path).read_bytes()) is None:
             raise ValueError(f"OpenCV reads no {picture.format}")
     except Exception as error:  # Pillow raises a dozen kinds for damaged files
-        raise ValueError(first_line(error)) from error
+        findings.add(path, "damaged image", "an image", first_line(error), "to copy it again")
+        return None
     return picture
 
 
-def size_when_read(picture: Image.Image) -> tuple[int, int]:
-    """Width and height of an image after its EXIF rotation."""
+def size_when_read(picture: Image.Image, path: str, findings: Findings) -> tuple[int, int]:
+    """Width and height of an image as mmcv reads it, which takes 8 bits and follows its EXIF rotation."""
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;"):
+        got = f"{picture.mode}, of which mmcv takes the upper 8"
+        findings.add(path, "bits", "images of 8 bits", got, "values stretched to 0..255", warning=True)
     width, height = picture.size
     return (height, width) if picture.getexif().get(0x0112) in TURNED else (width, height)
 
