@@ -5,6 +5,7 @@ Everything is read by the config's own datasets: files, classes, wrappers, and w
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,10 +38,12 @@ def check_data(config: Config, job: str, seconds: float = SECONDS) -> tuple[Find
     """
     findings = Findings(config.filename or "the config")
     wanted = ("train", "val") if job == "train" else ("test",)
-    loaders = {part: config[f"{part}_dataloader"] for part in wanted if config.get(f"{part}_dataloader")}
-    if wanted[0] not in loaders:
-        findings.add(findings.config, "no data", f"{wanted[0]}_dataloader", "none", "a base file with data")
-    leaves = [(part, leaf) for part, loader in loaders.items() for leaf in _leaves(loader["dataset"])]
+    sets = {part: (config.get(f"{part}_dataloader") or {}).get("dataset") for part in wanted}
+    if not sets[wanted[0]]:
+        findings.add(
+            findings.config, "no data", f"a dataset in {wanted[0]}_dataloader", "none", "a base file with data"
+        )
+    leaves = [(part, leaf) for part, data in sets.items() if data for leaf in _leaves(data)]
     said = {}
     classes = []
     for part, leaf in leaves:
@@ -53,7 +56,7 @@ def check_data(config: Config, job: str, seconds: float = SECONDS) -> tuple[Find
     if classes and not findings.lines("error"):
         _check_heads(config, classes[0], findings)
         if other := [names for names in classes if names != classes[0]]:
-            expected = f"the classes {classes[0]} in every set"
+            expected = f"the classes {reprlib.repr(classes[0])} in every set"
             findings.add(findings.config, "other classes", expected, other[0], "one metainfo for all")
     return findings, f"data: {'; '.join(said.values()) or 'none'}"
 

@@ -15,7 +15,7 @@ from mmdet.datasets import CocoPanopticDataset
 from mm_checks.findings import Findings
 from mm_checks.panoptic import check_panoptic, segments
 from mm_checks.pictures import Files, not_a_file, read_picture, sample, size_when_read
-from mm_checks.shapes import FORMAT, check_mask, is_inside, is_number
+from mm_checks.shapes import FORMAT, are_numbers, check_mask, is_inside
 from visattn.weights import first_line
 
 
@@ -80,11 +80,11 @@ def check_coco(
     objects = Counter()  # by name of category
     seen = set()  # images with objects of the classes
     if labelled:
-        total = len(content["annotations"])
+        say_rare = partial(say, of=len(content["annotations"]))
         classes = set(dataset.metainfo.get("classes") or ())
         for image, found in _objects(content["annotations"], images, categories, say, panoptic, part != "train"):
             if masks and not panoptic:
-                check_mask(found, image, partial(say, of=total), polygons)
+                check_mask(found, image, say_rare, polygons)
             name = categories[found["category_id"]]
             objects[name] += not found.get("iscrowd")
             if name in classes:
@@ -109,7 +109,7 @@ def check_coco(
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, str) or is_number(value)
+    return isinstance(value, str) or are_numbers([value])
 
 
 def _images(images: list[dict], say: partial) -> Iterator[tuple[Any, dict]]:
@@ -118,7 +118,7 @@ def _images(images: list[dict], say: partial) -> Iterator[tuple[Any, dict]]:
     for image in images:
         sides = [image.get("width"), image.get("height")]
         name = image.get("file_name")
-        if not (_is_id(image.get("id")) and isinstance(name, str) and all(is_number(s) and s > 0 for s in sides)):
+        if not (_is_id(image.get("id")) and isinstance(name, str) and are_numbers(sides) and min(sides) > 0):
             say("fields", "images with id, file_name, width and height", image, FORMAT)
             continue
         if image["id"] in ids:
@@ -197,7 +197,7 @@ def _objects(
             got = f"{which} of category {found['category_id']!r}"
             say("unknown category", f"categories {list(categories)[:5]}", got, "to add it to the file's categories")
             continue
-        if not (isinstance(box, list) and len(box) == 4 and all(map(is_number, [*box, found["area"]]))):
+        if not (isinstance(box, list) and len(box) == 4 and are_numbers([*box, found["area"]])):
             got = f"{which} with {box} and {found['area']}"
             say("numbers", "x, y, width, height as bbox, and an area", got, "to repair or remove it")
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -10,11 +11,14 @@ LARGE = 1e18  # of ids and coordinates
 FORMAT = "an export in COCO's format (cocodataset.org/#format-data)"
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGE < value < LARGE
+def are_numbers(values: Iterable) -> bool:
+    """Whether all are numbers, none of them NaN, infinite or a truth value."""
+    values = tuple(values)
+    return set(map(type, values)) <= {int, float} and all(-LARGE < value < LARGE for value in values)
 
 
 def is_inside(box: tuple[float, ...], bounds: tuple[float, float]) -> bool:
+    """Whether x0, y0, x1, y1 are within an image of that width and height, but for BORDER."""
     return min(box[:2]) >= -BORDER and box[2] <= bounds[0] + BORDER and box[3] <= bounds[1] + BORDER
 
 
@@ -27,7 +31,7 @@ def check_mask(found: dict, image: dict, say: partial, polygons: bool) -> None:
         got = f"{which} with {mask!r}" if "segmentation" in found else f"{which} without"
         say("no mask", "a segmentation of every object", got, "masks, or a model and a pipeline without", of=0)
     elif isinstance(mask, list):
-        if not all(isinstance(part, list) and all(map(is_number, part)) for part in mask):
+        if not all(isinstance(part, list) and are_numbers(part) for part in mask):
             say("polygons", "polygons as lists of x and y", f"{which} with {mask}", "to repair or remove it", of=0)
             return
         for part in mask:
