@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -48,6 +49,21 @@ def test_a_fault_of_an_annotation_is_one_line(changes, says, tmp_path):
     data = Data("det", tmp_path)
     data.annotation(**changes)
     assert says in says_of(data)
+
+
+def test_the_manual_shows_what_is_said(tmp_path):
+    """But for numbers and folders."""
+    shown = (ROOT / "visattn" / "mm" / "README.md").read_text()
+    plain = partial(re.sub, r"\S*/|\d+(\.\d+)?", "")
+    faults = {**coco_faults.FAULTS, **mask_faults.FAULTS}
+    names = {"masks_of_0_and_255": "seg", "labels_above_num_classes": "seg", "category_that_the_config_lacks": "det"}
+    for name, kind in names.items():
+        data = Data(kind, tmp_path / name)
+        faults[name][0](data)
+        assert plain(says_of(data)) in map(plain, shown.splitlines())
+    for kind in KINDS:
+        summary = check_data(Data(kind, tmp_path / kind).config, "train")[1]
+        assert plain(summary) in map(plain, shown.splitlines())
 
 
 @pytest.mark.parametrize("kind", ["det", "seg"])
@@ -305,7 +321,7 @@ def test_what_may_be_meant_is_a_warning(kind, change, says, tmp_path):
 
 
 def test_a_few_bad_boxes_among_many_are_a_warning(tmp_path):
-    """COCO itself has two boxes without height, which mmdet leaves out."""
+    """Published sets have some, which mmdet leaves out."""
     data = Data("det", tmp_path)
     with data.json() as content:
         first = content["annotations"][0]
