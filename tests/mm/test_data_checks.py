@@ -163,6 +163,23 @@ def two_classes_of_one_output(root):
     return data.config
 
 
+def masks_in_one_folder(root):
+    """The masks of several sets together, of which one has no labels beside them."""
+    data = Data("seg", root)
+    for number in (1, 2):
+        data.image(number, "val").rename(data.root / "val" / f"9{number}.png")
+        data.mask(number, "val").rename(data.root / "train_masks" / f"9{number}.png")
+    data.config.val_dataloader.dataset.data_prefix.seg_map_path = "train_masks"
+    return data.config
+
+
+def other_ignored_label(root):
+    """A label outside of 8 bits is in no mask."""
+    data = Data("seg", root)
+    data.config.model.decode_head.ignore_index = -100
+    return data.config
+
+
 def images_alone(root):
     """Results are written for a server that has the annotations."""
     data = Data("det", root)
@@ -216,21 +233,12 @@ def panoptic(root):
     return data
 
 
-HEALTHY = [
-    coco_like,
-    ade_like,
-    voc_like,
-    cityscapes_like,
-    wrapped,
-    two_classes_of_one_output,
-    images_alone,
-    boxes_alone,
-]
-HEALTHY.append(lambda root: panoptic(root).config)
+PUBLISHED = [coco_like, ade_like, voc_like, cityscapes_like, lambda root: panoptic(root).config]
+OWN = [wrapped, two_classes_of_one_output, masks_in_one_folder, other_ignored_label, images_alone, boxes_alone]
 
 
-@pytest.mark.parametrize("make", HEALTHY)
-def test_what_publishers_do_is_healthy(make, tmp_path):
+@pytest.mark.parametrize("make", PUBLISHED + OWN)
+def test_what_publishers_and_others_do_is_healthy(make, tmp_path):
     findings, _ = check_data(make(tmp_path), "train")
     assert not findings.faults
 

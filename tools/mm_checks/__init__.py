@@ -111,16 +111,32 @@ def _check(config: Config, part: str, leaf: Any, dataset: Any, findings: Finding
                 got = f"{step.reduce_zero_label} in its pipeline"
                 expected = f"reduce_zero_label={dataset.reduce_zero_label} as the dataset has it"
                 findings.add(findings.config, "zero", expected, got, "reduce_zero_label in the dataset alone")
+        if not loading:
+            return "not checked, as its pipeline reads no masks"
         heads = [head for _, head in _heads(config.model)]
         return check_masks(
             dataset,
             findings,
-            labels=min(map(_labels, heads), default=len(dataset.metainfo.get("classes") or ())),
+            labels=min(map(_labels, heads), default=len(dataset.metainfo.get("classes") or range(256))),
             ignored=heads[0].get("ignore_index", 255) if heads else 255,
+            shared=_is_shared(config, leaf),
             palettes=all(step.get("imdecode_backend") != "cv2" for step in loading),
             seconds=seconds,
         )
     return f"not checked, as {type(dataset).__name__} is of another format"
+
+
+def _is_shared(config: Config, leaf: Any) -> bool:
+    """Whether another dataset of the config has other images with masks in the same folder."""
+    sets = [(config.get(f"{part}_dataloader") or {}).get("dataset") or {} for part in ("train", "val", "test")]
+    return any(
+        other.get("data_root") == leaf.get("data_root")
+        and other["data_prefix"].get("seg_map_path") == leaf["data_prefix"].get("seg_map_path")
+        and other["data_prefix"].get("img_path") != leaf["data_prefix"].get("img_path")
+        for data in sets
+        for other in _leaves(data)
+        if "data_prefix" in other and "data_prefix" in leaf
+    )
 
 
 def _heads(model: Any) -> Iterator[tuple[str, Any]]:

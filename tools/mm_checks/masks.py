@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from mm_checks.pictures import SUFFIXES, Files, not_a_file, read_picture, sample
 NUMBERS = ("1", "L", "P", "I", "F")  # modes of one channel; Pillow has several of 16 bits that begin with I
 
 
-def check_masks(dataset: Any, findings: Findings, *, labels: int, ignored: int, palettes: bool, seconds: float) -> str:
+def check_masks(
+    dataset: Any, findings: Findings, *, labels: int, ignored: int, palettes: bool, shared: bool, seconds: float
+) -> str:
     """Check the images and the masks of a mmseg BaseSegDataset that has not been initialised.
 
     Args:
@@ -26,12 +28,13 @@ def check_masks(dataset: Any, findings: Findings, *, labels: int, ignored: int, 
         labels: How many the model knows.
         ignored: The label that no loss counts.
         palettes: Whether pictures with a palette are read as its indices.
+        shared: Whether the masks of other images are in the same folder.
         seconds: For reading.
 
     Returns:
         What there is, in words.
     """
-    pairs = [(data["img_path"], data["seg_map_path"]) for data in _data(dataset, findings)]
+    pairs = [(data["img_path"], data["seg_map_path"]) for data in _data(dataset, findings, shared)]
     files = Files()
     there = []
     for image, mask in pairs:
@@ -62,14 +65,19 @@ def check_masks(dataset: Any, findings: Findings, *, labels: int, ignored: int, 
             got = f"{min(here)} and {ignored}, which is ignored"
             findings.add(mask, "lonely", "both classes, or none ignored", got, "masks of 0 and 1", warning=True)
         totals += pixels
+    without = int(totals[np.arange(256) == ignored].sum())
+    share = f"{100 * without / max(totals.sum(), 1):.1f} %"
+    names = dataset.metainfo.get("classes") or range(labels)
+    here = [name for label, name in enumerate(names) if label < 256 and totals[label] and label != ignored]
     if totals.any() and not {"labels", "mode", "values"} & findings.faults.keys():
-        _check_classes(dataset, findings, totals, labels, ignored, read, len(pairs))
-    share = 100 * totals[ignored] / max(totals.sum(), 1)
-    number = np.count_nonzero(totals) - (totals[ignored] > 0)
-    return f"{len(pairs)} images ({read} read with their masks), {number} of {labels} classes, {share:.1f} % ignored"
+        rest = f" and {ignored}, which is ignored, in {share} of the pixels" if without else ""
+        rest += "; reduce_zero_label makes 0 the ignored label" if dataset.reduce_zero_label else ""
+        masks = f"{read} masks" if read == len(pairs) else f"{read} of {len(pairs)} masks"
+        _check_classes(findings, dataset.data_prefix["seg_map_path"], names, here, masks, rest, read == len(pairs))
+    return f"{len(pairs)} images ({read} read with their masks), {len(here)} of {len(names)} classes, {share} ignored"
 
 
-def _data(dataset: Any, findings: Findings) -> list[dict]:
+def _data(dataset: Any, findings: Findings, shared: bool) -> list[dict]:
     """What mmseg lists, with findings for what it would leave out or take twice."""
     folder, masks = dataset.data_prefix.get("img_path"), dataset.data_prefix.get("seg_map_path")
     listed = dataset.ann_file and not os.path.isdir(dataset.ann_file)
@@ -99,7 +107,7 @@ def _data(dataset: Any, findings: Findings) -> list[dict]:
     elif left:
         got = f"{len(left)} that are left out, e.g. {left[0]}"
         findings.add(folder, "left out", f"images *{dataset.img_suffix}", got, "one suffix for all", warning=True)
-    if not listed and data:
+    if data and not listed and not shared:
         for path in _walk(masks, findings):
             if path.endswith(dataset.seg_map_suffix) and os.path.normpath(path) not in known and path not in names:
                 advice = f"the image beside the others (*{dataset.img_suffix}), or no mask"
@@ -161,30 +169,15 @@ def _table(dataset: Any) -> np.ndarray:
 
 
 def _check_classes(
-    dataset: Any,
-    findings: Findings,
-    totals: np.ndarray,
-    labels: int,
-    ignored: int,
-    read: int,
-    of: int,
+    findings: Findings, where: str, names: Sequence, here: list, masks: str, rest: str, whole: bool
 ) -> None:
-    """Classes that are nowhere."""
-    where = dataset.data_prefix["seg_map_path"]
-    names = dataset.metainfo.get("classes") or range(labels)
-    absent = [name for label, name in enumerate(names) if label < 256 and not totals[label] and label != ignored]
-    masks = f"{read} masks" if read == of else f"{read} of {of} masks"
-    rest = ""
-    if totals[ignored]:
-        rest = f" and {ignored}, which is ignored, in {100 * totals[ignored] / totals.sum():.1f} % of the pixels"
-    if dataset.reduce_zero_label:
-        rest += "; reduce_zero_label makes 0 the ignored label"
-    here = [name for label, name in enumerate(names) if label < 256 and totals[label] and label != ignored]
-    if labels > 1 and len(here) < 2 and (rest or read == of):
+    """Classes that are nowhere, in the masks that were read."""
+    absent = [name for name in names if name not in here]
+    if len(names) > 1 and len(here) < 2 and (rest or whole):
         findings.faults.pop("lonely", None)  # the same, of each mask
         found = f"{here[0]!r} alone" if here else "none"
         advice = "masks of 0, 1, 2 ... for the classes in order"
         findings.add(where, "one class", f"several classes in {masks}", f"{found}{rest}", advice)
-    elif absent and read == of:
+    elif absent and whole:
         few = f"none of {absent[0]!r}" + (f" and {len(absent) - 1} others" if len(absent) > 1 else "")
         findings.add(where, "absent", f"every class in {masks}", f"{few}{rest}", "other masks", warning=True)
