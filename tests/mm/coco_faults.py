@@ -2,6 +2,7 @@
 
 import os
 
+from mmengine.config import ConfigDict
 from PIL import Image
 
 from tests.mm.tiny_sets import HEIGHT, WIDTH
@@ -136,6 +137,20 @@ def classes_in_another_order(data):
 @fault(r"expected num_classes=1 in model.roi_head.\w+, as metainfo.classes, got 80 \(1 more like it\)")
 def forgotten_heads(data):
     data.heads(80)
+
+
+@fault("expected num_classes=1 in model.bbox_head, as metainfo.classes, got 2")
+def head_of_focal_loss_with_more_classes(data):
+    loss = {"type": "FocalLoss", "use_sigmoid": True}
+    data.config.model = ConfigDict(bbox_head={"num_classes": 2, "loss_cls": loss})
+
+
+@fault("expected num_classes=2 in model.bbox_head, as metainfo.classes, got 1")
+def head_of_focal_loss_with_fewer_classes(data):
+    classes_in_another_order(data)
+    data.set(metainfo={"classes": ("nucleus", "debris")})
+    head_of_focal_loss_with_more_classes(data)
+    data.config.model.bbox_head.num_classes = 1
 
 
 @fault(r"train.json: expected every image id once, got 1 again, of 2.png")

@@ -17,7 +17,7 @@ from mmseg.datasets import BaseSegDataset
 from mm_checks.coco import check_coco
 from mm_checks.findings import Findings
 from mm_checks.masks import check_masks
-from mm_checks.pictures import not_a_file, parts
+from mm_checks.pictures import not_a_file
 from visattn.weights import first_line
 
 SECONDS = 50.0  # for all images of a run
@@ -61,6 +61,15 @@ def check_data(config: Config, job: str, seconds: float = SECONDS) -> tuple[Find
     return findings, f"data: {'; '.join(said.values()) or 'none'}"
 
 
+def _parts(value: Any, key: str = "") -> Iterator[tuple[str, dict]]:
+    """Yield (dotted key, part) of every dict within a part of a config."""
+    if isinstance(value, dict):
+        yield key, value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for name, item in items:
+        yield from _parts(item, f"{key}.{name}")
+
+
 def _leaves(dataset: Any) -> Iterator[Any]:
     """Yield the datasets inside wrappers."""
     if "datasets" in dataset:
@@ -89,7 +98,7 @@ def _build(config: Config, leaf: Any, findings: Findings) -> Any:
 
 
 def _check(config: Config, part: str, leaf: Any, dataset: Any, findings: Findings, seconds: float) -> str:
-    loading = [step for _, step in parts(config[f"{part}_dataloader"]) if "Annotations" in str(step.get("type"))]
+    loading = [step for _, step in _parts(config[f"{part}_dataloader"]) if "Annotations" in str(step.get("type"))]
     if leaf.get("backend_args"):
         return "not checked, as it is not on a disk"
     if type(dataset).load_data_list is CocoDataset.load_data_list:
@@ -141,7 +150,7 @@ def _is_shared(config: Config, leaf: Any) -> bool:
 
 def _heads(model: Any) -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, head) of every head that says how many classes there are."""
-    for key, part in parts(model, "model"):
+    for key, part in _parts(model, "model"):
         other = part.get("type") == EDGES or set(key.split(".")) & set(OTHER_NUMBERS)
         if not other and ("num_classes" in part or "num_things_classes" in part):
             yield key, part
@@ -155,8 +164,9 @@ def _number(head: Any) -> int:
 
 
 def _labels(head: Any) -> int:
-    """How many labels a segmentor's head takes: one output tells two."""
-    return max(_number(head), 2) if any(part.get("use_sigmoid") for _, part in parts(head)) else _number(head)
+    """How many labels a head takes: one output of a segmentor tells two."""
+    one = any(part.get("use_sigmoid") for _, part in _parts(head.get("loss_decode")))
+    return max(_number(head), 2) if one else _number(head)
 
 
 def _check_heads(config: Config, classes: list[str], findings: Findings) -> None:
@@ -165,14 +175,8 @@ def _check_heads(config: Config, classes: list[str], findings: Findings) -> None
         number = _number(head)
         expected = f"num_classes={len(classes)} in {key}, as metainfo.classes"
         if classes and number != len(classes) and _labels(head) != len(classes):
-            findings.add(
-                findings.config,
-                "heads",
-                expected,
-                str(number),
-                "the same number of classes in every head",
-            )
-        for name, loss in parts(head):
+            findings.add(findings.config, "heads", expected, str(number), "the same number in every head")
+        for name, loss in _parts(head):
             weights = loss.get("class_weight")
             if isinstance(weights, (list, tuple)) and len(weights) not in (number, number + 1):
                 expected = f"{number} or, with the background, {number + 1} values in {key}{name}.class_weight"

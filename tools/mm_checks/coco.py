@@ -101,9 +101,9 @@ def check_coco(
     if seen and not kept:
         smallest = (dataset.filter_cfg or {}).get("min_size", 0)
         say("small images", f"images of at least {smallest} pixels", f"{len(images)} smaller", "filter_cfg.min_size=0")
-    read = _check_pictures(dataset, kept, findings, seconds)
+    read = _check_pictures(dataset, kept, findings, seconds / (1 + panoptic))
     if panoptic and labelled and "keys" not in findings.faults:
-        check_panoptic(dataset, content, images, findings, seconds)
+        check_panoptic(dataset, content, images, findings, seconds / 2)
     classes = f"{len(objects)} class{'' if len(objects) == 1 else 'es'}"
     return f"{len(kept)} of {len(images)} images ({read} read), {sum(objects.values())} objects of {classes}"
 

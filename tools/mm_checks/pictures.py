@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import mmcv
 from PIL import Image
@@ -79,12 +79,3 @@ def size_when_read(picture: Image.Image, path: str, findings: Findings) -> tuple
         findings.add(path, "bits", "images of 8 bits", got, "values stretched to 0..255", warning=True)
     width, height = picture.size
     return (height, width) if picture.getexif().get(0x0112) in TURNED else (width, height)
-
-
-def parts(value: Any, key: str = "") -> Iterator[tuple[str, dict]]:
-    """Yield (dotted key, part) of every dict within a part of a config."""
-    if isinstance(value, dict):
-        yield key, value
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-    for name, item in items:
-        yield from parts(item, f"{key}.{name}")
