@@ -153,6 +153,16 @@ def head_of_focal_loss_with_fewer_classes(data):
     data.config.model.bbox_head.num_classes = 1
 
 
+@fault("config.py: expected data_prefix.img, got none")
+def no_folder_of_images(data):
+    data.config.train_dataloader.dataset.pop("data_prefix")
+
+
+@fault("config.py: expected COCO annotations, got no file")
+def no_ann_file(data):
+    data.config.train_dataloader.dataset.pop("ann_file")
+
+
 @fault(r"train.json: expected every image id once, got 1 again, of 2.png")
 def image_id_twice(data):
     with data.json() as content:

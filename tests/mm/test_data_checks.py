@@ -349,7 +349,7 @@ def test_large_sets_are_sampled_and_it_is_said(tmp_path, monkeypatch):
 
 
 def test_names_cannot_move_the_cursor(tmp_path):
-    data = Data("det", tmp_path)
+    data = Data("det", tmp_path / "a\rb")
     with data.json() as content:
         content["images"][0]["file_name"] = "a\n\x1b[2Jb.png"
     (line,) = check_data(data.config, "train")[0].lines("error")

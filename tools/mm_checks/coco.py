@@ -241,6 +241,9 @@ def _is_kept(image: dict, dataset: Any, seen: set) -> bool:
 
 def _check_pictures(dataset: Any, images: list[dict], findings: Findings, seconds: float) -> int:
     """Look for all images, read some; how many."""
+    if "img" not in dataset.data_prefix:
+        findings.add(None, "no folder", "data_prefix.img", "none", 'data_prefix=dict(img="FOLDER")')
+        return 0
     files = Files()
     found = []
     for image in images:

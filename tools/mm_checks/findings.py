@@ -22,7 +22,7 @@ class Fault:
     def __str__(self) -> str:
         harmless = self.warning or (self.of is not None and self.count * RARE <= self.of)
         more = f" ({self.count - 1} more like it)" if self.count > 1 else ""
-        return f"{'warning' if harmless else 'error'}: {self.text}{more}; try {self.advice}"
+        return printable(f"{'warning' if harmless else 'error'}: {self.text}{more}; try {self.advice}")
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Findings:
         """Count a fault.
 
         Args:
-            where: A file.
+            where: A file; if there is none, the config.
             kind: Faults of one kind share a line.
             expected: What should be there.
             got: What is there: a text, or a value that is shortened.
@@ -51,7 +51,7 @@ class Findings:
             self.faults[kind].count += 1
             return
         got = got if isinstance(got, str) else reprlib.repr(got)
-        text = f"{printable(where)}: expected {expected}, got {printable(got)[:SHOWN]}"
+        text = f"{where or self.config}: expected {expected}, got {printable(got)[:SHOWN]}"
         self.faults[kind] = Fault(text, advice, warning, of or None)
 
     def lines(self, level: str) -> list[str]:
@@ -59,6 +59,6 @@ class Findings:
         return [line for line in map(str, self.faults.values()) if line.startswith(f"{level}: ")]
 
 
-def printable(text: object) -> str:
+def printable(text: str) -> str:
     """A text without characters that would move a terminal's cursor or cannot be written."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -87,7 +87,7 @@ def _data(dataset: Any, findings: Findings, shared: bool) -> list[dict]:
     for key, path in (("img_path", folder), ("seg_map_path", masks)):
         if not path or not os.path.isdir(path):
             got = not_a_file(path) or "a file" if path else "none"
-            findings.add(path or "the config", "folder", f"a folder as data_prefix.{key}", got, "another one")
+            findings.add(path, "folder", f"a folder as data_prefix.{key}", got, "another one")
             return []
     inside = list(_walk(folder, findings)) if not listed else []
     if "loop" in findings.faults:

@@ -39,7 +39,7 @@ def check_panoptic(dataset: Any, content: dict, images: dict, findings: Findings
         image = images[found["image_id"]]
         raw = {"raw_img_info": {**image, "img_id": image["id"]}, "raw_ann_info": []}
         path = dataset.parse_data_info(raw)["seg_map_path"]
-        if got := not_a_file(path):
+        if got := not_a_file(path or ""):
             findings.add(path, "no segments", f"the segments of {image['file_name']}", got, "data_prefix.seg")
             continue
         picture = read_picture(path, findings)
