@@ -1,6 +1,8 @@
 """Tiny sets of detection and segmentation, to be broken."""
 
 import contextlib
+import copy
+import functools
 import json
 from pathlib import Path
 
@@ -11,6 +13,11 @@ from tests.mm.runs import small_config
 
 WIDTH, HEIGHT = 64, 48
 KINDS = {"det": "mask_rcnn", "seg": "upernet"}
+
+
+@functools.cache
+def _config(kind):
+    return small_config(KINDS[kind], "test_dinat", "", "", 1)
 
 
 class Data:
@@ -36,7 +43,12 @@ class Data:
                     annotations.append({"id": number, "image_id": i, "category_id": 1, **place})
             content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "nucleus"}]}
             (self.root / f"{split}.json").write_text(json.dumps(content))
-        self.config = small_config(KINDS[kind], "test_dinat", root, Path(root) / "run", 1)
+        self.config = copy.deepcopy(_config(kind))
+        self.config.work_dir = str(Path(root) / "run")
+        for part in ("train", "val", "test"):
+            self.config[f"{part}_dataloader"].dataset.data_root = str(self.root)
+            if kind == "det" and part != "train":
+                self.config[f"{part}_evaluator"].ann_file = str(self.root / "val.json")
         object.__setattr__(self.config, "_filename", str(self.root / "config.py"))
 
     def image(self, number=1, split="train"):
