@@ -83,17 +83,19 @@ def main(scope: str, job: str, description: str) -> None:
     start_processes(config)
     if not args.no_check:
         check(config, job)
+    runner = None
     try:
         runner = Runner.from_cfg(config)
-    except (AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
-        got = f"{type(error).__name__}: {first_line(error)}"
-        stop(f"expected a config that can be built, got {args.config} with {got}; try one of configs/")
-    try:
         getattr(runner, job)()
     except WeightsError as error:
         stop(str(error))
     except FileNotFoundError as error:
         stop(f"expected the files that {args.config} names, got: {error}; try other paths in it")
+    except (AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
+        if runner is not None:
+            raise  # no fault of the config
+        got = f"{type(error).__name__}: {first_line(error)}"
+        stop(f"expected a config that can be built, got {args.config} with {got}; try one of configs/")
 
 
 def stop(message: str) -> NoReturn:
@@ -121,8 +123,9 @@ def start_processes(config: Config) -> None:
         return
     config.launcher = "pytorch"
     if torch.cuda.is_available():
-        set_multi_processing(**config.env_cfg.get("mp_cfg", {}), distributed=True)
-        init_dist(config.launcher, **config.env_cfg.get("dist_cfg", {}))
+        environment = config.get("env_cfg", {})
+        set_multi_processing(**environment.get("mp_cfg", {}), distributed=True)
+        init_dist(config.launcher, **environment.get("dist_cfg", {}))
         return
     torch.distributed.init_process_group("gloo")
     config.model = without_sync_bn(config.model)
