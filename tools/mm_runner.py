@@ -4,17 +4,20 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 try:
     import torch
+    from mm_checks import check_data
     from mmengine.config import Config, ConfigDict, DictAction
+    from mmengine.dist import broadcast_object_list, init_dist, is_main_process
     from mmengine.runner import Runner
+    from mmengine.utils.dl_utils import set_multi_processing
 
     import visattn.mm  # noqa: F401 - registers the backbone and what goes with it
 except ImportError as error:
     sys.exit(f"expected mmengine, mmcv, mmdet and mmsegmentation ({error}); try tools/install_mm.sh")
-from visattn.weights import WeightsError
+from visattn.weights import WeightsError, first_line
 
 LOGGERS = {"tensorboard": "TensorboardVisBackend", "wandb": "WandbVisBackend"}
 
@@ -40,23 +43,32 @@ def main(scope: str, job: str, description: str) -> None:
         )
     parser.add_argument("--work-dir", help="default: output/CONFIG")
     parser.add_argument("--log", nargs="+", default=[], choices=sorted(LOGGERS), help="report there too")
+    parser.add_argument("--no-check", action="store_true", help="do not look at the data before the run")
     parser.add_argument("--seed", type=int, help="of the weights and the order of the data")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE")
-    args = parser.parse_args()
+    try:
+        args = parser.parse_args()
+    except ValueError as error:  # mmengine's DictAction, of an option without "="
+        stop(f"expected --cfg-options KEY=VALUE, got others ({first_line(error)}); try key.of.config=value")
     if not args.config.is_file():
-        sys.exit(f"expected a config file, got {args.config}; try one of configs/")
-    config = Config.fromfile(args.config)
-    config.merge_from_dict(args.cfg_options)
+        stop(f"expected a config file, got {args.config}; try one of configs/")
+    try:
+        config = Config.fromfile(args.config)
+        config.merge_from_dict(args.cfg_options)
+    except Exception as error:  # a config is a program
+        got = f"{type(error).__name__}: {first_line(error)}"
+        stop(f"expected a config that can be read, got {args.config} with {got}; try one of configs/")
     if config.get("default_scope") != scope:
-        sys.exit(f"expected a config of {scope}, got one of {config.get('default_scope')}; try the other command")
+        stop(f"expected a config of {scope}, got one of {config.get('default_scope')}; try the other command")
     config.work_dir = args.work_dir or config.get("work_dir") or f"output/{args.config.stem}"
-    config.visualizer.vis_backends += [ConfigDict(type=LOGGERS[name]) for name in args.log]
+    if args.log:
+        config.visualizer.vis_backends += [ConfigDict(type=LOGGERS[name]) for name in args.log]
     if args.seed is not None:
         config.randomness = ConfigDict(seed=args.seed)
     if job == "test":
         config.load_from = args.checkpoint
         if args.tta and "tta_pipeline" not in config:
-            sys.exit(f"expected a config with tta_pipeline, got {args.config}; try without --tta")
+            stop(f"expected a config with tta_pipeline, got {args.config}; try without --tta")
         if args.tta:
             config.test_dataloader.dataset.pipeline = config.tta_pipeline
             config.model = ConfigDict(config.tta_model, module=config.model)
@@ -69,12 +81,40 @@ def main(scope: str, job: str, description: str) -> None:
         if args.amp:
             config.optim_wrapper.update(type="AutocastOptimWrapper", dtype=args.amp)
     start_processes(config)
+    if not args.no_check:
+        check(config, job)
+    runner = None
     try:
-        getattr(Runner.from_cfg(config), job)()
+        runner = Runner.from_cfg(config)
+        getattr(runner, job)()
     except WeightsError as error:
-        sys.exit(str(error))
+        stop(str(error))
     except FileNotFoundError as error:
-        sys.exit(f"expected the data where the config's data_root says, got: {error}; try tools/make_small_sets.py")
+        stop(f"expected the files that {args.config} names, got: {error}; try other paths in it")
+    except (AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
+        if runner is not None:
+            raise  # no fault of the config
+        got = f"{type(error).__name__}: {first_line(error)}"
+        stop(f"expected a config that can be built, got {args.config} with {got}; try one of configs/")
+
+
+def stop(message: str) -> NoReturn:
+    """End with one line."""
+    sys.exit(f"error: {message}")
+
+
+def check(config: Config, job: str) -> None:
+    """Look at the data in the first process; all end where they are not as they should be."""
+    stops = [False]
+    if is_main_process():
+        findings, summary = check_data(config, job)
+        print(summary, *findings.lines("warning"), sep="\n", flush=True)
+        for line in findings.lines("error"):
+            print(line, file=sys.stderr, flush=True)
+            stops = [True]
+    broadcast_object_list(stops)
+    if stops[0]:
+        sys.exit(1)
 
 
 def start_processes(config: Config) -> None:
@@ -83,6 +123,9 @@ def start_processes(config: Config) -> None:
         return
     config.launcher = "pytorch"
     if torch.cuda.is_available():
+        environment = config.get("env_cfg", {})
+        set_multi_processing(**environment.get("mp_cfg", {}), distributed=True)
+        init_dist(config.launcher, **environment.get("dist_cfg", {}))
         return
     torch.distributed.init_process_group("gloo")
     config.model = without_sync_bn(config.model)

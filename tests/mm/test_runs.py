@@ -144,12 +144,21 @@ def test_another_autocast_is_refused():
         AutocastOptimWrapper("float32", optimizer=torch.optim.SGD([torch.ones(1, requires_grad=True)], 1.0))
 
 
+NOWHERE = ("SEG", "--no-check", "--cfg-options", "train_dataloader.dataset.data_root=nowhere")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (("nothing.py",), "expected a config file, got nothing.py"),
         (("DET",), "expected a config of mmseg, got one of mmdet; try the other command"),
-        (("SEG", "--cfg-options", "train_dataloader.dataset.data_root=nowhere"), "expected the data where"),
+        (("SEG", "--cfg-options", "train_dataloader"), "expected --cfg-options KEY=VALUE, got others"),
+        (("BROKEN",), "expected a config that can be read, got .*BROKEN.py with SyntaxError"),
+        (
+            ("SEG", "--cfg-options", "model.type=Nothing"),
+            "expected a config that can be built, got .*KeyError: 'Nothing is",
+        ),
+        (NOWHERE, r"expected the files that .*SEG.py names, got: .*No such file or directory: 'nowhere/train'"),
         (("SEG", "--resume", "nothing.pth"), "expected a checkpoint at nothing.pth, got no file"),
     ],
 )
@@ -159,7 +168,8 @@ def test_mistakes_on_the_command_line(args, message, nuclei, tmp_path, monkeypat
 
     for kind, name in (("retinanet", "DET"), ("upernet", "SEG")):
         small_config(kind, "test_dinat", nuclei, tmp_path, 1).dump(tmp_path / f"{name}.py")
-    args = [str(tmp_path / f"{arg}.py") if arg in ("DET", "SEG") else arg for arg in args]
+    (tmp_path / "BROKEN.py").write_text("model = dict(")
+    args = [str(tmp_path / f"{arg}.py") if arg in ("DET", "SEG", "BROKEN") else arg for arg in args]
     monkeypatch.setattr(sys, "argv", ["train_seg.py", *args])
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
         main("mmseg", "train", "")
