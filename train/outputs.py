@@ -36,7 +36,7 @@ def open_folder(config: Config, data_name: str, lock: FolderLock, console: Conso
     """
     resumed = run_folder(config.resume) if config.resume else None
     try:
-        folder = resumed or _name_folder(config, data_name)
+        folder = resumed or name_folder(config, data_name)
         if not lock.take(folder):
             say(console, f"warning: {folder} is on a file system without locks: no other host may write there")
         begun = os.path.lexists(folder / "args.yaml")
@@ -53,7 +53,7 @@ def open_folder(config: Config, data_name: str, lock: FolderLock, console: Conso
     return folder
 
 
-def _name_folder(config: Config, data_name: str) -> Path:
+def name_folder(config: Config, data_name: str) -> Path:
     """The folder of a new run. Without a name of its own it is made here, and no other process gets the same."""
     if config.name:
         return config.output / config.name

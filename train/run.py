@@ -112,7 +112,7 @@ def resume(folder: Path, state: TrainState, loaders: Loaders, config: Config, wo
 def train(run: Run) -> None:
     """Train the epochs that are left. Files follow every epoch; the curves are drawn at the end, however it comes."""
     if run.state.history:  # an earlier session may have been killed between files that belong together
-        outputs.catch_up(run)
+        _catch_up(run)
     loggers = Loggers(run.folder, run.config, run.console, run.state.update) if run.world.main else None
     try:
         while run.state.update < run.epochs * run.updates:
@@ -123,9 +123,13 @@ def train(run: Run) -> None:
             outputs.keep(run, "curves.png", draw)
         if loggers:
             loggers.close()
+    _catch_up(run)
+
+
+def _catch_up(run: Run) -> None:
     exported = dict(run.state.best)
     outputs.catch_up(run)
-    if run.state.best != exported:  # the last checkpoint knows it otherwise
+    if run.state.best != exported:  # which the last checkpoint does not know
         save(run)
 
 
