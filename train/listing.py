@@ -4,6 +4,7 @@ import json
 import os
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from timm.utils.misc import natural_key
 from train.errors import DataError
 from train.sources import FolderSource, Source, TarSource
 
+ABANDONED = 86400  # seconds after which nobody writes to a temporary file any more
 EXTENSIONS = {*get_img_extensions(), ".webp"}
 
 
@@ -94,6 +96,9 @@ def _keep(cache: Path, index: dict) -> None:
     """Write the index at once, as other processes may do the same; a folder that takes no files goes without."""
     temporary = None
     try:
+        for left in cache.parent.glob(f"{cache.name}?*"):
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink()
         handle, temporary = tempfile.mkstemp(dir=cache.parent, prefix=cache.name)
         with open(handle, "w") as file:
             json.dump(index, file)

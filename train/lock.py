@@ -55,7 +55,7 @@ class FolderLock:
         """Is the file under the name of the lock the one that is locked? It may have been deleted, or made anew."""
         try:
             return self._file >= 0 and os.path.samestat(os.fstat(self._file), os.stat(self._path))
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError:
             return False
 
     def _lock(self, folder: Path) -> bool:

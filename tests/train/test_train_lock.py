@@ -14,8 +14,11 @@ import pytest
 from runs import PLAIN, SMALL, newest
 
 from train import engine, validate
+from train.config import Config
 from train.errors import OutputError
 from train.lock import FolderLock
+from train.metrics import make_console
+from train.outputs import open_folder
 
 
 @pytest.fixture
@@ -104,8 +107,8 @@ def test_a_run_whose_folder_another_has_taken_ends_without_touching_it(
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_where_the_file_system_has_no_locks(finished, run, monkeypatch, capsys, code):
-    """A process of this host is known by its id; of others nothing is known, which is said."""
+def test_where_the_file_system_has_no_locks(tmp_path, monkeypatch, capsys, code):
+    """A process of this host is known by its id; of other hosts nothing is known, which is said."""
 
     def none(*args):
         raise OSError(code, os.strerror(code))
@@ -114,13 +117,15 @@ def test_where_the_file_system_has_no_locks(finished, run, monkeypatch, capsys, 
     here, gone = socket.gethostname(), multiprocessing.get_context("fork").Process(target=int)
     gone.start()
     gone.join()
-    for text in (f"{gone.pid} {here}\n", f"{os.getppid()} elsewhere\n", "\x1b[31m\n", ""):
-        (finished / ".lock").write_text(text)
-        assert run("r", "--resume", finished)[0] == 0
-        assert "is on a file system without locks" in capsys.readouterr().out
-    (finished / ".lock").write_text(f"{os.getppid()} {here}\n")
-    assert run("r", "--resume", finished)[0] == 2
-    assert f"process {os.getppid()} on {here}" in capsys.readouterr().err
+    for number, text in enumerate((f"{gone.pid} {here}\n", f"{os.getppid()} elsewhere\n", "\x1b[31m\n", "")):
+        config = Config(output=tmp_path, name=str(number))
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / ".lock").write_text(text)
+        open_folder(config, "x", FolderLock(), make_console())
+        assert f"warning: {tmp_path / str(number)} is on a file system without locks" in capsys.readouterr().out
+    (tmp_path / ".lock").write_text(f"{os.getppid()} {here}\n")
+    with pytest.raises(OutputError, match=f"process {os.getppid()} on {here}"):
+        FolderLock().take(tmp_path)
 
 
 def test_two_processes_resume_one_run(folder_data, launch, tmp_path):
@@ -130,12 +135,9 @@ def test_two_processes_resume_one_run(folder_data, launch, tmp_path):
     while not (folder / "log.csv").exists() and first.ranks[0].is_alive():
         time.sleep(0.01)
     second = launch("--resume", folder, size=2)
-    third = launch("--data", folder_data, *SMALL, "--name", "r")
     assert second.wait() == [2, 2], second.output()
-    assert third.wait() == [2], third.output()
-    for processes in (second, third):
-        assert processes.output().count("error: ") == 1
-        assert f"where process {first.ranks[0].pid} on {socket.gethostname()} does" in processes.output()
+    assert second.output().count("error: ") == 1
+    assert f"where process {first.ranks[0].pid} on {socket.gethostname()} does" in second.output()
     first.kill(1)
     assert first.wait() == [1, -9]
     again = launch("--resume", folder, size=2)

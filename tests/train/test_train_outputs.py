@@ -13,9 +13,12 @@ import pytest
 import torch
 from runs import PLAIN, SMALL, build, newest, rows
 
-from train import checkpoint, engine, files, weights
+from train import checkpoint, engine, files, outputs, weights
+from train.config import Config, parse
 from train.errors import CheckpointError, ConfigError
+from train.lock import FolderLock
 from train.metrics import make_console
+from train.outputs import open_folder
 
 
 class Killed(BaseException):
@@ -122,13 +125,10 @@ def hidden(folder):
 
 PLACES = [(call, ".model.safetensors.tmp") for call in ("open", "fsync", "replace")]
 PLACES += [(call, ".model.safetensors.sha256.tmp") for call in ("fsync", "replace")]
-CODES = (errno.EIO, errno.EDQUOT, errno.EROFS, errno.EACCES)
+CODES = (errno.EROFS, errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EACCES)
 
 
-@pytest.mark.parametrize(
-    ("call", "name", "code"),
-    [*((*place, errno.ENOSPC) for place in PLACES), *((*PLACES[i % 3], code) for i, code in enumerate(CODES))],
-)
+@pytest.mark.parametrize(("call", "name", "code"), [(*place, code) for place, code in zip(PLACES, CODES, strict=True)])
 def test_one_failure_does_not_lose_the_best_weights(three, capsys, disk, scores, call, name, code):
     """At the export of the best epoch, which a worse one follows."""
     seen = scores(50.0, 90.0, 70.0)
@@ -137,16 +137,17 @@ def test_one_failure_does_not_lose_the_best_weights(three, capsys, disk, scores,
     output = capsys.readouterr()
     assert disk.failed == 1
     assert exit_code == 0, output.err
+    assert held(folder, seen) == 2
+    assert best_of(folder) == {"model": 90.0}
+    assert (folder / "model.safetensors.sha256").exists()
+    assert not hidden(folder)
     assert "warning: not written: " in output.out
     assert name.removeprefix(".").removesuffix(".tmp") in output.out
-    assert held(folder, seen) == 2
-    assert (folder / "model.safetensors.sha256").exists()
-    assert best_of(folder) == {"model": 90.0}
-    assert not hidden(folder)
 
 
-@pytest.mark.parametrize("name", [".model.safetensors.tmp", ".model.safetensors.sha256.tmp"])
-@pytest.mark.parametrize("last_is_best", [True, False])
+@pytest.mark.parametrize(
+    ("name", "last_is_best"), [(".model.safetensors.tmp", False), (".model.safetensors.sha256.tmp", True)]
+)
 def test_weights_that_cannot_be_written_are_said_at_the_end(three, run, capsys, disk, scores, name, last_is_best):
     """All after the first epoch fails; with room again, a resume writes the best weights that are left."""
     seen = scores(50.0, *((70.0, 90.0) if last_is_best else (90.0, 70.0)))
@@ -168,13 +169,12 @@ def test_a_failure_at_the_last_export_is_made_good_at_the_end(three, disk, score
     seen = scores(50.0, 70.0, 90.0)
     disk.fail("fsync", ".model.safetensors.tmp", times=2, when=lambda: len(seen) == 3)
     code, folder = three()
-    assert (code, disk.failed) == (0, 2)
+    assert code == 0
     assert held(folder, seen) == 3
     assert best_of(folder) == {"model": 90.0}
 
 
-@pytest.mark.parametrize("times", [1, 100])
-@pytest.mark.parametrize("name", ["log.csv", "curves.png"])
+@pytest.mark.parametrize(("name", "times"), [("log.csv", 100), ("curves.png", 1), ("curves.png", 100)])
 def test_a_missing_log_or_picture_is_made_good_or_said(three, capsys, disk, scores, name, times):
     seen = scores(50.0, 60.0, 70.0)
     disk.fail("replace", f".{name}.tmp", times=times, when=lambda: len(seen) == 3)
@@ -184,8 +184,7 @@ def test_a_missing_log_or_picture_is_made_good_or_said(three, capsys, disk, scor
     assert name in output.out
     if times == 1:
         assert code == 0
-        assert len(rows(folder)) == 3
-        assert (folder / "curves.png").exists()
+        assert (folder / name).exists()
     else:
         assert code == 2
         assert f"error: expected all files of a finished run in {folder}, got no {name}; try " in output.err
@@ -293,33 +292,26 @@ def test_a_folder_deleted_during_a_run_is_written_anew(three, run, tmp_path, cap
     assert run("r", "--resume", folder)[0] == code
 
 
-@pytest.mark.parametrize("name", ["args.yaml", "log.csv", "model.safetensors"])
+@pytest.mark.parametrize("name", ["log.csv", "model.safetensors"])
 def test_a_file_deleted_from_a_run_is_written_anew(finished, run, name):
     (finished / name).unlink()
-    if name == "args.yaml":
-        assert run("r", "--resume", finished)[0] == 2  # it says what to resume
-    else:
-        assert run("r", "--resume", finished)[0] == 0
-        assert sorted(os.listdir(finished)) == PROMISED
+    assert run("r", "--resume", finished)[0] == 0
+    assert sorted(os.listdir(finished)) == PROMISED
 
 
-def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch, folder_data):
+def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
     class Clock(datetime.datetime):
         @classmethod
         def now(cls, tz=None):
             return cls(2030, 1, 2, 3, 4, 5)
 
-    from train import outputs
-
     monkeypatch.setattr(outputs, "datetime", Clock)
-    options = ("--model", "test_vit", "--data", folder_data, *SMALL, "--output", tmp_path / "out")
-    names = [build(*options).folder.name for _ in range(3)]
-    first = "test_vit-pictures-20300102-030405"
-    assert names == [first, f"{first}-2", f"{first}-3"]
-    config = build(*options).config
+    config = Config(output=tmp_path / "out", model="test_vit")
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda _: outputs.name_folder(config, "x"), range(64)))
-    assert len(set(found)) == 64
+        found = list(pool.map(lambda _: open_folder(config, "x", FolderLock(), make_console(enabled=False)), range(40)))
+    first = "test_vit-x-20300102-030405"
+    assert sorted(path.name for path in found) == sorted([first, *(f"{first}-{n}" for n in range(2, 41))])
+    assert all((path / "args.yaml").exists() for path in found)
 
 
 def odd_output(tmp_path, kind):
@@ -339,11 +331,11 @@ def odd_output(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["file", "link loop", "dangling link", "long", "read-only"])
 @pytest.mark.parametrize("options", [(), ("--name", "r"), ("--name", "r", "--resume", "auto"), ("--resume",)])
-def test_an_output_that_takes_no_files_is_refused(tmp_path, folder_data, kind, options):
+def test_an_output_that_takes_no_files_is_refused(tmp_path, kind, options):
     path = odd_output(tmp_path, kind)
     where = ("--resume", path) if options == ("--resume",) else ("--output", path, *options)
     with pytest.raises((ConfigError, CheckpointError), match=r"expected .*, got.*; try "):
-        build("--model", "test_vit", "--data", folder_data, *SMALL, *where)
+        open_folder(parse([str(option) for option in where]), "x", FolderLock(), make_console(enabled=False))
 
 
 def test_a_disk_that_is_full_at_the_start_is_said(folder_data, refused, tmp_path, disk):
