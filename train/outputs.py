@@ -43,8 +43,8 @@ def open_folder(config: Config, data_name: str, lock: FolderLock, console: Conso
         if not begun:
             _write_args(folder / "args.yaml", config)
     except (OSError, ValueError) as error:  # the latter for names that no file can have
-        hint = "a copy of the run elsewhere" if resumed else "another --output"
-        raise ConfigError(f"--output: expected a folder to write to, got: {error}; try {hint}") from error
+        flag, hint = ("--resume", "a copy of the run elsewhere") if resumed else ("--output", "another --output")
+        raise ConfigError(f"{flag}: expected a folder to write to, got: {error}; try {hint}") from error
     if begun and not resumed:
         raise ConfigError(
             f"expected a new run folder, got {folder}, which exists; try --resume {folder} or another --name"
@@ -131,14 +131,15 @@ def export_best(run: "Run") -> None:
 def catch_up(run: "Run") -> None:
     """Make log, exported weights and `state.best` agree, as far as the state allows; all processes together."""
     settle(run)
-    for name in list(run.state.best) if run.world.main else ():
-        try:
-            check_hash(run.folder / f"{name}.safetensors")
-        except CheckpointError as error:
-            say(run.console, f"warning: {error}")
-            del run.state.best[name]
     if run.world.main:
+        for name in list(run.state.best):
+            try:
+                check_hash(run.folder / f"{name}.safetensors")
+            except (CheckpointError, OSError) as error:
+                say(run.console, f"warning: {error}")
+                del run.state.best[name]
         keep_history(run)
+        checkpoint.sweep(run.folder)
     settle(run)
     export_best(run)
 
@@ -152,9 +153,10 @@ def check_complete(run: "Run") -> None:
     ]
     for name, column in BEST.items():
         best = max((row[column] for row in run.state.history if row[column] is not None), default=-1.0)
-        if round(run.state.best.get(name, -1.0), 4) < best:
-            held = f"{name}.safetensors of {run.state.best[name]:.2f} %" if name in run.state.best else "none"
-            problems.append(f"{held} where {name}.safetensors of {best:.2f} % should be")
+        held = run.state.best.get(name, -1.0)
+        if round(held, 4) < best:
+            instead = "" if held < 0 else f" but one of {held:.2f} %"
+            problems.append(f"no {name}.safetensors of {best:.2f} % top-1{instead}")
     if problems:
         raise OutputError(
             f"expected all files of a finished run in {run.folder}, got {', '.join(problems)}; "

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from runs import PLAIN, SMALL, build, newest, rows
+from runs import PLAIN, SMALL, assert_same_tensors, build, column, newest, rows
 
 from train import checkpoint, engine, files, outputs, weights
 from train.config import Config, parse
@@ -54,9 +54,9 @@ class Disk:
 
         self.fails = fails
 
-    def each_step(self, action, error):
+    def each_step(self, action, error, stride=1):
         """Do `action` with a failure at its first call, its second, ... until it meets none; yields after each."""
-        for step in itertools.count():
+        for step in itertools.count(step=stride):
             self.failed, counter = 0, itertools.count()
 
             def fails(call, name, step=step, counter=counter):
@@ -154,7 +154,7 @@ def test_weights_that_cannot_be_written_are_said_at_the_end(three, run, capsys, 
     disk.fail("fsync", name, times=100, when=lambda: len(seen) > 1)
     code, folder = three()
     assert code == 2
-    assert "got model.safetensors of 50.00 % where model.safetensors of 90.00 % should be" in capsys.readouterr().err
+    assert "got no model.safetensors of 90.00 % top-1 but one of 50.00 %; try " in capsys.readouterr().err
     assert held(folder, seen) == 1
     assert best_of(folder) == {"model": 50.0}
     assert len(rows(folder)) == 3
@@ -208,7 +208,7 @@ def test_all_ranks_know_what_could_not_be_written(folder_data, launch):
     processes = launch(*options, size=2, change=fill_disk)
     assert processes.wait() == [2, 2], processes.output()
     assert processes.output().count("error: ") == 1
-    assert "got none where model.safetensors of " in processes.output()
+    assert "got no model.safetensors of " in processes.output()
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, Killed])
@@ -253,6 +253,24 @@ def test_a_checkpoint_written_anew_is_there_after_a_failure_at_any_step(folder_d
         assert not hidden(run.folder / "checkpoints")
 
 
+@pytest.mark.slow
+def test_a_run_killed_at_every_third_step_of_its_writing_is_the_uninterrupted_one(folder_data, run, disk):
+    options = ("--data", folder_data, *PLAIN, "--epochs", 2, "--ema-decay", 0.9, "--keep-checkpoints", 1)
+    _, whole = run("whole", *options)
+    folder = whole.with_name("killed")
+    for _ in disk.each_step(lambda: run("killed", *options), Killed, stride=3):
+        if (folder / "args.yaml").exists():
+            assert run("killed", "--resume", folder)[0] == 0
+            assert_same_tensors(whole, folder)
+            assert best_of(whole) == best_of(folder)
+            assert [column(whole, key) for key in LOSSES] == [column(folder, key) for key in LOSSES]
+            for name in ("model.safetensors", "model_ema.safetensors"):
+                assert (whole / name).read_bytes() == (folder / name).read_bytes()
+                assert (whole / f"{name}.sha256").read_text() == (folder / f"{name}.sha256").read_text()
+            assert not hidden(folder)
+        shutil.rmtree(folder)
+
+
 def test_pruning_counts_no_damaged_checkpoint(folder_data, tmp_path):
     """A resumed run passed over the newest one: what it writes itself must stay."""
     run = build("--model", "test_vit", "--data", folder_data, *SMALL, "--output", tmp_path, "--name", "r")
@@ -274,6 +292,7 @@ def test_a_resumed_run_sweeps_what_a_kill_has_left(finished, run):
     assert os.listdir(checkpoints) == ["00000001"]
 
 
+LOSSES = ("train_loss", "eval_loss", "top1", "ema_loss", "ema_top1")
 PROMISED = ["args.yaml", "checkpoints", "curves.png", "log.csv", "model.safetensors", "model.safetensors.sha256"]
 
 
@@ -285,7 +304,7 @@ def test_a_folder_deleted_during_a_run_is_written_anew(three, run, tmp_path, cap
     assert three()[0] == code
     output = capsys.readouterr()
     assert f"warning: files in {folder} have been deleted" in output.out
-    assert ("model.safetensors of 60.00 % where model.safetensors of 90.00 % should be" in output.err) == (code == 2)
+    assert ("got no model.safetensors of 90.00 % top-1 but one of 60.00 %; try " in output.err) == (code == 2)
     assert sorted(os.listdir(folder)) == PROMISED
     assert len(rows(folder)) == 3
     assert held(folder, seen) == 3
