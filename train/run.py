@@ -119,6 +119,7 @@ def train(run: Run) -> None:
             train_epoch(run, loggers)
     finally:
         if run.world.main and run.state.history and run.lock.holds():
+            outputs.keep_history(run)  # the last checkpoint may have failed before
             draw = partial(metrics.draw_curves, history=run.state.history, title=run.folder.name)
             outputs.keep(run, "curves.png", draw)
         if loggers:
