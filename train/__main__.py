@@ -25,9 +25,10 @@ def main(argv: list[str] | None = None) -> int:
         config = parse(argv)
         world = distributed.start(config)
         run = build(config, world, console)
-        stop_on_signals(run)
-        train(run)
-        report(run, time.perf_counter() - start)
+        with run.lock:
+            stop_on_signals(run)
+            train(run)
+            report(run, time.perf_counter() - start)
         distributed.stop()
         return 0
     except TrainError as error:

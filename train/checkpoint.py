@@ -7,6 +7,7 @@ RUN/checkpoints/00000123/        after update 123; a folder under this name is c
     SHA256SUMS                   of all files above; `sha256sum -c SHA256SUMS` checks them too
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -59,7 +60,7 @@ def save(folder: Path, state: "TrainState", config: Config, world: World) -> Non
     values = {"format": FORMAT, "recipe": recipe(config), **values}
 
     def prepare() -> None:
-        clean()
+        _clean(checkpoints)
         temporary.mkdir(parents=True)
 
     def write() -> None:
@@ -73,26 +74,54 @@ def save(folder: Path, state: "TrainState", config: Config, world: World) -> Non
         names = sorted(path.name for path in temporary.iterdir())
         sums = "".join(f"{sha256(temporary / name)}  {name}\n" for name in names)
         write_atomic(temporary / "SHA256SUMS", sums.encode())
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+        replaced = _set_aside(final) if final.exists() else None
+        try:
+            temporary.rename(final)  # after a kill before this `sweep` does it
+        except OSError:
+            if replaced:
+                replaced.rename(final)
+            raise
         sync_folder(checkpoints)
-        for old in _complete(checkpoints)[config.keep_checkpoints :]:
-            # Out of the way first: a kill while deleting must not leave half a checkpoint under a good name.
-            old.rename(old.with_name(f".{old.name}.old"))
-        clean()
-
-    def clean() -> None:
-        for name in (".*.tmp", ".*.old"):
-            for left in checkpoints.glob(name):
-                shutil.rmtree(left, ignore_errors=True)
+        # Newer ones, which a resumed run has passed over, are damaged: they must not count.
+        older = [path for path in _complete(checkpoints) if path <= final]
+        with contextlib.suppress(OSError):  # what stays goes after the next one
+            for old in older[config.keep_checkpoints :]:
+                _set_aside(old)
+        _clean(checkpoints)
 
     try:
         for step, mine in ((prepare, world.main), (write, True), (finish, world.main)):
             _together(step if mine else lambda: None, world, f"expected to write {final}")
     except CheckpointError:
         if world.main:
-            clean()  # a full disk needs the room
+            _clean(checkpoints)  # a full disk needs the room
         raise
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename a checkpoint that is to go: a kill while deleting must not leave half of one under a good name."""
+    return path.rename(path.with_name(f".{path.name}.old"))
+
+
+def _clean(checkpoints: Path) -> None:
+    for name in (".*.tmp", ".*.old"):
+        for left in checkpoints.glob(name):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half done in a run's folder, which no other process may be writing to."""
+    checkpoints = folder / "checkpoints"
+    for left in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            left.unlink()
+    for left in checkpoints.glob(".*.tmp"):
+        final = checkpoints / left.name[1:-4]
+        with contextlib.suppress(OSError, CheckpointError):
+            if not final.exists():
+                verify(left)
+                left.rename(final)  # only its name was missing
+    _clean(checkpoints)
 
 
 def _together(step: Callable[[], None], world: World, expected: str) -> None:

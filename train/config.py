@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ def parse(argv: list[str] | None = None) -> Config:
     folder = named.resume
     if automatic:
         folder = named.output / named.name
-        folder = folder if (folder / "args.yaml").is_file() else None
+        folder = folder if os.path.isfile(folder / "args.yaml") else None
     if folder:
         base = read_yaml(run_folder(folder) / "args.yaml", hint="--resume output/RUN")
     elif named.config:
@@ -145,7 +146,7 @@ def parse(argv: list[str] | None = None) -> Config:
 def run_folder(resume: Path) -> Path:
     """The folder of the run that `--resume` names by itself or by one of its files."""
     for folder in (resume, resume.parent, resume.parent.parent):
-        if (folder / "args.yaml").is_file():
+        if os.path.isfile(folder / "args.yaml"):  # Path.is_file raises where a name is too long
             return folder
     raise CheckpointError(f"--resume: expected a run folder, got no args.yaml in {resume}; try --resume output/RUN")
 

@@ -3,7 +3,7 @@
 import inspect
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from train.config import Config
-from train.errors import ConfigError, PeerError
+from train.errors import ConfigError, PeerError, TrainError
 
 # The attributes in which timm's models and ours hold their repeated blocks.
 BLOCKS = re.compile(r"(blocks?|layers?|levels?|stages?)_?\d*")
@@ -59,6 +59,19 @@ class World:
         values = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """Let one process act, and all share what came of it: a small object, or the TrainError."""
+        outcome = None
+        if self.main:
+            try:
+                outcome = action()
+            except TrainError as error:
+                outcome = error
+        outcome = self.gather(outcome)[0]
+        if isinstance(outcome, TrainError):
+            raise outcome
+        return outcome
 
     def merge(self, flags: torch.Tensor) -> torch.Tensor:
         """Elementwise maximum over all processes, in place."""

@@ -33,6 +33,10 @@ class CheckpointError(TrainError, ValueError):
     """A checkpoint that is missing, damaged, unsafe, or of another run."""
 
 
+class OutputError(TrainError, RuntimeError):
+    """The run's folder is in use by another process, or lacks a file that the run promises."""
+
+
 class NonFiniteLossError(TrainError, FloatingPointError):
     """The loss became NaN or infinite; raised before the optimizer sees its gradient."""
 

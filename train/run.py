@@ -1,30 +1,31 @@
 """A run from its folder to its report: build, train, export."""
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from timm.models import resolve_model_input_args
 
-from train import checkpoint, metrics
-from train.config import Config, read_yaml, recipe, run_folder
+from train import checkpoint, metrics, outputs
+from train.config import Config, read_yaml, recipe
 from train.data import open_data, resolve
 from train.distributed import World, prepare
 from train.engine import Engine, Taken, TrainState
 from train.errors import CheckpointError, ConfigError, Interrupted
-from train.files import write_atomic
 from train.flops import forward_flops, peak_flops, utilization
-from train.loader import Images, make_loaders
+from train.loader import Images, Loaders, make_loaders
+from train.lock import FolderLock
 from train.loggers import Loggers, check_packages
 from train.metrics import Meter, Speed, say
-from train.model import check_names, export_state, make_model, make_optimizer, make_scheduler, make_task
+from train.model import check_names, make_model, make_optimizer, make_scheduler, make_task
+from train.outputs import open_folder
 from train.progress import EpochBar, Status
 from train.seeding import seed_everything
-from train.weights import export
 
 LOG_EVERY = 10  # updates between two lines of the loggers
 
@@ -40,6 +41,9 @@ class Run:
     engine: Engine
     console: Console
     flops: int | None  # of one image forward
+    lock: FolderLock  # held by the main process
+    owed: dict[str, Callable[[Path], Any]] = field(default_factory=dict)  # files that could not be written yet, by name
+    waiting: dict[str, float] = field(default_factory=dict)  # of these the weights, with their top-1
 
     @property
     def updates(self) -> int:
@@ -74,76 +78,63 @@ def build(config: Config, world: World, console: Console) -> Run:
     scheduler = make_scheduler(config, optimizer, loaders.batches.updates)
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "float16")
     state = TrainState(task, optimizer, scheduler, scaler, Meter())
-
-    if config.resume:
-        folder = run_folder(config.resume)
-        path = _on_main(world, lambda: checkpoint.newest(folder, console))
-        if path:
-            checkpoint.restore(path, state, config, world)
-            for images, bad in ((loaders.train.dataset, state.bad_train), (loaders.eval.dataset, state.bad_eval)):
-                images.bad[bad] = 1
-        else:
-            checkpoint.check_recipe(config, recipe(read_yaml(folder / "args.yaml")))
-        say(console, f"resumed after update {state.update}")
-    else:
-        folder = _on_main(world, lambda: new_folder(config, data.name))
-    if not all(world.gather((folder / "args.yaml").is_file())):
-        raise ConfigError(
-            f"--output: expected a folder that all processes share, got {folder}, which some do not see; "
-            "try one on a network file system"
-        )
+    lock = FolderLock()
+    try:
+        folder = world.on_main(lambda: open_folder(config, data.name, lock, console))
+        if not all(world.gather(os.path.isfile(folder / "args.yaml"))):
+            raise ConfigError(
+                f"--output: expected a folder that all processes share, got {folder}, which some do not see; "
+                "try one on a network file system"
+            )
+        if config.resume:
+            resume(folder, state, loaders, config, world, console)
+    except BaseException:
+        lock.release()
+        raise
     say(
         console,
         f"{config.model} ({parameters / 1e6:.2f} M parameters) on {data.name}: {len(data.train)} training and "
         f"{len(data.eval)} test images, {data.num_classes} classes, {config.img_size}x{config.img_size} px, "
         f"{world.device.type}{f' x {world.size} ({config.engine})' if world.size > 1 else ''}",
     )
-    return Run(config, folder, world, state, Engine(state, loaders, config, world), console, flops)
+    return Run(config, folder, world, state, Engine(state, loaders, config, world), console, flops, lock)
 
 
-def _on_main(world: World, action: Callable[[], Path | None]) -> Path | None:
-    """Let one process act, and all share what came of it: a path, or the error."""
-    outcome = None
-    if world.main:
-        try:
-            outcome = action()
-        except (ConfigError, CheckpointError) as error:
-            outcome = error
-    outcome = world.gather(outcome)[0]
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
-
-
-def new_folder(config: Config, data_name: str) -> Path:
-    """Create the folder of a new run with its args.yaml; never reuse one that has begun."""
-    name = config.name or f"{config.model}-{data_name}-{datetime.now():%Y%m%d-%H%M%S}"
-    folder = config.output / name
-    try:
-        if (folder / "args.yaml").exists():
-            raise ConfigError(
-                f"expected a new run folder, got {folder}, which exists; try --resume {folder} or another --name"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "args.yaml", yaml.safe_dump(recipe(config), sort_keys=False).encode())
-    except OSError as error:
-        raise ConfigError(f"--output: expected a folder to write to, got: {error}; try another --output") from error
-    return folder
+def resume(folder: Path, state: TrainState, loaders: Loaders, config: Config, world: World, console: Console) -> None:
+    """Give a freshly built state what the newest whole checkpoint of its run holds, if there is one."""
+    path = world.on_main(lambda: checkpoint.newest(folder, console))
+    if path:
+        checkpoint.restore(path, state, config, world)
+        for images, bad in ((loaders.train.dataset, state.bad_train), (loaders.eval.dataset, state.bad_eval)):
+            images.bad[bad] = 1
+    else:
+        checkpoint.check_recipe(config, recipe(read_yaml(folder / "args.yaml")))
+    say(console, f"resumed after update {state.update}")
 
 
 def train(run: Run) -> None:
     """Train the epochs that are left. Files follow every epoch; the curves are drawn at the end, however it comes."""
+    if run.state.history:  # an earlier session may have been killed between files that belong together
+        _catch_up(run)
     loggers = Loggers(run.folder, run.config, run.console, run.state.update) if run.world.main else None
-    if run.world.main and run.state.history:  # an earlier session may have been killed between a checkpoint and its row
-        _keep_going(run, lambda: metrics.write_log(run.folder / "log.csv", run.state.history))
     try:
         while run.state.update < run.epochs * run.updates:
             train_epoch(run, loggers)
     finally:
-        if run.world.main and run.state.history:
-            _keep_going(run, lambda: metrics.draw_curves(run.folder / "curves.png", run.state.history, run.folder.name))
+        if run.world.main and run.state.history and run.lock.holds():
+            outputs.keep_history(run)  # the last checkpoint may have failed before
+            draw = partial(metrics.draw_curves, history=run.state.history, title=run.folder.name)
+            outputs.keep(run, "curves.png", draw)
         if loggers:
             loggers.close()
+    _catch_up(run)
+
+
+def _catch_up(run: Run) -> None:
+    exported = dict(run.state.best)
+    outputs.catch_up(run)
+    if run.state.best != exported:  # which the last checkpoint does not know
+        save(run)
 
 
 def train_epoch(run: Run, loggers: Loggers | None) -> None:
@@ -181,9 +172,10 @@ def train_epoch(run: Run, loggers: Loggers | None) -> None:
     row["seconds"] = round(speed.seconds, 2)
     state.history.append(row)
     state.meter = Meter()
+    outputs.export_best(run)
     save(run)
     if world.main:
-        _keep_going(run, lambda: metrics.write_log(run.folder / "log.csv", state.history))
+        outputs.keep_history(run)
         say(run.console, metrics.epoch_line(row, run.epochs))
         loggers.epoch(row, state.update)
     _stop_if_asked(run, taken)
@@ -195,21 +187,15 @@ def _stop_if_asked(run: Run, taken: Taken) -> None:
 
 
 def _evaluate(run: Run) -> dict[str, float | None]:
-    """Evaluate the model and its average, and export whichever is better than before."""
+    """Evaluate the model and its average."""
     row = {}
-    for prefix, name in (("", "model"), ("ema_", "model_ema")):
-        ema = name == "model_ema"
+    for prefix, ema in (("", False), ("ema_", True)):
         if ema and not run.state.task.has_ema():
             row |= {"ema_loss": None, "ema_top1": None, "ema_top5": None}
             continue
         test = run.engine.evaluate(ema)
         row |= {f"{prefix or 'eval_'}loss": test["loss"]}
         row |= {f"{prefix}{key}": round(test[key], 4) for key in ("top1", "top5")}
-        if test["top1"] > run.state.best.get(name, -1.0):
-            run.state.best[name] = test["top1"]
-            weights = export_state(run.state.task, run.world, ema)
-            if run.world.main:
-                _keep_going(run, lambda: export(run.folder / f"{name}.safetensors", weights))  # noqa: B023
     return row
 
 
@@ -245,7 +231,8 @@ def _merge_bad(run: Run, images: Images, known: list[int]) -> list[int]:
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint; a run that cannot goes on, says so, and keeps the one before."""
+    """Write what is owed, then a checkpoint; a run that cannot goes on, says so, and keeps the one before."""
+    outputs.settle(run)
     try:
         checkpoint.save(run.folder, run.state, run.config, run.world)
     except CheckpointError as error:
@@ -254,16 +241,12 @@ def save(run: Run) -> None:
             raise
 
 
-def _keep_going(run: Run, write: Callable[[], None]) -> None:
-    """Write something that a run can do without; a full disk must not end it."""
-    try:
-        write()
-    except OSError as error:
-        say(run.console, f"warning: not written: {error}; training goes on")
-
-
 def report(run: Run, seconds: float) -> None:
-    """Say how good the model is, how long it took, and where the files are."""
+    """Say how good the model is, how long it took, and where the files are.
+
+    Raises:
+        OutputError: on all processes, if one of the files is missing or older.
+    """
     state = run.state
     best = max(state.history, key=lambda row: row["top1"])
     average = f", EMA {state.history[-1]['ema_top1']:.2f} %" if state.task.has_ema() else ""
@@ -273,3 +256,4 @@ def report(run: Run, seconds: float) -> None:
         f" in {seconds:.0f} s",
     )
     say(run.console, f"output: {run.folder}")
+    run.world.on_main(lambda: outputs.check_complete(run))

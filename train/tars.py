@@ -5,6 +5,7 @@ import os
 import re
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from train.files import open_regular
 from train.listing import Listing, Skipped, is_hidden, is_image
 from train.sources import EXTENSIONS
 
+ABANDONED = 86400  # seconds after which nobody writes to a temporary file any more
 KEPT = ("names", "labels", "places", "empty", "remarks")  # of a listing, in the index
 NUMBER = re.compile("0|[1-9][0-9]{0,31}")
 
@@ -91,6 +93,9 @@ def _keep(cache: Path, index: dict) -> None:
     """Write the index at once, as other processes may do the same; a folder that takes no files goes without."""
     temporary = None
     try:
+        for left in cache.parent.glob(f"{cache.name}?*"):
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink()
         handle, temporary = tempfile.mkstemp(dir=cache.parent, prefix=cache.name)
         with open(handle, "w") as file:
             json.dump(index, file)

@@ -1,6 +1,5 @@
 """Weights in and out: plain tensors only, whatever a file pretends to be."""
 
-import hashlib
 from pathlib import Path
 
 import safetensors.torch
@@ -9,7 +8,7 @@ from torch import nn
 
 import visattn.weights
 from train.errors import CheckpointError
-from train.files import sha256, write_atomic
+from train.files import hash_file, sha256, write_hashed
 from visattn.weights import WeightsError, convert_weights
 
 
@@ -50,22 +49,31 @@ def load_into(model: nn.Module, path: Path) -> list[str]:
     return left_out
 
 
+def snapshot(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies on the CPU, which training leaves alone; safetensors takes no strided views nor shared memory either."""
+    return {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in weights.items()}
+
+
 def export(path: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write a full state dict as safetensors, and its sha256 beside it."""
-    # Copies, because safetensors refuses strided views and tensors that share memory.
-    weights = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in weights.items()}
-    content = safetensors.torch.save(weights, metadata={"format": "pt"})
-    write_atomic(path, content)
-    line = f"{hashlib.sha256(content).hexdigest()}  {path.name}\n"
-    write_atomic(path.with_name(f"{path.name}.sha256"), line.encode())
+    """Write a `snapshot` as safetensors, and its sha256 beside it."""
+    write_hashed(path, safetensors.torch.save(weights, metadata={"format": "pt"}))
 
 
 def check_hash(path: Path) -> None:
     """Compare a file with the sha256 beside it, if there is one."""
-    beside = path.with_name(f"{path.name}.sha256")
-    if beside.is_file():
-        expected = beside.read_text(errors="replace").split()
-        if sha256(path) not in expected[:1]:
+    beside = hash_file(path)
+    while expected := _first_word(beside):
+        if sha256(path) == expected:
+            return
+        if _first_word(beside) == expected:  # otherwise a run has just replaced both
             raise CheckpointError(
                 f"expected {path} with the sha256 in {beside.name}, got other content: it is damaged; try another copy"
             )
+
+
+def _first_word(path: Path) -> str | None:
+    """None without such a file."""
+    try:
+        return (path.read_text(errors="replace").split() or ["nothing"])[0]
+    except FileNotFoundError:
+        return None

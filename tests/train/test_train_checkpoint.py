@@ -9,7 +9,7 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from runs import SMALL, newest, slow
+from runs import SMALL, newest, rows, slow
 
 from train import checkpoint
 from train.errors import CheckpointError
@@ -141,9 +141,10 @@ def test_a_run_that_cannot_keep_its_result_says_so(folder_data, run, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.dcp, "save", full)
-    code, _ = run("r", "--data", folder_data, *SMALL, "--epochs", 1)
+    code, folder = run("r", "--data", folder_data, *SMALL, "--epochs", 1)
     assert code == 2
     assert "No space left" in capsys.readouterr().err
+    assert len(rows(folder)) == 1  # of the weights that are there
 
 
 def test_exported_weights_give_the_same_logits(folder_data, run):

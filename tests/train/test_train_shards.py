@@ -91,6 +91,18 @@ def test_index_of_shards_is_kept_and_checked(folder_data, monkeypatch):
     assert not kept.exists()
 
 
+def test_what_a_killed_process_left_of_an_index_goes_and_another_process_keeps_its_own(folder_data):
+    for split in ("train", "val"):
+        to_shards(folder_data / split)
+    left, fresh = (folder_data / f".train.index.json{name}" for name in ("abandoned", "fresh"))
+    for path in (left, fresh):
+        path.write_text("{")
+    os.utime(left, (0, 0))
+    open_data(config_for(folder_data))
+    assert not left.exists()
+    assert fresh.exists()
+
+
 def test_a_tar_without_class_folders_is_refused(folder_data):
     shutil.rmtree(folder_data / "val")
     with tarfile.open(folder_data / "val.tar", "w") as archive:
