@@ -124,7 +124,8 @@ def test_checkpoints_give_the_models_maps(tmp_path, name):
     """Weights of the classifier, in every kind of file; fewer levels; output norms are new."""
     options = {"dynamic_img_size": True, "dynamic_img_pad": True} if name == "test_vit" else {}
     model = timm.create_model(name, **options).eval()
-    model.load_state_dict(fill.fill({k: v.shape for k, v in model.state_dict().items()}), strict=False)
+    shapes = {k: v.shape for k, v in model.state_dict().items() if v.is_floating_point()}
+    model.load_state_dict(fill.fill(shapes), strict=False)
     image = torch.randn(2, 3, 97, 131)
     kept = list(range(len(model.feature_info)))[-3:-1]
     expected = model.forward_intermediates(image, indices=kept, intermediates_only=True)
