@@ -4,6 +4,7 @@ import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
+from inspect import signature
 from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
@@ -25,6 +26,8 @@ TOKEN_POOLS = ("", "token", "avg", "avgmax", "max")
 _RAW = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 # Arguments of timm's constructors, to which families hand them on.
 _SHARED = {"in_chans": int, "num_classes": int, "drop_rate": float, "drop_path_rate": float}
+_POSITIVE = {"img_size", "in_chans", "patch_size", "num_heads", "layers"}
+_PER_STAGE = {"depths", "layers", "embed_dims", "channels", "num_heads", "mlp_ratios", "sr_ratios", "split_sizes"}
 
 
 def check_classifier(num_classes: int, global_pool: str, pools: Sequence[str]) -> None:
@@ -80,15 +83,7 @@ def build_model(
 
 
 def _construct(cls: type[nn.Module], **kwargs: Any) -> nn.Module:
-    hints = {**_SHARED, **get_type_hints(cls.__init__)}
-    for name, value in kwargs.items():
-        if name in hints and not (_fits(value, hints[name]) and _in_range(name, value)):
-            kind = getattr(hints[name], "__name__", str(hints[name])) if not get_args(hints[name]) else hints[name]
-            kind = str(kind).replace("collections.abc.", "")
-            limit = " from 0 to 1" if name.endswith("_rate") else ""
-            raise ValueError(
-                f"expected {name} of type {kind}{limit}, got {reprlib.repr(value)}; try without it, for the default"
-            )
+    _check_arguments(cls, kwargs)
     try:
         model = cls(**kwargs)
     except torch.OutOfMemoryError:
@@ -102,8 +97,29 @@ def _construct(cls: type[nn.Module], **kwargs: Any) -> nn.Module:
         ) from error
     empty = [f"{name} {[*p.shape]}" for name, p in model.named_parameters() if not p.numel()]
     if empty:
-        raise ValueError(f"expected sizes of at least 1 for {cls.__name__}, got parameters without values, {empty[0]}")
+        raise ValueError(
+            f"expected sizes of 1 or more for {cls.__name__}, got no values in {empty[0]}; try the defaults"
+        )
     return model
+
+
+def _check_arguments(cls: type[nn.Module], kwargs: dict[str, Any]) -> None:
+    """Types as annotated, ranges by name, and as many entries per stage as there are stages."""
+    hints = {**_SHARED, **get_type_hints(cls.__init__)}
+    for name, value in kwargs.items():
+        if name in hints and not (_fits(value, hints[name]) and _in_range(name, value)):
+            hint = str(hints[name]) if get_args(hints[name]) else hints[name].__name__
+            limit = " from 0 to 1" if name.endswith("_rate") else ""
+            raise ValueError(
+                f"expected {name} of type {hint.replace('collections.abc.', '')}{limit}, got {reprlib.repr(value)}; "
+                "try without it, for the default"
+            )
+    stages = kwargs.get("depths", kwargs.get("layers"))
+    if stages is None and "depths" in (parameters := signature(cls).parameters):
+        stages = parameters["depths"].default
+    for name in _PER_STAGE & kwargs.keys() if stages is not None else ():
+        if len(kwargs[name]) != len(stages):
+            raise ValueError(f"expected {len(stages)} {name}, one per stage, got {len(kwargs[name])}; try other depths")
 
 
 def _is_int(value: Any) -> bool:
@@ -133,12 +149,16 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _in_range(name: str, value: Any) -> bool:
+    values = value if hasattr(value, "__len__") else [value]
+    if value is None or isinstance(value, str):
+        return True
     if name.endswith("_rate"):
         return 0 <= value <= 1
-    if name == "img_size" and value is not None:
-        sizes = [value] if _is_int(value) else value
-        return min(sizes, default=0) > 0 and (sizes is not value or len(sizes) == 2)
-    return not name.endswith("_eps") or value >= 0
+    if name.endswith("_eps"):
+        return value >= 0
+    if name == "img_size" and values is value and len(value) != 2:
+        return False
+    return not (name in _POSITIVE or name.endswith(("_ratio", "_ratios"))) or all(v > 0 for v in values)
 
 
 def _read_checkpoints_safely() -> None:
