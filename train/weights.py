@@ -1,10 +1,7 @@
 """Weights in and out: plain tensors only, whatever a file pretends to be."""
 
 import hashlib
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -30,10 +27,8 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(str(error)) from error
 
 
-def load_into(model: nn.Module, path: Path, warn: Callable[[str], Any] = warnings.warn) -> list[str]:
+def load_into(model: nn.Module, path: Path) -> list[str]:
     """Load weights (official layouts too) into a timm model; a head of another size is left out, and named.
-
-    `warn` is told of values that are NaN or infinite.
 
     Raises:
         CheckpointError: as `load_weights`, or weights of another model, of which none has been loaded then.
@@ -45,7 +40,7 @@ def load_into(model: nn.Module, path: Path, warn: Callable[[str], Any] = warning
         heads = tuple(f"{name}." for name in ((heads,) if isinstance(heads, str) else heads))
         left_out = [k for k, v in weights.items() if k.startswith(heads) and k in own and own[k].shape != v.shape]
         weights = {k: v for k, v in weights.items() if k not in left_out}
-        load_fitting(model, weights, "weights of this model", str(path), tuple(left_out), warn)
+        load_fitting(model, weights, "weights of this model", str(path), tuple(left_out))
     except WeightsError as error:
         raise CheckpointError(str(error)) from error
     return left_out

@@ -3,7 +3,7 @@
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +115,10 @@ def convert_weights(weights: Mapping[str, Tensor], model: nn.Module, source: str
 
 
 def load_fitting(
-    model: nn.Module,
-    weights: Mapping[str, Any],
-    expected: str,
-    got: str,
-    new: tuple[str, ...] = (),
-    warn: Callable[[str], Any] = warnings.warn,
+    model: nn.Module, weights: Mapping[str, Any], expected: str, got: str, new: tuple[str, ...] = ()
 ) -> None:
     """Copy `weights` into `model` if all of them fit; arguments and errors are those of `check_fit`."""
-    check_fit(model, weights, expected, got, new, warn=warn)
+    check_fit(model, weights, expected, got, new)
     nn.Module.load_state_dict(model, weights, strict=False)  # a method of the model's own would check again
 
 
@@ -134,9 +129,10 @@ def check_fit(
     got: str,
     new: tuple[str, ...] = (),
     strict: bool = True,
-    warn: Callable[[str], Any] = warnings.warn,
 ) -> None:
     """Compare weights with the state dict of a model; every loader does before it changes the first tensor.
+
+    Values that are NaN or infinite are told by a warning.
 
     Args:
         model: Whose the weights shall be.
@@ -145,7 +141,6 @@ def check_fit(
         got: Where they come from.
         new: Beginnings of keys that may be missing.
         strict: Refuse keys that are missing and unknown ones.
-        warn: Told of values that are NaN or infinite.
 
     Raises:
         WeightsError: Other keys, or a tensor of another shape or of another kind, such as integers for a parameter.
@@ -179,7 +174,8 @@ def check_fit(
             "try another model, or its options"
         )
     if odd:
-        warn(f"expected finite weights, got NaN or infinity in {got}: tensors {len(odd)}, the first {odd[0]}")
+        text = f"expected finite weights, got NaN or infinity in {got}: tensors {len(odd)}, the first {odd[0]}"
+        warnings.warn(text, stacklevel=3)
 
 
 def _is_same_kind(value: Any, target: Tensor) -> bool:
