@@ -89,7 +89,7 @@ def _construct(cls: type[nn.Module], **kwargs: Any) -> nn.Module:
     except torch.OutOfMemoryError:
         raise
     except _RAW as error:
-        if first_line(error).startswith("expected "):
+        if first_line(error).startswith("expected ") or "; try " in str(error):
             raise
         raise (TypeError if isinstance(error, TypeError) else ValueError)(
             f"expected arguments that {cls.__name__} can be built with, got others ({type(error).__name__}: "
@@ -97,27 +97,29 @@ def _construct(cls: type[nn.Module], **kwargs: Any) -> nn.Module:
         ) from error
     empty = [f"{name} {[*p.shape]}" for name, p in model.named_parameters() if not p.numel()]
     if empty:
-        raise ValueError(
-            f"expected sizes of 1 or more for {cls.__name__}, got no values in {empty[0]}; try the defaults"
-        )
+        raise ValueError(f"expected sizes of 1 or more for {cls.__name__}, got an empty {empty[0]}; try the defaults")
+    _check_stages(cls, kwargs)
     return model
 
 
 def _check_arguments(cls: type[nn.Module], kwargs: dict[str, Any]) -> None:
-    """Types as annotated, ranges by name, and as many entries per stage as there are stages."""
+    """Types as annotated, and ranges by name."""
     hints = {**_SHARED, **get_type_hints(cls.__init__)}
     for name, value in kwargs.items():
         if name in hints and not (_fits(value, hints[name]) and _in_range(name, value)):
             hint = str(hints[name]) if get_args(hints[name]) else hints[name].__name__
-            limit = " from 0 to 1" if name.endswith("_rate") else ""
+            limit = " from 0 to 1" if name.endswith("_rate") else " above 0" if _is_positive(name) else ""
             raise ValueError(
                 f"expected {name} of type {hint.replace('collections.abc.', '')}{limit}, got {reprlib.repr(value)}; "
                 "try without it, for the default"
             )
-    stages = kwargs.get("depths", kwargs.get("layers"))
-    if stages is None and "depths" in (parameters := signature(cls).parameters):
-        stages = parameters["depths"].default
-    for name in _PER_STAGE & kwargs.keys() if stages is not None else ():
+
+
+def _check_stages(cls: type[nn.Module], kwargs: dict[str, Any]) -> None:
+    """As many entries per stage as there are stages, where a constructor would leave some out in silence."""
+    default = signature(cls).parameters.get("depths")
+    stages = kwargs.get("depths", kwargs.get("layers", default and default.default))
+    for name in _PER_STAGE & kwargs.keys() if stages else ():
         if len(kwargs[name]) != len(stages):
             raise ValueError(f"expected {len(stages)} {name}, one per stage, got {len(kwargs[name])}; try other depths")
 
@@ -158,7 +160,11 @@ def _in_range(name: str, value: Any) -> bool:
         return value >= 0
     if name == "img_size" and values is value and len(value) != 2:
         return False
-    return not (name in _POSITIVE or name.endswith(("_ratio", "_ratios"))) or all(v > 0 for v in values)
+    return not _is_positive(name) or all(v > 0 for v in values)
+
+
+def _is_positive(name: str) -> bool:
+    return name in _POSITIVE or name.endswith(("_ratio", "_ratios"))
 
 
 def _read_checkpoints_safely() -> None:
