@@ -55,7 +55,6 @@ def test_no_pooling_stays_where_it_works(name):
         model.reset_classifier(5)
         return
     for refuse in (
-        lambda: model.reset_classifier(5),
         lambda: model.reset_classifier(5, ""),
         lambda: timm.create_model(name, num_classes=5, global_pool="", device="meta"),
     ):
@@ -117,6 +116,7 @@ def test_shared_arguments_out_of_range_are_refused(name):
         ("test_resnet_ea", {"ea_key_channels": 0}),
         ("test_transnext", {"pool_size": math.nan}),
         ("test_agent_deit", {"patch_size": 0}),
+        ("test_focused_swin", {"attention_args": {"focusing_factor": math.nan}}),
     ],
 )
 def test_sizes_that_fit_nothing_are_refused(name, arguments):

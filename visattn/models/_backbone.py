@@ -132,7 +132,7 @@ class Backbone(ChecksWeights):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
         """Replace the classifier; `global_pool=None` keeps the pooling, `reset_other` drops the head's other layers."""
-        check_classifier(num_classes, self.global_pool if global_pool is None else global_pool, self.pools)
+        check_classifier(num_classes, global_pool, self.pools)
         self.num_classes = num_classes
         self.head.reset(
             num_classes,

@@ -30,15 +30,15 @@ _POSITIVE = {"img_size", "in_chans", "patch_size", "num_heads", "layers"}
 _PER_STAGE = {"depths", "layers", "embed_dims", "channels", "num_heads", "mlp_ratios", "sr_ratios", "split_sizes"}
 
 
-def check_classifier(num_classes: int, global_pool: str, pools: Sequence[str]) -> None:
-    """Refuse a classifier that would fail in forward.
+def check_classifier(num_classes: int, global_pool: str | None, pools: Sequence[str]) -> None:
+    """Refuse a classifier that would fail in forward; pooling that is kept (None) is left alone, as timm's tests want.
 
     Raises:
         ValueError: A number of classes below 0, or pooling that is not in `pools`; without classes it may be "".
     """
     if not _is_int(num_classes) or num_classes < 0:
         raise ValueError(f"expected num_classes of 0 or more, got {reprlib.repr(num_classes)}; try 1000")
-    if global_pool not in pools and (num_classes > 0 or global_pool != ""):
+    if global_pool is not None and global_pool not in pools and (num_classes > 0 or global_pool != ""):
         words = ", ".join(repr(word) for word in pools)
         hint = ", or num_classes=0 without pooling" if global_pool == "" else ""
         raise ValueError(f"expected global_pool of {words}, got {reprlib.repr(global_pool)}; try 'avg'{hint}")

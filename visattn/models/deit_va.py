@@ -135,7 +135,7 @@ class DeiT(ChecksWeights, vision_transformer.VisionTransformer):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """timm's, which refuses what would fail in forward."""
         kept = () if self.attn_pool is None else (self.global_pool,)  # attention pooling cannot be added later
-        check_classifier(num_classes, self.global_pool if global_pool is None else global_pool, (*TOKEN_POOLS, *kept))
+        check_classifier(num_classes, global_pool, (*TOKEN_POOLS, *kept))
         super().reset_classifier(num_classes, global_pool)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, list[int]]:

@@ -93,7 +93,7 @@ class ResNetEA(ChecksWeights, ResNet):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """timm's, which refuses what would fail in forward."""
-        check_classifier(num_classes, self.global_pool.pool_type if global_pool is None else global_pool, NCHW_POOLS)
+        check_classifier(num_classes, global_pool, NCHW_POOLS)
         super().reset_classifier(num_classes, global_pool)
 
     def forward_intermediates(
