@@ -5,6 +5,7 @@ import os
 import shutil
 import warnings
 import zipfile
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -44,7 +45,7 @@ def from_pretrained_file(path, name=NAME, **options):
     return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
 
 
-FROM_FILES = [load_weights, from_checkpoint_path, from_pretrained_file]
+FROM_FILES = [lambda path: load_weights(Path(path)), from_checkpoint_path, from_pretrained_file]
 
 UNFIT = {
     "unknown": (lambda s: {**s, "stages.9.weight": torch.ones(1)}, r"adds \['stages.9.weight'\]"),

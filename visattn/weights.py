@@ -28,7 +28,6 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: no such file, damaged, unsafe (anything that would have to run code), or no state dict.
     """
-    path = Path(path)
     check_file(path, "weights", "output/RUN/model.safetensors")
     try:
         weights = timm.models.load_state_dict(str(path), weights_only=True)

@@ -13,12 +13,12 @@ import visattn  # noqa: F401
 OURS = sorted(n for n, fn in _model_entrypoints.items() if fn.__module__.startswith("visattn."))
 SMALL = [n for n in OURS if n.startswith("test_")]
 CHANNELS_FIRST = ("biformer", "coatnet", "halonet", "maxvit", "resnest_va", "resnet_ea")
-POOLS = ["", "avg", "max", "avgmax", "catavgmax", "fast", "fastcatavgmax", "token", "map", "xavg", "nonsense", 3]
+POOLS = ["", "avg", "max", "avgmax", "fastcatavgmax", "token", "map", "xavg", 3]
 
 
 def works(model):
     with torch.no_grad():
-        return model.eval()(torch.randn(1, 3, 64, 96))
+        return model.eval()(torch.randn(1, 3, 32, 64))
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -38,7 +38,7 @@ def test_pooling_that_cannot_be_classified_is_refused(name):
         assert all(5 in works(model).shape[1:] for model in made)
         assert len(made) in (0, 2) or pool == "map"
         assert len(made) == 2 or pool not in ("avg", "max", "avgmax")
-        assert not made or pool not in ("xavg", "nonsense", 3)
+        assert not made or pool not in ("xavg", 3)
 
 
 def reset(model, *args):

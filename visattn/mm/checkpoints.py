@@ -66,7 +66,7 @@ def load_from_file(filename: str, map_location: Any) -> dict[str, Any]:
         WeightsError: no such file, damaged or unsafe, or without a state dict.
     """
     path = Path(filename).expanduser()
-    check_file(path, "a plain checkpoint", "work_dirs/RUN/epoch_1.pth")
+    check_file(path, "a checkpoint", "work_dirs/RUN/epoch_1.pth")
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for damaged or unsafe files

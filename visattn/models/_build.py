@@ -78,7 +78,8 @@ def build_model(
         if not pretrained:
             raise
         raise WeightsError(f"expected weights of {variant}, got {first_line(error)}; try other weights") from error
-    model.pretrained_cfg["state_dict"] = None  # where it came from is enough
+    if pretrained:
+        model.pretrained_cfg["state_dict"] = None  # where it came from is enough
     return model
 
 
@@ -177,11 +178,11 @@ def _read_checkpoints_safely() -> None:
         return
 
     @wraps(theirs)
-    def load_checkpoint(model: nn.Module, checkpoint_path: str, *args: Any, **kwargs: Any) -> Any:
+    def load_checkpoint(model: nn.Module, checkpoint_path: str | Path, **kwargs: Any) -> Any:
         if not any(isinstance(module, ChecksWeights) for module in model.modules()):
-            return theirs(model, checkpoint_path, *args, **kwargs)
-        path = Path(checkpoint_path)
-        return load_fitting(model, load_weights(path), f"weights of {type(model).__name__}", str(path))
+            return theirs(model, checkpoint_path, **kwargs)
+        weights = load_weights(Path(checkpoint_path))
+        return load_fitting(model, weights, f"weights of {type(model).__name__}", str(checkpoint_path))
 
     _factory.load_checkpoint = load_checkpoint
 
