@@ -9,7 +9,7 @@ from torch import nn
 import visattn.weights
 from train.errors import CheckpointError
 from train.files import hash_file, sha256, write_hashed
-from visattn.weights import WeightsError, convert_weights
+from visattn.weights import WeightsError, convert_weights, load_fitting
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -27,25 +27,21 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_into(model: nn.Module, path: Path) -> list[str]:
-    """Load weights (official layouts too) into a timm model; a head of another size is left out, and named."""
+    """Load weights (official layouts too) into a timm model; a head of another size is left out, and named.
+
+    Raises:
+        CheckpointError: as `load_weights`, or weights of another model, of which none has been loaded then.
+    """
     try:
-        weights = convert_weights(load_weights(path), model)
+        weights = convert_weights(load_weights(path), model, str(path))
+        own = model.state_dict()
+        heads = model.pretrained_cfg.get("classifier") or ()
+        heads = tuple(f"{name}." for name in ((heads,) if isinstance(heads, str) else heads))
+        left_out = [k for k, v in weights.items() if k.startswith(heads) and k in own and own[k].shape != v.shape]
+        weights = {k: v for k, v in weights.items() if k not in left_out}
+        load_fitting(model, weights, "weights of this model", str(path), tuple(left_out))
     except WeightsError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    own = model.state_dict()
-    heads = model.pretrained_cfg.get("classifier") or ()
-    heads = tuple(f"{name}." for name in ((heads,) if isinstance(heads, str) else heads))
-    left_out = [k for k, v in weights.items() if k.startswith(heads or "\0") and own.get(k, v).shape != v.shape]
-    try:
-        missing, unknown = model.load_state_dict({k: v for k, v in weights.items() if k not in left_out}, strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(f"expected weights of this model, got {path}: {error}; try another --model") from error
-    missing = [key for key in missing if key not in left_out]
-    if missing or unknown:
-        raise CheckpointError(
-            f"expected weights of this model, got {path}, which lacks {missing[:3]} and adds {list(unknown)[:3]}; "
-            "try another --model"
-        )
+        raise CheckpointError(str(error)) from error
     return left_out
 
 

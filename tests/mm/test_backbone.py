@@ -1,5 +1,6 @@
 """The adapter: maps of every model, official layouts of weights, norms, freezing, and what it refuses."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from mmengine.runner import CheckpointLoader
+from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 
 from tests.golden import fill
@@ -124,7 +126,8 @@ def test_checkpoints_give_the_models_maps(tmp_path, name):
     """Weights of the classifier, in every kind of file; fewer levels; output norms are new."""
     options = {"dynamic_img_size": True, "dynamic_img_pad": True} if name == "test_vit" else {}
     model = timm.create_model(name, **options).eval()
-    model.load_state_dict(fill.fill({k: v.shape for k, v in model.state_dict().items()}), strict=False)
+    shapes = {k: v.shape for k, v in model.state_dict().items() if v.is_floating_point()}
+    model.load_state_dict(fill.fill(shapes), strict=False)
     image = torch.randn(2, 3, 97, 131)
     kept = list(range(len(model.feature_info)))[-3:-1]
     expected = model.forward_intermediates(image, indices=kept, intermediates_only=True)
@@ -161,15 +164,66 @@ def test_every_parameter_is_used():
         (lambda state: {**state, "stages.9.weight": torch.ones(1)}, "adds .*stages.9"),
         (lambda state: {**state, "patch_embed.proj.0.weight": torch.ones(1)}, "size mismatch"),
         (lambda state: {"weight": torch.ones(1)}, "lacks"),
+        (lambda state: {**state, "norm.weight": state["norm.weight"].long()}, "norm.weight of int64 in place of"),
+        (lambda state: {**state, "norm.weight": state["norm.weight"] > 0}, "norm.weight of bool in place of"),
+        (lambda state: {k: v for k, v in state.items() if k != "norm.weight"}, "lacks .*norm.weight"),
     ],
 )
-def test_weights_of_another_model_are_refused(tmp_path, kind, change, message):
-    weights = change(timm.create_model("test_dinat").state_dict())
+def test_weights_of_another_model_are_refused_as_a_whole(tmp_path, kind, change, message):
+    weights = change({key: value + 1 for key, value in timm.create_model("test_dinat").state_dict().items()})
     path = tmp_path / f"model.{kind}"
     (safetensors.torch.save_file if kind == "safetensors" else torch.save)(weights, path)
-    backbone = TimmBackboneVA("test_dinat", checkpoint=str(path))
+    backbone = TimmBackboneVA("test_dinat", out_norm="own", checkpoint=str(path))
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
     with pytest.raises(WeightsError, match=f"(?s)expected weights of test_dinat, got .*{message}"):
         backbone.init_weights()
+    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["test_dinat", "resnet10t"])
+@pytest.mark.parametrize("official", [False, True])
+@pytest.mark.parametrize("kind", ["shape", "integers", "unknown"])
+def test_a_detectors_weights_change_its_backbone_only_if_they_fit(name, official, kind):
+    """However they are loaded; unknown keys of our own layout are for `strict`, which is torch's and mmengine's."""
+    detector = nn.Module()
+    detector.backbone = TimmBackboneVA(name)
+    before = {key: value.clone() for key, value in detector.backbone.state_dict().items()}
+    weights = {key.removeprefix("model.") if official else key: value + 1 for key, value in before.items()}
+    key = list(weights)[-2]
+    weights |= {
+        "shape": {key: torch.ones(1)},
+        "integers": {key: weights[key].long()},
+        "unknown": {("" if official else "model.") + "one_more": torch.ones(1)},
+    }[kind]
+    prefixed = {f"backbone.{key}": value for key, value in weights.items()}
+    loaders = [lambda: detector.backbone.load_state_dict(weights)]
+    if official or kind != "unknown":
+        loaders += [lambda: detector.load_state_dict(prefixed), lambda: load_state_dict(detector, prefixed)]
+    for attempt in loaders:
+        with pytest.raises(WeightsError, match=r"expected weights of .*, got .*; try"):
+            attempt()
+        assert all(torch.equal(value, before[key]) for key, value in detector.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("content", [[1], 3, {}, {"state_dict": 3}, {"state_dict": {"a": 1}}, {"model": {}}])
+def test_checkpoints_without_a_state_dict_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="expected a state dict"):
+        CheckpointLoader.load_checkpoint(str(tmp_path / "w.pth"), "cpu")
+
+
+def test_damaged_checkpoints_are_refused(tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save({"state_dict": {"weight": torch.arange(6.0)}}, path)
+    path.write_bytes(path.read_bytes().replace(torch.arange(6.0).numpy().tobytes(), bytes(24)))
+    os.mkfifo(tmp_path / "pipe.pth")
+    for name in ("w.pth", "pipe.pth"):
+        for attempt in (
+            lambda path: CheckpointLoader.load_checkpoint(path, "cpu"),
+            lambda path: TimmBackboneVA("test_dinat", checkpoint=path).init_weights(),
+        ):
+            with pytest.raises(WeightsError, match=r"checksum|got a pipe"):
+                attempt(str(tmp_path / name))
 
 
 class Touch:

@@ -244,7 +244,7 @@ def test_attention_depths_and_arguments():
         ({"attention_depths": (1, 3, 1, 2)}, r"per stage, got \[1, 3, 1, 2\]"),
         ({"attention_args": [{}, {}]}, "expected attention_args, a dict or 4 of them, got 2"),
         ({"attention": "performer"}, "expected attention of 'softmax', .* got 'performer'"),
-        ({"global_pool": "catavgmax"}, "expected global_pool '', 'token', .* got 'catavgmax'"),
+        ({"global_pool": "catavgmax"}, "expected global_pool of '', 'token', .* got 'catavgmax'"),
         ({"depths": (1,), "embed_dims": (24,), "mlp_ratios": (4,)}, "at least 2 stages with a class token, got 1"),
         ({"sr_ratios": (8, 4, 2, 2)}, "expected no prefix tokens with sr_ratio 2"),
     ],

@@ -10,6 +10,8 @@ from torch.nn import functional
 import visattn  # noqa: F401
 from train import distributed
 from train import run as trainer
+from train.errors import CheckpointError
+from train.weights import load_into
 
 
 def save_model(path, name, classes=2, **options):
@@ -142,6 +144,34 @@ def test_weights_from_files(folder_data, run, tmp_path, capsys):
         assert all(torch.allclose(got[key], given[key], rtol=0, atol=1e-20) for key in given.keys() - others)
         assert others == ({"head.fc.weight", "head.fc.bias"} if path == head else set())
         assert ("left out head.fc." in said.out) == (path == head)
+
+
+UNFIT = {
+    "unknown": (lambda s: {**s, "one_more": torch.ones(1)}, r"adds \['one_more'\]"),
+    "missing": (lambda s: {k: v for k, v in s.items() if k != "bn1.weight"}, r"lacks \['bn1.weight'\]"),
+    "shape": (lambda s: {**s, "bn1.weight": torch.ones(1)}, "size mismatch at bn1.weight"),
+    "integers": (lambda s: {**s, "fc.bias": s["fc.bias"].long()}, "fc.bias of int64 in place of float32"),
+    "bool": (lambda s: {**s, "fc.bias": s["fc.bias"] > 0}, "fc.bias of bool in place of float32"),
+    "complex": (lambda s: {**s, "fc.bias": s["fc.bias"] + 1j}, "fc.bias of complex64 in place of float32"),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_a_model_of_timms_changes_only_if_everything_fits(tmp_path, kind):
+    model = timm.create_model("test_resnet", num_classes=2)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    change, message = UNFIT[kind]
+    torch.save(change({key: value + 1 for key, value in before.items()}), tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=f"expected weights of this model, got .*w.pth, .*{message}.*; try"):
+        load_into(model, tmp_path / "w.pth")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_values_that_are_not_finite_are_told(tmp_path):
+    model = timm.create_model("test_resnet", num_classes=2)
+    torch.save({**model.state_dict(), "fc.bias": torch.tensor([1, float("nan")])}, tmp_path / "w.pth")
+    with pytest.warns(UserWarning, match=r"NaN or infinity in .*w.pth: tensors 1, the first fc.bias \(1 of 2 values\)"):
+        assert load_into(model, tmp_path / "w.pth") == []
 
 
 @pytest.mark.parametrize("other", ["test_resnet", "test_dinat"])

@@ -64,7 +64,7 @@ class FocusedLinearAttention(TokenMixer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, num_heads, feat_size, num_prefix_tokens, sr_ratio, qkv_bias, proj_drop, device, dtype)
-        if focusing_factor <= 0:
+        if not 0 < focusing_factor < float("inf"):
             raise ValueError(f"expected focusing_factor > 0, got {focusing_factor}")
         dd = {"device": device, "dtype": dtype}
         self.focusing_factor = float(focusing_factor)

@@ -1,6 +1,7 @@
 """The one adapter that mmdet and mmsegmentation configs name, for every model of visattn and of timm."""
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import visattn.models  # noqa: F401 - registers the models
-from visattn.weights import WeightsError, convert_weights, load_weights
+from visattn.weights import (
+    ChecksWeights,
+    WeightsError,
+    check_fit,
+    convert_weights,
+    first_line,
+    load_fitting,
+    load_weights,
+)
 
 
 @MODELS.register_module()
-class TimmBackboneVA(nn.Module):
+class TimmBackboneVA(ChecksWeights):
     """A timm model as backbone: [B, C, H, W] images of any size -> a tuple of [B, C', H', W'] maps.
 
     The attributes `out_channels` and `out_strides` say what a neck gets. Checkpoints of detectors and segmentors whose
@@ -142,28 +151,29 @@ class TimmBackboneVA(nn.Module):
             visattn.weights.WeightsError: Weights that are missing, unsafe or of another model.
         """
         if self.checkpoint is not None:
-            url = self.checkpoint.startswith(("http://", "https://"))
-            path = Path(download_cached_file(self.checkpoint) if url else self.checkpoint)
-            weights = load_weights(path)
+            source = str(self.checkpoint)
+            weights = load_weights(_local_file(source))
             for prefix in ("backbone.model.", "backbone."):  # of a detector with this class, or with another
                 part = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
                 weights = part or weights
-            self._load(convert_weights(weights, self.model), self.checkpoint)
+            self._load(convert_weights(weights, self.model, source), source)
         elif self.pretrained:
             self._load(self._create(pretrained=True).state_dict(), "the published weights")
 
     def _load(self, weights: Mapping[str, Tensor], source: str) -> None:
         weights = {key: value for key, value in weights.items() if key not in self._pruned}
-        try:
-            missing, unknown = self.model.load_state_dict(weights, strict=False)
-        except RuntimeError as error:
-            raise WeightsError(f"expected weights of {self.model_name}, got {source}: {error}") from error
-        missing = [key for key in missing if not key.startswith("out_norms.")]
-        if missing or unknown:
-            raise WeightsError(
-                f"expected weights of {self.model_name}, got {source}, which lacks {missing[:3]} and adds "
-                f"{list(unknown)[:3]}; try another model_name, or its options"
-            )
+        load_fitting(self.model, weights, f"weights of {self.model_name}", source, ("out_norms.",))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As for any module, for an official backbone's keys too.
+
+        Raises:
+            visattn.weights.WeightsError: Weights of another model, of which none has been loaded then.
+        """
+        if isinstance(state_dict, Mapping):
+            state_dict = copy(state_dict)  # with its metadata
+            _convert_official(self, state_dict, "")
+        return super().load_state_dict(state_dict, strict, assign)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """[B, C, H, W] -> one map [B, C', H', W'] per level of `out_indices`."""
@@ -175,12 +185,28 @@ class TimmBackboneVA(nn.Module):
         return tuple(maps)
 
 
+def _local_file(source: str) -> Path:
+    if not source.startswith(("http://", "https://")):
+        return Path(source)
+    try:
+        return Path(download_cached_file(source))
+    except OSError as error:
+        raise WeightsError(f"expected weights at {source}, got {first_line(error)}; try a file") from error
+
+
 def _convert_official(backbone: TimmBackboneVA, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Replace, in place, keys of an official backbone below `prefix` by those of `backbone`."""
-    keys = [key for key in state_dict if key.startswith(prefix)]
-    if not keys or any(key.startswith((f"{prefix}model.", f"{prefix}norms.")) for key in keys):
-        return
-    official = {key[len(prefix) :]: state_dict.pop(key) for key in keys}
-    for key, value in convert_weights(official, backbone.model).items():
-        if key not in backbone._pruned:
-            state_dict[f"{prefix}model.{key}"] = value
+    """Replace, in place, keys of an official backbone below `prefix` by those of `backbone`; refuse what does not fit.
+
+    A detector's `load_state_dict` calls this before the first tensor of the backbone is copied.
+    """
+    weights = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+    is_official = bool(weights) and not any(key.startswith(("model.", "norms.")) for key in weights)
+    if is_official:
+        weights = convert_weights(weights, backbone.model)
+        weights = {f"model.{key}": value for key, value in weights.items() if key not in backbone._pruned}
+    expected, norms = f"weights of {backbone.model_name}", ("norms.", "model.out_norms.")
+    check_fit(backbone, weights, expected, "others", norms, strict=is_official)
+    if is_official:
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            del state_dict[key]
+        state_dict.update({f"{prefix}{key}": value for key, value in weights.items()})

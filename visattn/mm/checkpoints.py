@@ -10,7 +10,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.registry import HOOKS
 from mmengine.runner import CheckpointLoader, Runner
 
-from visattn.weights import WeightsError, first_line
+from visattn.weights import WeightsError, check_file, check_state_dict, first_line
 
 _BUFFER = "HistoryBuffer"
 
@@ -63,15 +63,17 @@ def load_from_file(filename: str, map_location: Any) -> dict[str, Any]:
     """mmengine's loader of local files, for `load_from` and `resume`: safe whatever the environment says.
 
     Raises:
-        WeightsError: no such file, damaged or unsafe.
+        WeightsError: no such file, damaged or unsafe, or without a state dict.
     """
     path = Path(filename).expanduser()
-    if not path.is_file():
-        raise WeightsError(f"expected a checkpoint at {path}, got no file")
+    check_file(path, "a checkpoint", "work_dirs/RUN/epoch_1.pth")
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for damaged or unsafe files
         raise WeightsError(
             f"expected a plain checkpoint at {path}, got a damaged or unsafe file ({first_line(error)}); "
             "try one that was saved with PlainCheckpointHook, or weights alone"
         ) from error
+    weights = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else checkpoint
+    check_state_dict(weights, str(path))
+    return checkpoint

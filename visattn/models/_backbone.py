@@ -1,7 +1,7 @@
 """What timm asks of every model, written once for networks of a stem, stages, a norm and a head."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,9 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from visattn import layers
+from visattn.models._build import NCHW_POOLS, NHWC_POOLS, check_classifier
 from visattn.ops import resize_rel_pos
+from visattn.weights import ChecksWeights, check_state_dict
 
 # B batch, H W map, C channels. Maps are [B, H, W, C] or [B, C, H, W] between the stem and the head: see `output_fmt`.
 
@@ -21,7 +23,7 @@ _OUT_NORMS = {
 }
 
 
-class Backbone(nn.Module):
+class Backbone(ChecksWeights):
     """Base class of the model families.
 
     A family's constructor calls `super().__init__(...)`, builds `patch_embed` (the stem: image to map) and `stages`
@@ -33,10 +35,24 @@ class Backbone(nn.Module):
         num_classes: Width of the classifier; 0 leaves it out.
         global_pool: Pooling before the classifier; "" leaves it out.
         output_fmt: Layout of the maps, "NHWC" or "NCHW".
+        pools: Words for `global_pool`; "" among them if the classifier works without. Default: those of timm's
+            `ClassifierHead` for the layout.
+
+    Raises:
+        ValueError: A classifier that would fail in forward; by `reset_classifier` too.
     """
 
-    def __init__(self, in_chans: int, num_classes: int, global_pool: str, output_fmt: str = "NHWC") -> None:
+    def __init__(
+        self,
+        in_chans: int,
+        num_classes: int,
+        global_pool: str,
+        output_fmt: str = "NHWC",
+        pools: tuple[str, ...] | None = None,
+    ) -> None:
         super().__init__()
+        self.pools = pools or (NCHW_POOLS if output_fmt == "NCHW" else NHWC_POOLS)
+        check_classifier(num_classes, global_pool, self.pools)
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = global_pool
@@ -116,6 +132,7 @@ class Backbone(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
         """Replace the classifier; `global_pool=None` keeps the pooling, `reset_other` drops the head's other layers."""
+        check_classifier(num_classes, global_pool, self.pools)
         self.num_classes = num_classes
         self.head.reset(
             num_classes,
@@ -286,9 +303,14 @@ def plan_stages(
 
 
 def unwrap(state_dict: dict[str, Any]) -> dict[str, Tensor]:
-    """The entries of a model in a checkpoint's content: averaged weights first; of a detector those of its backbone."""
+    """The entries of a model in a checkpoint's content: averaged weights first; of a detector those of its backbone.
+
+    Raises:
+        WeightsError: Contents that are no tensors by name.
+    """
     for key in ("state_dict_ema", "model", "state_dict"):
-        state_dict = state_dict.get(key, state_dict)
+        state_dict = state_dict.get(key, state_dict) if isinstance(state_dict, Mapping) else state_dict
+    check_state_dict(state_dict, "the checkpoint")
     state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
     backbone = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
     return backbone or state_dict

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+from timm.models import resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from visattn.layers import TOKEN_MIXERS
+from visattn.models._build import build_model
 from visattn.ops import resize_rel_pos
 
 
@@ -112,11 +113,4 @@ def create_host(
     if "img_size" not in kwargs:
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         kwargs["img_size"] = cfg.input_size[-2:]
-    return build_model_with_cfg(
-        host,
-        variant,
-        pretrained,
-        pretrained_filter_fn=filter_fn,
-        feature_cfg={"out_indices": levels, "feature_cls": "getter", "flatten_sequential": True},
-        **kwargs,
-    )
+    return build_model(host, variant, pretrained, filter_fn, levels, **kwargs)

@@ -27,11 +27,12 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm2d, NormMlpClassifierHead, to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._backbone import Backbone, convert_checkpoint, plan_stages
+from visattn.models._backbone import Backbone, convert_checkpoint, plan_stages, unwrap
+from visattn.models._build import NCHW_POOLS, NORM_MLP_POOLS, build_model
 
 __all__ = ["CoAtNet"]
 
@@ -145,7 +146,8 @@ class CoAtNet(Backbone):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_chans, num_classes, global_pool, output_fmt="NCHW")
+        pools = NCHW_POOLS if head_hidden_size is None else NORM_MLP_POOLS
+        super().__init__(in_chans, num_classes, global_pool, "NCHW", pools)
         if norm not in _NORMS:
             raise ValueError(f"expected norm 'layer' or 'batch', got {norm!r}")
         dd = {"device": device, "dtype": dtype}
@@ -298,7 +300,7 @@ def _from_timm(key: str, value: Tensor, own: dict[str, Tensor], head_dim: int) -
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Bring timm's keys and layouts into ours and fit position tables to the model; native keys pass unchanged."""
     own = model.state_dict()
-    is_timm = any(key.startswith("stem.") for key in state_dict)
+    is_timm = any(key.startswith("stem.") for key in unwrap(state_dict))
 
     def convert(key: str, value: Tensor) -> tuple[str, Tensor]:
         return _from_timm(key, value, own, model.head_dim) if is_timm else (key, value)
@@ -307,14 +309,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def _create_coatnet(variant: str, pretrained: bool = False, **kwargs: Any) -> CoAtNet:
-    return build_model_with_cfg(
-        CoAtNet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3, 4), "feature_cls": "getter", "flatten_sequential": True},
-        **kwargs,
-    )
+    return build_model(CoAtNet, variant, pretrained, checkpoint_filter_fn, (0, 1, 2, 3, 4), **kwargs)
 
 
 # timm's coatnet_{0,1,2,...}_224, with head_hidden_size the width of the last stage.

@@ -26,7 +26,10 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from visattn import layers
+from visattn.models._backbone import unwrap
+from visattn.models._build import TOKEN_POOLS, check_classifier
 from visattn.models._hosts import create_host, fit_positions, host_cfg, plan_attention
+from visattn.weights import ChecksWeights
 
 __all__ = ["DeiT"]
 
@@ -41,7 +44,7 @@ def _resize_positions(table: Tensor, learned: list[int], size: list[int]) -> Ten
     return torch.cat([table[:, :prefix], grid.flatten(1).transpose(0, 1)[None]], 1)
 
 
-class DeiT(vision_transformer.VisionTransformer):
+class DeiT(ChecksWeights, vision_transformer.VisionTransformer):
     """timm's VisionTransformer with other attention, whose blocks know the map that their tokens come from.
 
     Args:
@@ -89,6 +92,7 @@ class DeiT(vision_transformer.VisionTransformer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_classifier(num_classes, global_pool, (*TOKEN_POOLS, "map", "prr"))
         numbers = None if attention_depths is None else [attention_depths]
         plan = plan_attention(attention, [depth], numbers, attention_args)[0]
         feat_size = tuple(-(-n // patch_size) for n in to_2tuple(img_size))
@@ -127,6 +131,12 @@ class DeiT(vision_transformer.VisionTransformer):
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
         """Nothing to do: the model takes images of any size."""
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """timm's, which refuses what would fail in forward."""
+        kept = () if self.attn_pool is None else (self.global_pool,)  # attention pooling cannot be added later
+        check_classifier(num_classes, global_pool, (*TOKEN_POOLS, *kept))
+        super().reset_classifier(num_classes, global_pool)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, list[int]]:
         """Tokens of images [B, in_chans, H, W], with positions, and the size of their map."""
@@ -234,7 +244,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Position parameters learned for another image size are resized to the model's: positions of tokens bicubic, agents'
     biases of rows and columns linear.
     """
-    return fit_positions(vision_transformer.checkpoint_filter_fn(state_dict, model, antialias=False), model)
+    return fit_positions(vision_transformer.checkpoint_filter_fn(unwrap(state_dict), model, antialias=False), model)
 
 
 def _create_deit(variant: str, pretrained: bool = False, **kwargs: Any) -> DeiT:

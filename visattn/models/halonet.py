@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, create_act_layer
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint, plan_stages
+from visattn.models._build import build_model
 
 __all__ = ["HaloNet"]
 
@@ -310,14 +311,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def _create_halonet(variant: str, pretrained: bool = False, **kwargs: Any) -> HaloNet:
-    return build_model_with_cfg(
-        HaloNet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3, 4), "feature_cls": "getter", "flatten_sequential": True},
-        **kwargs,
-    )
+    return build_model(HaloNet, variant, pretrained, checkpoint_filter_fn, (0, 1, 2, 3, 4), **kwargs)
 
 
 def _paper(depth: int, b: int, h: int, rv: float, rb: float, df: int | None = None) -> dict[str, Any]:

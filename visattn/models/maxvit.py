@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm2d, NormMlpClassifierHead, to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint, plan_stages
+from visattn.models._build import NORM_MLP_POOLS, build_model
 
 __all__ = ["MaxViT"]
 
@@ -130,7 +131,7 @@ class MaxViT(Backbone):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_chans, num_classes, global_pool, output_fmt="NCHW")
+        super().__init__(in_chans, num_classes, global_pool, "NCHW", NORM_MLP_POOLS)
         if form not in ("google", "torchvision"):
             raise ValueError(f"expected form 'google' or 'torchvision', got {form!r}")
         plan = plan_stages(depths, output_stride, drop_path_rate)
@@ -343,14 +344,7 @@ def _create_maxvit(variant: str, pretrained: bool = False, **kwargs: Any) -> Max
     if "img_size" not in kwargs:
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         kwargs["img_size"] = cfg.input_size[-2:]
-    return build_model_with_cfg(
-        MaxViT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3, 4), "feature_cls": "getter", "flatten_sequential": True},
-        **kwargs,
-    )
+    return build_model(MaxViT, variant, pretrained, checkpoint_filter_fn, (0, 1, 2, 3, 4), **kwargs)
 
 
 _TINY = {"drop_path_rate": 0.2}

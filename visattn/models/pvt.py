@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint, unwrap
+from visattn.models._build import NHWC_POOLS, TOKEN_POOLS
 from visattn.models._hosts import create_host, fit_positions, host_cfg, plan_attention
 
 __all__ = ["PVT"]
@@ -104,8 +105,6 @@ class TokenHead(nn.Module):
     ) -> None:
         """Replace the classifier; None keeps the pooling or the width, `reset_other` has nothing else to reset."""
         if pool_type is not None:
-            if pool_type not in ("", "token", "avg", "avgmax", "max"):
-                raise ValueError(f"expected global_pool '', 'token', 'avg', 'avgmax' or 'max', got {pool_type!r}")
             self.global_pool = pool_type
         self.num_features = in_features or self.num_features
         fc = nn.Linear(self.num_features, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
@@ -173,7 +172,7 @@ class PVT(Backbone):
     ) -> None:
         if global_pool is None:
             global_pool = "token" if class_token else "avg"
-        super().__init__(in_chans, num_classes, global_pool)
+        super().__init__(in_chans, num_classes, global_pool, pools=TOKEN_POOLS if class_token else NHWC_POOLS)
         dd = {"device": device, "dtype": dtype}
         plan = plan_attention(attention, depths, attention_depths, attention_args)
         if class_token and len(depths) < 2:

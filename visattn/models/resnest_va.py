@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint, plan_stages
+from visattn.models._build import build_model
 
 __all__ = ["ResNeSt"]
 
@@ -272,14 +273,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def _create_resnest(variant: str, pretrained: bool = False, **kwargs: Any) -> ResNeSt:
-    return build_model_with_cfg(
-        ResNeSt,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3, 4), "feature_cls": "getter", "flatten_sequential": True},
-        **kwargs,
-    )
+    return build_model(ResNeSt, variant, pretrained, checkpoint_filter_fn, (0, 1, 2, 3, 4), **kwargs)
 
 
 def _fast(radix: int, cardinality: int, base_width: int) -> dict[str, Any]:

@@ -17,16 +17,19 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
 from visattn.layers import EfficientAttention2d
+from visattn.models._backbone import unwrap
+from visattn.models._build import NCHW_POOLS, build_model, check_classifier
+from visattn.weights import ChecksWeights
 
 __all__ = ["ResNetEA"]
 
 
-class ResNetEA(ResNet):
+class ResNetEA(ChecksWeights, ResNet):
     """timm's ResNet with `EfficientAttention2d` after some stages; images of any size.
 
     Args:
@@ -58,6 +61,7 @@ class ResNetEA(ResNet):
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
+        check_classifier(kwargs.get("num_classes", 1000), kwargs.get("global_pool", "avg"), NCHW_POOLS)
         super().__init__(block, layers, zero_init_last=zero_init_last, device=device, dtype=dtype, **kwargs)
         levels = self.feature_info[1:]
         if len(set(ea_stages)) < len(ea_stages) or not set(ea_stages) <= set(range(1, len(levels) + 1)):
@@ -86,6 +90,11 @@ class ResNetEA(ResNet):
             if isinstance(module, EfficientAttention2d):
                 for part in [*module.children(), module]:
                     part.reset_parameters()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """timm's, which refuses what would fail in forward."""
+        check_classifier(num_classes, global_pool, NCHW_POOLS)
+        super().reset_classifier(num_classes, global_pool)
 
     def forward_intermediates(
         self,
@@ -141,8 +150,7 @@ default_cfgs = generate_default_cfgs(
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Complete the weights of a plain ResNet by attention that starts as the identity; others pass unchanged."""
-    state_dict = state_dict.get("model", state_dict)
-    state_dict = state_dict.get("state_dict", state_dict)
+    state_dict = unwrap(state_dict)
     modules = {name: m for name, m in model.named_modules() if isinstance(m, EfficientAttention2d)}
     attention = {f"{name}.{key}": value for name, m in modules.items() for key, value in m.state_dict().items()}
     if attention.keys() & state_dict.keys():
@@ -152,14 +160,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def _create_resnet_ea(variant: str, pretrained: bool = False, **kwargs: Any) -> ResNetEA:
-    return build_model_with_cfg(
-        ResNetEA,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3, 4), "feature_cls": "getter", "no_rewrite": False},
-        **kwargs,
-    )
+    features = {"no_rewrite": False}
+    return build_model(ResNetEA, variant, pretrained, checkpoint_filter_fn, (0, 1, 2, 3, 4), features, **kwargs)
 
 
 @register_model

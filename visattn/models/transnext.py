@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint
+from visattn.models._build import build_model
 
 __all__ = ["TransNeXt"]
 
@@ -220,14 +221,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def _create_transnext(variant: str, pretrained: bool = False, **kwargs: Any) -> TransNeXt:
-    return build_model_with_cfg(
-        TransNeXt,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter", "flatten_sequential": True},
-        **kwargs,
-    )
+    return build_model(TransNeXt, variant, pretrained, checkpoint_filter_fn, (0, 1, 2, 3), **kwargs)
 
 
 _MICRO = {"embed_dim": 48, "depths": (2, 2, 15, 2), "num_heads": (2, 4, 8, 16), "drop_path_rate": 0.15}
