@@ -60,9 +60,9 @@ UNFIT = {
     "bool": (lambda s: {**s, KEY: s[KEY] > 0}, rf"{KEY} of bool in place of float32"),
     "complex": (lambda s: {**s, KEY: s[KEY] + 1j}, rf"{KEY} of complex64 in place of float32"),
     "float8": (lambda s: {**s, KEY: s[KEY].to(torch.float8_e4m3fn)}, rf"{KEY} of float8_e4m3fn in place of float32"),
-    "float counter": (
-        lambda s: {k: v.float() if "num_batches" in k else v for k, v in s.items()},
-        "num_batches_tracked of float32 in place of int64 and",
+    "bool counter": (
+        lambda s: {k: v > 0 if "num_batches" in k else v for k, v in s.items()},
+        "num_batches_tracked of bool in place of int64 and",
     ),
     "sparse": (lambda s: {**s, KEY: s[KEY].to_sparse()}, rf"{KEY} of float32 sparse_coo in place of float32"),
     "meta": (lambda s: {**s, KEY: s[KEY].to("meta")}, rf"{KEY} of float32 without data in place of float32"),
@@ -112,7 +112,7 @@ def test_what_means_the_same_is_loaded(model):
     model.load_state_dict({**state, KEY: torch.tensor([2.0]).expand(10)})
     assert model.state_dict()[KEY].tolist() == [2.0] * 10
     counters = [key for key in state if key.endswith("num_batches_tracked")]
-    model.load_state_dict({**state, **dict.fromkeys(counters, torch.tensor([7]))})
+    model.load_state_dict({**state, **dict.fromkeys(counters, torch.tensor([7.0]))})  # as in averaged checkpoints
     assert model.state_dict()[counters[0]] == 7
     model.load_state_dict({key: value for key, value in state.items() if key not in counters})
     older = model.state_dict()  # which says in its metadata that counters belong to it
