@@ -1,35 +1,42 @@
 """`python -m train`, `torchrun -m train`: parse, build, train, report."""
 
 import os
-import signal
 import sys
 import time
-from types import FrameType
+
+from train import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # the imports take seconds
 
 import torch
 
 import visattn  # noqa: F401  registers its models with timm
 from train import distributed
 from train.config import parse
-from train.errors import DataError, DeviceMemoryError, PeerError, TrainError
+from train.errors import DataError, DeviceMemoryError, Interrupted, PeerError, TrainError
 from train.metrics import make_console
-from train.run import Run, build, report, train
+from train.run import build, report, train
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the trainer; returns the exit code."""
     start = time.perf_counter()
+    signals.end_at_once()
     rank = distributed.world_info_from_env()[1]
     console = make_console(enabled=rank == 0)
     try:
         config = parse(argv)
         world = distributed.start(config)
         run = build(config, world, console)
-        stop_on_signals(run)
+        signals.ask(run.engine)
         train(run)
         report(run, time.perf_counter() - start)
         distributed.stop()
         return 0
+    except Interrupted as error:
+        fail(Interrupted(f"{error}; --resume {run.folder} goes on from there"), rank)
+        return run.engine.stop or error.exit_code
     except TrainError as error:
         return fail(error, rank)
     except torch.OutOfMemoryError as error:
@@ -61,21 +68,12 @@ def fail(error: TrainError, rank: int) -> int:
     return error.exit_code
 
 
-def stop_on_signals(run: Run) -> None:
-    """SIGTERM and SIGUSR1 (what schedulers send before they kill) ask for a checkpoint and an end."""
-
-    def ask(signum: int, frame: FrameType | None) -> None:
-        run.engine.stop = True
-
-    for name in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, ask)
-
-
 def finish(code: int) -> None:
     """Exit; at once if something failed, because other processes may be gone and are not to be waited for."""
     sys.stdout.flush()
     sys.stderr.flush()
     if code and distributed.dist.is_initialized():
+        signals.kill_loaders()
         os._exit(code)
     sys.exit(code)
 

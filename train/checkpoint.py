@@ -3,14 +3,17 @@
 RUN/checkpoints/00000123/        after update 123; a folder under this name is complete
     shard-*.safetensors          tensors of the model, its average and the optimizer, each process its part
                                  (torch.distributed.checkpoint: any number of processes can read them)
-    state.json                   everything else
+    state.json                   everything else; the one of an epoch is written before its evaluation and completed
+                                 with the row after it
     SHA256SUMS                   of all files above; `sha256sum -c SHA256SUMS` checks them too
 """
 
+import hashlib
 import json
 import re
 import shutil
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 NAME = re.compile(r"\d{8}")
 FILE = re.compile(r"[\w-]+(\.[\w-]+)*")  # no folders, no ..
+UNFINISHED = re.compile(r"\.(state\.json|SHA256SUMS)\.tmp")  # what a kill leaves of write_atomic
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -93,6 +97,28 @@ def save(folder: Path, state: "TrainState", config: Config, world: World) -> Non
         if world.main:
             clean()  # a full disk needs the room
         raise
+
+
+def save_progress(folder: Path, state: "TrainState", config: Config, world: World) -> None:
+    """Bring the plain values of the checkpoint of this update up to date; its tensors stay as they are.
+
+    Raises:
+        CheckpointError: on all processes, if that cannot be written; the checkpoint is whole even so.
+    """
+    path = folder / "checkpoints" / f"{state.update:08d}"
+
+    def rewrite() -> None:
+        values = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        content = json.dumps({**values, "progress": state.progress()}).encode()
+        lines = (path / "SHA256SUMS").read_text(encoding="ascii").splitlines(keepends=True)
+        others = [line for line in lines if not line.endswith("  state.json\n")]
+        new = f"{hashlib.sha256(content).hexdigest()}  state.json\n"
+        # Both sums first: at any moment one of them fits.
+        write_atomic(path / "SHA256SUMS", "".join([*lines, new]).encode())
+        write_atomic(path / "state.json", content)
+        write_atomic(path / "SHA256SUMS", "".join([*others, new]).encode())
+
+    _together(rewrite if world.main else lambda: None, world, f"expected to write {path / 'state.json'}")
 
 
 def _together(step: Callable[[], None], world: World, expected: str) -> None:
@@ -154,13 +180,18 @@ def verify(path: Path) -> None:
     """Raise CheckpointError unless a checkpoint holds exactly the plain files that its SHA256SUMS lists, unchanged."""
     try:
         lines = (path / "SHA256SUMS").read_text(encoding="ascii").splitlines()
-        sums = dict(reversed(line.split("  ", 1)) for line in lines)
+        sums = defaultdict(set)  # a kill may leave the new sum of a file beside the old one
+        for line in lines:
+            digest, name = line.split("  ", 1)
+            sums[name].add(digest)
         present = {file.name for file in path.iterdir() if file.is_file() and not file.is_symlink()}
-        strange = sorted({file.name for file in path.iterdir()} ^ (set(sums) | {"SHA256SUMS"}))
+        left = {name for name in present if UNFINISHED.fullmatch(name)}
+        present -= left
+        strange = sorted({file.name for file in path.iterdir()} - left ^ (set(sums) | {"SHA256SUMS"}))
         if strange or present != set(sums) | {"SHA256SUMS"} or not all(FILE.fullmatch(name) for name in sums):
             raise ValueError(f"other files than listed: {', '.join(strange) or 'a link'}")
         for name, expected in sums.items():
-            if sha256(path / name) != expected:
+            if sha256(path / name) not in expected:
                 raise ValueError(f"{name} has changed")
             if name.endswith(".safetensors"):
                 with safe_open(path / name, framework="pt"):
@@ -198,7 +229,7 @@ def restore(path: Path, state: "TrainState", config: Config, world: World) -> No
         raise CheckpointError(
             f"expected a checkpoint of this run at {path}, got {first_line(error)}; try a new run without --resume"
         ) from error
-    state.scheduler.step_update(state.update)
+    state.scheduler.step_update(state.place)
 
 
 def check_recipe(now: Config, then: dict[str, Any]) -> None:

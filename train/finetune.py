@@ -3,6 +3,11 @@
 import sys
 from pathlib import Path
 
+from train import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # the imports take seconds
+
 from train.__main__ import finish, main
 
 PRESETS = Path(__file__).parents[1] / "configs" / "finetune"

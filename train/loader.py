@@ -6,7 +6,7 @@ the number of processes, so a run goes on with the same images after a restart i
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from train import signals
 from train.config import Config
 from train.data import Data
 from train.distributed import World
@@ -169,7 +170,18 @@ def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
     return auto_augment.posterize(image, bits, **options) if bits else image.point([0] * 256 * len(image.getbands()))
 
 
-def _plain_errors(batches: Iterator[Any]) -> Iterator[Any]:
+class Loader(DataLoader):
+    """Its processes do not hear the signals that end a run, which are often sent to all that it has."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, worker_init_fn=signals.ignore, **options)
+
+    def __iter__(self) -> Iterator[Any]:
+        with signals.held_back():
+            return super().__iter__()
+
+
+def plain_errors(batches: Iterable[Any]) -> Iterator[Any]:
     """Without the traceback of a loader process, which torch puts into the text of its errors."""
     try:
         yield from batches
@@ -195,7 +207,7 @@ class Loaders:
         self.batches.begin(epoch, update)
         if self.train.random_erasing is not None:
             self.train.random_erasing.begin()
-        return _plain_errors(iter(self.train))
+        return plain_errors(iter(self.train))
 
 
 def make_test_transform(config: Config) -> Any:
@@ -246,9 +258,7 @@ def make_loaders(config: Config, data: Data, world: World) -> Loaders:
     }
     normalize = {"mean": config.mean, "std": config.std, "channels": config.in_chans, "device": world.device}
     train = PrefetchLoader(
-        DataLoader(
-            TrainingImages(data.train, augment, config.seed), batch_sampler=batches, collate_fn=mixing, **options
-        ),
+        Loader(TrainingImages(data.train, augment, config.seed), batch_sampler=batches, collate_fn=mixing, **options),
         **normalize,
         re_prob=config.reprob,
         re_mode="pixel",
@@ -257,7 +267,7 @@ def make_loaders(config: Config, data: Data, world: World) -> Loaders:
         train.random_erasing = SeededErasing(train.random_erasing, batches)
     test = TestImages(data.eval, make_test_transform(config))
     sampler = OrderedDistributedSampler(test, world.size, world.rank)
-    evaluation = DataLoader(
+    evaluation = Loader(
         test,
         batch_size=2 * batches.batch_size // world.size // batches.parts,
         sampler=sampler,

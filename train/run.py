@@ -14,7 +14,7 @@ from train import checkpoint, metrics
 from train.config import Config, read_yaml, recipe, run_folder
 from train.data import open_data, resolve
 from train.distributed import World, prepare
-from train.engine import Engine, Taken, TrainState
+from train.engine import Engine, TrainState
 from train.errors import CheckpointError, ConfigError, Interrupted
 from train.files import write_atomic
 from train.flops import forward_flops, peak_flops, utilization
@@ -50,6 +50,11 @@ class Run:
     def epochs(self) -> int:
         """Epochs with the cool-down."""
         return self.config.epochs + self.config.cooldown_epochs
+
+    @property
+    def trained(self) -> bool:
+        """True after the last update."""
+        return self.state.place >= self.epochs * self.updates
 
 
 def build(config: Config, world: World, console: Console) -> Run:
@@ -134,8 +139,9 @@ def train(run: Run) -> None:
     if run.world.main and run.state.history:  # an earlier session may have been killed between a checkpoint and its row
         _keep_going(run, lambda: metrics.write_log(run.folder / "log.csv", run.state.history))
     try:
-        while run.state.update < run.epochs * run.updates:
-            train_epoch(run, loggers)
+        while run.state.row or not run.trained:
+            saved = run.state.row is not None or train_epoch(run, loggers)
+            close_epoch(run, loggers, saved)
     finally:
         if run.world.main and run.state.history:
             _keep_going(run, lambda: metrics.draw_curves(run.folder / "curves.png", run.state.history, run.folder.name))
@@ -143,10 +149,10 @@ def train(run: Run) -> None:
             loggers.close()
 
 
-def train_epoch(run: Run, loggers: Loggers | None) -> None:
-    """Train to the end of the epoch, evaluate, and leave a row, a checkpoint and the best weights."""
+def train_epoch(run: Run, loggers: Loggers | None) -> bool:
+    """Train to the end of the epoch; says whether a checkpoint of it was written."""
     state, config, world, engine = run.state, run.config, run.world, run.engine
-    epoch, done = divmod(state.update, run.updates)
+    epoch, done = divmod(state.place, run.updates)
     speed = Speed()
     batches = engine.loaders.begin(epoch, done)
     with EpochBar(run.console, epoch + 1, run.epochs, run.updates, done, enabled=world.main) as bar:
@@ -163,32 +169,38 @@ def train_epoch(run: Run, loggers: Loggers | None) -> None:
             if update < run.updates and (taken.stop or due):  # after the last update the epoch saves
                 _name_bad_images(run)
                 save(run)
-                _stop_if_asked(run, taken)
-    row = {
+                if taken.stop:
+                    raise Interrupted(f"stopped after update {state.update}")
+    _name_bad_images(run)
+    state.row = {
         "epoch": epoch + 1,
         "update": state.update,
         "train_loss": state.meter.loss,
-        **_evaluate(run),
         "lr": taken.lr,
         "grad_norm": taken.grad_norm,
         **_speeds(run, speed, memory),
         "skipped": state.skipped,
-        "bad_images": _name_bad_images(run),
+        "seconds": speed.seconds,
     }
-    row["seconds"] = round(speed.seconds, 2)
-    state.history.append(row)
     state.meter = Meter()
-    save(run)
-    if world.main:
+    return save(run)
+
+
+def close_epoch(run: Run, loggers: Loggers | None, saved: bool) -> None:
+    """Evaluate, and leave the row and the best weights. If the epoch's checkpoint is `saved`, the row goes into it."""
+    state, speed = run.state, Speed()
+    row = {**state.row, **_evaluate(run), "bad_images": _name_bad_images(run)}
+    row["seconds"] = round(row["seconds"] + speed.seconds, 2)
+    state.history.append(row)
+    state.row = None
+    if saved:
+        saved = save(run, checkpoint.save_progress)
+    if not saved and run.trained:  # the last one must be written
+        checkpoint.save(run.folder, state, run.config, run.world)
+    if run.world.main:
         _keep_going(run, lambda: metrics.write_log(run.folder / "log.csv", state.history))
         say(run.console, metrics.epoch_line(row, run.epochs))
         loggers.epoch(row, state.update)
-    _stop_if_asked(run, taken)
-
-
-def _stop_if_asked(run: Run, taken: Taken) -> None:
-    if taken.stop and run.state.update < run.epochs * run.updates:
-        raise Interrupted(f"stopped after update {run.state.update}; --resume {run.folder} goes on from there")
 
 
 def _evaluate(run: Run) -> dict[str, float | None]:
@@ -241,14 +253,14 @@ def _merge_bad(run: Run, images: Images, known: list[int]) -> list[int]:
     return bad
 
 
-def save(run: Run) -> None:
-    """Write a checkpoint; a run that cannot goes on, says so, and keeps the one before."""
+def save(run: Run, write: Callable[[Path, TrainState, Config, World], None] = checkpoint.save) -> bool:
+    """Write a checkpoint; a run that cannot goes on, says so, keeps the one before, and this returns False."""
     try:
-        checkpoint.save(run.folder, run.state, run.config, run.world)
+        write(run.folder, run.state, run.config, run.world)
     except CheckpointError as error:
         say(run.console, f"warning: {error}; training goes on")
-        if run.state.update == run.epochs * run.updates:
-            raise
+        return False
+    return True
 
 
 def _keep_going(run: Run, write: Callable[[], None]) -> None:

@@ -8,6 +8,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+from train import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # the imports take seconds
+
 import torch
 import tyro
 from rich.console import Console
@@ -17,7 +22,6 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from timm.models import resolve_model_input_args
 from timm.task import ClassificationEvaluator
 from torch import nn
-from torch.utils.data import DataLoader
 from torchvision.transforms import Compose, FiveCrop, TenCrop
 
 import visattn  # noqa: F401  registers its models with timm
@@ -27,7 +31,7 @@ from train.distributed import pick_device
 from train.engine import autocast
 from train.errors import CheckpointError, ConfigError, DataError, TrainError
 from train.files import write_atomic
-from train.loader import TestImages, make_test_transform
+from train.loader import Loader, TestImages, make_test_transform, plain_errors
 from train.metrics import make_console, say
 from train.model import check_names, make_model
 from train.robustness import open_robustness
@@ -81,14 +85,14 @@ class Validator:
         """Loss, top-1 and top-5 in % over the readable images; only the model's `outputs`, if given, are classes."""
         config, images = self.config, TestImages(source, self.transform)
         loader = PrefetchLoader(
-            DataLoader(images, self.batch_size, num_workers=config.workers, collate_fn=fast_collate),
+            Loader(images, self.batch_size, num_workers=config.workers, collate_fn=fast_collate),
             mean=config.mean,
             std=config.std,
             channels=config.in_chans,
             device=self.device,
         )
         evaluator, seen = ClassificationEvaluator(self.device), 0
-        for batch, target in loader:
+        for batch, target in plain_errors(loader):
             with autocast(self.device, config.amp):
                 logits = self.model(batch.flatten(0, -4)).float()
             if outputs is not None:
@@ -265,6 +269,7 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
+    signals.end_at_once()
     console = make_console()
     try:
         show(validate(tyro.cli(Options, args=argv, prog="python -m train.validate"), console), console)

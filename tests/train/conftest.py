@@ -26,7 +26,9 @@ def _one_thread(one_thread):
 @pytest.fixture(autouse=True)
 def own_signals():
     """Runs install signal handlers: put pytest's back."""
-    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1)}
+    from train.signals import CODES
+
+    before = {name: signal.getsignal(name) for name in CODES}
     yield
     for name, handler in before.items():
         signal.signal(name, handler)
