@@ -14,7 +14,7 @@ import re
 import shutil
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from train.config import FREE_ON_RESUME, Config, recipe
+from train.config import FREE_ON_RESUME, OVERRIDABLE, Config, recipe
 from train.distributed import World
 from train.errors import CheckpointError
 from train.files import sha256, sync_folder, write_atomic
@@ -40,6 +40,7 @@ from visattn.weights import first_line
 
 if TYPE_CHECKING:
     from train.engine import TrainState
+    from train.loader import Batches
 
 FORMAT = 1
 NAME = re.compile(r"\d{8}")
@@ -202,18 +203,22 @@ def verify(path: Path) -> None:
         ) from error
 
 
-def restore(path: Path, state: "TrainState", config: Config, world: World) -> None:
-    """Load a verified checkpoint into a freshly built state, whatever the number of processes was."""
+def restore(path: Path, state: "TrainState", config: Config, world: World, batches: "Batches") -> dict[str, Any]:
+    """Load a verified checkpoint into a freshly built state, whatever the number of processes was.
+
+    Returns the options it was written with. The learning rate is left as it was under them.
+    """
     try:
         values = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if set(values) != {"format", "recipe", "optimizer", "scaler", "progress"} or values["format"] != FORMAT:
             raise ValueError(f"contents of another kind: {', '.join(values)[:100]}")
-        check_recipe(config, values["recipe"])
+        check_recipe(config, values["recipe"], OVERRIDABLE)
         tensors, fresh = _pack(state)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=world.size == 1)
         optimizer = {key: _like(value, values["optimizer"][key]) for key, value in fresh["optimizer"].items()}
+        optimizer |= {key: value for key, value in fresh["optimizer"].items() if key.endswith(".weight_decay")}
         optimizer |= {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
         model = unwrap_model(state.task.get_trainable_module())
         set_model_state_dict(model, {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
@@ -221,26 +226,47 @@ def restore(path: Path, state: "TrainState", config: Config, world: World) -> No
         if state.task.has_ema():
             average = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
             set_model_state_dict(state.task.get_trainable_module(ema=True).module, average)
-        state.scaler.load_state_dict(values["scaler"])
+        if values["scaler"]:  # empty without float16
+            state.scaler.load_state_dict(values["scaler"])
         state.load_progress(values["progress"])
+        _move(state, values["recipe"]["batch_size"], batches)
     except CheckpointError:
         raise
     except (Exception, dcp.CheckpointException) as error:
         raise CheckpointError(
             f"expected a checkpoint of this run at {path}, got {first_line(error)}; try a new run without --resume"
         ) from error
-    state.scheduler.step_update(state.place)
+    return values["recipe"]
 
 
-def check_recipe(now: Config, then: dict[str, Any]) -> None:
-    """Refuse to continue a run with options that would make it another run."""
-    values = recipe(now)
-    changed = [key for key in values if key not in FREE_ON_RESUME and values[key] != then.get(key)]
-    if changed:
-        got = ", ".join(f"--{key.replace('_', '-')} {values[key]} (was {then.get(key)})" for key in changed)
+def _move(state: "TrainState", batch_size: int, batches: "Batches") -> None:
+    """Find the place after the same images in batches of another size."""
+    epoch, done = divmod(state.place, batches.updates_of(batch_size))
+    seen = done * batch_size
+    done, rest = divmod(seen, batches.batch_size)
+    if rest or done >= batches.updates:
         raise CheckpointError(
-            f"expected the options of the run that --resume continues, got {got}; "
-            "try --resume without them, or a new run without --resume"
+            f"--batch-size: expected a divisor of the {seen} images of epoch {epoch + 1} so far, got "
+            f"{batches.batch_size}; try {batch_size} until the end of the epoch"
+        )
+    state.shift = state.update - epoch * batches.updates - done
+
+
+def changes(now: Config, then: dict[str, Any]) -> dict[str, str]:
+    """The options that a resumed run changes, but for those that leave its mathematics alone, and what to say."""
+    values = recipe(now)
+    changed = (key for key in values if key not in FREE_ON_RESUME and values[key] != then.get(key))
+    return {key: f"--{key.replace('_', '-')} {values[key]} (was {then.get(key)})" for key in changed}
+
+
+def check_recipe(now: Config, then: dict[str, Any], changeable: Collection[str] = ()) -> None:
+    """Refuse to continue a run with options that would make it another run: others than `changeable` and the epochs."""
+    changed = changes(now, then)
+    if changed.keys() - {*changeable, "epochs"}:
+        fixed = [key for key in recipe(now) if key not in ("epochs", *FREE_ON_RESUME, *OVERRIDABLE)]
+        raise CheckpointError(
+            f"expected the options of the run that --resume continues, got {', '.join(changed.values())}; try --resume "
+            f"without them, a new run without --resume, or --override, which changes all but {', '.join(fixed)}"
         )
 
 

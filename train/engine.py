@@ -18,6 +18,7 @@ from train.distributed import World, synchronize_gradients
 from train.errors import DataError, Interrupted, NonFiniteLossError
 from train.loader import Loaders, plain_errors
 from train.metrics import Meter, Speed
+from train.model import frozen_modules
 from train.seeding import seed_everything
 
 SMALLEST_SCALE = 2.0**-14  # float16 losses that overflow even so do not come back
@@ -71,14 +72,6 @@ class Taken:
     stop: bool  # a process was asked to stop
 
 
-def _frozen(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """The largest modules of which no parameter is trained."""
-    trained = [parameter.requires_grad for parameter in module.parameters()]
-    if trained and not any(trained):
-        return [module]
-    return [found for child in module.children() for found in _frozen(child)]
-
-
 def autocast(device: torch.device, amp: str) -> torch.autocast:
     """Mixed precision as `--amp` asks for."""
     dtype = torch.float16 if amp == "float16" else torch.bfloat16
@@ -93,7 +86,7 @@ class Engine:
         self.model = unwrap_model(state.task.get_trainable_module())
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         # Modules that are not trained at all do not change in training either: no statistics, no dropping.
-        self.frozen = _frozen(self.model)
+        self.frozen = frozen_modules(self.model)
         self.buffers = list(self.model.buffers())
         self.backup = [buffer.clone() for buffer in self.buffers]
         self.stop = 0  # asked for, with this exit code

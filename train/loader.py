@@ -67,8 +67,12 @@ class Batches(Sampler):
             config.seed,
         )
         self.rank, self.size = world.rank, world.size
-        self.updates = images // config.batch_size or 1  # in an epoch; with repeats it holds fewer different images
+        self.updates = self.updates_of(config.batch_size)
         self.epoch, self.first = 0, 0
+
+    def updates_of(self, batch_size: int) -> int:
+        """Updates in an epoch; with repeats it holds fewer different images."""
+        return self.images // batch_size or 1
 
     def begin(self, epoch: int, update: int = 0) -> None:
         """Make the next iteration start at an update of an epoch."""

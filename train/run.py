@@ -1,9 +1,11 @@
 """A run from its folder to its report: build, train, export."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -11,17 +13,17 @@ from rich.console import Console
 from timm.models import resolve_model_input_args
 
 from train import checkpoint, metrics
-from train.config import Config, read_yaml, recipe, run_folder
+from train.config import OVERRIDABLE, Config, read_yaml, recipe, run_folder
 from train.data import open_data, resolve
 from train.distributed import World, prepare
 from train.engine import Engine, TrainState
 from train.errors import CheckpointError, ConfigError, Interrupted
 from train.files import write_atomic
 from train.flops import forward_flops, peak_flops, utilization
-from train.loader import Images, make_loaders
+from train.loader import Images, Loaders, make_loaders
 from train.loggers import Loggers, check_packages
 from train.metrics import Meter, Speed, say
-from train.model import check_names, export_state, make_model, make_optimizer, make_scheduler, make_task
+from train.model import check_names, export_state, make_model, make_optimizer, make_scheduler, make_task, try_training
 from train.progress import EpochBar, Status
 from train.seeding import seed_everything
 from train.weights import export
@@ -71,6 +73,7 @@ def build(config: Config, world: World, console: Console) -> Run:
     flops = forward_flops(model, config.in_chans, config.img_size) if world.main else None
     parameters = sum(parameter.numel() for parameter in model.parameters())
     task = make_task(config, model, world.device)
+    try_training(model, config, loaders.batches, world)
     prepare(task, config, world)
     optimizer = make_optimizer(config, task)
     scheduler = make_scheduler(config, optimizer, loaders.batches.updates)
@@ -78,15 +81,7 @@ def build(config: Config, world: World, console: Console) -> Run:
     state = TrainState(task, optimizer, scheduler, scaler, Meter())
 
     if config.resume:
-        folder = run_folder(config.resume)
-        path = _on_main(world, lambda: checkpoint.newest(folder, console))
-        if path:
-            checkpoint.restore(path, state, config, world)
-            for images, bad in ((loaders.train.dataset, state.bad_train), (loaders.eval.dataset, state.bad_eval)):
-                images.bad[bad] = 1
-        else:
-            checkpoint.check_recipe(config, recipe(read_yaml(folder / "args.yaml")))
-        say(console, f"resumed after update {state.update}")
+        folder = _resume(config, state, loaders, world, console)
     else:
         folder = _on_main(world, lambda: new_folder(config, data.name))
     if not all(world.gather((folder / "args.yaml").is_file())):
@@ -101,6 +96,43 @@ def build(config: Config, world: World, console: Console) -> Run:
         f"{world.device.type}{f' x {world.size} ({config.engine})' if world.size > 1 else ''}",
     )
     return Run(config, folder, world, state, Engine(state, loaders, config, world), console, flops)
+
+
+def _resume(config: Config, state: TrainState, loaders: Loaders, world: World, console: Console) -> Path:
+    """Give a run its state back, and keep its options where they have changed; returns its folder."""
+    folder = run_folder(config.resume)
+    options = recipe(read_yaml(folder / "args.yaml"))
+    checkpoint.check_recipe(config, options, OVERRIDABLE if config.override else ())
+    then = options
+    path = _on_main(world, lambda: checkpoint.newest(folder, console))
+    if path:
+        then = checkpoint.restore(path, state, config, world, loaders.batches)
+        for images, bad in ((loaders.train.dataset, state.bad_train), (loaders.eval.dataset, state.bad_eval)):
+            images.bad[bad] = 1
+    begun = math.ceil(state.place / loaders.batches.updates)
+    if begun > config.epochs + config.cooldown_epochs:
+        raise ConfigError(
+            f"--epochs: expected at least the {begun - config.cooldown_epochs} that have begun, got {config.epochs}; "
+            f"try --epochs {begun - config.cooldown_epochs}"
+        )
+    before = max(group["lr"] for group in state.optimizer.param_groups)
+    state.scheduler.step_update(state.place)
+    after = max(group["lr"] for group in state.optimizer.param_groups)
+    say(console, f"resumed after update {state.update}")
+    if changed := checkpoint.changes(config, then):
+        say(console, f"from here on {', '.join(changed.values())}; the learning rate goes from {before:g} to {after:g}")
+    now = options | {key: recipe(config)[key] for key in changed}
+    if now != options:
+        _on_main(world, lambda: _keep_options(folder / "args.yaml", now))
+    return folder
+
+
+def _keep_options(path: Path, options: dict[str, Any]) -> None:
+    """Later resumes go on with these."""
+    try:
+        write_atomic(path, yaml.safe_dump(options, sort_keys=False).encode())
+    except OSError as error:
+        raise ConfigError(f"expected to write {path}, got: {error}; try to make room") from error
 
 
 def _on_main(world: World, action: Callable[[], Path | None]) -> Path | None:
