@@ -4,17 +4,17 @@ import os
 import sys
 import time
 
-from train import signals
+from train.start import begin
 
 if __name__ == "__main__":
-    signals.end_at_once()  # the imports take seconds
+    begin()
 
 import torch
 
 import visattn  # noqa: F401  registers its models with timm
-from train import distributed
+from train import distributed, signals
 from train.config import parse
-from train.errors import DataError, DeviceMemoryError, Interrupted, PeerError, TrainError
+from train.errors import DataError, DeviceMemoryError, Interrupted, PeerError, TrainError, exhausted
 from train.metrics import make_console
 from train.run import build, report, train
 
@@ -48,7 +48,9 @@ def main(argv: list[str] | None = None) -> int:
             ),
             rank,
         )
-    except RuntimeError as error:
+    except (MemoryError, OSError, RuntimeError) as error:
+        if problem := exhausted(error):
+            return fail(problem, rank)
         reason = str(error).partition("\n")[0]
         if reason.startswith("DataLoader worker"):
             text = f"expected loader processes that go on, got: {reason}; try fewer --workers, or more shared memory"

@@ -3,10 +3,10 @@
 import sys
 from pathlib import Path
 
-from train import signals
+from train.start import begin
 
 if __name__ == "__main__":
-    signals.end_at_once()  # the imports take seconds
+    begin()
 
 from train.__main__ import finish, main
 

@@ -6,6 +6,7 @@ the number of processes, so a run goes on with the same images after a restart i
 
 import itertools
 import math
+import resource
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from train.seeding import seed_everything, seed_for, seed_worker
 from train.sources import BadImageError, Source
 
 MAX_BAD_IN_A_ROW = 100
+FILES, FILES_OF_A_WORKER = 24, 12  # open at once in training, as counted
 
 
 class Key(NamedTuple):
@@ -174,6 +176,24 @@ def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
     return auto_augment.posterize(image, bits, **options) if bits else image.point([0] * 256 * len(image.getbands()))
 
 
+def allow_files(workers: int) -> None:
+    """Raise the limit of open files as loader processes need it: without a file a batch never comes.
+
+    Raises:
+        ConfigError: the system does not allow so many.
+    """
+    needed = FILES + FILES_OF_A_WORKER * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if not workers or soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigError(
+            f"--workers: expected {needed} open files at once to be allowed for {workers} of them, got {hard}; "
+            "try fewer --workers, or ulimit -n"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 class Loader(DataLoader):
     """Its processes do not hear the signals that end a run, which are often sent to all that it has."""
 
@@ -255,6 +275,7 @@ def make_loaders(config: Config, data: Data, world: World) -> Loaders:
         mixing = FastCollateMixup(
             config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=data.num_classes
         )
+    allow_files(config.workers)
     options = {
         "num_workers": config.workers,
         "persistent_workers": config.workers > 0,

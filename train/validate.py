@@ -8,10 +8,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from train import signals
+from train.start import begin
 
 if __name__ == "__main__":
-    signals.end_at_once()  # the imports take seconds
+    begin()
 
 import torch
 import tyro
@@ -25,13 +25,14 @@ from torch import nn
 from torchvision.transforms import Compose, FiveCrop, TenCrop
 
 import visattn  # noqa: F401  registers its models with timm
+from train import signals
 from train.config import Config, read_yaml
 from train.data import open_eval, resolve
 from train.distributed import pick_device
 from train.engine import autocast
-from train.errors import CheckpointError, ConfigError, DataError, TrainError
+from train.errors import CheckpointError, ConfigError, DataError, TrainError, exhausted
 from train.files import write_atomic
-from train.loader import Loader, TestImages, make_test_transform, plain_errors
+from train.loader import Loader, TestImages, allow_files, make_test_transform, plain_errors
 from train.metrics import make_console, say
 from train.model import check_names, make_model
 from train.robustness import open_robustness
@@ -84,6 +85,7 @@ class Validator:
     ) -> dict[str, float]:
         """Loss, top-1 and top-5 in % over the readable images; only the model's `outputs`, if given, are classes."""
         config, images = self.config, TestImages(source, self.transform)
+        allow_files(config.workers)
         loader = PrefetchLoader(
             Loader(images, self.batch_size, num_workers=config.workers, collate_fn=fast_collate),
             mean=config.mean,
@@ -276,6 +278,11 @@ def main(argv: list[str] | None = None) -> int:
     except TrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not (problem := exhausted(error)):
+            raise
+        print(f"error: {problem}", file=sys.stderr)
+        return problem.exit_code
     return 0
 
 
