@@ -4,16 +4,15 @@ import csv
 import functools
 import json
 import os
+import pkgutil
 import random
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from runs import SMALL, assert_same_tensors, newest, rows, slow, tensors
-from timm.task import ClassificationEvaluator
 
 from train import checkpoint
 from train import run as trainer
@@ -189,14 +188,14 @@ def die_in(owners, chance):
         setattr(owner, name, call)
 
     for owner, name in owners:
-        wrap(owner, name)
+        wrap(pkgutil.resolve_name(owner), name)
 
 
 KINDS = {
     "random": {},
     "group": {"strike": strike_all},
-    "validation": {"change": functools.partial(die_in, [(ClassificationEvaluator, "update")])},
-    "pruning": {"change": functools.partial(die_in, [(Path, "rename"), (shutil, "rmtree")])},
+    "validation": {"change": functools.partial(die_in, [("timm.task:ClassificationEvaluator", "update")])},
+    "pruning": {"change": functools.partial(die_in, [("pathlib:Path", "rename"), ("shutil", "rmtree")])},
 }
 
 
