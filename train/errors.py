@@ -8,7 +8,7 @@ from types import TracebackType
 
 OUT_OF = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN)
 # What libraries make of these.
-REFUSED = re.compile(r"start new thread|allocate memory|failed to map segment|mmap|bad_alloc|Too many open files")
+REFUSED = re.compile(r"start new thread|allocate memory|map segment|unable to mmap|bad_alloc|Too many open files")
 
 
 class TrainError(Exception):

@@ -215,7 +215,10 @@ def train_epoch(run: Run, loggers: Loggers | None) -> bool:
         "seconds": speed.seconds,
     }
     state.meter = Meter()
-    return save(run)
+    saved = save(run)
+    if taken.stop:
+        raise Interrupted(f"stopped before the evaluation after update {state.update}")
+    return saved
 
 
 def close_epoch(run: Run, loggers: Loggers | None, saved: bool) -> None:
@@ -226,7 +229,7 @@ def close_epoch(run: Run, loggers: Loggers | None, saved: bool) -> None:
     state.history.append(row)
     state.row = None
     if saved:
-        saved = save(run, checkpoint.save_progress)
+        saved = save(run, progress_only=True)
     if not saved and run.trained:  # the last one must be written
         checkpoint.save(run.folder, state, run.config, run.world)
     if run.world.main:
@@ -285,8 +288,9 @@ def _merge_bad(run: Run, images: Images, known: list[int]) -> list[int]:
     return bad
 
 
-def save(run: Run, write: Callable[[Path, TrainState, Config, World], None] = checkpoint.save) -> bool:
+def save(run: Run, progress_only: bool = False) -> bool:
     """Write a checkpoint; a run that cannot goes on, says so, keeps the one before, and this returns False."""
+    write = checkpoint.save_progress if progress_only else checkpoint.save
     try:
         write(run.folder, run.state, run.config, run.world)
     except CheckpointError as error:
