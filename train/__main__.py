@@ -1,24 +1,28 @@
 """`python -m train`, `torchrun -m train`: parse, build, train, report."""
 
 import os
-import signal
 import sys
 import time
-from types import FrameType
+
+from train.start import begin
+
+if __name__ == "__main__":
+    begin()
 
 import torch
 
 import visattn  # noqa: F401  registers its models with timm
-from train import distributed
+from train import distributed, signals
 from train.config import parse
-from train.errors import DataError, DeviceMemoryError, PeerError, TrainError
+from train.errors import DataError, DeviceMemoryError, Interrupted, PeerError, TrainError, exhausted
 from train.metrics import make_console
-from train.run import Run, build, report, train
+from train.run import build, report, train
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the trainer; returns the exit code."""
     start = time.perf_counter()
+    signals.end_at_once()
     rank = distributed.world_info_from_env()[1]
     console = make_console(enabled=rank == 0)
     try:
@@ -26,11 +30,14 @@ def main(argv: list[str] | None = None) -> int:
         world = distributed.start(config)
         run = build(config, world, console)
         with run.lock:
-            stop_on_signals(run)
+            signals.ask(run.engine)
             train(run)
             report(run, time.perf_counter() - start)
         distributed.stop()
         return 0
+    except Interrupted as error:
+        fail(Interrupted(f"{error}; --resume {run.folder} goes on from there"), rank)
+        return run.engine.stop or error.exit_code
     except TrainError as error:
         return fail(error, rank)
     except torch.OutOfMemoryError as error:
@@ -42,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
             ),
             rank,
         )
-    except RuntimeError as error:
+    except (MemoryError, OSError, RuntimeError) as error:
+        if problem := exhausted(error):
+            return fail(problem, rank)
         reason = str(error).partition("\n")[0]
         if reason.startswith("DataLoader worker"):
             text = f"expected loader processes that go on, got: {reason}; try fewer --workers, or more shared memory"
@@ -62,21 +71,12 @@ def fail(error: TrainError, rank: int) -> int:
     return error.exit_code
 
 
-def stop_on_signals(run: Run) -> None:
-    """SIGTERM and SIGUSR1 (what schedulers send before they kill) ask for a checkpoint and an end."""
-
-    def ask(signum: int, frame: FrameType | None) -> None:
-        run.engine.stop = True
-
-    for name in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, ask)
-
-
 def finish(code: int) -> None:
     """Exit; at once if something failed, because other processes may be gone and are not to be waited for."""
     sys.stdout.flush()
     sys.stderr.flush()
     if code and distributed.dist.is_initialized():
+        signals.kill_loaders()
         os._exit(code)
     sys.exit(code)
 

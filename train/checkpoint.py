@@ -3,16 +3,19 @@
 RUN/checkpoints/00000123/        after update 123; a folder under this name is complete
     shard-*.safetensors          tensors of the model, its average and the optimizer, each process its part
                                  (torch.distributed.checkpoint: any number of processes can read them)
-    state.json                   everything else
+    state.json                   everything else; the one of an epoch is written before its evaluation and completed
+                                 with the row after it
     SHA256SUMS                   of all files above; `sha256sum -c SHA256SUMS` checks them too
 """
 
 import contextlib
+import hashlib
 import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from train.config import FREE_ON_RESUME, Config, recipe
+from train.config import FREE_ON_RESUME, OVERRIDABLE, Config, recipe
 from train.distributed import World
 from train.errors import CheckpointError
 from train.files import sha256, sync_folder, write_atomic
@@ -38,10 +41,12 @@ from visattn.weights import first_line
 
 if TYPE_CHECKING:
     from train.engine import TrainState
+    from train.loader import Batches
 
 FORMAT = 1
 NAME = re.compile(r"\d{8}")
 FILE = re.compile(r"[\w-]+(\.[\w-]+)*")  # no folders, no ..
+UNFINISHED = re.compile(r"\.(state\.json|SHA256SUMS)\.tmp")  # what a kill leaves of write_atomic
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -112,7 +117,7 @@ def _clean(checkpoints: Path) -> None:
 def sweep(folder: Path) -> None:
     """Remove what a killed process left half done in a run's folder, which no other process may be writing to."""
     checkpoints = folder / "checkpoints"
-    for left in folder.glob(".*.tmp"):
+    for left in [*folder.glob(".*.tmp"), *checkpoints.glob("*/.*.tmp")]:
         with contextlib.suppress(OSError):
             left.unlink()
     for left in checkpoints.glob(".*.tmp"):
@@ -122,6 +127,28 @@ def sweep(folder: Path) -> None:
                 verify(left)
                 left.rename(final)  # only its name was missing
     _clean(checkpoints)
+
+
+def save_progress(folder: Path, state: "TrainState", config: Config, world: World) -> None:
+    """Bring the plain values of the checkpoint of this update up to date; its tensors stay as they are.
+
+    Raises:
+        CheckpointError: on all processes, if that cannot be written; the checkpoint is whole even so.
+    """
+    path = folder / "checkpoints" / f"{state.update:08d}"
+
+    def rewrite() -> None:
+        values = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        content = json.dumps({**values, "progress": state.progress()}).encode()
+        lines = (path / "SHA256SUMS").read_text(encoding="ascii").splitlines(keepends=True)
+        others = [line for line in lines if not line.endswith("  state.json\n")]
+        new = f"{hashlib.sha256(content).hexdigest()}  state.json\n"
+        # Both sums first: at any moment one of them fits.
+        write_atomic(path / "SHA256SUMS", "".join([*lines, new]).encode())
+        write_atomic(path / "state.json", content)
+        write_atomic(path / "SHA256SUMS", "".join([*others, new]).encode())
+
+    _together(rewrite if world.main else lambda: None, world, f"expected to write {path / 'state.json'}")
 
 
 def _together(step: Callable[[], None], world: World, expected: str) -> None:
@@ -183,13 +210,18 @@ def verify(path: Path) -> None:
     """Raise CheckpointError unless a checkpoint holds exactly the plain files that its SHA256SUMS lists, unchanged."""
     try:
         lines = (path / "SHA256SUMS").read_text(encoding="ascii").splitlines()
-        sums = dict(reversed(line.split("  ", 1)) for line in lines)
+        sums = defaultdict(set)  # a kill may leave the new sum of a file beside the old one
+        for line in lines:
+            digest, name = line.split("  ", 1)
+            sums[name].add(digest)
         present = {file.name for file in path.iterdir() if file.is_file() and not file.is_symlink()}
-        strange = sorted({file.name for file in path.iterdir()} ^ (set(sums) | {"SHA256SUMS"}))
+        left = {name for name in present if UNFINISHED.fullmatch(name)}
+        present -= left
+        strange = sorted({file.name for file in path.iterdir()} - left ^ (set(sums) | {"SHA256SUMS"}))
         if strange or present != set(sums) | {"SHA256SUMS"} or not all(FILE.fullmatch(name) for name in sums):
             raise ValueError(f"other files than listed: {', '.join(strange) or 'a link'}")
         for name, expected in sums.items():
-            if sha256(path / name) != expected:
+            if sha256(path / name) not in expected:
                 raise ValueError(f"{name} has changed")
             if name.endswith(".safetensors"):
                 with safe_open(path / name, framework="pt"):
@@ -200,18 +232,22 @@ def verify(path: Path) -> None:
         ) from error
 
 
-def restore(path: Path, state: "TrainState", config: Config, world: World) -> None:
-    """Load a verified checkpoint into a freshly built state, whatever the number of processes was."""
+def restore(path: Path, state: "TrainState", config: Config, world: World, batches: "Batches") -> dict[str, Any]:
+    """Load a verified checkpoint into a freshly built state, whatever the number of processes was.
+
+    Returns the options it was written with. The learning rate is left as it was under them.
+    """
     try:
         values = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if set(values) != {"format", "recipe", "optimizer", "scaler", "progress"} or values["format"] != FORMAT:
             raise ValueError(f"contents of another kind: {', '.join(values)[:100]}")
-        check_recipe(config, values["recipe"])
+        check_recipe(config, values["recipe"], OVERRIDABLE)
         tensors, fresh = _pack(state)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=world.size == 1)
         optimizer = {key: _like(value, values["optimizer"][key]) for key, value in fresh["optimizer"].items()}
+        optimizer |= {key: value for key, value in fresh["optimizer"].items() if key.endswith(".weight_decay")}
         optimizer |= {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
         model = unwrap_model(state.task.get_trainable_module())
         set_model_state_dict(model, {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
@@ -219,26 +255,47 @@ def restore(path: Path, state: "TrainState", config: Config, world: World) -> No
         if state.task.has_ema():
             average = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
             set_model_state_dict(state.task.get_trainable_module(ema=True).module, average)
-        state.scaler.load_state_dict(values["scaler"])
+        if values["scaler"]:  # empty without float16
+            state.scaler.load_state_dict(values["scaler"])
         state.load_progress(values["progress"])
+        _move(state, values["recipe"]["batch_size"], batches)
     except CheckpointError:
         raise
     except (Exception, dcp.CheckpointException) as error:
         raise CheckpointError(
             f"expected a checkpoint of this run at {path}, got {first_line(error)}; try a new run without --resume"
         ) from error
-    state.scheduler.step_update(state.update)
+    return values["recipe"]
 
 
-def check_recipe(now: Config, then: dict[str, Any]) -> None:
-    """Refuse to continue a run with options that would make it another run."""
-    values = recipe(now)
-    changed = [key for key in values if key not in FREE_ON_RESUME and values[key] != then.get(key)]
-    if changed:
-        got = ", ".join(f"--{key.replace('_', '-')} {values[key]} (was {then.get(key)})" for key in changed)
+def _move(state: "TrainState", batch_size: int, batches: "Batches") -> None:
+    """Find the place after the same images in batches of another size."""
+    epoch, done = divmod(state.place, batches.updates_of(batch_size))
+    seen = done * batch_size
+    done, rest = divmod(seen, batches.batch_size)
+    if rest or done >= batches.updates:
         raise CheckpointError(
-            f"expected the options of the run that --resume continues, got {got}; "
-            "try --resume without them, or a new run without --resume"
+            f"--batch-size: expected a divisor of the {seen} images of epoch {epoch + 1} so far, got "
+            f"{batches.batch_size}; try {batch_size} until the end of the epoch"
+        )
+    state.shift = state.update - epoch * batches.updates - done
+
+
+def changes(now: Config, then: dict[str, Any]) -> dict[str, str]:
+    """The options that a resumed run changes, but for those that leave its mathematics alone, and what to say."""
+    values = recipe(now)
+    changed = (key for key in values if key not in FREE_ON_RESUME and values[key] != then.get(key))
+    return {key: f"--{key.replace('_', '-')} {values[key]} (was {then.get(key)})" for key in changed}
+
+
+def check_recipe(now: Config, then: dict[str, Any], changeable: Collection[str] = ()) -> None:
+    """Refuse to continue a run with options that would make it another run: others than `changeable` and the epochs."""
+    changed = changes(now, then)
+    if changed.keys() - {*changeable, "epochs"}:
+        fixed = [key for key in recipe(now) if key not in ("epochs", *FREE_ON_RESUME, *OVERRIDABLE)]
+        raise CheckpointError(
+            f"expected the options of the run that --resume continues, got {', '.join(changed.values())}; try --resume "
+            f"without them, a new run without --resume, or --override, which changes all but {', '.join(fixed)}"
         )
 
 

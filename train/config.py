@@ -17,14 +17,19 @@ from train.checks import check
 from train.errors import CheckpointError, ConfigError
 
 # How a run is started, not what it computes: kept out of the recipe files.
-LAUNCH_ONLY = ("config", "resume")
+LAUNCH_ONLY = ("config", "resume", "override")
 AUTO = Path("auto")
-# A resumed run may change what leaves its mathematics alone.
+# A resumed run may change what leaves its mathematics alone, its `epochs`, and with `override` what has no state.
 FREE_ON_RESUME = (
     *("output", "name", "device", "engine", "workers", "micro_batch", "compile", "channels_last", "grad_checkpointing"),
     *("checkpoint_every", "keep_checkpoints", "dist_timeout", "tensorboard", "wandb", "wandb_project", "peak_tflops"),
 )
-
+OVERRIDABLE = (
+    *("cooldown_epochs", "batch_size", "sched", "lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay"),
+    *("grad_clip", "smoothing", "drop_path", "mixup", "cutmix", "scale", "ratio", "hflip", "color_jitter"),
+    *("auto_augment", "reprob", "train_interpolation", "kd_weight", "kd_temperature", "amp", "sync_bn"),
+    *("nonfinite", "max_skips", "max_bad"),
+)
 
 Resize = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
@@ -35,6 +40,7 @@ class Config:
 
     config: Path | None = None  # flat YAML file with any of the options below; the command line overrides it
     resume: Path | None = None  # run folder to continue, at the very step; `auto`: --name's folder, if there is one
+    override: bool = False  # let --resume change more than --epochs: learning rate, batch size, regularization, ...
 
     data: str = "digits"  # digits, mnist5k, hfds/NAME, or a folder with train/ and val/ of class folders or tar shards
     max_bad: float = 0.01  # share of unreadable training images above which the run stops
@@ -138,6 +144,8 @@ def parse(argv: list[str] | None = None) -> Config:
     elif named.config:
         base = read_yaml(named.config)
     config = tyro.cli(Config, args=argv, default=base, prog="python -m train")
+    if config.override and not named.resume:
+        raise ConfigError("--override: expected --resume, whose options it changes, got none; try without it")
     config = dataclasses.replace(config, resume=folder)
     check(config)
     return config

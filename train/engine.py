@@ -15,9 +15,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from train.config import Config
 from train.distributed import World, synchronize_gradients
-from train.errors import DataError, NonFiniteLossError
-from train.loader import Loaders
+from train.errors import DataError, Interrupted, NonFiniteLossError
+from train.loader import Loaders, plain_errors
 from train.metrics import Meter, Speed
+from train.model import frozen_modules
 from train.seeding import seed_everything
 
 SMALLEST_SCALE = 2.0**-14  # float16 losses that overflow even so do not come back
@@ -32,15 +33,22 @@ class TrainState:
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
     meter: Meter  # training loss of the epoch so far
-    update: int = 0  # updates so far, dropped ones too: the place in the data
+    update: int = 0  # updates so far, dropped ones too
+    shift: int = 0  # how many of them do not count for the place, after a change of the batch size
     skipped: int = 0  # updates dropped for a non-finite loss or gradient
     skipped_in_a_row: int = 0
     bad_train: list[int] = field(default_factory=list)  # unreadable images that have been named
     bad_eval: list[int] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=dict)  # best top-1 of the model and of its average
     history: list[dict[str, Any]] = field(default_factory=list)  # the rows of log.csv
+    row: dict[str, Any] | None = None  # of an epoch that has been trained and is to be evaluated
 
-    PROGRESS = ("update", "skipped", "skipped_in_a_row", "bad_train", "bad_eval", "best", "history")
+    PROGRESS = ("update", "shift", "skipped", "skipped_in_a_row", "bad_train", "bad_eval", "best", "history", "row")
+
+    @property
+    def place(self) -> int:
+        """Updates so far in the data and in the schedule."""
+        return self.update - self.shift
 
     def progress(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
@@ -48,6 +56,7 @@ class TrainState:
 
     def load_progress(self, values: dict[str, Any]) -> None:
         """Take the values of `progress()` back."""
+        values = {"shift": 0, "row": None, **values}  # which older checkpoints lack
         for name in self.PROGRESS:
             setattr(self, name, values[name])
         self.meter.load_state_dict(values["meter"])
@@ -61,14 +70,6 @@ class Taken:
     grad_norm: float
     lr: float
     stop: bool  # a process was asked to stop
-
-
-def _frozen(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """The largest modules of which no parameter is trained."""
-    trained = [parameter.requires_grad for parameter in module.parameters()]
-    if trained and not any(trained):
-        return [module]
-    return [found for child in module.children() for found in _frozen(child)]
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
@@ -85,10 +86,10 @@ class Engine:
         self.model = unwrap_model(state.task.get_trainable_module())
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         # Modules that are not trained at all do not change in training either: no statistics, no dropping.
-        self.frozen = _frozen(self.model)
+        self.frozen = frozen_modules(self.model)
         self.buffers = list(self.model.buffers())
         self.backup = [buffer.clone() for buffer in self.buffers]
-        self.stop = False
+        self.stop = 0  # asked for, with this exit code
 
     def update(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], speed: Speed) -> Taken:
         """Take the next update, or drop it on all processes if a loss or a gradient of any of them is not finite.
@@ -113,7 +114,7 @@ class Engine:
         # By numpy, which takes 0.05 ms for the marks of ImageNet; torch's sum takes 1.5 ms, in every update.
         bad = np.count_nonzero(self.loaders.train.dataset.bad.numpy()) - len(state.bad_train)
         loss, unusable, stop, bad, overflow = world.total(
-            [loss / world.size, ~finite, float(self.stop), bad, torch.isfinite(loss) & ~finite]
+            [loss / world.size, ~finite, self.stop, bad, torch.isfinite(loss) & ~finite]
         )
         lr = max(group["lr"] for group in state.optimizer.param_groups)  # layer decay scales the others down from it
         state.update += 1
@@ -129,7 +130,7 @@ class Engine:
             state.skipped_in_a_row = 0
             state.meter.add(loss * config.batch_size, config.batch_size)
         state.optimizer.zero_grad()
-        state.scheduler.step_update(state.update)
+        state.scheduler.step_update(state.place)
         speed.images(config.batch_size)
         self._check_bad(len(state.bad_train) + int(bad))
         return Taken(loss, whole_norm.item(), lr, stop > 0)
@@ -171,7 +172,7 @@ class Engine:
         if config.nonfinite == "halt" or state.skipped_in_a_row > config.max_skips:
             updates = self.loaders.batches.updates
             where = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(reports) if text)
-            epoch, update = divmod(state.update - 1, updates)
+            epoch, update = divmod(state.place - 1, updates)
             raise NonFiniteLossError(
                 f"expected a finite loss and gradient, got loss {loss} in epoch {epoch + 1}, update {update + 1} of "
                 f"{updates} ({where}); the optimizer step was not taken; try a lower --lr, --grad-clip 1.0, "
@@ -204,13 +205,19 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, ema: bool = False) -> dict[str, float]:
-        """Cross-entropy, top-1 and top-5 in % over the readable test images of all processes, each counted once."""
+        """Cross-entropy, top-1 and top-5 in % over the readable test images of all processes, each counted once.
+
+        Raises:
+            Interrupted: a process was asked to stop. The checkpoint is older than the evaluation.
+        """
         # Not get_eval_model: of what fsdp2 has sharded only the whole can be called.
         model = unwrap_model(self.state.task.get_trainable_module(ema=ema))
         model.eval()
         evaluator = ClassificationEvaluator(self.world.device)
         left = self.loaders.real_eval_images
-        for images, target in self.loaders.eval:
+        for images, target in plain_errors(self.loaders.eval):
+            if self.world.total([self.stop])[0]:
+                raise Interrupted(f"stopped in the evaluation after update {self.state.update}")
             if self.config.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             with autocast(self.world.device, self.config.amp):

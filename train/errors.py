@@ -1,5 +1,15 @@
 """Failures a user can act on. `python -m train` prints their text without a traceback and exits with `exit_code`."""
 
+import errno
+import os
+import re
+import sys
+from types import TracebackType
+
+OUT_OF = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN)
+# What libraries make of these.
+REFUSED = re.compile(r"start new thread|allocate memory|map segment|unable to mmap|bad_alloc|Too many open files")
+
 
 def printable(text: str) -> str:
     """One line in which whatever a terminal would obey (newline, ESC, text direction) or refuse is spelled out."""
@@ -59,3 +69,31 @@ class DeviceMemoryError(TrainError, MemoryError):
     """A forward or backward pass does not fit in the device's memory."""
 
     exit_code = 1
+
+
+class ResourceError(TrainError, OSError):
+    """The system has no more memory, threads or files for the run."""
+
+    exit_code = 1
+
+
+def exhausted(error: BaseException | None) -> ResourceError | None:
+    """What to say if the system refused memory, a thread, a process or a file; None for any other error."""
+    while error is not None:
+        known = isinstance(error, MemoryError) or getattr(error, "errno", None) in OUT_OF
+        if known or (isinstance(error, (ImportError, RuntimeError)) and REFUSED.search(str(error))):
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            return ResourceError(
+                f"expected enough memory, processes and open files, got: {reason}; try fewer --workers, a smaller "
+                "--micro-batch, or higher limits (ulimit -a)"
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def say_exhausted(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Hook for errors that nothing else catches, such as those of imports."""
+    if problem := exhausted(error):
+        print(f"error: {problem}", file=sys.stderr)
+        os._exit(problem.exit_code)
+    sys.__excepthook__(kind, error, traceback)

@@ -3,6 +3,11 @@
 import sys
 from pathlib import Path
 
+from train.start import begin
+
+if __name__ == "__main__":
+    begin()
+
 from train.__main__ import finish, main
 
 PRESETS = Path(__file__).parents[1] / "configs" / "finetune"

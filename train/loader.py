@@ -6,7 +6,8 @@ the number of processes, so a run goes on with the same images after a restart i
 
 import itertools
 import math
-from collections.abc import Iterator
+import resource
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from train import signals
 from train.config import Config
 from train.data import Data
 from train.distributed import World
@@ -26,6 +28,7 @@ from train.seeding import seed_everything, seed_for, seed_worker
 from train.sources import BadImageError, Source
 
 MAX_BAD_IN_A_ROW = 100
+FILES, FILES_OF_A_WORKER = 24, 12  # open at once in training, as counted
 
 
 class Key(NamedTuple):
@@ -66,8 +69,12 @@ class Batches(Sampler):
             config.seed,
         )
         self.rank, self.size = world.rank, world.size
-        self.updates = images // config.batch_size or 1  # in an epoch; with repeats it holds fewer different images
+        self.updates = self.updates_of(config.batch_size)
         self.epoch, self.first = 0, 0
+
+    def updates_of(self, batch_size: int) -> int:
+        """Updates in an epoch; with repeats it holds fewer different images."""
+        return self.images // batch_size or 1
 
     def begin(self, epoch: int, update: int = 0) -> None:
         """Make the next iteration start at an update of an epoch."""
@@ -169,7 +176,36 @@ def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
     return auto_augment.posterize(image, bits, **options) if bits else image.point([0] * 256 * len(image.getbands()))
 
 
-def _plain_errors(batches: Iterator[Any]) -> Iterator[Any]:
+def allow_files(workers: int) -> None:
+    """Raise the limit of open files as loader processes need it: without a file a batch never comes.
+
+    Raises:
+        ConfigError: the system does not allow so many.
+    """
+    needed = FILES + FILES_OF_A_WORKER * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if not workers or soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigError(
+            f"--workers: expected {needed} open files at once to be allowed for {workers} of them, got {hard}; "
+            "try fewer --workers, or ulimit -n"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+class Loader(DataLoader):
+    """Its processes do not hear the signals that end a run, which are often sent to all that it has."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, worker_init_fn=signals.ignore, **options)
+
+    def __iter__(self) -> Iterator[Any]:
+        with signals.held_back():
+            return super().__iter__()
+
+
+def plain_errors(batches: Iterable[Any]) -> Iterator[Any]:
     """Without the traceback of a loader process, which torch puts into the text of its errors."""
     try:
         yield from batches
@@ -195,7 +231,7 @@ class Loaders:
         self.batches.begin(epoch, update)
         if self.train.random_erasing is not None:
             self.train.random_erasing.begin()
-        return _plain_errors(iter(self.train))
+        return plain_errors(iter(self.train))
 
 
 def make_test_transform(config: Config) -> Any:
@@ -239,6 +275,7 @@ def make_loaders(config: Config, data: Data, world: World) -> Loaders:
         mixing = FastCollateMixup(
             config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=data.num_classes
         )
+    allow_files(config.workers)
     options = {
         "num_workers": config.workers,
         "persistent_workers": config.workers > 0,
@@ -246,9 +283,7 @@ def make_loaders(config: Config, data: Data, world: World) -> Loaders:
     }
     normalize = {"mean": config.mean, "std": config.std, "channels": config.in_chans, "device": world.device}
     train = PrefetchLoader(
-        DataLoader(
-            TrainingImages(data.train, augment, config.seed), batch_sampler=batches, collate_fn=mixing, **options
-        ),
+        Loader(TrainingImages(data.train, augment, config.seed), batch_sampler=batches, collate_fn=mixing, **options),
         **normalize,
         re_prob=config.reprob,
         re_mode="pixel",
@@ -257,7 +292,7 @@ def make_loaders(config: Config, data: Data, world: World) -> Loaders:
         train.random_erasing = SeededErasing(train.random_erasing, batches)
     test = TestImages(data.eval, make_test_transform(config))
     sampler = OrderedDistributedSampler(test, world.size, world.rank)
-    evaluation = DataLoader(
+    evaluation = Loader(
         test,
         batch_size=2 * batches.batch_size // world.size // batches.parts,
         sampler=sampler,

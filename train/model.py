@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from train.config import Config
 from train.distributed import World
 from train.errors import ConfigError, TrainError
+from train.loader import Batches
 from train.metrics import say
 from train.weights import load_into
 from visattn.weights import first_line
@@ -110,6 +111,36 @@ def try_forward(model: nn.Module, config: Config, device: torch.device, option: 
         raise ConfigError(
             f"{option}: expected images that fit {name}, got {config.img_size}x{config.img_size} "
             f"({first_line(error)}); try --img-size {size}"
+        ) from error
+
+
+def frozen_modules(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The largest modules of which no parameter is trained."""
+    trained = [parameter.requires_grad for parameter in module.parameters()]
+    if trained and not any(trained):
+        return [module]
+    return [found for child in module.children() for found in frozen_modules(child)]
+
+
+def try_training(model: nn.Module, config: Config, batches: Batches, world: World) -> None:
+    """Raise ConfigError if a forward pass has one image, which is too few for some models' batch norm."""
+    images = config.batch_size // world.size // batches.parts
+    if images > 1 or (config.sync_bn and world.size > 1):
+        return
+    sample = torch.zeros(1, config.in_chans, config.img_size, config.img_size, device=world.device)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # running statistics stay as they are
+    model.train()
+    for module in frozen_modules(model):
+        module.eval()
+    try:
+        with torch.no_grad():
+            torch.func.functional_call(model, buffers, sample)
+    except ValueError as error:
+        share = config.batch_size // world.size
+        raise ConfigError(
+            f"--batch-size: expected at least 2 images in a forward pass of {config.model} in training, got 1: "
+            f"{share} for this process in {batches.parts} equal passes ({first_line(error)}); "
+            f"try --batch-size {(share + 1) // 2 * 2 * world.size} and an even --micro-batch"
         ) from error
 
 

@@ -41,7 +41,7 @@ def open_folder(config: Config, data_name: str, lock: FolderLock, console: Conso
             say(console, f"warning: {folder} is on a file system without locks: no other host may write there")
         begun = os.path.lexists(folder / "args.yaml")
         if not begun:
-            _write_args(folder / "args.yaml", config)
+            _write_args(folder / "args.yaml", recipe(config))
     except (OSError, ValueError) as error:  # the latter for names that no file can have
         flag, hint = ("--resume", "a copy of the run elsewhere") if resumed else ("--output", "another --output")
         raise ConfigError(f"{flag}: expected a folder to write to, got: {error}; try {hint}") from error
@@ -68,8 +68,20 @@ def name_folder(config: Config, data_name: str) -> Path:
             folder = folder.with_name(f"{name}-{next(numbers)}")
 
 
-def _write_args(path: Path, config: Config) -> None:
-    write_atomic(path, yaml.safe_dump(recipe(config), sort_keys=False).encode())
+def _write_args(path: Path, options: dict[str, Any]) -> None:
+    write_atomic(path, yaml.safe_dump(options, sort_keys=False).encode())
+
+
+def keep_options(folder: Path, options: dict[str, Any]) -> None:
+    """Let later resumes go on with other options.
+
+    Raises:
+        ConfigError: args.yaml cannot be written.
+    """
+    try:
+        _write_args(folder / "args.yaml", options)
+    except OSError as error:
+        raise ConfigError(f"--override: expected to write args.yaml, got: {error}; try to make room") from error
 
 
 def keep(run: "Run", name: str, write: Callable[[Path], Any]) -> None:
@@ -105,7 +117,7 @@ def _settle(run: "Run") -> tuple[list[str], dict[str, float]]:
         run.lock.take(run.folder)
     if not os.path.isfile(run.folder / "args.yaml"):
         say(run.console, f"warning: files in {run.folder} have been deleted; those that still can be are written anew")
-        run.owed["args.yaml"] = partial(_write_args, config=run.config)
+        run.owed["args.yaml"] = partial(_write_args, options=recipe(run.config))
     best = {name: top1 for name, top1 in run.state.best.items() if os.path.isfile(run.folder / f"{name}.safetensors")}
     for name, write in list(run.owed.items()):
         keep(run, name, write)

@@ -1,5 +1,6 @@
 """A run from its folder to its report: build, train, export."""
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,17 +13,17 @@ from rich.console import Console
 from timm.models import resolve_model_input_args
 
 from train import checkpoint, metrics, outputs
-from train.config import Config, read_yaml, recipe
+from train.config import OVERRIDABLE, Config, read_yaml, recipe
 from train.data import open_data, resolve
 from train.distributed import World, prepare
-from train.engine import Engine, Taken, TrainState
+from train.engine import Engine, TrainState
 from train.errors import CheckpointError, ConfigError, Interrupted
 from train.flops import forward_flops, peak_flops, utilization
 from train.loader import Images, Loaders, make_loaders
 from train.lock import FolderLock
 from train.loggers import Loggers, check_packages
 from train.metrics import Meter, Speed, say
-from train.model import check_names, make_model, make_optimizer, make_scheduler, make_task
+from train.model import check_names, make_model, make_optimizer, make_scheduler, make_task, try_training
 from train.outputs import open_folder
 from train.progress import EpochBar, Status
 from train.seeding import seed_everything
@@ -55,6 +56,11 @@ class Run:
         """Epochs with the cool-down."""
         return self.config.epochs + self.config.cooldown_epochs
 
+    @property
+    def trained(self) -> bool:
+        """True after the last update."""
+        return self.state.place >= self.epochs * self.updates
+
 
 def build(config: Config, world: World, console: Console) -> Run:
     """Create everything a run needs; a resumed run gets its state back."""
@@ -73,6 +79,7 @@ def build(config: Config, world: World, console: Console) -> Run:
     flops = forward_flops(model, config.in_chans, config.img_size) if world.main else None
     parameters = sum(parameter.numel() for parameter in model.parameters())
     task = make_task(config, model, world.device)
+    try_training(model, config, loaders.batches, world)
     prepare(task, config, world)
     optimizer = make_optimizer(config, task)
     scheduler = make_scheduler(config, optimizer, loaders.batches.updates)
@@ -87,7 +94,7 @@ def build(config: Config, world: World, console: Console) -> Run:
                 "try one on a network file system"
             )
         if config.resume:
-            resume(folder, state, loaders, config, world, console)
+            resume(folder, config, state, loaders, world, console)
     except BaseException:
         lock.release()
         raise
@@ -100,16 +107,31 @@ def build(config: Config, world: World, console: Console) -> Run:
     return Run(config, folder, world, state, Engine(state, loaders, config, world), console, flops, lock)
 
 
-def resume(folder: Path, state: TrainState, loaders: Loaders, config: Config, world: World, console: Console) -> None:
-    """Give a freshly built state what the newest whole checkpoint of its run holds, if there is one."""
+def resume(folder: Path, config: Config, state: TrainState, loaders: Loaders, world: World, console: Console) -> None:
+    """Give a freshly built state what its run has come to, and keep the options where they have changed."""
+    options = recipe(read_yaml(folder / "args.yaml"))
+    checkpoint.check_recipe(config, options, OVERRIDABLE if config.override else ())
+    then = options
     path = world.on_main(lambda: checkpoint.newest(folder, console))
     if path:
-        checkpoint.restore(path, state, config, world)
+        then = checkpoint.restore(path, state, config, world, loaders.batches)
         for images, bad in ((loaders.train.dataset, state.bad_train), (loaders.eval.dataset, state.bad_eval)):
             images.bad[bad] = 1
-    else:
-        checkpoint.check_recipe(config, recipe(read_yaml(folder / "args.yaml")))
+    begun = math.ceil(state.place / loaders.batches.updates)
+    if begun > config.epochs + config.cooldown_epochs:
+        raise ConfigError(
+            f"--epochs: expected at least the {begun - config.cooldown_epochs} that have begun, got {config.epochs}; "
+            f"try --epochs {begun - config.cooldown_epochs}"
+        )
+    before = max(group["lr"] for group in state.optimizer.param_groups)
+    state.scheduler.step_update(state.place)
+    after = max(group["lr"] for group in state.optimizer.param_groups)
     say(console, f"resumed after update {state.update}")
+    if changed := checkpoint.changes(config, then):
+        say(console, f"from here on {', '.join(changed.values())}; the learning rate goes from {before:g} to {after:g}")
+    now = options | {key: recipe(config)[key] for key in changed}
+    if now != options:
+        world.on_main(lambda: outputs.keep_options(folder, now))
 
 
 def train(run: Run) -> None:
@@ -118,8 +140,9 @@ def train(run: Run) -> None:
         _catch_up(run)
     loggers = Loggers(run.folder, run.config, run.console, run.state.update) if run.world.main else None
     try:
-        while run.state.update < run.epochs * run.updates:
-            train_epoch(run, loggers)
+        while run.state.row or not run.trained:
+            saved = run.state.row is not None or train_epoch(run, loggers)
+            close_epoch(run, loggers, saved)
     finally:
         if run.world.main and run.state.history and run.lock.holds():
             outputs.keep_history(run)  # the last checkpoint may have failed before
@@ -137,10 +160,10 @@ def _catch_up(run: Run) -> None:
         save(run)
 
 
-def train_epoch(run: Run, loggers: Loggers | None) -> None:
-    """Train to the end of the epoch, evaluate, and leave a row, a checkpoint and the best weights."""
+def train_epoch(run: Run, loggers: Loggers | None) -> bool:
+    """Train to the end of the epoch; says whether a checkpoint of it was written."""
     state, config, world, engine = run.state, run.config, run.world, run.engine
-    epoch, done = divmod(state.update, run.updates)
+    epoch, done = divmod(state.place, run.updates)
     speed = Speed()
     batches = engine.loaders.begin(epoch, done)
     with EpochBar(run.console, epoch + 1, run.epochs, run.updates, done, enabled=world.main) as bar:
@@ -157,33 +180,42 @@ def train_epoch(run: Run, loggers: Loggers | None) -> None:
             if update < run.updates and (taken.stop or due):  # after the last update the epoch saves
                 _name_bad_images(run)
                 save(run)
-                _stop_if_asked(run, taken)
-    row = {
+                if taken.stop:
+                    raise Interrupted(f"stopped after update {state.update}")
+    _name_bad_images(run)
+    state.row = {
         "epoch": epoch + 1,
         "update": state.update,
         "train_loss": state.meter.loss,
-        **_evaluate(run),
         "lr": taken.lr,
         "grad_norm": taken.grad_norm,
         **_speeds(run, speed, memory),
         "skipped": state.skipped,
-        "bad_images": _name_bad_images(run),
+        "seconds": speed.seconds,
     }
-    row["seconds"] = round(speed.seconds, 2)
-    state.history.append(row)
     state.meter = Meter()
+    saved = save(run)
+    if taken.stop:
+        raise Interrupted(f"stopped before the evaluation after update {state.update}")
+    return saved
+
+
+def close_epoch(run: Run, loggers: Loggers | None, saved: bool) -> None:
+    """Evaluate, and leave the row and the best weights. If the epoch's checkpoint is `saved`, the row goes into it."""
+    state, speed = run.state, Speed()
+    row = {**state.row, **_evaluate(run), "bad_images": _name_bad_images(run)}
+    row["seconds"] = round(row["seconds"] + speed.seconds, 2)
+    state.history.append(row)
+    state.row = None
     outputs.export_best(run)
-    save(run)
-    if world.main:
+    if saved:
+        saved = save(run, progress_only=True)
+    if not saved and run.trained:  # the last one must be written
+        checkpoint.save(run.folder, state, run.config, run.world)
+    if run.world.main:
         outputs.keep_history(run)
         say(run.console, metrics.epoch_line(row, run.epochs))
         loggers.epoch(row, state.update)
-    _stop_if_asked(run, taken)
-
-
-def _stop_if_asked(run: Run, taken: Taken) -> None:
-    if taken.stop and run.state.update < run.epochs * run.updates:
-        raise Interrupted(f"stopped after update {run.state.update}; --resume {run.folder} goes on from there")
 
 
 def _evaluate(run: Run) -> dict[str, float | None]:
@@ -230,15 +262,16 @@ def _merge_bad(run: Run, images: Images, known: list[int]) -> list[int]:
     return bad
 
 
-def save(run: Run) -> None:
-    """Write what is owed, then a checkpoint; a run that cannot goes on, says so, and keeps the one before."""
+def save(run: Run, progress_only: bool = False) -> bool:
+    """Write what is owed, then a checkpoint; a run that cannot goes on, says so, keeps the one before: False."""
     outputs.settle(run)
+    write = checkpoint.save_progress if progress_only else checkpoint.save
     try:
-        checkpoint.save(run.folder, run.state, run.config, run.world)
+        write(run.folder, run.state, run.config, run.world)
     except CheckpointError as error:
         say(run.console, f"warning: {error}; training goes on")
-        if run.state.update == run.epochs * run.updates:
-            raise
+        return False
+    return True
 
 
 def report(run: Run, seconds: float) -> None:

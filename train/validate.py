@@ -8,6 +8,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+from train.start import begin
+
+if __name__ == "__main__":
+    begin()
+
 import torch
 import tyro
 from rich.console import Console
@@ -18,17 +23,17 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from timm.models import resolve_model_input_args
 from timm.task import ClassificationEvaluator
 from torch import nn
-from torch.utils.data import DataLoader
 from torchvision.transforms import Compose, FiveCrop, TenCrop
 
 import visattn  # noqa: F401  registers its models with timm
+from train import signals
 from train.config import Config, read_yaml
 from train.data import open_eval, resolve
 from train.distributed import pick_device
 from train.engine import autocast
-from train.errors import CheckpointError, ConfigError, DataError, TrainError, printable
+from train.errors import CheckpointError, ConfigError, DataError, TrainError, exhausted, printable
 from train.files import write_atomic
-from train.loader import TestImages, make_test_transform
+from train.loader import Loader, TestImages, allow_files, make_test_transform, plain_errors
 from train.metrics import make_console, say
 from train.model import check_names, make_model
 from train.robustness import open_robustness
@@ -81,15 +86,16 @@ class Validator:
     ) -> dict[str, float]:
         """Loss, top-1 and top-5 in % over the readable images; only the model's `outputs`, if given, are classes."""
         config, images = self.config, TestImages(source, self.transform)
+        allow_files(config.workers)
         loader = PrefetchLoader(
-            DataLoader(images, self.batch_size, num_workers=config.workers, collate_fn=fast_collate),
+            Loader(images, self.batch_size, num_workers=config.workers, collate_fn=fast_collate),
             mean=config.mean,
             std=config.std,
             channels=config.in_chans,
             device=self.device,
         )
         evaluator, seen = ClassificationEvaluator(self.device), 0
-        for batch, target in loader:
+        for batch, target in plain_errors(loader):
             with autocast(self.device, config.amp):
                 logits = self.model(batch.flatten(0, -4)).float()
             if outputs is not None:
@@ -270,12 +276,18 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
+    signals.end_at_once()
     console = make_console()
     try:
         show(validate(tyro.cli(Options, args=argv, prog="python -m train.validate"), console), console)
     except TrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not (problem := exhausted(error)):
+            raise
+        print(f"error: {problem}", file=sys.stderr)
+        return problem.exit_code
     return 0
 
 

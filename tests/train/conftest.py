@@ -1,5 +1,6 @@
 """`train/` is not installed: put the repository root on the path, and share tiny data sets and ways to run."""
 
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -26,7 +27,9 @@ def _one_thread(one_thread):
 @pytest.fixture(autouse=True)
 def own_signals():
     """Runs install signal handlers: put pytest's back."""
-    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1)}
+    from train.signals import CODES
+
+    before = {name: signal.getsignal(name) for name in CODES}
     yield
     for name, handler in before.items():
         signal.signal(name, handler)
@@ -119,6 +122,12 @@ class Processes:
         for rank in ranks or range(len(self.ranks)):
             self.ranks[rank].kill()
 
+    def signal(self, number: int) -> None:
+        """Send a signal to all processes of all ranks, loaders too, as schedulers and torchrun do."""
+        for process in self.ranks:
+            with contextlib.suppress(ProcessLookupError):  # it may have ended, or not begun
+                os.killpg(process.pid, number)
+
     def wait(self, seconds: float = 120) -> list[int | None]:
         """The exit codes of all ranks; None for one that is still running, which is then killed."""
         codes = []
@@ -134,6 +143,7 @@ class Processes:
 
 
 def _child(argv: list[str], environment: dict[str, str], log: str, change: Callable[[], None] | None) -> None:
+    os.setpgid(0, 0)
     os.environ.update(environment)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)

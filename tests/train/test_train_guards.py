@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import rows, slow
+from runs import build, rows, slow
 
 from train import engine
 from train import run as trainer
 from train.loader import Batches
+from train.metrics import Speed
 
 SHORT = ("--img-size", 32, "--batch-size", 8, "--epochs", 2, "--warmup-epochs", 0, "--ema-decay", 0.9)
 BAD_UPDATE = 6  # counted from 1: epoch 2, update 2 of 4
@@ -261,3 +262,22 @@ def test_shares_are_whole_and_named_when_they_cannot_be():
         Batches(40, Config(batch_size=64), World(0, 1, cpu))
     with pytest.raises(ConfigError, match=r"an even share for mixup and cutmix, which mix pairs, got 3 images"):
         Batches(1000, Config(batch_size=6, mixup=0.8), World(0, 2, cpu))
+
+
+@pytest.mark.parametrize(("size", "micro", "share"), [(23, 11, 24), (1, None, 2), (7, 1, 8)])
+def test_one_image_is_too_few_for_batch_norm(refused, size, micro, share):
+    options = ("--batch-size", size, "--micro-batch", micro) if micro else ("--batch-size", size)
+    said = refused(*options, model="test_resnest_va")
+    assert "expected at least 2 images in a forward pass of test_resnest_va in training, got 1: " in said
+    assert f"; try --batch-size {share} and an even --micro-batch" in said
+
+
+@pytest.mark.parametrize(
+    ("model", "options"), [("test_vit", ()), ("test_resnest_va", ("--train-only", "head.*", "fc.*"))]
+)
+def test_one_image_is_enough_for_others(folder_data, tmp_path, model, options):
+    """For models without batch norm, and where it is frozen; the trial leaves no trace in the statistics."""
+    made = build("--data", folder_data, "--output", tmp_path, *SHORT, "--model", model, "--batch-size", 1, *options)
+    for name, buffer in made.engine.model.named_buffers():
+        assert "num_batches" not in name or buffer == 0
+    made.engine.update(made.engine.loaders.begin(0, 0), Speed())

@@ -1,17 +1,23 @@
 """A run that is killed, stopped or moved to other processes goes on as if nothing had happened."""
 
 import csv
+import functools
 import json
+import os
+import pkgutil
 import random
 import shutil
+import signal
 import time
 
 import pytest
 import torch
-from runs import assert_same_tensors, newest, slow, tensors
+from runs import SMALL, assert_same_tensors, newest, rows, slow, tensors
 
+from train import checkpoint
 from train import run as trainer
 from train.config import FREE_ON_RESUME
+from train.engine import Engine
 
 # Every source of randomness at once: shuffling, crops, erasing, mixing, stochastic depth; and an average.
 STOCHASTIC = ("--img-size", 32, "--batch-size", 8, "--epochs", 4, "--warmup-epochs", 1, "--checkpoint-every", 1)
@@ -64,23 +70,90 @@ def test_a_run_stopped_in_mid_epoch_is_bitwise_the_uninterrupted_one(folder_data
     assert_same(whole, parts)
 
 
-def kill_at_random(launch, options, name, folder, size, kills, seed, done=2.0):
+def die_at(monkeypatch, owner, name, count):
+    """As a kill would leave it: the call with this number does not happen. Half a file stays behind."""
+    real, calls = getattr(owner, name), []
+
+    def die(*args):
+        calls.append(args)
+        if len(calls) == count:
+            if name == "write_atomic":
+                args[0].with_name(f".{args[0].name}.tmp").write_bytes(b"half")
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(owner, name, die)
+
+
+# Two epochs: each evaluates twice, and writes two files before that and three after it.
+@pytest.mark.parametrize(
+    ("owner", "name", "count"),
+    [(Engine, "evaluate", 1), (Engine, "evaluate", 4), *[(checkpoint, "write_atomic", 7 + k) for k in (1, 2, 3)]],
+)
+def test_a_kill_in_or_after_an_evaluation_loses_no_update(folder_data, run, monkeypatch, owner, name, count):
+    options = ("--data", folder_data, "--img-size", 32, "--batch-size", 32, "--epochs", 2, "--warmup-epochs", 0)
+    options += ("--ema-decay", 0.5, "--reprob", 0.5)
+    assert run("whole", *options)[0] == 0
+    with monkeypatch.context() as patch:
+        die_at(patch, owner, name, count)
+        code, parts = run("parts", *options)
+    assert code == 130
+    assert newest(parts).name == f"{1 if count == 1 else 2:08d}"
+    with monkeypatch.context() as patch:
+        updates = []
+        take = Engine.update
+        patch.setattr(Engine, "update", lambda *args: updates.append(1) or take(*args))
+        assert run("parts", "--resume", parts)[0] == 0
+    assert len(updates) == (1 if count == 1 else 0)
+    assert_same(parts.parent / "whole", parts)
+
+
+def test_a_signal_in_an_evaluation_ends_it(folder_data, run, monkeypatch, capsys):
+    real, calls = Engine.evaluate, []
+
+    def evaluate(self, ema):
+        calls.append(ema)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return real(self, ema)
+
+    monkeypatch.setattr(Engine, "evaluate", evaluate)
+    code, folder = run("r", "--data", folder_data, *SMALL, "--epochs", 3)
+    assert code == 143
+    assert f"error: stopped in the evaluation after update 8; --resume {folder} goes on" in capsys.readouterr().err
+    assert len(rows(folder)) == 1
+    assert newest(folder).name == "00000008"
+
+
+def kill(processes, rng):
+    processes.kill()
+
+
+def strike_all(processes, rng):
+    """Any of the signals that end a run, to its loaders too."""
+    processes.signal(rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL]))
+
+
+def kill_at_random(launch, options, name, folder, size, kills, seed, strike=kill, change=None, done=2.0):
     """Kill the run `name` at random moments and let it go on each time, until it has survived `kills` of them."""
     rng = random.Random(seed)
     survived = finished = 0
     while survived < kills:
-        processes = launch(*options, "--name", name, "--resume", "auto", size=size)
-        time.sleep(rng.uniform(0.0, done))
-        alive = all(process.is_alive() for process in processes.ranks)
-        processes.kill()
+        broken = change and functools.partial(change, rng.random())
+        processes = launch(*options, "--name", name, "--resume", "auto", size=size, change=broken)
+        if not change:
+            time.sleep(rng.uniform(0.0, done))
+            alive = all(process.is_alive() for process in processes.ranks)
+            strike(processes, rng)
         codes = processes.wait()
-        if alive and all(code != 0 for code in codes):
+        if all(code != 0 for code in codes) and (change or alive):
             survived += 1
+            assert "Traceback" not in processes.output(), processes.output()
         else:
             assert set(codes) <= {0, -9}, processes.output()
             finished += 1
-            if folder.exists() and survived < kills:
-                shutil.rmtree(folder)  # it ended before the kill: from the start again
+        if folder.exists() and 0 in codes and survived < kills:
+            shutil.rmtree(folder)  # it ended before the kill: from the start again
     processes = launch(*options, "--name", name, "--resume", "auto", size=size)
     assert set(processes.wait()) == {0}, processes.output()
     return finished
@@ -95,6 +168,50 @@ def test_no_kill_loses_or_changes_a_run(folder_data, launch, tmp_path, size, kil
     kill_at_random(launch, options, "killed", tmp_path / "out" / "killed", size, kills, seed=kills)
     print(f"{kills} kills in {time.perf_counter() - start:.0f} s")
     assert_same(tmp_path / "out" / "whole", tmp_path / "out" / "killed")
+
+
+def die_in(owners, chance):
+    """SIGKILL at one of the next calls of some functions, with a part of the work done."""
+    left = [1 + int(chance * 12)]
+
+    def wrap(owner, name):
+        real = getattr(owner, name)
+
+        def call(*args, **options):
+            left[0] -= 1
+            if left[0] == 0:
+                if name == "rmtree":
+                    next((path.unlink() for path in sorted(args[0].glob("*"))), None)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **options)
+
+        setattr(owner, name, call)
+
+    for owner, name in owners:
+        wrap(pkgutil.resolve_name(owner), name)
+
+
+KINDS = {
+    "random": {},
+    "group": {"strike": strike_all},
+    "validation": {"change": functools.partial(die_in, [("timm.task:ClassificationEvaluator", "update")])},
+    "pruning": {"change": functools.partial(die_in, [("pathlib:Path", "rename"), ("shutil", "rmtree")])},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("kind", "kills"), [("random", 50), ("group", 30), ("validation", 10), ("pruning", 10)])
+def test_a_hundred_kills_of_all_kinds_lose_and_change_nothing(folder_data, launch, tmp_path, kind, kills):
+    """All: `python -m pytest -n 0 -m slow tests/train/test_train_resume.py -k hundred -s`."""
+    options = ("--data", folder_data, *STOCHASTIC, "--keep-checkpoints", 1, "--workers", 2 if kind == "group" else 0)
+    whole = launch(*options, "--name", "whole")
+    assert whole.wait() == [0], whole.output()
+    start = time.perf_counter()
+    folder = tmp_path / "out" / "killed"
+    more = kill_at_random(launch, options, "killed", folder, 1, kills, seed=kills, **KINDS[kind])
+    print(f"{kind}: {kills} kills and {more} complete runs in {time.perf_counter() - start:.0f} s")
+    assert_same(tmp_path / "out" / "whole", folder)
 
 
 def test_sigterm_saves_and_ends(folder_data, launch, tmp_path):
