@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from train.errors import printable
 from train.files import write_atomic
 
 COLUMNS = (
@@ -120,9 +121,9 @@ def make_console(stream: TextIO | None = None, enabled: bool = True) -> Console:
 
 
 def say(console: Console, text: str) -> None:
-    """Print one line as it is: no markup, no emoji, no wrapping. A run outlives whatever read its output."""
+    """Print one line: no markup, no emoji, no wrapping, no control characters. A run outlives what read its output."""
     with contextlib.suppress(OSError):
-        console.print(text, markup=False, emoji=False, soft_wrap=True)
+        console.print(printable(text), markup=False, emoji=False, soft_wrap=True)
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:

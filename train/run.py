@@ -15,7 +15,7 @@ from train.config import Config, read_yaml, recipe, run_folder
 from train.data import open_data, resolve
 from train.distributed import World, prepare
 from train.engine import Engine, Taken, TrainState
-from train.errors import CheckpointError, ConfigError, Interrupted
+from train.errors import CheckpointError, ConfigError, Interrupted, printable
 from train.files import write_atomic
 from train.flops import forward_flops, peak_flops, utilization
 from train.loader import Images, make_loaders
@@ -114,7 +114,7 @@ def _on_main(world: World, action: Callable[[], Path | None]) -> Path | None:
 
 def new_folder(config: Config, data_name: str) -> Path:
     """Create the folder of a new run with its args.yaml; never reuse one that has begun."""
-    name = config.name or f"{config.model}-{data_name}-{datetime.now():%Y%m%d-%H%M%S}"
+    name = config.name or printable(f"{config.model}-{data_name}-{datetime.now():%Y%m%d-%H%M%S}")
     folder = config.output / name
     try:
         if (folder / "args.yaml").exists():
