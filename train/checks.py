@@ -86,10 +86,10 @@ def check_values(options: Any) -> None:
                 raise ConfigError(f"{_flag(field.name)}: expected {wanted}, got {shown(item)}; try {hint}")
 
 
-def check_words(argv: list[str]) -> None:
-    """Raise ConfigError for words of a command line that no option can be or take."""
+def check_words(argv: list[str], names: bool = False) -> None:
+    """Raise ConfigError for words of a command line that no option can be or take; or for no paths, of `names`."""
     for word in argv:
-        if wanted := _plain(word):
+        if wanted := _plain(word, names):
             raise ConfigError(f"expected {wanted} on the command line, got {shown(word)}; try plain text")
 
 

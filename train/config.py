@@ -121,6 +121,7 @@ def parse(argv: list[str] | None = None) -> Config:
     early.add_argument("--name")
     early.add_argument("--output", type=Path, default=Config.output)
     named, _ = early.parse_known_args(argv)
+    check_words([str(path) for path in (named.config, named.resume) if path], names=True)
     automatic = named.resume == AUTO
     if automatic and not named.name:
         raise ConfigError("--resume auto: expected the name of the run too, got none; try --name NAME")

@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+from typing import Any
 
 import timm
 import torch
@@ -33,6 +34,7 @@ from visattn.weights import first_line
 # What models and optimizers raise when options, or the machine, do not fit them.
 UNFIT = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError)
 UNFIT += (TypeError, ValueError)
+LARGEST_ARGUMENT = 100_000  # of a model: rotary embeddings count to 10,000
 DISTILLATION = {"logit": LogitDistillationTask, "feature": FeatureDistillationTask, "token": TokenDistillationTask}
 
 
@@ -59,9 +61,10 @@ def make_model(config: Config, num_classes: int, console: Console) -> nn.Module:
         name, _, value = argument.partition("=")
         try:
             arguments[name] = load_yaml(value)
+            _check_numbers(arguments[name])
         except ValueError as error:
             raise ConfigError(
-                f"--model-args: expected a YAML value, got {shown(argument)}; try {name}=7 or {name}=[1, 2]"
+                f"--model-args: expected a YAML value, got {shown(argument)} ({error}); try {name}=7 or {name}=[1, 2]"
             ) from error
     try:
         model = timm.create_model(**arguments, pretrained=config.pretrained)
@@ -90,11 +93,20 @@ def make_model(config: Config, num_classes: int, console: Console) -> nn.Module:
         if not kept:
             raise ConfigError(
                 f"--train-only: expected patterns that match parameters of {config.model}, got "
-                f"{', '.join(config.train_only)}; try the ends of {', '.join(names[-2:])}"
+                f"{shown(config.train_only)}; try the ends of {', '.join(names[-2:])}"
             )
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in kept)
     return model
+
+
+def _check_numbers(value: Any) -> None:
+    """Raise ValueError for a number that no model can be built with in finite time."""
+    if isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_numbers(item)
+    elif isinstance(value, (int, float)) and not abs(value) <= LARGEST_ARGUMENT:
+        raise ValueError(f"numbers up to {LARGEST_ARGUMENT} are possible")
 
 
 def try_forward(model: nn.Module, config: Config, device: torch.device, option: str, name: str) -> None:
