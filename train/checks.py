@@ -9,21 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.errors import CONTROL, ConfigError, shown
+from train.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from train.config import Config
 
+# What moves a terminal's cursor, ends a line, turns the direction of writing, or is no text at all (surrogates).
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 LONGEST_WORD = 4096  # bytes, of a path too
 LONGEST_NAME = 255  # bytes of a file or folder
 LARGEST_PICTURE = 2**14  # pixels of a side, before the crop
 LARGEST_PASS = 2**31  # pixel values; kernels count them in 32 bits
 # Arguments of the model that have an option of their own, which other parts of the trainer read.
 OWN_OPTION = {"drop_path_rate": "drop_path", "img_size": "img_size", "in_chans": "in_chans", "pretrained": "pretrained"}
-
-
 # What timm's augmentation strings are made of; three digits keep the number of operations finite in practice.
-AUGMENT = re.compile(r"[a-z0-9]+(-[a-z]+([0-9]{1,3}(\.[0-9]+)?)?)*")
+AUGMENT = re.compile(r"[a-z0-9]+(-[a-z]+([0-9]{1,3}(\.[0-9]+)?)?[a-z]*)*")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,8 @@
 """Failures a user can act on. `python -m train` prints their text without a traceback and exits with `exit_code`."""
 
-import re
 import reprlib
 from typing import Any
 
-# What moves a terminal's cursor, ends a line, turns the direction of writing, or is no text at all (surrogates).
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 LONGEST = 1000  # characters of an error
 
 _short = reprlib.Repr()
@@ -13,8 +10,10 @@ _short.maxstring = _short.maxother = 80
 
 
 def printable(text: str) -> str:
-    """`text` with its control characters escaped, as one line that no terminal obeys."""
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """One line in which whatever a terminal would obey (newline, ESC, text direction) or refuse is spelled out."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(value: Any) -> str:
@@ -26,7 +25,7 @@ def shown(value: Any) -> str:
 
 
 class TrainError(Exception):
-    """Base of all; the text says: expected ..., got ...; try ... . It is printed as one line of bounded length."""
+    """Base of all; the text says: expected ..., got ...; try ... . Names in it come from data, so it is printable."""
 
     exit_code = 2
 

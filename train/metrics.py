@@ -121,9 +121,13 @@ def make_console(stream: TextIO | None = None, enabled: bool = True) -> Console:
 
 
 def say(console: Console, text: str) -> None:
-    """Print one line: no markup, no emoji, no wrapping, no control characters. A run outlives what read its output."""
+    """Print one line as it is: no markup, no emoji, no wrapping. A run outlives whatever read its output.
+
+    What the terminal would obey, or the stream's encoding lacks, is spelled out: names of files may hold anything.
+    """
+    text = printable(text).encode(console.encoding, "backslashreplace").decode(console.encoding)
     with contextlib.suppress(OSError):
-        console.print(printable(text), markup=False, emoji=False, soft_wrap=True)
+        console.print(text, markup=False, emoji=False, soft_wrap=True)
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
@@ -151,7 +155,7 @@ def write_log(path: Path, history: list[dict[str, Any]]) -> None:
 def draw_curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
     """Draw loss, accuracy, learning rate and gradient norm over the epochs as a PNG; needs no display."""
     figure = Figure(figsize=(14, 4), dpi=120, layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(printable(title), parse_math=False)  # a run may be called $x
     losses, accuracy, rates = figure.subplots(1, 3)
     norms = rates.twinx()
     best = max(history, key=lambda row: row["top1"])

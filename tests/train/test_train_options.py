@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from runs import PLAIN, SMALL, assert_same_tensors, build, column, slow, stop_after_first_epoch, tensors
 
 from train import distributed, finetune
@@ -23,9 +24,27 @@ from train.loader import Batches
         (("--model-args", "colour=red"), "expected options that test_dinat takes"),
         (("--model-args", "depths=[1"), "--model-args: expected a YAML value, got 'depths=[1'"),
         (("--model-args", "num_heads=0"), "expected options that test_dinat takes"),
+        (("--model-args", "depths=[&a [1], &b [*a, *a], [*b, *b]]"), "(an alias of more than one value, *a)"),
+        (("--model-args", f"depths={'[' * 2000}"), "(values nested too deeply)"),
+        (("--model-args", "depths=!!int ''"), "--model-args: expected a YAML value"),
+        (("--model-args", "depths=[1, 2147483648]"), "(numbers up to 100000 are possible)"),
+        (("--model-args", "mlp_ratio=.nan"), "(numbers up to 100000 are possible)"),
+        (("--device", "meta"), "--device: expected a usable device, got 'meta' ("),
+        (("--device", "privateuseone"), "--device: expected a usable device"),
+        (("--auto-augment", "rand-m9-n1000000000"), "--auto-augment: expected a timm policy"),
+        (
+            ("--auto-augment", "rand-m999-mmax999-n30"),
+            "expected an augmentation that an image of 48x40 pixels survives",
+        ),
+        (
+            ("--img-size", 4096, "--crop-pct", 0.1),
+            "expected --img-size / --crop-pct, the size before the crop, of at most",
+        ),
+        (("--img-size", 8192, "--batch-size", 32), "--micro-batch: expected at most 10 images of 8192 px"),
+        (("--workers", 1024), "--workers: expected at most"),
         (("--opt", "adahessian"), "--opt: expected an optimizer of first order"),
         (("--opt", "fusedlamb"), "--opt: expected one that runs here, got fusedlamb"),
-        (("--name", "x" * 300), "--output: expected a folder to write to"),
+        (("--name", "x" * 300), "--name: expected names of at most 255 bytes, got 'xxx"),
         (("--output", os.devnull), "--output: expected a folder to write to"),
     ],
 )
@@ -37,6 +56,14 @@ def test_images_that_do_not_fit_are_said(refused):
     said = refused("--img-size", 30)
     assert "--img-size: expected images that fit test_vit, got 30x30 (Input height (30) should be divisible" in said
     assert "try --img-size 160" in said
+
+
+def test_images_of_one_pixel_are_cropped_to_one(folder_data, tmp_path):
+    for path in (folder_data / "train").glob("*/*.png"):
+        Image.new("RGB", (1, 1)).save(path)
+    options = ("--data", folder_data, *SMALL, "--output", tmp_path, "--scale", 0.001, 0.001, "--ratio", 10, 10)
+    images, _ = next(build("--model", "test_vit", *options).engine.loaders.begin(0, 0))
+    assert images.shape == (8, 3, 32, 32)
 
 
 def schedule(kind, epoch):

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from train import distributed, metrics
 from train import run as trainer
-from train.checks import check
+from train.checks import CONTROL, check
 from train.config import LAUNCH_ONLY, Config, parse, read_yaml, recipe
-from train.errors import CONTROL, TrainError
+from train.errors import ConfigError, TrainError
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 HINTS = typing.get_type_hints(Config)
@@ -126,6 +126,12 @@ def test_accepted_values_train(name):
 
 def test_every_number_has_a_range():
     assert {name for name in FIELDS if "range" in FIELDS[name].metadata} == NUMBERS
+    for name in NUMBERS:
+        allowed, kind = FIELDS[name].metadata["range"], float if "float" in str(HINTS[name]) else int
+        for value in (allowed.low - kind(1e-9 if kind is float else 1), allowed.high * kind(1 + 1e-6) + (kind is int)):
+            value = (value, value) if "tuple" in str(HINTS[name]) else value
+            with pytest.raises(ConfigError, match=f"^--{name.replace('_', '-')}: expected .*; try "):
+                check(Config(**{name: value}))
 
 
 # What else would take more than there is, or another option's consent.
