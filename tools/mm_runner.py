@@ -40,7 +40,7 @@ def main(scope: str, job: str, description: str) -> None:
         )
     parser.add_argument("--work-dir", help="default: output/CONFIG")
     parser.add_argument("--log", nargs="+", default=[], choices=sorted(LOGGERS), help="report there too")
-    parser.add_argument("--seed", type=int, help="of the weights and the order of the data")
+    parser.add_argument("--seed", type=seed, help="of the weights and the order of the data")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE")
     args = parser.parse_args()
     if not args.config.is_file():
@@ -75,6 +75,13 @@ def main(scope: str, job: str, description: str) -> None:
         sys.exit(str(error))
     except FileNotFoundError as error:
         sys.exit(f"expected the data where the config's data_root says, got: {error}; try tools/make_small_sets.py")
+
+
+def seed(text: str) -> int:
+    """What all generators take; argparse says the rest."""
+    if not 0 <= (value := int(text)) < 2**32:
+        raise argparse.ArgumentTypeError(f"expected 0 to {2**32 - 1}, got {text[:80]}; try 42")
+    return value
 
 
 def start_processes(config: Config) -> None:

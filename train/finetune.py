@@ -17,10 +17,15 @@ def arguments(argv: list[str]) -> list[str] | None:
     return ["--config", str(PRESETS / f"{argv[0]}.yaml"), *argv[1:]]
 
 
+def run(argv: list[str]) -> int:
+    """Run the trainer; returns the exit code."""
+    if (options := arguments(argv)) is not None:
+        return main(options)
+    names = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+    got = shown(argv[0]) if argv else "none"
+    print(f"error: expected a preset, got {got}; try python -m train.finetune with {names}", file=sys.stderr)
+    return 2
+
+
 if __name__ == "__main__":
-    if (options := arguments(sys.argv[1:])) is None:
-        names = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
-        got = shown(sys.argv[1]) if len(sys.argv) > 1 else "none"
-        print(f"error: expected a preset, got {got}; try python -m train.finetune with {names}", file=sys.stderr)
-        sys.exit(2)
-    finish(main(options))
+    finish(run(sys.argv[1:]))

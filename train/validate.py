@@ -246,7 +246,7 @@ def validate(options: Options, console: Console) -> dict[str, Any]:
     if options.results:
         try:
             write_atomic(options.results, json.dumps(results, indent=1).encode())
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a path that ends in no name
             raise ConfigError(f"--results: expected a file to write to, got: {error}; try another path") from error
     return results
 
@@ -268,12 +268,17 @@ def show(results: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def parse(argv: list[str] | None = None) -> Options:
+    """Read the command line."""
+    check_words(sys.argv[1:] if argv is None else argv)
+    return tyro.cli(Options, args=argv, prog="python -m train.validate")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     console = make_console()
     try:
-        check_words(sys.argv[1:] if argv is None else argv)
-        show(validate(tyro.cli(Options, args=argv, prog="python -m train.validate"), console), console)
+        show(validate(parse(argv), console), console)
     except TrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 
 import pytest
@@ -11,7 +12,6 @@ from runs import PLAIN, SMALL, assert_same_tensors, build, column, slow, stop_af
 
 from train import distributed, finetune
 from train import run as trainer
-from train.__main__ import main
 from train.config import Config
 from train.engine import Engine
 from train.loader import Batches
@@ -32,14 +32,8 @@ from train.loader import Batches
         (("--device", "meta"), "--device: expected a usable device, got 'meta' ("),
         (("--device", "privateuseone"), "--device: expected a usable device"),
         (("--auto-augment", "rand-m9-n1000000000"), "--auto-augment: expected a timm policy"),
-        (
-            ("--auto-augment", "rand-m999-mmax999-n30"),
-            "expected an augmentation that an image of 48x40 pixels survives",
-        ),
-        (
-            ("--img-size", 4096, "--crop-pct", 0.1),
-            "expected --img-size / --crop-pct, the size before the crop, of at most",
-        ),
+        (("--auto-augment", "augmix-m3-a0"), "got ValueError: alpha <= 0; try another --auto-augment"),
+        (("--img-size", 4096, "--crop-pct", 0.1), "the size before the crop, of at most 16384, got 4096 / 0.1"),
         (("--img-size", 8192, "--batch-size", 32), "--micro-batch: expected at most 10 images of 8192 px"),
         (("--workers", 1024), "--workers: expected at most"),
         (("--opt", "adahessian"), "--opt: expected an optimizer of first order"),
@@ -195,8 +189,16 @@ def test_optimizers_of_shards(folder_data, run, launch, tmp_path, opt, tolerance
 def test_presets_train(folder_data, tmp_path, preset):
     options = ("--model", "test_dinat", "--data", folder_data, *SMALL, "--micro-batch", 4, "--workers", 0)
     options += ("--no-pretrained", "--epochs", 1, "--output", tmp_path / "out", "--name", preset)
-    assert main(finetune.arguments([preset, *map(str, options)])) == 0
+    assert finetune.run([preset, *map(str, options)]) == 0
     assert len(column(tmp_path / "out" / preset, "top1")) == 1
+
+
+@pytest.mark.parametrize("words", [[], ["a\nb"], ["x" * 5000]])
+def test_no_preset_is_said(capsys, words):
+    assert finetune.run(words) == 2
+    assert re.fullmatch(
+        r"error: expected a preset, got .{4,90}; try python -m train.finetune .*\n", capsys.readouterr().err
+    )
 
 
 def test_loggers_follow_a_run_and_its_continuation(folder_data, run):

@@ -1,8 +1,6 @@
 """Every option with every kind of hostile value: refused in one sentence, or a finished first update."""
 
-import contextlib
 import dataclasses
-import io
 import re
 import typing
 from pathlib import Path
@@ -10,28 +8,25 @@ from pathlib import Path
 import pytest
 import timm
 import yaml
+from runs import NONSENSE, WORDS, attempt
 from safetensors.torch import save_file
 
 from train import distributed, metrics
 from train import run as trainer
-from train.checks import CONTROL, check
+from train.checks import check
 from train.config import LAUNCH_ONLY, Config, parse, read_yaml, recipe
-from train.errors import ConfigError, TrainError
+from train.errors import ConfigError
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 HINTS = typing.get_type_hints(Config)
 # Of the kind that sinks in: 9^10 words from 300 bytes.
 BOMB = ", ".join(["&a0 [x]", *(f"&a{n} [{', '.join(9 * [f'*a{n - 1}'])}]" for n in range(1, 11))])
-NONSENSE = ("-1", "nan", "inf", "-inf", "1e-320", "1e30", "9223372036854775808", f"1{'0' * 400}")
-WORDS = (*NONSENSE, "0", "2147483648", "word", "", "a\nb", "\x1b[31mred", "\u202egnp", "x" * 5000, f"x/{'y' * 300}")
 YAML = (*NONSENSE, "0", "2147483648", "word", '""', r'"a\nb"', r'"\e[31mred"', f'"{"x" * 5000}"', ".nan", "-.inf")
 YAML += ("1.0e-320", "1.0e+30", "[]", "[[1]]", "{a: 1}", "null", "true", "false", "2024-01-01", f"0x{'f' * 5000}")
 YAML += (f"[{BOMB}]", "!!binary aGk=", "!!set {a}", "!!int ''", "!!timestamp x", "&a [*a]")
 BASE = {"model": "test_dinat", "img_size": 32, "batch_size": 8, "warmup_epochs": 0, "data": "digits"}
 # In range, but more than a test has time or memory for.
 TOO_MUCH = {("img_size", 8192), ("compile", True)}
-
-
 # What an option needs beside it before it is looked at.
 BESIDE = {name: {"kd_model": "test_dinat", "kd_weights": "weights.safetensors"} for name in FIELDS if "kd_" in name}
 NUMBERS = {name for name, hint in HINTS.items() if re.search(r"\b(int|float)\b", str(hint))}
@@ -40,27 +35,6 @@ NUMBERS = {name for name, hint in HINTS.items() if re.search(r"\b(int|float)\b",
 @pytest.fixture(autouse=True)
 def _empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def attempt(action, *args):
-    """What `action` returns, or None for a refusal: one sentence, or tyro's usage."""
-    said, stopped = io.StringIO(), None
-    try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return action(*args)
-    except (TrainError, SystemExit) as error:
-        stopped = error
-    text = str(stopped) if isinstance(stopped, TrainError) else said.getvalue()
-    if isinstance(stopped, TrainError):
-        assert "expected " in text
-        assert "; try " in text
-        assert len(text) < 400, text
-    else:
-        assert stopped.code == 2
-        assert len(text) < 5000
-        text = text.replace("\n", "")
-    assert not CONTROL.search(text)
-    return None
 
 
 def first_update(config):

@@ -12,6 +12,7 @@ import contextvars
 import functools
 import logging
 import os
+import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -116,7 +117,7 @@ class Dispatcher:
             _log_once(self.op, backend.name, reason)
         if not refusals:
             names = ", ".join(repr(b.name) for b in self.backends)
-            raise BackendError(f"{self.op}: expected backend 'auto', {names}; got {requested!r}")
+            raise BackendError(f"{self.op}: expected backend 'auto', {names}; got {reprlib.repr(requested)}")
         why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
         raise BackendError(f"{self.op}: no requested backend can run this call ({why}); try backend='auto'")
 
