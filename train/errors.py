@@ -7,6 +7,7 @@ LONGEST = 1000  # characters of an error
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
+_short.maxlevel = 2
 
 
 def printable(text: str) -> str:
@@ -19,9 +20,10 @@ def printable(text: str) -> str:
 def shown(value: Any) -> str:
     """A user's value for a message: its repr, with the middle left out of what is long or nested."""
     try:
-        return _short.repr(value)
+        text = _short.repr(value)
     except ValueError:  # Python prints no integer of more than 4,300 digits
         return "a number of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 class TrainError(Exception):

@@ -46,7 +46,7 @@ class InLineAttention(TokenMixer):
         super().__init__(dim, num_heads, feat_size, num_prefix_tokens, sr_ratio, qkv_bias, proj_drop, device, dtype)
         if kernel_func not in ("identity", "relu", "leakyrelu", "exp"):
             raise ValueError(
-                f"expected kernel_func 'identity', 'relu', 'leakyrelu' or 'exp', got {reprlib.repr(kernel_func)}"
+                f"expected kernel_func 'identity', 'relu', 'leakyrelu' or 'exp', got {reprlib.repr(kernel_func):.80}"
             )
         dd = {"device": device, "dtype": dtype}
         self.kernel_func = kernel_func

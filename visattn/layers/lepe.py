@@ -62,7 +62,7 @@ class LePEAttention(_SelfAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         if lepe_on not in ("input", "value"):
-            raise ValueError(f"expected lepe_on 'input' or 'value', got {reprlib.repr(lepe_on)}")
+            raise ValueError(f"expected lepe_on 'input' or 'value', got {reprlib.repr(lepe_on):.80}")
         super().__init__(dim, num_heads, None, qkv_bias, 0.0, device, dtype)
         self.lepe_on = lepe_on
         self.lepe = DepthwiseConv(dim, side_dwconv, device=device, dtype=dtype) if side_dwconv else None

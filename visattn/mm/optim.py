@@ -82,7 +82,7 @@ class AutocastOptimWrapper(AmpOptimWrapper):
     def __init__(self, dtype: str = "bfloat16", **kwargs: Any) -> None:
         if dtype not in ("bfloat16", "float16"):
             raise ValueError(
-                f"expected dtype 'bfloat16' or 'float16', got {reprlib.repr(dtype)}; for float32 use OptimWrapper"
+                f"expected dtype 'bfloat16' or 'float16', got {reprlib.repr(dtype):.80}; for float32 use OptimWrapper"
             )
         OptimWrapper.__init__(self, **kwargs)  # that of AmpOptimWrapper refuses CPUs
         self.device = get_device()

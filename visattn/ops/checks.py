@@ -22,7 +22,7 @@ def per_axis(name: str, value: Any, kind: type, axes: int) -> list[Any]:
     values = [value] * axes if isinstance(value, kind) else list(value)
     if len(values) != axes or not all(isinstance(x, kind) for x in values):
         raise ValueError(
-            f"expected {name} of one {kind.__name__} or {axes} (one per spatial axis), got {reprlib.repr(value)}"
+            f"expected {name} of one {kind.__name__} or {axes} (one per spatial axis), got {reprlib.repr(value):.80}"
         )
     return values
 

@@ -12,7 +12,6 @@ import contextvars
 import functools
 import logging
 import os
-import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -117,7 +116,7 @@ class Dispatcher:
             _log_once(self.op, backend.name, reason)
         if not refusals:
             names = ", ".join(repr(b.name) for b in self.backends)
-            raise BackendError(f"{self.op}: expected backend 'auto', {names}; got {reprlib.repr(requested)}")
+            raise BackendError(f"{self.op}: expected backend 'auto', {names}; got {requested!r}")
         why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
         raise BackendError(f"{self.op}: no requested backend can run this call ({why}); try backend='auto'")
 
