@@ -87,14 +87,14 @@ def check_values(options: Any) -> None:
 
 
 def check_words(argv: list[str], names: bool = False) -> None:
-    """Raise ConfigError for words of a command line that no option can be or take; or for no paths, of `names`."""
+    """Raise ConfigError for words of a command line that are not plain text; with `names`, for impossible paths too."""
     for word in argv:
         if wanted := _plain(word, names):
             raise ConfigError(f"expected {wanted} on the command line, got {shown(word)}; try plain text")
 
 
 def _plain(text: str, names: bool = False) -> str | None:
-    """What is expected in the stead of `text`, if it cannot be printed, or no path (of such `names`) is so long."""
+    """What is expected in the stead of `text`, if it is not plain; with `names`, it is to be a name or a path."""
     if CONTROL.search(text):
         return "text without control characters"
     if len(text.encode()) > LONGEST_WORD:

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import timm
 import yaml
 
 from train.checks import check
@@ -137,6 +138,14 @@ def test_impossible_values_are_refused(flag, change):
 )
 def test_possible_values_are_accepted(change):
     check(dataclasses.replace(Config(), **change))
+
+
+def test_what_models_bring_is_in_range():
+    """Else a run that takes it from its model could not be resumed."""
+    for name in timm.list_models(pretrained=True):
+        cfg = timm.get_pretrained_cfg(name)
+        values = {"mean": cfg.mean, "std": cfg.std, "crop_pct": cfg.crop_pct, "img_size": cfg.input_size[-1]}
+        check(dataclasses.replace(Config(), **values))
 
 
 @pytest.mark.parametrize(

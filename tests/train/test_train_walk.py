@@ -19,7 +19,7 @@ from train.errors import ConfigError
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 HINTS = typing.get_type_hints(Config)
-# Of the kind that sinks in: 9^10 words from 300 bytes.
+# 9^10 words, of which the file holds one.
 BOMB = ", ".join(["&a0 [x]", *(f"&a{n} [{', '.join(9 * [f'*a{n - 1}'])}]" for n in range(1, 11))])
 YAML = (*NONSENSE, "0", "2147483648", "word", '""', r'"a\nb"', r'"\e[31mred"', f'"{"x" * 5000}"', ".nan", "-.inf")
 YAML += ("1.0e-320", "1.0e+30", "[]", "[[1]]", "{a: 1}", "null", "true", "false", "2024-01-01", f"0x{'f' * 5000}")
