@@ -183,7 +183,7 @@ def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
 
 
 def _keep_a_pixel(transform: Any) -> None:
-    """Let no random crop be empty, as those of timm are for images of a few pixels."""
+    """Let no random crop be empty, and so black, as those of timm can be for images of a few pixels."""
     for step in transform.transforms:
         if isinstance(step, RandomResizedCropAndInterpolation):
             step.get_params = _crop_of_pixels

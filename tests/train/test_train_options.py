@@ -54,10 +54,10 @@ def test_images_that_do_not_fit_are_said(refused):
 
 def test_images_of_one_pixel_are_cropped_to_one(folder_data, tmp_path):
     for path in (folder_data / "train").glob("*/*.png"):
-        Image.new("RGB", (1, 1)).save(path)
+        Image.new("RGB", (1, 1), "white").save(path)
     options = ("--data", folder_data, *SMALL, "--output", tmp_path, "--scale", 0.001, 0.001, "--ratio", 10, 10)
     images, _ = next(build("--model", "test_vit", *options).engine.loaders.begin(0, 0))
-    assert images.shape == (8, 3, 32, 32)
+    assert images.min() > 0.9  # an empty crop would be black
 
 
 def schedule(kind, epoch):
