@@ -165,7 +165,7 @@ class _Loader(yaml.SafeLoader):
 def load_yaml(text: str) -> Any:
     """Plain values from YAML. Raises ValueError, in one line, for anything that is not."""
     try:
-        return yaml.load(text, _Loader)
+        return _Loader(text).get_single_data()
     except RecursionError:
         raise ValueError("values nested too deeply") from None
     except Exception as error:  # for `!!int ""` and the like whatever parsing those raises
