@@ -35,7 +35,7 @@ class Range:
     tiny: float
 
     def __contains__(self, value: float) -> bool:
-        return self.low <= value <= self.high and (value == 0 or value >= self.tiny)
+        return self.low <= value <= self.high and (self.low > 0 or value == 0 or value >= self.tiny)
 
     def said(self, value: float) -> str:
         """What is expected in the stead of `value`."""

@@ -63,13 +63,13 @@ class Config:
     micro_batch: int | None = number(None, 1, 2**20)  # most images of a process's forward pass; None: its whole share
     opt: str = "adamw"  # timm optimizer name
     sched: Literal["cosine", "linear", "constant"] = "cosine"  # what follows the warm-up
-    lr: float = number(2e-3, 1e-12, 1000)  # peak learning rate, not scaled by the batch size
+    lr: float = number(2e-3, 1e-30, 1000)  # peak learning rate, not scaled by the batch size
     min_lr: float = number(1e-5, 0, 1000)  # final learning rate
     warmup_lr: float = number(1e-5, 0, 1000)  # first learning rate
     warmup_epochs: float = number(2, 0, 10**6)  # linear warm-up
     weight_decay: float = number(0.05, 0, 10)  # not of biases, norms and what the model's no_weight_decay names
     layer_decay: float | None = number(None, 0.01, 1)  # learning rate factor from each layer group to the one before it
-    grad_clip: float | None = number(None, 1e-6, 1e6)  # largest gradient norm
+    grad_clip: float | None = number(None, 1e-12, 1e6)  # largest gradient norm
     ema_decay: float = number(0.0, 0, 1 - 1e-9)  # of the moving average of the weights; 0: none. Both are evaluated
     ema_warmup: bool = True  # let the average follow closely at first: 1 - (1 + update)^(-2/3), at most ema_decay
 

@@ -101,8 +101,12 @@ def test_accepted_values_train(name):
 def test_every_number_has_a_range():
     assert {name for name in FIELDS if "range" in FIELDS[name].metadata} == NUMBERS
     for name in NUMBERS:
-        allowed, kind = FIELDS[name].metadata["range"], float if "float" in str(HINTS[name]) else int
-        for value in (allowed.low - kind(1e-9 if kind is float else 1), allowed.high * kind(1 + 1e-6) + (kind is int)):
+        allowed, whole = FIELDS[name].metadata["range"], "int" in str(HINTS[name])
+        outside = (
+            allowed.low - 1 if whole else allowed.low / 2 or -1e-9,
+            allowed.high + 1 if whole else allowed.high * 2,
+        )
+        for value in outside:
             value = (value, value) if "tuple" in str(HINTS[name]) else value
             with pytest.raises(ConfigError, match=f"^--{name.replace('_', '-')}: expected .*; try "):
                 check(Config(**{name: value}))
@@ -110,7 +114,11 @@ def test_every_number_has_a_range():
 
 # What else would take more than there is, or another option's consent.
 FEW = {"img_size": 32, "batch_size": 2, "micro_batch": 2}
-FITTING = {"low": FEW, "tiny": FEW, "high": {"img_size": 32, "batch_size": 8, "workers": 0, "warmup_epochs": 2}}
+FITTING = {
+    "low": FEW,
+    "tiny": FEW | {"lr": 1e-12},
+    "high": {"img_size": 32, "batch_size": 8, "workers": 0, "warmup_epochs": 2},
+}
 
 
 @pytest.mark.parametrize("end", FITTING)
