@@ -44,7 +44,7 @@ def main(scope: str, job: str, description: str) -> None:
     parser.add_argument("--work-dir", help="default: output/CONFIG")
     parser.add_argument("--log", nargs="+", default=[], choices=sorted(LOGGERS), help="report there too")
     parser.add_argument("--no-check", action="store_true", help="do not look at the data before the run")
-    parser.add_argument("--seed", type=int, help="of the weights and the order of the data")
+    parser.add_argument("--seed", type=seed, help="of the weights and the order of the data")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE")
     try:
         args = parser.parse_args()
@@ -115,6 +115,13 @@ def check(config: Config, job: str) -> None:
     broadcast_object_list(stops)
     if stops[0]:
         sys.exit(1)
+
+
+def seed(text: str) -> int:
+    """What all generators take; argparse says the rest."""
+    if not 0 <= (value := int(text)) < 2**32:
+        raise argparse.ArgumentTypeError(f"expected 0 to {2**32 - 1}, got {text[:80]}; try 42")
+    return value
 
 
 def start_processes(config: Config) -> None:

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from train.config import FREE_ON_RESUME, OVERRIDABLE, Config, recipe
 from train.distributed import World
-from train.errors import CheckpointError
+from train.errors import CheckpointError, shown
 from train.files import sha256, sync_folder, write_atomic
 from train.metrics import say
 from visattn.weights import first_line
@@ -302,7 +302,7 @@ def check_recipe(now: Config, then: dict[str, Any], changeable: Collection[str] 
 def _type_name(value: Any) -> str:
     if isinstance(value, torch.dtype):
         return str(value)
-    raise TypeError(f"expected plain values in an optimizer's state, got {value!r}; try another --opt")
+    raise TypeError(f"expected plain values in an optimizer's state, got {shown(value)}; try another --opt")
 
 
 def _like(template: Any, value: Any) -> Any:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ from typing import Any, Literal
 import tyro
 import yaml
 
-from train.checks import check
-from train.errors import CheckpointError, ConfigError
+from train.checks import check, check_words, number
+from train.errors import CheckpointError, ConfigError, shown
 
 # How a run is started, not what it computes: kept out of the recipe files.
 LAUNCH_ONLY = ("config", "resume", "override")
 AUTO = Path("auto")
+MOST_YAML = 50_000  # characters of a file; recipes have two thousand
 # A resumed run may change what leaves its mathematics alone, its `epochs`, and with `override` what has no state.
 FREE_ON_RESUME = (
     *("output", "name", "device", "engine", "workers", "micro_batch", "compile", "channels_last", "grad_checkpointing"),
@@ -43,62 +45,58 @@ class Config:
     override: bool = False  # let --resume change more than --epochs: learning rate, batch size, regularization, ...
 
     data: str = "digits"  # digits, mnist5k, hfds/NAME, or a folder with train/ and val/ of class folders or tar shards
-    max_bad: float = 0.01  # share of unreadable training images above which the run stops
-    workers: int = 0  # loader processes; 0 loads in the main process
+    max_bad: float = number(0.01, 0, 1)  # share of unreadable training images above which the run stops
+    workers: int = number(0, 0, 1024)  # loader processes; 0 loads in the main process
     model: str = "test_dinat"  # any name that timm or visattn registers
     model_args: tuple[str, ...] = ()  # further arguments of the model, each as name=value
     pretrained: bool = False  # start from the registered pretrained weights
     weights: Path | None = None  # start from this .safetensors or plain .pth file; a head of another size is left out
-    train_only: tuple[
-        str, ...
-    ] = ()  # train only parameters that match these patterns, such as head.*; the rest is frozen
+    train_only: tuple[str, ...] = ()  # patterns of the parameters to train, such as head.*; the rest is frozen
     output: Path = Path("output")  # folder that receives one folder per run
     name: str | None = None  # of this run's folder; None: model-data-timestamp
 
-    img_size: int | None = None  # training and test size in pixels; None: the data set's or the model's
-    in_chans: int | None = None  # 1 (grey) or 3 (RGB); None: the data set's
-    mean: tuple[float, ...] | None = None  # pixel mean in 0..1, one value or one per channel; None: as img_size
-    std: tuple[float, ...] | None = None  # pixel standard deviation, likewise
+    img_size: int | None = number(None, 1, 8192)  # of training and test, in pixels; None: the data set's or the model's
+    in_chans: int | None = number(None, 1, 3)  # 1 (grey) or 3 (RGB); None: the data set's
+    mean: tuple[float, ...] | None = number(None, 0, 1)  # of the pixels, one value or one a channel; None: as img_size
+    std: tuple[float, ...] | None = number(None, 1e-3, 1)  # pixel standard deviation, likewise
     interpolation: Resize | None = None  # test-time resize; None: as img_size
-    crop_pct: float | None = None  # share of the resized test image that the crop keeps; None: as img_size
-    crop_mode: Literal["center", "squash", "border"] | None = (
-        None  # how a test image becomes a square; None: as img_size
-    )
+    crop_pct: float | None = number(None, 0.1, 1.25)  # share of the resized test image that is kept; None: as img_size
+    crop_mode: Literal["center", "squash", "border"] | None = None  # how a test image becomes square; None: likewise
 
-    epochs: int = 15  # length of the schedule, warm-up included
-    cooldown_epochs: int = 0  # further epochs at the last learning rate
-    batch_size: int = 64  # images per optimizer update, over all processes
-    micro_batch: int | None = None  # most images per forward pass of one process; None: its whole share
+    epochs: int = number(15, 1, 10**6)  # length of the schedule, warm-up included
+    cooldown_epochs: int = number(0, 0, 10**6)  # further epochs at the last learning rate
+    batch_size: int = number(64, 1, 2**20)  # images per optimizer update, over all processes
+    micro_batch: int | None = number(None, 1, 2**20)  # most images of a process's forward pass; None: its whole share
     opt: str = "adamw"  # timm optimizer name
     sched: Literal["cosine", "linear", "constant"] = "cosine"  # what follows the warm-up
-    lr: float = 2e-3  # peak learning rate, not scaled by the batch size
-    min_lr: float = 1e-5  # final learning rate
-    warmup_lr: float = 1e-5  # first learning rate
-    warmup_epochs: float = 2  # linear warm-up
-    weight_decay: float = 0.05  # not applied to biases, norms and what the model's no_weight_decay names
-    layer_decay: float | None = None  # learning rate factor from each layer group to the one before it
-    grad_clip: float | None = None  # largest gradient norm
-    ema_decay: float = 0.0  # of the moving average of the weights; 0: none. Both are evaluated
+    lr: float = number(2e-3, 1e-30, 1000)  # peak learning rate, not scaled by the batch size
+    min_lr: float = number(1e-5, 0, 1000)  # final learning rate
+    warmup_lr: float = number(1e-5, 0, 1000)  # first learning rate
+    warmup_epochs: float = number(2, 0, 10**6)  # linear warm-up
+    weight_decay: float = number(0.05, 0, 10)  # not of biases, norms and what the model's no_weight_decay names
+    layer_decay: float | None = number(None, 0.01, 1)  # learning rate factor from each layer group to the one before it
+    grad_clip: float | None = number(None, 1e-12, 1e6)  # largest gradient norm
+    ema_decay: float = number(0.0, 0, 1 - 1e-9)  # of the moving average of the weights; 0: none. Both are evaluated
     ema_warmup: bool = True  # let the average follow closely at first: 1 - (1 + update)^(-2/3), at most ema_decay
 
-    smoothing: float = 0.1  # label smoothing
-    drop_path: float | None = None  # stochastic depth rate; None: the model's own
-    mixup: float = 0.0  # mixup alpha
-    cutmix: float = 0.0  # cutmix alpha
-    aug_repeats: int = 1  # copies of an image in an update, each augmented by itself (repeated augmentation: 3)
-    scale: tuple[float, float] | None = None  # area kept by the random resized crop; None: the data set's
-    ratio: tuple[float, float] | None = None  # its aspect ratio; None: the data set's
-    hflip: float | None = None  # chance of a horizontal flip; None: the data set's (0 for digits)
-    color_jitter: float = 0.0  # strength; timm turns it off where RandAugment is on
+    smoothing: float = number(0.1, 0, 0.999)  # label smoothing
+    drop_path: float | None = number(None, 0, 0.999)  # stochastic depth rate; None: the model's own
+    mixup: float = number(0.0, 0, 100, tiny=1e-3)  # mixup alpha
+    cutmix: float = number(0.0, 0, 100, tiny=1e-3)  # cutmix alpha
+    aug_repeats: int = number(1, 1, 100)  # copies of an image in an update, each augmented anew (3 is usual)
+    scale: tuple[float, float] | None = number(None, 1e-3, 1)  # area of the random resized crop; None: the data set's
+    ratio: tuple[float, float] | None = number(None, 0.1, 10)  # its aspect ratio; None: the data set's
+    hflip: float | None = number(None, 0, 1)  # chance of a horizontal flip; None: the data set's (0 for digits)
+    color_jitter: float = number(0.0, 0, 2)  # strength; timm turns it off where RandAugment is on
     auto_augment: str | None = None  # RandAugment string such as rand-m9-mstd0.5-inc1
-    reprob: float = 0.0  # chance of random erasing (per-pixel noise)
+    reprob: float = number(0.0, 0, 1)  # chance of random erasing (per-pixel noise)
     train_interpolation: Literal[Resize, "random"] | None = None  # training resize; None: as interpolation
 
     kd_model: str | None = None  # distil from this teacher, a model with pretrained weights
     kd_weights: Path | None = None  # the teacher's weights from a file instead
     kd_type: Literal["logit", "feature", "token"] = "logit"  # what the student imitates
-    kd_weight: float = 1.0  # weight of the distillation loss beside the loss of the labels
-    kd_temperature: float = 1.0  # softens both distributions (logit, token)
+    kd_weight: float = number(1.0, 0, 1e4)  # weight of the distillation loss beside the loss of the labels
+    kd_temperature: float = number(1.0, 0.01, 100)  # softens both distributions (logit, token)
 
     device: str = "auto"  # auto takes cuda where there is one; otherwise a torch device name
     engine: Literal["ddp", "fsdp2"] = "ddp"  # how processes of torchrun share the work; fsdp2 shards all state
@@ -107,27 +105,29 @@ class Config:
     channels_last: bool = False  # memory format
     grad_checkpointing: bool = False  # recompute activations: less memory, more time
     sync_bn: bool = False  # batch norm over all processes; otherwise their statistics are averaged
-    dist_timeout: float = 600  # seconds after which a process that waits for others gives up
-    seed: int = 42  # seeds everything except the fixed digits split
+    dist_timeout: float = number(600, 1, 30 * 24 * 3600)  # seconds after which a process that waits for others gives up
+    seed: int = number(42, 0, 2**32 - 1)  # seeds everything except the fixed digits split
 
     nonfinite: Literal["halt", "skip"] = "halt"  # at a NaN or infinite loss or gradient: stop, or drop the update
-    max_skips: int = 10  # dropped updates in a row after which `skip` stops too
-    checkpoint_every: int = 0  # updates between checkpoints; there is one after each epoch in any case
-    keep_checkpoints: int = 2  # newest ones that stay
+    max_skips: int = number(10, 1, 10**6)  # dropped updates in a row after which `skip` stops too
+    checkpoint_every: int = number(0, 0, 10**9)  # updates between checkpoints; one follows each epoch in any case
+    keep_checkpoints: int = number(2, 1, 10**6)  # newest ones that stay
     tensorboard: bool = False  # event files in the run's folder
     wandb: Literal["off", "offline", "online"] = "off"  # Weights & Biases; offline writes to the run's folder only
     wandb_project: str = "visattn"
-    peak_tflops: float | None = None  # of one device, for the MFU; None: known for common GPUs
+    peak_tflops: float | None = number(None, 1e-3, 1e6)  # of one device, for the MFU; None: known for common GPUs
 
 
 def parse(argv: list[str] | None = None) -> Config:
     """Read the command line (and the file it names) into a checked Config."""
+    check_words(sys.argv[1:] if argv is None else argv)
     early = argparse.ArgumentParser(prog="python -m train", add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
     early.add_argument("--resume", type=Path)
     early.add_argument("--name")
     early.add_argument("--output", type=Path, default=Config.output)
     named, _ = early.parse_known_args(argv)
+    check_words([str(path) for path in (named.config, named.resume) if path], names=True)
     automatic = named.resume == AUTO
     if automatic and not named.name:
         raise ConfigError("--resume auto: expected the name of the run too, got none; try --name NAME")
@@ -159,25 +159,51 @@ def run_folder(resume: Path) -> Path:
     raise CheckpointError(f"--resume: expected a run folder, got no args.yaml in {resume}; try --resume output/RUN")
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe, and no larger in memory than in the file: only single values have aliases."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        event = self.peek_event()
+        node = super().compose_node(parent, index)
+        if isinstance(event, yaml.AliasEvent) and not isinstance(node, yaml.ScalarNode):
+            raise yaml.composer.ComposerError(None, None, f"an alias of more than one value, *{event.anchor}")
+        return node
+
+
+def load_yaml(text: str) -> Any:
+    """Plain values from YAML. Raises ValueError, in one line, for anything that is not."""
+    try:
+        return _Loader(text).get_single_data()
+    except RecursionError:
+        raise ValueError("values nested too deeply") from None
+    except Exception as error:  # for `!!int ""` and the like whatever parsing those raises
+        raise ValueError(" ".join(str(error).split())[:300] or type(error).__name__) from error
+
+
 def read_yaml(path: Path, hint: str = "configs/imagenet/*.yaml") -> Config:
     """Read a flat recipe file; every key must be an option and every value of its type."""
     try:
-        text = path.read_text(encoding="utf-8")
+        if os.path.exists(path) and not os.path.isfile(path):  # a device might never end
+            raise ValueError("something else than a plain file")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(MOST_YAML + 1)
+        if len(text) > MOST_YAML:
+            raise ValueError(f"more than {MOST_YAML} characters")
     except (OSError, ValueError) as error:
         raise ConfigError(f"expected a YAML file at {path}, got {error}; try {hint}") from error
     try:
-        values = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: expected flat YAML, got {reason}; try one `option: value` a line") from error
+        values = load_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: expected flat YAML, got {error}; try one `option: value` a line") from error
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected `option: value` lines, got a {type(values).__name__}; try `epochs: 10`")
 
     hints = {name: hint for name, hint in typing.get_type_hints(Config).items() if name not in LAUNCH_ONLY}
     for key in values:
         if key not in hints:
-            near = difflib.get_close_matches(str(key).replace("-", "_"), hints, n=1, cutoff=0.0)
-            raise ConfigError(f"{path}: expected an option name, got unknown key {key!r}; try {near[0]!r}")
+            near = difflib.get_close_matches(shown(key).replace("-", "_"), hints, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"{path}: expected an option name, got unknown key {shown(key)}; try {near!r}")
     return Config(**{key: _convert(value, hints[key], f"{path}: {key}") for key, value in values.items()})
 
 
@@ -203,7 +229,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         except (ValueError, OverflowError):
             pass
     wanted = f"one of {', '.join(args)}" if kind is Literal else hint if kind else hint.__name__
-    raise ConfigError(f"{where}: expected {wanted}, got {value!r}; try `python -m train --help`")
+    raise ConfigError(f"{where}: expected {wanted}, got {shown(value)}; try `python -m train --help`")
 
 
 def recipe(config: Config) -> dict[str, Any]:

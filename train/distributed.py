@@ -20,7 +20,8 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from train.config import Config
-from train.errors import ConfigError, PeerError, TrainError
+from train.errors import ConfigError, PeerError, TrainError, shown
+from visattn.weights import first_line
 
 # The attributes in which timm's models and ours hold their repeated blocks.
 BLOCKS = re.compile(r"(blocks?|layers?|levels?|stages?)_?\d*")
@@ -159,16 +160,19 @@ def peer_lost(error: BaseException) -> bool:
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
-    """`auto` or a torch device name, checked by placing a tensor there; one GPU per process of a node."""
+    """`auto` or a torch device name, checked by a tensor there; one GPU per process of a node."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and local_rank is not None:
         name = f"cuda:{local_rank}"
     try:
-        device = torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--device: expected a usable device, got {name!r} ({reason}); try --device cpu") from error
+        device = (tensor := torch.zeros(1, device=name)).device
+        tensor.tolist()  # which meta cannot
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = first_line(error)
+        raise ConfigError(
+            f"--device: expected a usable device, got {shown(name)} ({reason}); try --device cpu"
+        ) from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

@@ -3,12 +3,19 @@
 import errno
 import os
 import re
+import reprlib
 import sys
 from types import TracebackType
+from typing import Any
 
+LONGEST = 1000  # characters of an error
 OUT_OF = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN)
 # What libraries make of these.
 REFUSED = re.compile(r"start new thread|allocate memory|map segment|unable to mmap|bad_alloc|Too many open files")
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+_short.maxlevel = 2
 
 
 def printable(text: str) -> str:
@@ -18,13 +25,23 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def shown(value: Any) -> str:
+    """A user's value for a message: its repr, with the middle left out of what is long or nested."""
+    try:
+        text = _short.repr(value)
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
 class TrainError(Exception):
     """Base of all; the text says: expected ..., got ...; try ... . Names in it come from data, so it is printable."""
 
     exit_code = 2
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        text = printable(super().__str__())
+        return text if len(text) <= LONGEST else f"{text[: LONGEST - 300]} ... {text[-295:]}"
 
 
 class ConfigError(TrainError, ValueError):

@@ -1,5 +1,6 @@
 """`python -m train.finetune PRESET --model NAME --data DIR`: the trainer with configs/finetune/PRESET.yaml."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,21 +10,27 @@ if __name__ == "__main__":
     begin()
 
 from train.__main__ import finish, main
+from train.errors import shown
 
 PRESETS = Path(__file__).parents[1] / "configs" / "finetune"
 
 
 def arguments(argv: list[str]) -> list[str] | None:
     """The trainer's arguments; None unless the first one names a preset."""
-    if not argv or not (PRESETS / f"{argv[0]}.yaml").is_file():
+    if not argv or not os.path.isfile(PRESETS / f"{argv[0]}.yaml"):
         return None
     return ["--config", str(PRESETS / f"{argv[0]}.yaml"), *argv[1:]]
 
 
+def run(argv: list[str]) -> int:
+    """Run the trainer; returns the exit code."""
+    if (options := arguments(argv)) is not None:
+        return main(options)
+    names = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+    got = shown(argv[0]) if argv else "none"
+    print(f"error: expected a preset, got {got}; try python -m train.finetune with {names}", file=sys.stderr)
+    return 2
+
+
 if __name__ == "__main__":
-    if (options := arguments(sys.argv[1:])) is None:
-        names = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
-        got = sys.argv[1] if len(sys.argv) > 1 else "none"
-        print(f"error: expected a preset, got {got}; try python -m train.finetune with {names}", file=sys.stderr)
-        sys.exit(2)
-    finish(main(options))
+    finish(run(sys.argv[1:]))

@@ -17,15 +17,18 @@ from timm.data import FastCollateMixup, auto_augment, create_transform
 from timm.data.distributed_sampler import OrderedDistributedSampler
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from train import signals
+from train.checks import check_pass
 from train.config import Config
 from train.data import Data
 from train.distributed import World
-from train.errors import ConfigError, DataError
+from train.errors import ConfigError, DataError, shown
 from train.seeding import seed_everything, seed_for, seed_worker
 from train.sources import BadImageError, Source
+from visattn.weights import first_line
 
 MAX_BAD_IN_A_ROW = 100
 FILES, FILES_OF_A_WORKER = 24, 12  # open at once in training, as counted
@@ -127,11 +130,21 @@ class TrainingImages(Images):
         for index in range(key.index, key.index + MAX_BAD_IN_A_ROW):
             if (sample := self.read(index % len(self))) is not None:
                 seed_worker(self.seed, "image", key.epoch, key.position)
-                return self.transform(sample[0]), sample[1]
+                return self.augment(sample[0]), sample[1]
         raise DataError(
             f"expected readable training images, got {MAX_BAD_IN_A_ROW} unreadable ones from "
             f"{self.source.name(key.index)} on; try another --data"
         )
+
+    def augment(self, image: Image.Image) -> Any:
+        """The transformed image; an augmentation that breaks on it is named."""
+        try:
+            return self.transform(image)
+        except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+            raise DataError(
+                f"expected an augmentation that an image of {image.width}x{image.height} pixels survives, got "
+                f"{type(error).__name__}: {first_line(error)}; try another --auto-augment, or without it"
+            ) from error
 
 
 class TestImages(Images):
@@ -174,6 +187,18 @@ def _allow_no_bits(transform: Any) -> None:
 
 def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
     return auto_augment.posterize(image, bits, **options) if bits else image.point([0] * 256 * len(image.getbands()))
+
+
+def _keep_a_pixel(transform: Any) -> None:
+    """Let no random crop be empty, and so black, as those of timm can be for images of a few pixels."""
+    for step in transform.transforms:
+        if isinstance(step, RandomResizedCropAndInterpolation):
+            step.get_params = _crop_of_pixels
+
+
+def _crop_of_pixels(image: Image.Image, *ranges: Any) -> tuple[int, int, int, int]:
+    top, left, height, width = RandomResizedCropAndInterpolation.get_params(image, *ranges)
+    return min(top, image.height - 1), min(left, image.width - 1), max(height, 1), max(width, 1)
 
 
 def allow_files(workers: int) -> None:
@@ -249,6 +274,7 @@ def make_test_transform(config: Config) -> Any:
 def make_loaders(config: Config, data: Data, world: World) -> Loaders:
     """timm transforms, collation and prefetching around our order and counters; `config` is resolved."""
     batches = Batches(len(data.train), config, world)
+    check_pass(batches.batch_size // world.size // batches.parts, config, "--micro-batch")
     try:
         augment = create_transform(
             (config.in_chans, config.img_size, config.img_size),
@@ -262,13 +288,15 @@ def make_loaders(config: Config, data: Data, world: World) -> Loaders:
             mean=config.mean,
             use_prefetcher=True,
         )
-    except (AssertionError, KeyError, ValueError) as error:
+    except (AssertionError, LookupError, TypeError, ValueError) as error:
         if config.auto_augment is None:
             raise
         raise ConfigError(
-            f"--auto-augment: expected a timm policy, got {config.auto_augment!r} ({error}); try rand-m9-mstd0.5-inc1"
+            f"--auto-augment: expected a timm policy, got {shown(config.auto_augment)} ({first_line(error)}); "
+            "try rand-m9-mstd0.5-inc1"
         ) from error
     _allow_no_bits(augment)
+    _keep_a_pixel(augment)
     mixing = fast_collate
     if config.mixup or config.cutmix:
         # Its draws follow those of the batch's last image, so they too depend on places only.

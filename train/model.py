@@ -2,10 +2,10 @@
 
 import difflib
 import fnmatch
+from typing import Any
 
 import timm
 import torch
-import yaml
 from rich.console import Console
 from timm.data.loader import adapt_to_chs
 from timm.models import resolve_model_input_args
@@ -24,9 +24,9 @@ from timm.utils import unwrap_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from train.config import Config
+from train.config import Config, load_yaml
 from train.distributed import World
-from train.errors import ConfigError, TrainError
+from train.errors import ConfigError, TrainError, shown
 from train.loader import Batches
 from train.metrics import say
 from train.weights import load_into
@@ -35,6 +35,7 @@ from visattn.weights import first_line
 # What models and optimizers raise when options, or the machine, do not fit them.
 UNFIT = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError)
 UNFIT += (TypeError, ValueError)
+LARGEST_ARGUMENT = 100_000  # of a model: rotary embeddings count to 10,000
 DISTILLATION = {"logit": LogitDistillationTask, "feature": FeatureDistillationTask, "token": TokenDistillationTask}
 
 
@@ -42,13 +43,13 @@ def check_names(config: Config) -> None:
     """Raise ConfigError for a model or an optimizer that nobody registered, with the nearest names."""
     for option, name in (("--model", config.model), ("--kd-model", config.kd_model)):
         if name is not None and not timm.is_model(name):
-            near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.3)
-            raise ConfigError(f"{option}: expected a registered model, got {name!r}; try {', '.join(near)}")
+            near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.3) or ["test_vit"]
+            raise ConfigError(f"{option}: expected a registered model, got {shown(name)}; try {', '.join(near)}")
     if config.opt not in list_optimizers():
         near = difflib.get_close_matches(config.opt, list_optimizers(), n=3, cutoff=0.0)
-        raise ConfigError(f"--opt: expected a timm optimizer, got {config.opt!r}; try {', '.join(near)}")
+        raise ConfigError(f"--opt: expected a timm optimizer, got {shown(config.opt)}; try {', '.join(near)}")
     if get_optimizer_info(config.opt).second_order:
-        raise ConfigError(f"--opt: expected an optimizer of first order, got {config.opt!r}; try adamw")
+        raise ConfigError(f"--opt: expected an optimizer of first order, got {shown(config.opt)}; try adamw")
 
 
 def make_model(config: Config, num_classes: int, console: Console) -> nn.Module:
@@ -60,17 +61,18 @@ def make_model(config: Config, num_classes: int, console: Console) -> nn.Module:
     for argument in config.model_args:
         name, _, value = argument.partition("=")
         try:
-            arguments[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            arguments[name] = load_yaml(value)
+            _check_numbers(arguments[name])
+        except ValueError as error:
             raise ConfigError(
-                f"--model-args: expected a YAML value, got {argument!r}; try {name}=7, {name}=[1, 2] or {name}=text"
+                f"--model-args: expected a YAML value, got {shown(argument)} ({error}); try {name}=7 or {name}=[1, 2]"
             ) from error
     try:
         model = timm.create_model(**arguments, pretrained=config.pretrained)
     except UNFIT as error:
         if config.pretrained and isinstance(error, (OSError, RuntimeError)):
             raise ConfigError(
-                f"--pretrained: expected weights of {config.model}, got: {error}; try --weights FILE"
+                f"--pretrained: expected weights of {config.model}, got: {first_line(error)}; try --weights FILE"
             ) from error
         raise ConfigError(
             f"expected options that {config.model} takes, got: {first_line(error)}; try without --drop-path, "
@@ -92,11 +94,20 @@ def make_model(config: Config, num_classes: int, console: Console) -> nn.Module:
         if not kept:
             raise ConfigError(
                 f"--train-only: expected patterns that match parameters of {config.model}, got "
-                f"{', '.join(config.train_only)}; try the ends of {', '.join(names[-2:])}"
+                f"{shown(config.train_only)}; try the ends of {', '.join(names[-2:])}"
             )
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in kept)
     return model
+
+
+def _check_numbers(value: Any) -> None:
+    """Raise ValueError for a number that no model can be built with in finite time."""
+    if isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_numbers(item)
+    elif isinstance(value, (int, float)) and not abs(value) <= LARGEST_ARGUMENT:
+        raise ValueError(f"numbers up to {LARGEST_ARGUMENT} are possible")
 
 
 def try_forward(model: nn.Module, config: Config, device: torch.device, option: str, name: str) -> None:
@@ -166,7 +177,7 @@ def make_task(config: Config, model: nn.Module, device: torch.device) -> Trainin
         raise
     except UNFIT as error:
         raise ConfigError(
-            f"--kd-model: expected a teacher for {config.model}, got: {error}; try --kd-weights"
+            f"--kd-model: expected a teacher for {config.model}, got: {first_line(error)}; try --kd-weights"
         ) from error
 
 
@@ -201,7 +212,9 @@ def make_optimizer(config: Config, task: TrainingTask) -> torch.optim.Optimizer:
             layer_decay=config.layer_decay,
         )
     except UNFIT as error:
-        raise ConfigError(f"--opt: expected one that runs here, got {config.opt}: {error}; try adamw") from error
+        raise ConfigError(
+            f"--opt: expected one that runs here, got {config.opt}: {first_line(error)}; try adamw"
+        ) from error
 
 
 def make_scheduler(config: Config, optimizer: torch.optim.Optimizer, updates: int) -> Scheduler:

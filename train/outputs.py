@@ -14,7 +14,7 @@ from rich.console import Console
 
 from train import checkpoint, metrics
 from train.config import Config, recipe, run_folder
-from train.errors import CheckpointError, ConfigError, OutputError
+from train.errors import CheckpointError, ConfigError, OutputError, printable
 from train.files import write_atomic
 from train.lock import FolderLock
 from train.metrics import say
@@ -57,7 +57,7 @@ def name_folder(config: Config, data_name: str) -> Path:
     """The folder of a new run. Without a name of its own it is made here, and no other process gets the same."""
     if config.name:
         return config.output / config.name
-    name = f"{config.model}-{data_name}-{datetime.now():%Y%m%d-%H%M%S}"
+    name = printable(f"{config.model}-{data_name}-{datetime.now():%Y%m%d-%H%M%S}")
     folder, numbers = config.output / name, itertools.count(2)
     folder.parent.mkdir(parents=True, exist_ok=True)
     while True:

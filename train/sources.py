@@ -104,7 +104,7 @@ class FileSource(Source):
 
 
 class EmbeddedSource(Source):
-    """One fixed split of images that came with a Python package, enlarged once to `size` pixels."""
+    """One fixed split of images that came with a Python package, enlarged to `size` pixels when they are read."""
 
     def __init__(self, data: str, split: str, size: int, mode: str):
         from sklearn.model_selection import train_test_split
@@ -114,11 +114,10 @@ class EmbeddedSource(Source):
         parts = train_test_split(images, targets, test_size=0.2, stratify=targets, random_state=0)
         images, self.targets = parts[0::2] if split == "train" else parts[1::2]
         self.mode, self.split = mode, f"{data} {split}"
-        pictures = (Image.fromarray(image).convert(mode) for image in images)
-        self.images = [picture.resize((size, size), Image.Resampling.BICUBIC) for picture in pictures]
+        self.images, self.size = [Image.fromarray(image).convert(mode) for image in images], (size, size)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        return self.images[index], int(self.targets[index])
+        return self.images[index].resize(self.size, Image.Resampling.BICUBIC), int(self.targets[index])
 
     def name(self, index: int) -> str:
         return f"{self.split} image {index}"

@@ -27,6 +27,7 @@ from torchvision.transforms import Compose, FiveCrop, TenCrop
 
 import visattn  # noqa: F401  registers its models with timm
 from train import signals
+from train.checks import check_images, check_pass, check_values, check_words
 from train.config import Config, read_yaml
 from train.data import open_eval, resolve
 from train.distributed import pick_device
@@ -141,6 +142,7 @@ def make_transform(config: Config, crops: int) -> Compose:
 
 def configure(options: Options) -> tuple[Config, Path | None]:
     """The run's or a new configuration with the options over it, and the file of the weights."""
+    check_values(options)
     given = [name for name in ("run", "weights", "pretrained") if getattr(options, name)]
     if len(given) != 1 or (options.run is None) == (options.model is None):
         raise ConfigError(
@@ -163,11 +165,13 @@ def configure(options: Options) -> tuple[Config, Path | None]:
         if options.data is None:
             raise ConfigError("--data: expected a data set, got none; try --data DIR")
         config = Config(model=options.model, pretrained=options.pretrained)
-    names = ("data", "in_chans", "img_size", "crop_pct", "crop_mode", "amp")
+    names = ("data", "in_chans", "img_size", "crop_pct", "crop_mode", "batch_size", "amp")
     asked = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.run is not None:
         asked |= {"pretrained": False, "weights": None, "train_only": (), "grad_checkpointing": False}
     config = dataclasses.replace(config, workers=options.workers, device=options.device, **asked)
+    check_values(config)
+    check_images(config)
     check_names(config)
     config = resolve(config, resolve_model_input_args(config.model)["pretrained_cfg"])
     if options.crops > 1 and config.crop_mode == "border":
@@ -225,6 +229,7 @@ def validate(options: Options, console: Console) -> dict[str, Any]:
             say(console, source.report)
     model = load_model(config, weights, len(classes) if outputs is None else 1000, console).to(device)
     batch_size = options.batch_size or 2 * (config.micro_batch or config.batch_size)
+    check_pass(batch_size * options.crops, config, "--batch-size")
     validator = Validator(config, model, make_transform(config, options.crops), batch_size, device, console)
     results: dict[str, Any] = {"model": config.model, "weights": str(weights or "pretrained"), "data": config.data}
     results |= {name: getattr(config, name) for name in ("img_size", "crop_pct", "crop_mode", "interpolation", "amp")}
@@ -251,7 +256,7 @@ def validate(options: Options, console: Console) -> dict[str, Any]:
     if options.results:
         try:
             write_atomic(options.results, json.dumps(results, indent=1).encode())
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a path that ends in no name
             raise ConfigError(f"--results: expected a file to write to, got: {error}; try another path") from error
     return results
 
@@ -274,12 +279,18 @@ def show(results: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def parse(argv: list[str] | None = None) -> Options:
+    """Read the command line."""
+    check_words(sys.argv[1:] if argv is None else argv)
+    return tyro.cli(Options, args=argv, prog="python -m train.validate")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     signals.end_at_once()
     console = make_console()
     try:
-        show(validate(tyro.cli(Options, args=argv, prog="python -m train.validate"), console), console)
+        show(validate(parse(argv), console), console)
     except TrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

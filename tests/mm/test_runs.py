@@ -173,3 +173,14 @@ def test_mistakes_on_the_command_line(args, message, nuclei, tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", ["train_seg.py", *args])
     with pytest.raises(SystemExit, match=f"^error: {message}"):
         main("mmseg", "train", "")
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**32), str(2**63)])
+def test_seeds_out_of_range_are_refused(seed, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    from mm_runner import main
+
+    monkeypatch.setattr(sys, "argv", ["train_seg.py", "any.py", "--seed", seed])
+    with pytest.raises(SystemExit, match="2"):
+        main("mmseg", "train", "")
+    assert f"argument --seed: expected 0 to {2**32 - 1}, got {seed}; try 42" in capsys.readouterr().err

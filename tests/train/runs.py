@@ -1,6 +1,8 @@
 """What the tests of whole runs share: how to build one, and how to read what it left."""
 
+import contextlib
 import csv
+import io
 import shutil
 from pathlib import Path
 
@@ -10,17 +12,44 @@ from safetensors import safe_open
 
 from train import distributed, metrics
 from train import run as trainer
+from train.checks import CONTROL
 from train.config import parse
+from train.errors import TrainError
 
 SMALL = ("--img-size", 32, "--batch-size", 8, "--warmup-epochs", 0)
 # One update an epoch: log.csv holds the loss of each. Nothing is drawn but the order.
 PLAIN = ("--img-size", 32, "--batch-size", 32, "--warmup-epochs", 0, "--scale", 1, 1, "--ratio", 1.2, 1.2)
 PLAIN += ("--hflip", 0, "--lr", 1e-3)
 
+# No number of an option; and what somebody may put on a command line.
+NONSENSE = ("-1", "nan", "inf", "-inf", "1e-320", "1e30", "9223372036854775808", f"1{'0' * 400}")
+WORDS = (*NONSENSE, "0", "2147483648", "word", "", "a\nb", "\x1b[31mred", "\u202egnp", "x" * 5000, f"x/{'y' * 300}")
+
 
 def slow(*values):
     """A case that only the full test run takes."""
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def attempt(action, *args):
+    """What `action` returns, or None for a refusal: one sentence, or tyro's usage."""
+    said, stopped = io.StringIO(), None
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            return action(*args)
+    except (TrainError, SystemExit) as error:
+        stopped = error
+    text = str(stopped) if isinstance(stopped, TrainError) else said.getvalue()
+    if isinstance(stopped, TrainError):
+        assert "expected " in text
+        assert "; try " in text
+        assert len(text) < 400, text
+    else:
+        assert stopped.code == 2
+        assert len(text) < 5000
+        text = text.replace("\n", "")
+    assert not CONTROL.search(text)
+    return None
 
 
 def build(*options):

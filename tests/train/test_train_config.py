@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import timm
 import yaml
 
 from train.checks import check
@@ -70,6 +71,10 @@ def test_unknown_key_names_the_nearest_and_exits_with_2(tmp_path, run, capsys):
         ("resume: x", "unknown key 'resume'"),
         ("1: 2", "unknown key 1"),
         ("lr: !!python/object/apply:os.getcwd []", "expected flat YAML"),
+        ("false", "expected `option: value` lines, got a bool"),
+        (f"lr: {'[' * 2000}", "values nested too deeply"),
+        ("a: &a {x: 1}\nb: {<<: [*a, *a]}", "an alias of more than one value, *a"),
+        (f"lr: 1{' ' * 50_000}", "got more than 50000 characters"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, text, words):
@@ -78,31 +83,28 @@ def test_bad_files_are_refused(tmp_path, text, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("file", ["/dev/zero", "."])
+def test_only_files_are_read(file):
+    with pytest.raises(ConfigError, match=f"expected a YAML file at {file}, got something else than a plain file; try"):
+        read_yaml(Path(file))
+
+
 @pytest.mark.parametrize(
     ("flag", "change"),
     [
-        ("--epochs", {"epochs": 0, "warmup_epochs": 0}),
-        ("--micro-batch", {"micro_batch": 0}),
-        ("--aug-repeats", {"aug_repeats": 0}),
-        ("--keep-checkpoints", {"keep_checkpoints": 0}),
-        ("--lr", {"lr": float("nan")}),
         ("--min-lr", {"lr": 1e-6}),
-        ("--peak-tflops", {"peak_tflops": 0.0}),
-        ("--checkpoint-every", {"checkpoint_every": -1}),
-        ("--kd-weight", {"kd_model": "test_vit", "kd_weight": float("inf")}),
-        ("--layer-decay", {"layer_decay": 0.0}),
-        ("--ema-decay", {"ema_decay": 1.0}),
-        ("--reprob", {"reprob": 1.5}),
-        ("--max-bad", {"max_bad": 1.01}),
         ("--in-chans", {"in_chans": 2}),
         ("--scale", {"scale": (0.9, 0.5)}),
-        ("--ratio", {"ratio": (0.0, 1.0)}),
+        ("--ratio", {"ratio": (1.3, 0.7)}),
         ("--mean", {"mean": ()}),
-        ("--std", {"std": (0.0,)}),
         ("--train-only", {"train_only": ("head.*", "")}),
         ("--wandb-project", {"wandb_project": ""}),
         ("--name", {"name": "../elsewhere"}),
         ("--name", {"name": ".."}),
+        ("--name", {"name": " "}),
+        ("--data", {"data": " "}),
+        ("--output", {"output": Path("a/b\nc")}),
+        ("--model-args", {"model_args": ("a=\x1b[2J",)}),
         ("--warmup-epochs", {"warmup_epochs": 99}),
         ("--batch-size", {"mixup": 0.8, "batch_size": 7}),
         ("--micro-batch", {"cutmix": 1.0, "micro_batch": 7}),
@@ -136,6 +138,14 @@ def test_impossible_values_are_refused(flag, change):
 )
 def test_possible_values_are_accepted(change):
     check(dataclasses.replace(Config(), **change))
+
+
+def test_what_models_bring_is_in_range():
+    """Else a run that takes it from its model could not be resumed."""
+    for name in timm.list_models(pretrained=True):
+        cfg = timm.get_pretrained_cfg(name)
+        values = {"mean": cfg.mean, "std": cfg.std, "crop_pct": cfg.crop_pct, "img_size": cfg.input_size[-1]}
+        check(dataclasses.replace(Config(), **values))
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,16 @@
 
 import math
 import os
+import re
 import shutil
 
 import pytest
 import torch
+from PIL import Image
 from runs import PLAIN, SMALL, assert_same_tensors, build, column, slow, stop_after_first_epoch, tensors
 
 from train import distributed, finetune
 from train import run as trainer
-from train.__main__ import main
 from train.config import Config
 from train.engine import Engine
 from train.loader import Batches
@@ -23,9 +24,21 @@ from train.loader import Batches
         (("--model-args", "colour=red"), "expected options that test_dinat takes"),
         (("--model-args", "depths=[1"), "--model-args: expected a YAML value, got 'depths=[1'"),
         (("--model-args", "num_heads=0"), "expected options that test_dinat takes"),
+        (("--model-args", "depths=[&a [1], &b [*a, *a], [*b, *b]]"), "(an alias of more than one value, *a)"),
+        (("--model-args", f"depths={'[' * 2000}"), "(values nested too deeply)"),
+        (("--model-args", "depths=!!int ''"), "--model-args: expected a YAML value"),
+        (("--model-args", "depths=[1, 2147483648]"), "(numbers up to 100000 are possible)"),
+        (("--model-args", "mlp_ratio=.nan"), "(numbers up to 100000 are possible)"),
+        (("--device", "meta"), "--device: expected a usable device, got 'meta' ("),
+        (("--device", "privateuseone"), "--device: expected a usable device"),
+        (("--auto-augment", "rand-m9-n1000000000"), "--auto-augment: expected a timm policy"),
+        (("--auto-augment", "augmix-m3-a0"), "got ValueError: alpha <= 0; try another --auto-augment"),
+        (("--img-size", 4096, "--crop-pct", 0.1), "the size before the crop, of at most 16384, got 4096 / 0.1"),
+        (("--img-size", 8192, "--batch-size", 32), "--micro-batch: expected at most 10 images of 8192 px"),
+        (("--workers", 1024), "--workers: expected at most"),
         (("--opt", "adahessian"), "--opt: expected an optimizer of first order"),
         (("--opt", "fusedlamb"), "--opt: expected one that runs here, got fusedlamb"),
-        (("--name", "x" * 300), "--output: expected a folder to write to"),
+        (("--name", "x" * 300), "--name: expected names of at most 255 bytes, got 'xxx"),
         (("--output", os.devnull), "--output: expected a folder to write to"),
     ],
 )
@@ -37,6 +50,14 @@ def test_images_that_do_not_fit_are_said(refused):
     said = refused("--img-size", 30)
     assert "--img-size: expected images that fit test_vit, got 30x30 (Input height (30) should be divisible" in said
     assert "try --img-size 160" in said
+
+
+def test_images_of_one_pixel_are_cropped_to_one(folder_data, tmp_path):
+    for path in (folder_data / "train").glob("*/*.png"):
+        Image.new("RGB", (1, 1), "white").save(path)
+    options = ("--data", folder_data, *SMALL, "--output", tmp_path, "--scale", 0.001, 0.001, "--ratio", 10, 10)
+    images, _ = next(build("--model", "test_vit", *options).engine.loaders.begin(0, 0))
+    assert images.min() > 0.9  # an empty crop would be black
 
 
 def schedule(kind, epoch):
@@ -168,8 +189,16 @@ def test_optimizers_of_shards(folder_data, run, launch, tmp_path, opt, tolerance
 def test_presets_train(folder_data, tmp_path, preset):
     options = ("--model", "test_dinat", "--data", folder_data, *SMALL, "--micro-batch", 4, "--workers", 0)
     options += ("--no-pretrained", "--epochs", 1, "--output", tmp_path / "out", "--name", preset)
-    assert main(finetune.arguments([preset, *map(str, options)])) == 0
+    assert finetune.run([preset, *map(str, options)]) == 0
     assert len(column(tmp_path / "out" / preset, "top1")) == 1
+
+
+@pytest.mark.parametrize("words", [[], ["a\nb"], ["x" * 5000]])
+def test_no_preset_is_said(capsys, words):
+    assert finetune.run(words) == 2
+    assert re.fullmatch(
+        r"error: expected a preset, got .{4,90}; try python -m train.finetune .*\n", capsys.readouterr().err
+    )
 
 
 def test_loggers_follow_a_run_and_its_continuation(folder_data, run):

@@ -1,8 +1,10 @@
 """`python -m train.validate` against the run's own log and against figures computed by hand, image by image."""
 
 import csv
+import dataclasses
 import importlib.resources
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,12 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from runs import NONSENSE, WORDS, attempt
 from safetensors.torch import save_file
 
-from train.validate import main
+from train.metrics import make_console
+from train.validate import Options, main, parse
+from train.validate import validate as score
 
 MODEL = "test_vit"
 INFO = importlib.resources.files("timm.data") / "_info"
@@ -225,6 +230,23 @@ def test_real_labels(tmp_path, validate):
 )
 def test_wrong_options_say_what_to_do(validate, args, error):
     assert error in validate(*args, exit_code=2)
+
+
+def test_every_option_with_every_value(tmp_path, monkeypatch):
+    """Refused in one sentence, or scored."""
+    make_weights(tmp_path / "w.safetensors", 2)
+    for name in ("a", "b"):
+        write(tmp_path / "data" / "val" / name / "0.png", 0)
+    monkeypatch.chdir(tmp_path)
+    base, scored = [*map(str, options(tmp_path, tmp_path / "data"))], 0
+    for field in dataclasses.fields(Options):
+        flag = f"--{field.name.replace('_', '-')}"
+        rest = base if flag not in base else base[: base.index(flag)] + base[base.index(flag) + 2 :]
+        for word in WORDS:
+            if attempt(lambda args: score(parse(args), make_console(enabled=False)), [*rest, flag, word]):
+                assert not (re.search(r"\b(int|float)\b", str(field.type)) and word in NONSENSE), (flag, word)
+                scored += 1
+    assert scored > 5
 
 
 def test_a_head_of_another_size_is_refused(tmp_path, validate):

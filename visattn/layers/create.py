@@ -1,5 +1,6 @@
 """The attention layers that models choose by name."""
 
+import reprlib
 from typing import Any
 
 from visattn.layers.agent import AgentAttention
@@ -25,5 +26,7 @@ def create_token_mixer(attention: str, dim: int, num_heads: int, feat_size: tupl
         TypeError: Arguments that the layer does not have.
     """
     if attention not in TOKEN_MIXERS:
-        raise ValueError(f"expected attention of {', '.join(map(repr, TOKEN_MIXERS))}, got {attention!r}")
+        raise ValueError(
+            f"expected attention of {', '.join(map(repr, TOKEN_MIXERS))}, got {reprlib.repr(attention):.80}"
+        )
     return TOKEN_MIXERS[attention](dim, num_heads, feat_size, **args)

@@ -1,5 +1,7 @@
 """InLine attention: linear attention whose weights tell queries apart, with kernels that the input makes."""
 
+import reprlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,7 +45,9 @@ class InLineAttention(TokenMixer):
     ) -> None:
         super().__init__(dim, num_heads, feat_size, num_prefix_tokens, sr_ratio, qkv_bias, proj_drop, device, dtype)
         if kernel_func not in ("identity", "relu", "leakyrelu", "exp"):
-            raise ValueError(f"expected kernel_func 'identity', 'relu', 'leakyrelu' or 'exp', got {kernel_func!r}")
+            raise ValueError(
+                f"expected kernel_func 'identity', 'relu', 'leakyrelu' or 'exp', got {reprlib.repr(kernel_func):.80}"
+            )
         dd = {"device": device, "dtype": dtype}
         self.kernel_func = kernel_func
         self.residual = nn.Sequential(

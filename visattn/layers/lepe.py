@@ -1,5 +1,7 @@
 """Depthwise convolutions on channels-last maps, and attention over the whole map with such a position encoding."""
 
+import reprlib
+
 import torch
 from torch import Tensor, nn
 
@@ -60,7 +62,7 @@ class LePEAttention(_SelfAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         if lepe_on not in ("input", "value"):
-            raise ValueError(f"expected lepe_on 'input' or 'value', got {lepe_on!r}")
+            raise ValueError(f"expected lepe_on 'input' or 'value', got {reprlib.repr(lepe_on):.80}")
         super().__init__(dim, num_heads, None, qkv_bias, 0.0, device, dtype)
         self.lepe_on = lepe_on
         self.lepe = DepthwiseConv(dim, side_dwconv, device=device, dtype=dtype) if side_dwconv else None

@@ -1,5 +1,7 @@
 """Convolutional stem and inverted bottleneck of CoAtNet and MaxViT, on maps [B, C, H, W]."""
 
+import reprlib
+
 import torch
 from timm.layers import DropPath, SqueezeExcite, create_act_layer, to_2tuple
 from torch import Tensor, nn
@@ -48,7 +50,7 @@ def create_pool(kind: str) -> nn.Module:
         return nn.AvgPool2d(3, stride=2, padding=1)
     if kind == "max3":
         return nn.MaxPool2d(3, stride=2, padding=1)
-    raise ValueError(f"expected a pool of 'avg2', 'avg3', 'max2' or 'max3', got {kind!r}")
+    raise ValueError(f"expected a pool of 'avg2', 'avg3', 'max2' or 'max3', got {reprlib.repr(kind):.80}")
 
 
 class ConvStem(nn.Module):
@@ -156,7 +158,7 @@ class MBConv(nn.Module):
         if stride not in (1, 2):
             raise ValueError(f"expected stride 1 or 2, got {stride}")
         if stride_mode not in ("dw", "conv1", "pool"):
-            raise ValueError(f"expected stride_mode 'dw', 'conv1' or 'pool', got {stride_mode!r}")
+            raise ValueError(f"expected stride_mode 'dw', 'conv1' or 'pool', got {reprlib.repr(stride_mode):.80}")
         dd = {"device": device, "dtype": dtype}
         norm = {"eps": norm_eps, "momentum": norm_momentum, **dd}
         out_dim = out_dim or dim

@@ -1,5 +1,7 @@
 """Bi-level routing attention over `visattn.ops.bilevel_routing_attention`, channels-last."""
 
+import reprlib
+
 import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
@@ -82,9 +84,9 @@ class BiLevelRoutingAttention(nn.Module):
         if min(to_2tuple(n_win)) < 1 or topk < 1:
             raise ValueError(f"expected n_win and topk of at least 1, got {n_win} and {topk}")
         if padding not in ("mask", "project", "zero"):
-            raise ValueError(f"expected padding 'mask', 'project' or 'zero', got {padding!r}")
+            raise ValueError(f"expected padding 'mask', 'project' or 'zero', got {reprlib.repr(padding):.80}")
         if param_attention not in ("qkvo", "qkv"):
-            raise ValueError(f"expected param_attention 'qkvo' or 'qkv', got {param_attention!r}")
+            raise ValueError(f"expected param_attention 'qkvo' or 'qkv', got {reprlib.repr(param_attention):.80}")
         _check_routing(param_routing, diff_routing, soft_routing)
         self.num_heads = num_heads
         self.n_win = list(to_2tuple(n_win))
@@ -173,13 +175,13 @@ def _kv_pool(mode: str, ratio: int, per_win: int) -> tuple[str, int]:
     """The op's name and size of a pooling of keys and values."""
     if mode in ("fracpool", "conv"):
         raise NotImplementedError(
-            f"kv_downsample_mode {mode!r} is named by the official code, which does not implement it; "
+            f"kv_downsample_mode {reprlib.repr(mode):.80} is named by the official code, which does not implement it; "
             f"try one of {sorted(_KV_POOLS)}"
         )
     if mode not in _KV_POOLS:
-        raise ValueError(f"expected kv_downsample_mode of {sorted(_KV_POOLS)}, got {mode!r}")
+        raise ValueError(f"expected kv_downsample_mode of {sorted(_KV_POOLS)}, got {reprlib.repr(mode):.80}")
     size = 1 if mode == "identity" else per_win if mode.startswith("ada") else ratio
     if size < 1:
         name = "kv_per_win" if mode.startswith("ada") else "kv_downsample_ratio"
-        raise ValueError(f"expected {name} of at least 1 for {mode!r}, got {size}")
+        raise ValueError(f"expected {name} of at least 1 for {reprlib.repr(mode):.80}, got {size}")
     return ("none", 1) if size == 1 and not mode.startswith("ada") else (_KV_POOLS[mode], size)

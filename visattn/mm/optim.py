@@ -1,5 +1,6 @@
 """Optimizer settings by layer and parameter, and training in lower precision, for mmengine's Runner."""
 
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -80,7 +81,9 @@ class AutocastOptimWrapper(AmpOptimWrapper):
 
     def __init__(self, dtype: str = "bfloat16", **kwargs: Any) -> None:
         if dtype not in ("bfloat16", "float16"):
-            raise ValueError(f"expected dtype 'bfloat16' or 'float16', got {dtype!r}; for float32 use OptimWrapper")
+            raise ValueError(
+                f"expected dtype 'bfloat16' or 'float16', got {reprlib.repr(dtype):.80}; for float32 use OptimWrapper"
+            )
         OptimWrapper.__init__(self, **kwargs)  # that of AmpOptimWrapper refuses CPUs
         self.device = get_device()
         self.cast_dtype = getattr(torch, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,9 @@ def per_axis(name: str, value: Any, kind: type, axes: int) -> list[Any]:
     """A value, or one value per axis, as a list of one per axis."""
     values = [value] * axes if isinstance(value, kind) else list(value)
     if len(values) != axes or not all(isinstance(x, kind) for x in values):
-        raise ValueError(f"expected {name} of one {kind.__name__} or {axes} (one per spatial axis), got {value!r}")
+        raise ValueError(
+            f"expected {name} of one {kind.__name__} or {axes} (one per spatial axis), got {reprlib.repr(value):.80}"
+        )
     return values
 
 
