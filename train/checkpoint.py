@@ -257,7 +257,13 @@ def restore(path: Path, state: "TrainState", config: Config, world: World, batch
             set_model_state_dict(state.task.get_trainable_module(ema=True).module, average)
         if values["scaler"]:  # empty without float16
             state.scaler.load_state_dict(values["scaler"])
+        images = state.images
         state.load_progress(values["progress"])
+        if state.images != images:
+            raise CheckpointError(
+                f"--data: expected the {' and '.join(map(str, state.images))} training and test images of the run, got "
+                f"{' and '.join(map(str, images))}; try the data as they were, or a new run with --weights"
+            )
         _move(state, values["recipe"]["batch_size"], batches)
     except CheckpointError:
         raise

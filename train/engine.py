@@ -33,6 +33,7 @@ class TrainState:
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
     meter: Meter  # training loss of the epoch so far
+    images: list[int] = field(default_factory=list)  # how many to train and to test with; their order follows from it
     update: int = 0  # updates so far, dropped ones too
     shift: int = 0  # how many of them do not count for the place, after a change of the batch size
     skipped: int = 0  # updates dropped for a non-finite loss or gradient
@@ -43,7 +44,8 @@ class TrainState:
     history: list[dict[str, Any]] = field(default_factory=list)  # the rows of log.csv
     row: dict[str, Any] | None = None  # of an epoch that has been trained and is to be evaluated
 
-    PROGRESS = ("update", "shift", "skipped", "skipped_in_a_row", "bad_train", "bad_eval", "best", "history", "row")
+    PROGRESS = ("images", "update", "shift", "skipped", "skipped_in_a_row")
+    PROGRESS += ("bad_train", "bad_eval", "best", "history", "row")
 
     @property
     def place(self) -> int:
@@ -56,7 +58,7 @@ class TrainState:
 
     def load_progress(self, values: dict[str, Any]) -> None:
         """Take the values of `progress()` back."""
-        values = {"shift": 0, "row": None, **values}  # which older checkpoints lack
+        values = {"shift": 0, "row": None, "images": self.images, **values}  # which older checkpoints lack
         for name in self.PROGRESS:
             setattr(self, name, values[name])
         self.meter.load_state_dict(values["meter"])

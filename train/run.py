@@ -84,7 +84,7 @@ def build(config: Config, world: World, console: Console) -> Run:
     optimizer = make_optimizer(config, task)
     scheduler = make_scheduler(config, optimizer, loaders.batches.updates)
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "float16")
-    state = TrainState(task, optimizer, scheduler, scaler, Meter())
+    state = TrainState(task, optimizer, scheduler, scaler, Meter(), [len(data.train), len(data.eval)])
     lock = FolderLock()
     try:
         folder = world.on_main(lambda: open_folder(config, data.name, lock, console))

@@ -253,3 +253,11 @@ def test_other_numbers_of_processes_go_on_with_the_same_images(folder_data, laun
     for key in ("train_loss", "eval_loss", "top1", "ema_loss"):
         got = [row[key] for row in values["progress"]["history"]]
         assert got == pytest.approx([row[key] for row in expected["progress"]["history"]], rel=1e-5), key
+
+
+def test_other_images_are_not_taken_for_those_of_the_run(folder_data, run, capsys):
+    code, folder = run("r", "--data", folder_data, *SMALL, "--epochs", 1)
+    assert code == 0
+    shutil.copy(folder_data / "train" / "red" / "0.png", folder_data / "train" / "red" / "more.png")
+    assert run("r", "--resume", folder, "--epochs", 2)[0] == 2
+    assert "expected the 32 and 12 training and test images of the run, got 33 and 12" in capsys.readouterr().err
