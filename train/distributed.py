@@ -143,7 +143,11 @@ def _pick_together(name: str, local_rank: int, rank: int, size: int) -> torch.de
     except ConfigError as error:
         problem = str(error)
     _store.set(f"device/{rank}", problem)
-    if problems := [text for text in _store.multi_get([f"device/{peer}" for peer in range(size)]) if text]:
+    problems = [text for text in _store.multi_get([f"device/{peer}" for peer in range(size)]) if text]
+    _store.set(f"read/{rank}", "")
+    if problems:
+        if rank == 0:  # which holds the store, and now ends
+            _store.wait([f"read/{peer}" for peer in range(size)])
         raise ConfigError(problems[0].decode())
     return device
 

@@ -158,7 +158,7 @@ def test_missing_splits(folder_data):
     ):
         open_data(config_for(folder_data / "nowhere"))
     for name in ("x" * 5000, "x\0y"):  # which the system refuses by other errors
-        with pytest.raises(DataNotFoundError, match="got no folder x"):
+        with pytest.raises(DataNotFoundError, match="expected the folder x"):
             open_data(config_for(name))
     shutil.rmtree(folder_data / "val")
     with pytest.raises(DataNotFoundError, match=r"expected the folder .*val or .*validation or .*test, got train; try"):

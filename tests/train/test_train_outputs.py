@@ -194,10 +194,10 @@ def fill_disk():
     """No rank can export weights."""
     real = open
 
-    def full(path, *args):
+    def full(path, *args, **options):
         if os.path.basename(path) == ".model.safetensors.tmp":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return real(path, *args)
+        return real(path, *args, **options)
 
     files.open = full
 

@@ -41,8 +41,20 @@ def sizes_are_known(args: tuple[Any, ...]) -> bool:
 
 
 def flops_are_counted() -> bool:
-    """True under `FlopCounterMode`, whose mode is private and has had other names in other versions of PyTorch."""
-    return any("FlopCounter" in type(mode).__name__ for mode in _get_current_dispatch_mode_stack())
+    """True under `FlopCounterMode`."""
+    return _in_mode("FlopCounter")
+
+
+def _is_compiling() -> bool:
+    """True while `torch.compile` traces; before PyTorch 2.13 `is_compiling` is silent below Dynamo."""
+    if torch.compiler.is_exporting():
+        return False
+    return torch.compiler.is_compiling() or _in_mode("FunctionalTensorMode")
+
+
+def _in_mode(name: str) -> bool:
+    """By name, as the classes of modes are private and not the same in all versions of PyTorch."""
+    return any(name in type(mode).__name__ for mode in _get_current_dispatch_mode_stack())
 
 
 def _fresh(x: Tensor, args: Sequence[Any]) -> Tensor:
@@ -148,8 +160,7 @@ def define_op(
 
     def call(*args: Any) -> Tensor:
         args = (*args, *defaults[len(args) :])
-        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        whole = whole_on_cpu and compiled and args[0].device.type == "cpu"
+        whole = whole_on_cpu and args[0].device.type == "cpu" and _is_compiling()
         if whole or not sizes_are_known(args) or (flops is not None and flops_are_counted()):
             return hidden(*args)
         return run(*args)

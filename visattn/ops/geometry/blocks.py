@@ -55,10 +55,10 @@ class Partition:
 
     def occupied(self, device: torch.device | str | None = None) -> Tensor:
         """[windows, slots] whether a slot holds a token."""
-        windows, slots, _ = self.layout()
-        filled = torch.zeros(windows, slots, dtype=torch.bool, device=device)
-        filled[self.place(device)] = True
-        return filled
+        windows, slots, empty = self.layout()
+        token = torch.arange(windows * slots, device=device) - empty
+        filled = (token >= 0) & (token < self.length)
+        return filled.view(slots, windows).mT if self.is_grid else filled.view(windows, slots)
 
     def pairs(self) -> int:
         """How many (query, key) pairs see each other."""
