@@ -3,7 +3,7 @@
 # the middle, and with the newest that pip offers. Ends with a line for each, and with 1 if any failed.
 #
 #   tools/test_torch_versions.sh                 all three
-#   tools/test_torch_versions.sh 2.12.1 newest   these
+#   tools/test_torch_versions.sh 2.14.1 newest   these
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,7 +14,7 @@ selection=(
     tests/train/test_train_checkpoint.py
 )
 oldest=$(sed -n 's/^ *"torch>=\([0-9.]*\).*/\1/p' pyproject.toml)
-[ "$#" -gt 0 ] || set -- "$oldest" 2.12.1 newest
+[ "$#" -gt 0 ] || set -- "$oldest" 2.14.1 newest
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

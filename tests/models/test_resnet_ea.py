@@ -12,6 +12,7 @@ from tests.models.golden import check_levels, check_native_keys_pass
 from tests.tolerances import MODEL_GOLDEN, relative_error
 from visattn.layers import EfficientAttention2d
 from visattn.models.resnet_ea import checkpoint_filter_fn
+from visattn.weights import WeightsError
 
 
 def plain(**args):
@@ -151,7 +152,7 @@ def test_filter_passes_native_keys_and_tells_of_missing_ones():
     check_native_keys_pass("test_resnet_ea")
     model = ea()
     state = {key: value for key, value in model.state_dict().items() if key != "layer3.1.values.weight"}
-    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "layer3\.1\.values\.weight"'):
+    with pytest.raises(WeightsError, match=r"which lacks \['layer3\.1\.values\.weight'\]"):
         model.load_state_dict(checkpoint_filter_fn(state, model))
 
 
