@@ -150,8 +150,11 @@ class Host(torch.nn.Module):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_export_with_dynamic_sizes_and_fx(form):
+def test_export_with_dynamic_sizes_and_fx(form, request):
     """One graph also for maps below the grid of agents."""
+    if form == "reduced keys" and torch.__version__ < "2.14":
+        why = "PyTorch 2.13 does not see that w * min(C, C * w) is C * w; whole models export"
+        request.applymarker(pytest.mark.xfail(reason=why, strict=True))
     host = Host(form)
     smallest = 2 * host.attn.sr_ratio[0]
     b, h, w = (torch.export.Dim(name, min=low, max=64) for name, low in (("b", 1), ("h", smallest), ("w", smallest)))

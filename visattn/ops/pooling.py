@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visattn.ops.geometry import bins
+from visattn.ops.geometry import bin_edges
 from visattn.ops.registration import define_op
 
 
@@ -40,10 +40,10 @@ def _average(x: Tensor, axis: int, number: int) -> Tensor:
     length = x.shape[axis]
     if length % number == 0:
         return x.unflatten(axis, (number, length // number)).mean(axis + 1)
-    weight = torch.zeros(number, length, dtype=x.dtype)
-    for row, (start, stop) in zip(weight, bins(length, number), strict=True):
-        row[start:stop] = 1 / (stop - start)
-    return (weight.to(x.device) @ x.flatten(axis + 1)).unflatten(-1, x.shape[axis + 1 :])
+    start, stop = bin_edges(length, number, x.device)  # [number, 1]
+    token = torch.arange(length, device=x.device)
+    weight = ((start <= token) & (token < stop)).to(x.dtype) / (stop - start)  # [number, length]
+    return (weight @ x.flatten(axis + 1)).unflatten(-1, x.shape[axis + 1 :])
 
 
 def _avg_pool_grid(x: Tensor, ratio: list[int], size: list[int]) -> Tensor:

@@ -3,7 +3,7 @@
 Integer arithmetic only, one axis at a time; a window on a map is the product of its axes.
 """
 
-from visattn.ops.geometry.blocks import Halo, Partition, bins
+from visattn.ops.geometry.blocks import Halo, Partition, bin_edges, bins
 from visattn.ops.geometry.pooled import Pooled, interpolated
 from visattn.ops.geometry.sliding import Axis, Neighbors, Tiles, neighbors, sees_all, tile_sizes, tiles, window
 from visattn.ops.geometry.spans import NONE, OUTSIDE, AnyAxis, Clipped, Cut, Spans, Whole, padded_rows, spans, tile_plan
@@ -22,6 +22,7 @@ __all__ = [
     "Spans",
     "Tiles",
     "Whole",
+    "bin_edges",
     "bins",
     "interpolated",
     "neighbors",

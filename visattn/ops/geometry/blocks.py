@@ -127,3 +127,9 @@ class Halo:
 def bins(length: int, number: int) -> list[tuple[int, int]]:
     """The [start, stop) of adaptive pooling's `number` bins: they cover the axis and overlap where they do not fit."""
     return [(i * length // number, -(-(i + 1) * length // number)) for i in range(number)]
+
+
+def bin_edges(length: int, number: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
+    """`bins` as tensors [number, 1], which are arithmetic in an exported program where a list would be a constant."""
+    i = torch.arange(number, device=device)[:, None]
+    return i * length // number, ((i + 1) * length + number - 1) // number

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from visattn.ops.geometry.blocks import bins
+from visattn.ops.geometry.blocks import bin_edges, bins
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Pooled:
 
     def index(self, device: torch.device | str | None = None) -> Tensor:
         """[length, pooled] place of the distance of each query and key in `distances`."""
-        keys = torch.tensor(self.keys, device=device)
-        twice = 2 * torch.arange(self.length, device=device)
-        return (twice[:, None] - keys - self.distances.start) // self.step
+        start, stop = bin_edges(self.length, self.pooled, device)
+        twice = 2 * torch.arange(self.length, device=device)[:, None]
+        return (twice - (start + stop - 1).mT - self.distances.start) // self.step
 
 
 def _stretch(size: int, new: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
