@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import stat
 import tarfile
 from pathlib import Path
@@ -321,6 +322,20 @@ def test_what_lies_beside_shards_is_said(tmp_path):
     assert data.eval.report.endswith(
         "; 1 tar file(s) of " + f"{tmp_path}/train too, so that models are tested on what they learnt"
     )
+
+
+def test_repeated_shards_and_numbers_without_images_are_said(tmp_path):
+    """As classes from 1 on have, which are common."""
+    (tmp_path / "train").mkdir()
+    with tarfile.open(tmp_path / "train" / "0.tar", "w") as archive:
+        for key, number in enumerate("122"):
+            add(archive, f"{key}.png", b"x")
+            add(archive, f"{key}.cls", number.encode())
+    shutil.copytree(tmp_path / "train", tmp_path / "val")
+    (tmp_path / "train" / "1.tar").symlink_to("0.tar")
+    data = open_data(config_for(tmp_path))
+    assert len(data.train) == 3
+    assert data.train.report.endswith("2 classes; left out as repeated: 1.tar = 0.tar; without images: 0")
 
 
 @pytest.mark.timeout(60)
