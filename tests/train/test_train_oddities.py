@@ -449,3 +449,18 @@ def test_both_commands_say_it(folder_data, run, capsys):
     assert capsys.readouterr().out.index(said) < 1000
     assert main(["--run", str(folder)]) == 0
     assert capsys.readouterr().out.startswith(said)
+    # Figures that took long are shown before the file of --results is written, and a pipe is no such file.
+    os.mkfifo(folder / "pipe")
+    assert main(["--run", str(folder), "--results", str(folder / "pipe")]) == 2
+    said = capsys.readouterr()
+    assert "top1" in said.out
+    assert "--results: expected a file to write to, got: [Errno 22] Not a regular" in said.err
+    assert stat.S_ISFIFO(os.stat(folder / "pipe").st_mode)
+    # No image to test with is no accuracy of 0.
+    for path in (folder_data / "val").glob("*/*.png"):
+        path.write_bytes(b"")
+    code, folder = run("none", *options)
+    assert code == 2
+    reason = f"{folder_data}/val/blue/0.png (no image in a known format)"
+    assert f"error: expected readable test images, got none, as {reason}; try to repair" in capsys.readouterr().err
+    assert not (folder / "model.safetensors").exists()
