@@ -187,10 +187,16 @@ def _list_split(root: Path, names: tuple[str, ...]) -> Listing:
 def _list_content(folder: Path) -> Listing:
     """List a folder of webdataset shards, if it holds tar files, or of class folders."""
     names = sorted((path.name for path in folder.iterdir() if not is_hidden(path.name)), key=natural)
-    shards = [folder / name for name in names if name.endswith(".tar")]
+    shards: dict[str, Path] = {}
+    repeated = []
+    for path in (folder / name for name in names if name.endswith(".tar")):
+        first = shards.setdefault(os.path.realpath(path), path)
+        repeated += [f"{path.name} = {first.name}"] if first != path else []
     if not shards:
         return list_folder(folder)
-    found = list_tars(folder, shards, numbered=True)
+    found = list_tars(folder, list(shards.values()), numbered=True)
+    if repeated:
+        found.remarks.append(f"left out as repeated: {some(repeated)}")
     if others := [name for name in names if not name.endswith(".tar")]:
         found.remarks.append(f"left out beside the shards: {some(others)}")
     return found
@@ -204,7 +210,11 @@ def _said(listing: Listing) -> str:
 def _classes(train: Listing) -> list[str]:
     """The names of the classes in the order of their numbers."""
     if train.numbered:
-        return _numbered(max(int(label) for label in train.labels) + 1, len(train.names), train.path)
+        known = {int(label) for label in train.labels}
+        classes = _numbered(max(known) + 1, len(train.names), train.path)
+        if lost := [name for name in classes if int(name) not in known]:
+            train.remarks.append(f"without images: {some(lost)}")
+        return classes
     return _two(sorted(set(train.labels), key=natural), train.path, _said(train))
 
 
@@ -264,7 +274,7 @@ def _open_hf(name: str, mode: str) -> Data:
     if file.count(os.sep) > 2 and os.path.isdir(name):  # SPLIT/CLASS/.../IMAGE
         train.report = f"{where}: classes are the last folders of the images ({file}); try --data {name} for the first"
     notes = [f"tested on the split {evaluation}"] * (evaluation != EVAL_SPLITS[0])
-    if lost := [classes[number] for number in np.setdiff1d(*reversed(targets))]:
+    if lost := [classes[number] for number in np.setdiff1d(np.arange(len(classes)), targets[0])]:
         notes.append(f"of {some(lost)} there are no training images")
     test.report = f"{where}: {'; '.join(notes)}" if notes else ""
     return Data(Path(name).name, train, test, classes)

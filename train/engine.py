@@ -211,6 +211,7 @@ class Engine:
 
         Raises:
             Interrupted: a process was asked to stop. The checkpoint is older than the evaluation.
+            DataError: no test image can be read.
         """
         # Not get_eval_model: of what fsdp2 has sharded only the whole can be called.
         model = unwrap_model(self.state.task.get_trainable_module(ema=ema))
@@ -232,4 +233,7 @@ class Engine:
             evaluator.update(output[readable], target[readable])
         if isinstance(model, FSDPModule):
             model.reshard()  # its own parameters stay gathered after a forward pass, for a backward pass
+        if not self.world.total([evaluator.num_samples])[0]:
+            source = self.loaders.eval.dataset.source
+            raise DataError(f"expected readable test images, got none, as {source.describe(0)}; try to repair the data")
         return dict(evaluator.compute(distributed=self.world.size > 1))

@@ -11,7 +11,9 @@ from typing import Any
 LONGEST = 1000  # characters of an error
 OUT_OF = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN)
 # What libraries make of these.
-REFUSED = re.compile(r"start new thread|allocate memory|map segment|unable to mmap|bad_alloc|Too many open files")
+REFUSED = re.compile(
+    "start new thread|allocate memory|map segment|unable to mmap|bad_alloc|Too many open files|create a primitive"
+)
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80

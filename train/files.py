@@ -42,6 +42,8 @@ def _written(path: Path, content: bytes | Callable[[BinaryIO], object]) -> Itera
     """The content of `path` under a temporary name, on the disk; errors name a file."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        if path.exists() and not path.is_file():  # a rename would put a file in the place of /dev/null
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
         with open(temporary, "wb") as file:
             content(file) if callable(content) else file.write(content)
             file.flush()

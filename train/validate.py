@@ -220,7 +220,7 @@ def real_labels(source: Source, file: Path | None, num_classes: int) -> RealLabe
 
 
 def validate(options: Options, console: Console) -> dict[str, Any]:
-    """All figures, also written to `--results`."""
+    """All figures."""
     config, weights = configure(options)
     device = pick_device(config.device)
     splits, classes, outputs = open_splits(config, options.robustness)
@@ -253,12 +253,15 @@ def validate(options: Options, console: Console) -> dict[str, Any]:
                 f"real_top{k}": accuracy for k, accuracy in zip((1, 5), real.get_accuracy().values(), strict=True)
             }
     results["bad_images"] = validator.bad
-    if options.results:
-        try:
-            write_atomic(options.results, json.dumps(results, indent=1).encode())
-        except (OSError, ValueError) as error:  # ValueError: a path that ends in no name
-            raise ConfigError(f"--results: expected a file to write to, got: {error}; try another path") from error
     return results
+
+
+def keep(results: dict[str, Any], path: Path) -> None:
+    """Write the figures to `--results`."""
+    try:
+        write_atomic(path, json.dumps(results, indent=1).encode())
+    except (OSError, ValueError) as error:  # ValueError: a path that ends in no name
+        raise ConfigError(f"--results: expected a file to write to, got: {error}; try another path") from error
 
 
 def show(results: dict[str, Any], console: Console) -> None:
@@ -290,7 +293,11 @@ def main(argv: list[str] | None = None) -> int:
     signals.end_at_once()
     console = make_console()
     try:
-        show(validate(parse(argv), console), console)
+        options = parse(argv)
+        results = validate(options, console)
+        show(results, console)  # first, as it took long and the file may fail
+        if options.results:
+            keep(results, options.results)
     except TrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

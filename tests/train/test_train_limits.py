@@ -22,6 +22,7 @@ from train.loader import allow_files
         BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),  # what fork says
         RuntimeError("can't start new thread"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 196608 bytes"),
+        RuntimeError("could not create a primitive"),  # by oneDNN
     ],
 )
 def test_what_the_system_refuses_is_said(folder_data, run, monkeypatch, capsys, error):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import stat
 import tarfile
 from pathlib import Path
@@ -323,6 +324,20 @@ def test_what_lies_beside_shards_is_said(tmp_path):
     )
 
 
+def test_repeated_shards_and_numbers_without_images_are_said(tmp_path):
+    """As classes from 1 on have, which are common."""
+    (tmp_path / "train").mkdir()
+    with tarfile.open(tmp_path / "train" / "0.tar", "w") as archive:
+        for key, number in enumerate("122"):
+            add(archive, f"{key}.png", b"x")
+            add(archive, f"{key}.cls", number.encode())
+    shutil.copytree(tmp_path / "train", tmp_path / "val")
+    (tmp_path / "train" / "1.tar").symlink_to("0.tar")
+    data = open_data(config_for(tmp_path))
+    assert len(data.train) == 3
+    assert data.train.report.endswith("2 classes; left out as repeated: 1.tar = 0.tar; without images: 0")
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
 @pytest.mark.parametrize("place", ["shard", "tar", "index"])
@@ -434,3 +449,18 @@ def test_both_commands_say_it(folder_data, run, capsys):
     assert capsys.readouterr().out.index(said) < 1000
     assert main(["--run", str(folder)]) == 0
     assert capsys.readouterr().out.startswith(said)
+    # Figures that took long are shown before the file of --results is written, and a pipe is no such file.
+    os.mkfifo(folder / "pipe")
+    assert main(["--run", str(folder), "--results", str(folder / "pipe")]) == 2
+    said = capsys.readouterr()
+    assert "top1" in said.out
+    assert "--results: expected a file to write to, got: [Errno 22] Not a regular" in said.err
+    assert stat.S_ISFIFO(os.stat(folder / "pipe").st_mode)
+    # No image to test with is no accuracy of 0.
+    for path in (folder_data / "val").glob("*/*.png"):
+        path.write_bytes(b"")
+    code, folder = run("none", *options)
+    assert code == 2
+    reason = f"{folder_data}/val/blue/0.png (no image in a known format)"
+    assert f"error: expected readable test images, got none, as {reason}; try to repair" in capsys.readouterr().err
+    assert not (folder / "model.safetensors").exists()
