@@ -120,6 +120,7 @@ def test_what_means_the_same_is_loaded(model):
     with pytest.raises(WeightsError, match=r"lacks .*num_batches_tracked"):
         model.load_state_dict(older)
     timm.create_model(NAME, num_classes=10, device="meta").load_state_dict(state, assign=True)
+    model.to(torch.float8_e4m3fn).load_state_dict(model.state_dict())
 
 
 @pytest.mark.parametrize("read", [from_checkpoint_path, from_pretrained_file])
@@ -170,6 +171,17 @@ def test_damaged_archives_are_refused(saved, tmp_path, read):
         damaged.write_bytes(content)
         with pytest.raises(WeightsError, match=r"expected .*, got a damaged or unsafe file .*; try"):
             read(damaged)
+
+
+def test_damaged_archives_in_folders_are_refused(trained, tmp_path):
+    timm.models.save_for_hf(trained, tmp_path, safe_serialization=False)
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).num_classes == 10
+    file = tmp_path / "pytorch_model.bin"
+    whole = bytearray(file.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    file.write_bytes(whole)
+    with pytest.raises(WeightsError, match=r"pytorch_model.bin, got a damaged or unsafe file .*; try"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
 
 
 @pytest.mark.parametrize("kind", ["compressed", "twice"])

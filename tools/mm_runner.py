@@ -107,9 +107,14 @@ def check(config: Config, job: str) -> None:
     """Look at the data in the first process; all end where they are not as they should be."""
     stops = [False]
     if is_main_process():
-        findings, summary = check_data(config, job)
-        print(summary, *findings.lines("warning"), sep="\n", flush=True)
-        for line in findings.lines("error"):
+        try:
+            findings, summary = check_data(config, job)
+            print(summary, *findings.lines("warning"), sep="\n", flush=True)
+            errors = findings.lines("error")
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # parts of a config of another type
+            got = f"{config.filename} with {type(error).__name__}: {first_line(error)}"
+            errors = [f"error: expected a config whose data can be read, got {got}; try one of configs/, or --no-check"]
+        for line in errors:
             print(line, file=sys.stderr, flush=True)
             stops = [True]
     broadcast_object_list(stops)

@@ -190,7 +190,7 @@ def _is_same_kind(value: Any, target: Tensor) -> bool:
 
 def _count_odd(value: Tensor) -> int:
     """How many values are NaN or infinite, of those that are here: neither on the meta device nor with other ranks."""
-    if value.is_meta or type(value) not in (Tensor, nn.Parameter) or not value.is_floating_point():
+    if value.is_meta or type(value) not in (Tensor, nn.Parameter) or value.dtype not in _KINDS[0]:
         return 0
     return value.numel() - int(value.isfinite().sum())
 

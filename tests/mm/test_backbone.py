@@ -336,3 +336,9 @@ def test_a_detector_initialises_its_backbone_once(tmp_path):
     state = model.state_dict()
     for key, value in detector.backbone.model.state_dict().items():
         assert torch.equal(value, state[key]), key
+
+
+def test_published_weights_that_cannot_be_had_are_one_line():
+    backbone = TimmBackboneVA("test_dinat", pretrained=True)
+    with pytest.raises(WeightsError, match=r"expected the published weights of test_dinat, got No pretrained.*; try"):
+        backbone.init_weights()

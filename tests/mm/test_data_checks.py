@@ -233,8 +233,27 @@ def panoptic(root):
     return data
 
 
+def images_of_another_format(root):
+    """What a loader of one's own reads is left to it."""
+    data = Data("det", root)
+    data.image(1).write_bytes(b"bands")
+    data.config.train_dataloader.dataset.pipeline[0].type = "LoadBands"
+    return data.config
+
+
+def masks_of_another_format(root):
+    """Likewise."""
+    data = Data("seg", root)
+    Image.open(data.mask(1)).convert("RGB").save(data.mask(1))
+    for step in data.config.train_dataloader.dataset.pipeline:
+        if step.type == "LoadAnnotations":
+            step.type = "LoadColourAnnotations"
+    return data.config
+
+
 PUBLISHED = [coco_like, ade_like, voc_like, cityscapes_like, lambda root: panoptic(root).config]
 OWN = [wrapped, two_classes_of_one_output, masks_in_one_folder, other_ignored_label, images_alone, boxes_alone]
+OWN += [images_of_another_format, masks_of_another_format]
 
 
 @pytest.mark.parametrize("make", PUBLISHED + OWN)
@@ -278,6 +297,15 @@ def warn_of_a_mask_of_0_and_255(data):
     data.paint([0, 255], 1)
 
 
+def warn_of_one_class_to_validate(data):
+    for file in data.masks()[-2:]:
+        Image.new("L", (WIDTH, HEIGHT)).save(file)
+
+
+def warn_of_an_id_of_0(data):
+    data.annotation("val", id=0)
+
+
 def warn_of_another_suffix(data):
     Image.open(data.image(1)).save(data.root / "train" / "5.BMP")
 
@@ -313,6 +341,8 @@ def warn_of_a_class_without_objects(data):
         ),
         ("seg", warn_of_an_ignored_mask, "1.png: expected labels, got 255 alone, which is ignored; try others"),
         ("seg", warn_of_a_mask_of_0_and_255, "1.png: expected both classes, or none ignored, got 0 and 255, which is"),
+        ("seg", warn_of_one_class_to_validate, "val_masks: expected every class in 2 masks, got none of 'nucleus'"),
+        ("det", warn_of_an_id_of_0, "val.json: expected annotation ids from 1, got 0, which COCO's metric never finds"),
         ("seg", warn_of_another_suffix, "expected images *.png, got 1 that are left out, e.g. "),
         ("seg", warn_of_16_bits, "1.png: expected images of 8 bits, got I;16, of which mmcv takes the upper 8"),
         ("seg", warn_of_a_name_listed_twice, "list.txt: expected every image once, got 1 again, e.g. "),
@@ -378,6 +408,16 @@ def test_a_command_ends_with_one_line(job, tmp_path, monkeypatch, capsys):
     (line,) = said.err.splitlines()
     assert line.startswith("error: ")
     assert not list(tmp_path.rglob("*.log"))
+
+
+@pytest.mark.parametrize("dataset", ["coco", {"datasets": 3}, {"type": "ConcatDataset", "datasets": ["coco"]}])
+def test_parts_of_another_type_are_one_line(dataset, tmp_path, monkeypatch, capsys):
+    data = Data("det", tmp_path)
+    data.config.train_dataloader = {"dataset": dataset}
+    with pytest.raises(SystemExit, match="1"):
+        mm_runner.check(data.config, "train")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: expected a config whose data can be read, got ")
 
 
 @pytest.mark.slow

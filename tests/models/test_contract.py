@@ -6,9 +6,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models._registry import _model_entrypoints
 from timm.optim import create_optimizer_v2
+from torch.utils.flop_counter import FlopCounterMode
 
 import visattn  # noqa: F401
 from tests.tolerances import SAME_MODEL, relative_error
+from visattn.flops import forward_flops
 
 OURS = sorted(n for n, fn in _model_entrypoints.items() if fn.__module__.startswith("visattn."))
 SMALL = [n for n in OURS if n.startswith("test_")]
@@ -53,6 +55,13 @@ def test_small_variants_have_under_a_million_parameters():
 @pytest.mark.parametrize("name", OURS)
 def test_img_size_is_accepted(name):
     timm.create_model(name, img_size=(96, 160), device="meta")
+
+
+def test_flops_are_those_of_the_cards_on_a_cpu_too(model, image):
+    for mode in (torch.inference_mode, torch.enable_grad):
+        with mode(), FlopCounterMode(display=False) as counter:
+            model(image[:1])
+        assert counter.get_total_flops() == forward_flops(model, *SIZE[1:])
 
 
 def test_every_parameter_trains_with_drop_path(model, image):

@@ -234,3 +234,11 @@ def test_flops_of_a_backward_pass_are_twice_those_of_the_forward_pass():
         found = torch.autograd.grad(ops.window_attention(q, k, v, 3).sum(), (q, k, v))
     torch.testing.assert_close(found, expected)
     assert counter.get_total_flops() == 3 * 2 * 36 * 2 * 9 * 8
+
+
+def test_counting_does_not_break_transforms():
+    q, k, v = torch.randn(3, 1, 6, 6, 2, 4)
+    gradient = torch.func.grad(lambda q: ops.window_attention(q, k, v, 3).square().sum())
+    expected = gradient(q)
+    with FlopCounterMode(display=False):
+        torch.testing.assert_close(gradient(q), expected)

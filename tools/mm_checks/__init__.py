@@ -98,7 +98,9 @@ def _build(config: Config, leaf: Any, findings: Findings) -> Any:
 
 
 def _check(config: Config, part: str, leaf: Any, dataset: Any, findings: Findings, seconds: float) -> str:
-    loading = [step for _, step in _parts(config[f"{part}_dataloader"]) if "Annotations" in str(step.get("type"))]
+    steps = [step for _, step in _parts(config[f"{part}_dataloader"])]
+    usual = any(_reads(step, "LoadImageFromFile") for step in steps)
+    loading = [step for step in steps if "Annotations" in str(step.get("type"))]
     if leaf.get("backend_args"):
         return "not checked, as it is not on a disk"
     if type(dataset).load_data_list is CocoDataset.load_data_list:
@@ -112,6 +114,7 @@ def _check(config: Config, part: str, leaf: Any, dataset: Any, findings: Finding
             masks=bool(masks),
             polygons=any(step.get("poly2mask") is False for step in masks),
             evaluated=[evaluator["ann_file"] for evaluator in evaluators if evaluator.get("ann_file")],
+            decode=usual,
             seconds=seconds,
         )
     if isinstance(dataset, BaseSegDataset) and type(dataset).load_data_list is BaseSegDataset.load_data_list:
@@ -122,6 +125,8 @@ def _check(config: Config, part: str, leaf: Any, dataset: Any, findings: Finding
                 findings.add(findings.config, "zero", expected, got, "reduce_zero_label in the dataset alone")
         if not loading:
             return "not checked, as its pipeline reads no masks"
+        if not usual or not all(_reads(step, "LoadAnnotations") for step in loading):
+            return "not checked, as its pipeline reads files in a way of its own"
         heads = [head for _, head in _heads(config.model)]
         return check_masks(
             dataset,
@@ -130,9 +135,17 @@ def _check(config: Config, part: str, leaf: Any, dataset: Any, findings: Finding
             ignored=heads[0].get("ignore_index", 255) if heads else 255,
             shared=_is_shared(config, leaf),
             palettes=all(step.get("imdecode_backend") != "cv2" for step in loading),
+            trains=part == "train",
             seconds=seconds,
         )
     return f"not checked, as {type(dataset).__name__} is of another format"
+
+
+def _reads(step: dict, name: str) -> bool:
+    """Whether a step of a pipeline is the usual one of that name, which reads files that Pillow reads too."""
+    kind = step.get("type")
+    found = getattr(kind, "__name__", str(kind)).rpartition(".")[2]
+    return found == name and step.get("imdecode_backend") != "tifffile"
 
 
 def _is_shared(config: Config, leaf: Any) -> bool:

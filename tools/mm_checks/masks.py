@@ -18,7 +18,15 @@ NUMBERS = ("1", "L", "P", "I", "F")  # modes of one channel; Pillow has several 
 
 
 def check_masks(
-    dataset: Any, findings: Findings, *, labels: int, ignored: int, palettes: bool, shared: bool, seconds: float
+    dataset: Any,
+    findings: Findings,
+    *,
+    labels: int,
+    ignored: int,
+    palettes: bool,
+    shared: bool,
+    trains: bool,
+    seconds: float,
 ) -> str:
     """Check the images and the masks of a mmseg BaseSegDataset that has not been initialised.
 
@@ -29,6 +37,7 @@ def check_masks(
         ignored: The label that no loss counts.
         palettes: Whether pictures with a palette are read as its indices.
         shared: Whether the masks of other images are in the same folder.
+        trains: Whether the set is trained on; others may be small, and of one class.
         seconds: For reading.
 
     Returns:
@@ -73,7 +82,8 @@ def check_masks(
         rest = f" and {ignored}, which is ignored, in {share} of the pixels" if without else ""
         rest += "; reduce_zero_label makes 0 the ignored label" if dataset.reduce_zero_label else ""
         masks = f"{read} masks" if read == len(pairs) else f"{read} of {len(pairs)} masks"
-        _check_classes(findings, dataset.data_prefix["seg_map_path"], names, here, masks, rest, read == len(pairs))
+        whole = read == len(pairs)
+        _check_classes(findings, dataset.data_prefix["seg_map_path"], names, here, masks, rest, whole, trains)
     return f"{len(pairs)} images ({read} read with their masks), {len(here)} of {len(names)} classes, {share} ignored"
 
 
@@ -169,11 +179,11 @@ def _table(dataset: Any) -> np.ndarray:
 
 
 def _check_classes(
-    findings: Findings, where: str, names: Sequence, here: list, masks: str, rest: str, whole: bool
+    findings: Findings, where: str, names: Sequence, here: list, masks: str, rest: str, whole: bool, trains: bool
 ) -> None:
     """Classes that are nowhere, in the masks that were read."""
     absent = [name for name in names if name not in here]
-    if len(names) > 1 and len(here) < 2 and (rest or whole):
+    if len(names) > 1 and len(here) < 2 and (rest or (whole and trains)):
         findings.faults.pop("lonely", None)  # the same, of each mask
         found = f"{here[0]!r} alone" if here else "none"
         advice = "masks of 0, 1, 2 ... for the classes in order"

@@ -158,7 +158,16 @@ class TimmBackboneVA(ChecksWeights):
                 weights = part or weights
             self._load(convert_weights(weights, self.model, source), source)
         elif self.pretrained:
-            self._load(self._create(pretrained=True).state_dict(), "the published weights")
+            try:
+                published = self._create(pretrained=True)
+            except WeightsError:
+                raise
+            except (OSError, RuntimeError) as error:  # no network, or no weights
+                raise WeightsError(
+                    f"expected the published weights of {self.model_name}, got {first_line(error)}; try "
+                    "model.backbone.checkpoint=FILE, or model.backbone.pretrained=False"
+                ) from error
+            self._load(published.state_dict(), "the published weights")
 
     def _load(self, weights: Mapping[str, Tensor], source: str) -> None:
         weights = {key: value for key, value in weights.items() if key not in self._pruned}

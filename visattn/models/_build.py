@@ -14,7 +14,7 @@ import torch
 from timm.models import _factory, build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-from visattn.weights import ChecksWeights, WeightsError, first_line, load_fitting, load_weights
+from visattn.weights import ChecksWeights, WeightsError, check_file, first_line, load_fitting, load_weights
 
 # Words for `global_pool`. Without any, a linear layer classifies every position, where its channels come last.
 NCHW_POOLS = ("avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax")
@@ -65,6 +65,9 @@ def build_model(
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
         if cfg.file and not cfg.source:  # a file of the caller's, which timm would read without its checksums
             kwargs["pretrained_cfg_overlay"] = {**overlay, "state_dict": load_weights(Path(cfg.file))}
+        elif cfg.source == "local-dir":
+            for file in Path(cfg.file).glob("*.[bp]*"):  # .bin, .pt, .pth
+                check_file(file, f"weights of {variant}", "another copy")
     try:
         model = build_model_with_cfg(
             partial(_construct, cls),

@@ -5,7 +5,8 @@ Called through `torch.ops`, an op is a single node for fx tracing and TorchScrip
 
 While a graph with symbolic sizes is traced, an op that would cut a map according to its size becomes one opaque node
 instead, which runs when the sizes are known. So does an op with a FLOP formula while `FlopCounterMode` counts: what it
-counts is then the formula, with every version of PyTorch, on every device, whatever a backend computes.
+counts is then the formula, with every version of PyTorch, on every device, whatever a backend computes. Transforms of
+`torch.func` take no opaque node: within them the operations inside count.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
+
+# PyTorch counts its own attention on other devices, but not on a CPU.
+flop_registry.setdefault(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, sdpa_flop)
+flop_registry.setdefault(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, sdpa_backward_flop)
 
 _library = torch.library.Library("visattn", "DEF")
 
@@ -41,8 +46,8 @@ def sizes_are_known(args: tuple[Any, ...]) -> bool:
 
 
 def flops_are_counted() -> bool:
-    """True under `FlopCounterMode`."""
-    return _in_mode("FlopCounter")
+    """True under `FlopCounterMode`, but for transforms of `torch.func`, which custom ops do not work with."""
+    return _in_mode("FlopCounter") and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _is_compiling() -> bool:
