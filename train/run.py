@@ -117,17 +117,24 @@ def resume(folder: Path, config: Config, state: TrainState, loaders: Loaders, wo
         then = checkpoint.restore(path, state, config, world, loaders.batches)
         for images, bad in ((loaders.train.dataset, state.bad_train), (loaders.eval.dataset, state.bad_eval)):
             images.bad[bad] = 1
-    begun = math.ceil(state.place / loaders.batches.updates)
-    if begun > config.epochs + config.cooldown_epochs:
+    updates, epochs = loaders.batches.updates, config.epochs + config.cooldown_epochs
+    begun = math.ceil(state.place / updates)
+    if begun > epochs:
         raise ConfigError(
             f"--epochs: expected at least the {begun - config.cooldown_epochs} that have begun, got {config.epochs}; "
             f"try --epochs {begun - config.cooldown_epochs}"
+        )
+    changed = checkpoint.changes(config, then)
+    if state.place == epochs * updates and changed.keys() - {"epochs", "cooldown_epochs"}:
+        raise ConfigError(
+            f"--override: expected epochs that are left to train, got none and {', '.join(changed.values())}; "
+            f"try --epochs {config.epochs + 1} too"
         )
     before = max(group["lr"] for group in state.optimizer.param_groups)
     state.scheduler.step_update(state.place)
     after = max(group["lr"] for group in state.optimizer.param_groups)
     say(console, f"resumed after update {state.update}")
-    if changed := checkpoint.changes(config, then):
+    if changed:
         say(console, f"from here on {', '.join(changed.values())}; the learning rate goes from {before:g} to {after:g}")
     now = options | {key: recipe(config)[key] for key in changed}
     if now != options:

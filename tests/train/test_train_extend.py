@@ -41,6 +41,9 @@ def test_a_complete_run_is_extended(folder_data, run, capsys):
     assert yaml.safe_load((folder / "args.yaml").read_text())["epochs"] == 4
     assert run("r", "--resume", folder)[0] == 0
     assert "from here on" not in capsys.readouterr().out
+    assert run("r", "--resume", folder, "--override", "--smoothing", 0.2)[0] == 2
+    assert "expected epochs that are left to train, got none and --smoothing 0.2 (was 0.1)" in capsys.readouterr().err
+    assert yaml.safe_load((folder / "args.yaml").read_text())["smoothing"] == 0.1
 
 
 def test_a_run_is_shortened_to_what_has_begun(begun, capsys):
