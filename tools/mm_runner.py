@@ -1,6 +1,7 @@
 """What tools/{train,test}_{det,seg}.py share: a config file and options to mmengine's Runner."""
 
 import argparse
+import atexit
 import os
 import sys
 from pathlib import Path
@@ -138,8 +139,10 @@ def start_processes(config: Config) -> None:
         environment = config.get("env_cfg", {})
         set_multi_processing(**environment.get("mp_cfg", {}), distributed=True)
         init_dist(config.launcher, **environment.get("dist_cfg", {}))
+        atexit.register(torch.distributed.destroy_process_group)
         return
     torch.distributed.init_process_group("gloo")
+    atexit.register(torch.distributed.destroy_process_group)  # whose threads may abort a process that just ends
     config.model = without_sync_bn(config.model)
     config.sync_bn = None
     unused = config.get("find_unused_parameters", False)
