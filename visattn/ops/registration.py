@@ -129,11 +129,11 @@ def opaque(
         tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
         args = [next(tensors) if yes else next(others) for yes in is_tensor]
         needs = [ctx.needs_input_grad[i] for i in positions]
-        if flops_are_counted():
+        if counted := flops_are_counted():
             # No kernel can differentiate below a mode: one call to be counted, another for the values.
             on_meta = tree_map_only(Tensor, lambda t: t.to("meta"), (list(grads), needs, *args))
             backward_packet(*on_meta)
-        with _disable_current_modes() if flops_are_counted() else contextlib.nullcontext():
+        with _disable_current_modes() if counted else contextlib.nullcontext():
             found = iter(backward_packet(list(grads), needs, *args))
         return tuple(next(found) if yes and ctx.needs_input_grad[i] else None for i, yes in enumerate(is_tensor))
 
