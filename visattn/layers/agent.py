@@ -9,6 +9,11 @@ from torch.nn import functional as F
 
 from visattn.layers.lepe import DepthwiseConv
 from visattn.layers.token_mixer import TokenMixer
+from visattn.ops import adaptive_avg_pool, agent_attention, agent_position_bias
+
+torch.fx.wrap("adaptive_avg_pool")
+torch.fx.wrap("agent_attention")
+torch.fx.wrap("agent_position_bias")
 
 
 class AgentAttention(TokenMixer):
@@ -84,18 +89,18 @@ class AgentAttention(TokenMixer):
                 trunc_normal_(parameter, std=0.02)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, size: list[int], kv_size: list[int]) -> Tensor:
-        agents = torch.ops.visattn.adaptive_avg_pool(self._map(q, size), self.agent_size)
+        agents = adaptive_avg_pool(self._map(q, size), self.agent_size)
         agents = agents.flatten(1, 2).unflatten(-1, [self.num_heads, self.head_dim])
-        agent_bias = torch.ops.visattn.agent_position_bias(
+        agent_bias = agent_position_bias(
             self.an_bias, self.ah_bias[0, :, :, :, 0], self.aw_bias[0, :, :, 0], kv_size, self.agent_size
         )
-        query_bias = torch.ops.visattn.agent_position_bias(
+        query_bias = agent_position_bias(
             self.na_bias, self.ha_bias[0, :, :, 0].mT, self.wa_bias[0, :, 0].mT, size, self.agent_size
         ).mT
         if self.ac_bias is not None:
             agent_bias = torch.cat([self.ac_bias[0], agent_bias], 2)
             query_bias = torch.cat([self.ca_bias[0], query_bias], 1)
-        x = torch.ops.visattn.agent_attention(q, k, v, agents, agent_bias, query_bias, self.scale)
+        x = agent_attention(q, k, v, agents, agent_bias, query_bias, self.scale)
         v = self._map(v, kv_size)
         if self.sr is not None:
             v = F.interpolate(v.permute(0, 3, 1, 2), size, mode="bilinear").permute(0, 2, 3, 1)

@@ -7,7 +7,11 @@ from timm.layers import to_2tuple, trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visattn.ops import aggregated_attention, avg_pool_grid
 from visattn.ops.aggregated import aggregated_weights
+
+torch.fx.wrap("aggregated_attention")
+torch.fx.wrap("avg_pool_grid")
 
 
 class _CosineAttention(nn.Module):
@@ -54,7 +58,7 @@ class _CosineAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, pool_k, pool_v, k, v = self._project(x)
-        x = torch.ops.visattn.aggregated_attention(
+        x = aggregated_attention(
             q,
             pool_k,
             pool_v,
@@ -219,7 +223,7 @@ class AggregatedAttention(_CosineAttention):
         self.reset_parameters()
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        pooled = torch.ops.visattn.avg_pool_grid(
+        pooled = avg_pool_grid(
             F.gelu(self.sr(x)), self.sr_ratio, self.pool_size if self.fixed_pool else self.pool_size[:0]
         )
         pool_k, pool_v = self.kv(self.norm(pooled)).unflatten(-1, [2, self.num_heads, self.head_dim]).unbind(3)

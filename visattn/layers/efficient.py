@@ -4,6 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from visattn.layers.token_mixer import TokenMixer
+from visattn.ops import efficient_attention
+
+torch.fx.wrap("efficient_attention")
 
 
 class EfficientAttention(TokenMixer):
@@ -15,7 +18,7 @@ class EfficientAttention(TokenMixer):
     """
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, size: list[int], kv_size: list[int]) -> Tensor:
-        return torch.ops.visattn.efficient_attention(q, k, v)
+        return efficient_attention(q, k, v)
 
 
 class EfficientAttention2d(nn.Module):
@@ -70,7 +73,7 @@ class EfficientAttention2d(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """`mask` [B, H, W] boolean, True where there is image: elsewhere x stays as it is, and nothing looks there."""
         q, k, v = self._heads(self.queries(x)), self._heads(self.keys(x)), self._heads(self.values(x))
-        out = torch.ops.visattn.efficient_attention(q, k, v, mask).flatten(3).permute(0, 3, 1, 2)
+        out = efficient_attention(q, k, v, mask).flatten(3).permute(0, 3, 1, 2)
         out = self.reprojection(out)
         if mask is not None:
             out = out.masked_fill(~mask[:, None], 0.0)

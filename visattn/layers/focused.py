@@ -6,6 +6,10 @@ from torch import Tensor, nn
 
 from visattn.layers.lepe import DepthwiseConv
 from visattn.layers.token_mixer import TokenMixer
+from visattn.ops import focused_linear_attention, resize_rel_pos
+
+torch.fx.wrap("focused_linear_attention")
+torch.fx.wrap("resize_rel_pos")
 
 
 class _SharedConv(DepthwiseConv):
@@ -81,7 +85,7 @@ class FocusedLinearAttention(TokenMixer):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, size: list[int], kv_size: list[int]) -> Tensor:
         scale = self.scale.view(self.num_heads, self.head_dim)
         k = k + self._positions(kv_size).to(k.dtype)
-        out = torch.ops.visattn.focused_linear_attention(q, k, v, scale, self.focusing_factor)
+        out = focused_linear_attention(q, k, v, scale, self.focusing_factor)
         v = self._map(v, kv_size)
         if self.sr is not None:
             v = F.interpolate(v.flatten(1, 2).mT, size=size[0] * size[1], mode="linear").mT.unflatten(1, size)
@@ -89,7 +93,7 @@ class FocusedLinearAttention(TokenMixer):
 
     def _positions(self, size: list[int]) -> Tensor:
         """[1, M, N, D]; zero for prefix tokens."""
-        table = torch.ops.visattn.resize_rel_pos(self.positional_encoding[0].permute(2, 0, 1), size).flatten(1).T
+        table = resize_rel_pos(self.positional_encoding[0].permute(2, 0, 1), size).flatten(1).T
         if self.num_prefix_tokens:
             table = F.pad(table, [0, 0, self.num_prefix_tokens, 0])
         return table.unflatten(1, [self.num_heads, self.head_dim])[None]

@@ -5,6 +5,9 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from visattn.layers.mbconv import create_pool
+from visattn.ops import halo_attention
+
+torch.fx.wrap("halo_attention")
 
 
 class HaloAttention(nn.Module):
@@ -85,7 +88,7 @@ class HaloAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         k, v = self.kv(x).split(self.kv_split, dim=1)
-        x = torch.ops.visattn.halo_attention(
+        x = halo_attention(
             self._heads(self.q(x)),
             self._heads(k),
             self._heads(v),

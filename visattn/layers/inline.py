@@ -8,6 +8,10 @@ from torch import Tensor, nn
 
 from visattn.layers.lepe import DepthwiseConv
 from visattn.layers.token_mixer import TokenMixer
+from visattn.ops import dynamic_depthwise_conv, inline_attention
+
+torch.fx.wrap("dynamic_depthwise_conv")
+torch.fx.wrap("inline_attention")
 
 
 class InLineAttention(TokenMixer):
@@ -65,12 +69,12 @@ class InLineAttention(TokenMixer):
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, mean: Tensor, size: list[int], kv_size: list[int]) -> Tensor:
         """q [B, L, N, D], k and v [B, M, N, D], mean [B, C] -> [B, L, N, D]."""
-        out = torch.ops.visattn.inline_attention(self._kernel(q), self._kernel(k), v)
+        out = inline_attention(self._kernel(q), self._kernel(k), v)
         kernels = self.residual(mean[..., None]).unflatten(1, [-1, 9]).squeeze(-1)
         v = self._map(v, kv_size)
         if self.sr is not None:
             v = F.interpolate(v.permute(0, 3, 1, 2), size=size, mode="bilinear").permute(0, 2, 3, 1)
-        local = torch.ops.visattn.dynamic_depthwise_conv(v, kernels)
+        local = dynamic_depthwise_conv(v, kernels)
         if self.get_v is not None:
             local = local + self.get_v(v)
         return self._add_to_map(out, local)

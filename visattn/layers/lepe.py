@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from visattn.layers.neighborhood import _SelfAttention
+from visattn.ops import neighborhood_attention
+
+torch.fx.wrap("neighborhood_attention")
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -70,7 +73,7 @@ class LePEAttention(_SelfAttention):
     def forward(self, x: Tensor) -> Tensor:
         _, h, w, _ = x.shape
         q, k, v = self._project(x)
-        out = torch.ops.visattn.neighborhood_attention(q, k, v, [h, w], [1, 1], [1, 1], [False, False]).flatten(3)
+        out = neighborhood_attention(q, k, v, [h, w], [1, 1], [1, 1], [False, False]).flatten(3)
         if self.lepe is not None:
             out = out + self.lepe(v.flatten(3) if self.lepe_on == "value" else x)
         return self.proj(out)

@@ -6,6 +6,11 @@ import torch
 from timm.layers import DropPath, SqueezeExcite, create_act_layer, to_2tuple
 from torch import Tensor, nn
 
+from visattn.ops import pad_same, pool2x2
+
+torch.fx.wrap("pad_same")
+torch.fx.wrap("pool2x2")
+
 
 class PadSame(nn.Module):
     """TensorFlow's "SAME" padding for a convolution of `kernel_size` and `stride` that pads nothing itself.
@@ -19,7 +24,7 @@ class PadSame(nn.Module):
         self.stride = [stride, stride]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.ops.visattn.pad_same(x.permute(0, 2, 3, 1), self.kernel_size, self.stride)
+        x = pad_same(x.permute(0, 2, 3, 1), self.kernel_size, self.stride)
         return x.permute(0, 3, 1, 2)
 
 
@@ -31,7 +36,7 @@ class Pool2x2(nn.Module):
         self.kind = kind
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.visattn.pool2x2(x.permute(0, 2, 3, 1), self.kind).permute(0, 3, 1, 2)
+        return pool2x2(x.permute(0, 2, 3, 1), self.kind).permute(0, 3, 1, 2)
 
 
 def create_pool(kind: str) -> nn.Module:

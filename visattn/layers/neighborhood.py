@@ -4,6 +4,13 @@ import torch
 from timm.layers import to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
+from visattn.ops import fit, neighborhood_attention, pad_to_at_least, resize_rel_pos
+
+torch.fx.wrap("fit")
+torch.fx.wrap("neighborhood_attention")
+torch.fx.wrap("pad_to_at_least")
+torch.fx.wrap("resize_rel_pos")
+
 
 class _SelfAttention(nn.Module):
     """Projections, heads and position table, named as in the official modules; subclasses attend.
@@ -82,11 +89,9 @@ class NeighborhoodAttention(_SelfAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         _, h, w, _ = x.shape
-        q, k, v = self._project(torch.ops.visattn.pad_to_at_least(x, self.min_size))
-        x = torch.ops.visattn.neighborhood_attention(
-            q, k, v, self.kernel_size, self.dilation, self.stride, self.is_causal, self.rpb
-        )
-        x = torch.ops.visattn.fit(x.flatten(3), [h, w])
+        q, k, v = self._project(pad_to_at_least(x, self.min_size))
+        x = neighborhood_attention(q, k, v, self.kernel_size, self.dilation, self.stride, self.is_causal, self.rpb)
+        x = fit(x.flatten(3), [h, w])
         return self.proj_drop(self.proj(x))
 
     def extra_repr(self) -> str:
@@ -137,6 +142,6 @@ class GlobalAttention(_SelfAttention):
         if self.rel_pos is not None:
             bias = self.rel_pos(h, w)
         else:
-            bias = torch.ops.visattn.resize_rel_pos(self.rpb, [2 * h - 1, 2 * w - 1], self.resize)
-        x = torch.ops.visattn.neighborhood_attention(q, k, v, [h, w], [1, 1], [1, 1], [False, False], bias)
+            bias = resize_rel_pos(self.rpb, [2 * h - 1, 2 * w - 1], self.resize)
+        x = neighborhood_attention(q, k, v, [h, w], [1, 1], [1, 1], [False, False], bias)
         return self.proj_drop(self.proj(x.flatten(3)))

@@ -4,6 +4,12 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from visattn.ops import floor_to_multiple, pad_to_multiple, resize_rel_pos
+
+torch.fx.wrap("floor_to_multiple")
+torch.fx.wrap("pad_to_multiple")
+torch.fx.wrap("resize_rel_pos")
+
 
 class ConvTokenizer(nn.Module):
     """Two 3x3 convolutions of stride 2, nothing between them, then LayerNorm: [B, I, H, W] -> [B, H/4, W/4, C]."""
@@ -51,7 +57,7 @@ class PatchTokenizer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.ops.visattn.pad_to_multiple(x.permute(0, 2, 3, 1), self.patch_size)
+        x = pad_to_multiple(x.permute(0, 2, 3, 1), self.patch_size)
         return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
@@ -97,11 +103,9 @@ class PositionedTokenizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.channels_first:
             x = x.permute(0, 2, 3, 1)
-        x = torch.ops.visattn.floor_to_multiple(x, self.patch_size)
+        x = floor_to_multiple(x, self.patch_size)
         x = self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        table = torch.ops.visattn.resize_rel_pos(
-            self.pos_embed[0].permute(2, 0, 1), [x.shape[1], x.shape[2]], "bilinear"
-        )
+        table = resize_rel_pos(self.pos_embed[0].permute(2, 0, 1), [x.shape[1], x.shape[2]], "bilinear")
         return x + table.permute(1, 2, 0)
 
 
@@ -142,7 +146,7 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.ops.visattn.pad_to_multiple(x, [2, 2])
+        x = pad_to_multiple(x, [2, 2])
         b, h, w, c = x.shape
         x = x.reshape(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 4, 2, 5).flatten(3)
         return self.reduction(self.norm(x))

@@ -8,6 +8,11 @@ from torch import Tensor, nn
 
 from visattn import ops
 from visattn.layers.lepe import DepthwiseConv
+from visattn.ops import bilevel_routing_attention, fit, pad_to_multiple
+
+torch.fx.wrap("bilevel_routing_attention")
+torch.fx.wrap("fit")
+torch.fx.wrap("pad_to_multiple")
 
 _KV_POOLS = {"identity": "none", "avgpool": "avg", "maxpool": "max", "ada_avgpool": "ada_avg", "ada_maxpool": "ada_max"}
 
@@ -106,7 +111,7 @@ class BiLevelRoutingAttention(nn.Module):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, H, W, dim] -> q, k, v [B, H', W', N, D], views of one projection; padded for "project"."""
         if self.padding == "project":
-            x = torch.ops.visattn.pad_to_multiple(x, self.n_win)
+            x = pad_to_multiple(x, self.n_win)
         q, k, v = self.qkv(x).split(self.split, dim=-1)
         heads = [self.num_heads, -1]
         return q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
@@ -120,7 +125,7 @@ class BiLevelRoutingAttention(nn.Module):
         _, h, w, _ = x.shape
         q, k, v = self._project(x)
         weight, bias = self._router()
-        out = torch.ops.visattn.bilevel_routing_attention(
+        out = bilevel_routing_attention(
             q,
             k,
             v,
@@ -139,7 +144,7 @@ class BiLevelRoutingAttention(nn.Module):
         if self.lepe is not None:
             out = out + self.lepe(v.flatten(3))
         if self.padding == "project":
-            out = torch.ops.visattn.fit(out, [h, w])
+            out = fit(out, [h, w])
         return self.proj(out)
 
     @torch.jit.ignore

@@ -4,6 +4,12 @@ import torch
 from torch import Tensor
 
 from visattn.layers.window import WindowAttention
+from visattn.ops import fit, pad_to_multiple, resize_rel_pos, window_attention
+
+torch.fx.wrap("fit")
+torch.fx.wrap("pad_to_multiple")
+torch.fx.wrap("resize_rel_pos")
+torch.fx.wrap("window_attention")
 
 
 class ShiftedWindowAttention(WindowAttention):
@@ -57,10 +63,10 @@ class ShiftedWindowAttention(WindowAttention):
                 # 1 - 1 // number of windows: 0 for one window, else 1
                 shift[0] *= 1 - 1 // (-(-h // window[0]))
                 shift[1] *= 1 - 1 // (-(-w // window[1]))
-        table = torch.ops.visattn.resize_rel_pos(self.rpb, [2 * window[0] - 1, 2 * window[1] - 1], "bicubic")
-        q, k, v = self._project(torch.ops.visattn.pad_to_multiple(x, window))
-        x = torch.ops.visattn.window_attention(q, k, v, window, shift, False, table, self.scale)
-        x = torch.ops.visattn.fit(x.flatten(3), [h, w])
+        table = resize_rel_pos(self.rpb, [2 * window[0] - 1, 2 * window[1] - 1], "bicubic")
+        q, k, v = self._project(pad_to_multiple(x, window))
+        x = window_attention(q, k, v, window, shift, False, table, self.scale)
+        x = fit(x.flatten(3), [h, w])
         return self.proj_drop(self.proj(x))
 
     def extra_repr(self) -> str:

@@ -5,6 +5,12 @@ from torch import Tensor
 
 from visattn.layers.lepe import DepthwiseConv
 from visattn.layers.neighborhood import _SelfAttention
+from visattn.ops import fit_centered, pad_centered_to_multiple, window_attention, window_conv
+
+torch.fx.wrap("fit_centered")
+torch.fx.wrap("pad_centered_to_multiple")
+torch.fx.wrap("window_attention")
+torch.fx.wrap("window_conv")
 
 
 class CrossShapedAttention(_SelfAttention):
@@ -68,15 +74,15 @@ class CrossShapedAttention(_SelfAttention):
         """[B, H, W, N, D] -> [B, H, W, N * D], the N heads from `head` on, in stripes of the padded map."""
         size, first = [q.shape[1], q.shape[2]], head * self.head_dim
         last = first + q.shape[3] * self.head_dim
-        q = torch.ops.visattn.pad_centered_to_multiple(q, multiple)
-        k = torch.ops.visattn.pad_centered_to_multiple(k, multiple)
-        v = torch.ops.visattn.pad_centered_to_multiple(v, multiple)
+        q = pad_centered_to_multiple(q, multiple)
+        k = pad_centered_to_multiple(k, multiple)
+        v = pad_centered_to_multiple(v, multiple)
         bias = self.lepe.bias
         if bias is not None:  # as TorchScript sees convolutions
             bias = bias[first:last]
-        x = torch.ops.visattn.window_attention(q, k, v, stripe, [0, 0], False).flatten(3)
-        x = x + torch.ops.visattn.window_conv(v.flatten(3), self.lepe.weight[first:last], bias, stripe)
-        return torch.ops.visattn.fit_centered(x, size)
+        x = window_attention(q, k, v, stripe, [0, 0], False).flatten(3)
+        x = x + window_conv(v.flatten(3), self.lepe.weight[first:last], bias, stripe)
+        return fit_centered(x, size)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, split_size={None if self.whole else self.split_size}"

@@ -3,6 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from visattn.ops import floor_to_multiple
+
+torch.fx.wrap("floor_to_multiple")
+
 
 class TokenMixer(nn.Module):
     """Projections of multi-head attention among the tokens of a map and prefix tokens before them (a class token).
@@ -75,7 +79,7 @@ class TokenMixer(nn.Module):
             q, k, v = self.qkv(x.flatten(1, -2)).unflatten(-1, [3, self.num_heads, self.head_dim]).unbind(2)
         else:
             x = x.reshape(x.shape[0], grid[0], grid[1], x.shape[-1])
-            y = torch.ops.visattn.floor_to_multiple(x, self.sr_ratio)
+            y = floor_to_multiple(x, self.sr_ratio)
             y = self.norm(self.sr(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
             kv_grid = [y.shape[1], y.shape[2]]
             k, v = self.kv(y).flatten(1, 2).unflatten(-1, [2, self.num_heads, self.head_dim]).unbind(2)

@@ -5,6 +5,10 @@ from timm.layers import to_2tuple
 from torch import Tensor
 
 from visattn.layers.neighborhood import _SelfAttention
+from visattn.ops import resize_rel_pos, window_attention
+
+torch.fx.wrap("resize_rel_pos")
+torch.fx.wrap("window_attention")
 
 
 class WindowAttention(_SelfAttention):
@@ -73,9 +77,9 @@ class WindowAttention(_SelfAttention):
         window = self.window_size
         if self.grows:
             window = [-(-h // self.num_windows[0]), -(-w // self.num_windows[1])]
-        table = torch.ops.visattn.resize_rel_pos(self.rpb, [2 * window[0] - 1, 2 * window[1] - 1], "bilinear")
+        table = resize_rel_pos(self.rpb, [2 * window[0] - 1, 2 * window[1] - 1], "bilinear")
         q, k, v = self._project(x)
-        x = torch.ops.visattn.window_attention(q, k, v, window, self.shift, self.grid, table, self.scale)
+        x = window_attention(q, k, v, window, self.shift, self.grid, table, self.scale)
         return self.proj_drop(self.proj(x.flatten(3)))
 
     def extra_repr(self) -> str:

@@ -30,6 +30,9 @@ from torch import Tensor, nn
 from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint
 from visattn.models._build import build_model
+from visattn.ops import floor_to_multiple
+
+torch.fx.wrap("floor_to_multiple")
 
 __all__ = ["BiFormer"]
 
@@ -70,7 +73,7 @@ class PatchConv(nn.Conv2d):
         self.size = [size, size]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.ops.visattn.floor_to_multiple(x.permute(0, 2, 3, 1), self.size).permute(0, 3, 1, 2)
+        x = floor_to_multiple(x.permute(0, 2, 3, 1), self.size).permute(0, 3, 1, 2)
         return self._conv_forward(x, self.weight, self.bias)
 
 

@@ -27,6 +27,9 @@ from torch import Tensor, nn
 from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint, unwrap
 from visattn.models._hosts import create_host, fit_positions, host_cfg, plan_attention
+from visattn.ops import pad_to_at_least
+
+torch.fx.wrap("pad_to_at_least")
 
 __all__ = ["CSWin"]
 
@@ -50,7 +53,7 @@ class Stem(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.ops.visattn.pad_to_at_least(x.permute(0, 2, 3, 1), [3, 3])
+        x = pad_to_at_least(x.permute(0, 2, 3, 1), [3, 3])
         return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 

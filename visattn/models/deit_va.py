@@ -29,7 +29,10 @@ from visattn import layers
 from visattn.models._backbone import unwrap
 from visattn.models._build import TOKEN_POOLS, check_classifier
 from visattn.models._hosts import create_host, fit_positions, host_cfg, plan_attention
+from visattn.ops import resize_rel_pos
 from visattn.weights import ChecksWeights
+
+torch.fx.wrap("resize_rel_pos")
 
 __all__ = ["DeiT"]
 
@@ -40,7 +43,7 @@ def _resize_positions(table: Tensor, learned: list[int], size: list[int]) -> Ten
     """[1, P + h * w, C] for maps of `learned` (h, w), P prefix tokens first -> [1, P + H * W, C] for maps of `size`."""
     prefix = table.shape[1] - learned[0] * learned[1]
     grid = table[0, prefix:].transpose(0, 1).unflatten(1, learned)
-    grid = torch.ops.visattn.resize_rel_pos(grid, size)
+    grid = resize_rel_pos(grid, size)
     return torch.cat([table[:, :prefix], grid.flatten(1).transpose(0, 1)[None]], 1)
 
 

@@ -3,18 +3,30 @@
 Precedence of a request: the call's `backend=` argument, then `use_backend(...)`, then the environment variable
 `VISATTN_BACKEND`, then "auto". "auto" takes the first backend that can run; any other name takes that one or raises
 the reason why it cannot. The choice is made while an op is traced, so `torch.compile` and `torch.export` bake it in.
+
+A public function of `visattn.ops` makes one `Problem` of its arguments and gives it to the backend that
+`Backends.choose` names.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
+import inspect
 import logging
 import os
+import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from visattn.ops.fused import support
+from visattn.ops.registration import flops_are_counted, is_compiling, known_sizes, register
 
 _logger = logging.getLogger("visattn")
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("visattn_backend", default=None)
@@ -25,31 +37,72 @@ class BackendError(RuntimeError):
     """The requested backend does not exist for this op or cannot run this call; the message says why."""
 
 
-def always(*args: Any, **kwargs: Any) -> None:
-    """The `refusal` of a backend that runs everything."""
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One checked call of an op, frozen: its tensors, sizes and flags. Every backend is `attend(problem)`.
+
+    Fields are what a custom op takes: `Tensor`, `Tensor | None`, `int`, `float`, `bool`, `str`, and sequences of ints
+    and bools. What does not fit is refused by `__post_init__`, with a typed error.
+    """
+
+    def tensors(self) -> list[Tensor]:
+        """Those that are given."""
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return [x for x in values if isinstance(x, Tensor)]
+
+    def empty(self) -> Tensor | tuple[Tensor, ...]:
+        """Tensors of the results' shapes and dtypes."""
+        raise NotImplementedError
+
+    def flops(self) -> int:
+        """FLOPs of the op's definition, two per multiply-add, whatever a backend computes."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionProblem(Problem):
+    """A problem whose result is [B, *spatial, N, Dv] for queries [B, *spatial, N, D] and values [..., Dv]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    @property
+    def size(self) -> list[int]:
+        """The spatial sizes of the queries; plain ints under `torch.jit.trace`, which is for one map size."""
+        return [int(n) for n in self.q.shape[1:-2]] if torch.jit.is_tracing() else list(self.q.shape[1:-2])
+
+    def empty(self) -> Tensor | tuple[Tensor, ...]:
+        return self.v.new_empty((*self.q.shape[:-1], self.v.shape[-1]))
+
+
+P = TypeVar("P", bound=Problem)
 
 
 @dataclass(frozen=True)
-class Backend:
+class Backend(Generic[P]):
     """One implementation of an op.
 
     Attributes:
         name: What users write in `backend=`.
-        refusal: Called with the op's checked arguments; returns why this backend cannot run them, or None if it can.
-        run: Called with the same arguments; returns the op's result.
-        automatic: Called with the same arguments; returns why "auto" should pass this backend over although it can run
-            them when asked for by name, or None.
+        attend: From a problem to the op's result.
+        can_run: None, or the reason why this backend cannot run the problem.
+        automatic: None, or the reason why "auto" should pass this backend over although it can run the problem when
+            asked for by name.
     """
 
     name: str
-    refusal: Callable[..., str | None]
-    run: Callable[..., Any]
-    automatic: Callable[..., str | None] = always
+    attend: Callable[[P], Any]
+    can_run: Callable[[P], str | None] = lambda problem: None
+    automatic: Callable[[P], str | None] = lambda problem: None
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Request backend `name` for every op called in this context that does not name one itself.
+
+    The context is that of `contextvars`: threads that start inside it do not inherit it; enter it in each of them, or
+    set the environment variable.
 
     `torch.compile` keeps the backends that it traced a module with, in its caches on disk too: to compile the same
     module with others, call `torch.compiler.reset()` between, and turn those caches off.
@@ -86,39 +139,88 @@ def _log_once(op: str, backend: str, reason: str) -> None:
     _logger.debug("%s: backend %r passed over: %s", op, backend, reason)
 
 
-class Dispatcher:
-    """The ordered backends of one op; "auto" prefers the earlier ones."""
+class Backends(Generic[P]):
+    """The backends of one op; "auto" prefers Triton, then eager.
 
-    def __init__(self, op: str, backends: tuple[Backend, ...]) -> None:
-        self.op = op
-        self.backends = backends
+    Args:
+        name: Of the op, also as a custom op.
+        problem: Type of its problems.
+        triton: `attend` on the fused core.
+        eager: `attend` in fast, portable PyTorch.
+        reference: `attend` by the definition.
+        can_run: Whether the Triton kernels can run a problem; default: they take its tensors.
+        automatic: Whether "auto" should take them; default: on a GPU.
+        whole_on_cpu: `torch.compile` for a CPU keeps the op whole: its eager form is the faster one there. Programs of
+            `torch.export` see into it nevertheless.
+    """
 
-    def select(self, requested: str, *args: Any, **kwargs: Any) -> Backend:
-        """The backend for these arguments.
+    def __init__(
+        self,
+        name: str,
+        problem: type[P],
+        *,
+        triton: Callable[[P], Any],
+        eager: Callable[[P], Any],
+        reference: Callable[[P], Any],
+        can_run: Callable[[P], str | None] = support.can_run,
+        automatic: Callable[[P], str | None] = support.automatic,
+        whole_on_cpu: bool = False,
+    ) -> None:
+        self.name = name
+        self.backends: tuple[Backend[P], ...] = (
+            Backend("triton", triton, can_run, automatic),
+            Backend("eager", eager),
+            Backend("reference", reference),
+        )
+        self.whole_on_cpu = whole_on_cpu
+
+        def run(*args: Any) -> Any:
+            given = problem(*args[:-1])
+            return self._select(given, args[-1]).attend(given)
+
+        hints = typing.get_type_hints(problem)
+        names = [*(field.name for field in dataclasses.fields(problem)), "backend"]
+        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=hints.get(n, str)) for n in names]
+        )
+        self._whole = register(
+            name,
+            run,
+            fake=lambda *args: problem(*args[:-1]).empty(),
+            flops=lambda *args: problem(*args[:-1]).flops(),
+            decomposition=lambda *args: eager(problem(*args[:-1])),
+        )
+
+    def choose(self, problem: P, requested: str) -> Callable[[P], Any]:
+        """What to call with the problem: the `attend` of a backend, or the custom op where a graph must hold it whole.
 
         Raises:
-            BackendError: An explicitly requested backend is unknown or refuses, or none can run.
+            BackendError: An explicitly requested backend is unknown or cannot run the problem, or none can.
         """
+        values = [getattr(problem, field.name) for field in dataclasses.fields(problem)]
+        whole = self.whole_on_cpu and values[0].device.type == "cpu" and is_compiling()
+        if whole or not known_sizes(*values) or flops_are_counted():
+            return lambda problem: self._whole(*values, requested)
+        return self._select(problem, requested).attend
+
+    def _select(self, problem: P, requested: str) -> Backend[P]:
         if requested == "auto":
             requested = _requested.get() or os.environ.get("VISATTN_BACKEND") or "auto"
         refusals = {}
         for backend in self.backends:
             if requested not in ("auto", backend.name):
                 continue
-            reason = backend.refusal(*args, **kwargs)
+            reason = backend.can_run(problem)
             if reason is None and requested == "auto":
-                reason = backend.automatic(*args, **kwargs)
+                reason = backend.automatic(problem)
             if reason is None:
                 if (decisions := _decisions.get()) is not None:
-                    decisions.append(Decision(self.op, backend.name, refusals))
+                    decisions.append(Decision(self.name, backend.name, refusals))
                 return backend
             refusals[backend.name] = reason
-            _log_once(self.op, backend.name, reason)
+            _log_once(self.name, backend.name, reason)
         if not refusals:
             names = ", ".join(repr(b.name) for b in self.backends)
-            raise BackendError(f"{self.op}: expected backend 'auto', {names}; got {requested!r}")
+            raise BackendError(f"{self.name}: expected backend 'auto', {names}; got {requested!r}")
         why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
-        raise BackendError(f"{self.op}: no requested backend can run this call ({why}); try backend='auto'")
-
-    def __call__(self, requested: str, *args: Any, **kwargs: Any) -> Any:
-        return self.select(requested, *args, **kwargs).run(*args, **kwargs)
+        raise BackendError(f"{self.name}: no requested backend can run this call ({why}); try backend='auto'")

@@ -1,31 +1,63 @@
-"""Padding and cropping of channels-last maps, as ops that trace, script and export.
+"""Padding and cropping of channels-last maps x [B, *spatial, C] with zeros; sizes have one entry per spatial axis.
 
-Most work at the bottom and right and are one operation, `fit`: give a map [B, *spatial, C] a new spatial size.
-`pad_same` pads both sides for a strided window, `fit_centered` pads or crops both sides. In graphs with symbolic sizes
-they are opaque, so that the graph does not come to depend on whether anything was padded or cropped at the traced size.
+Most work at the bottom and right and are one operation, `fit`: give a map a new spatial size. `pad_same` pads both
+sides for a strided window, `fit_centered` pads or crops both sides. In graphs with symbolic sizes they are custom ops,
+so that the graph does not come to depend on whether anything was padded or cropped at the traced size.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from visattn.ops.registration import composite, define_op
+from visattn.ops.geometry import ceil_div, is_symbolic
+from visattn.ops.registration import custom_op, traced_as_one
 
 
-def _fit(x: Tensor, size: list[int]) -> Tensor:
+def spatial_sizes(x: Tensor) -> list[int]:
+    """Sizes of the axes between batch and channels; plain ints under `torch.jit.trace`, which is for one map size."""
+    sizes = list(x.shape[1:-1])
+    return [int(n) for n in sizes] if torch.jit.is_tracing() else sizes
+
+
+def _move(x: Tensor, size: Sequence[int], first: Sequence[int]) -> Tensor:
+    """[B, *spatial, C] -> [B, *size, C]: token i of axis a goes to place i + first[a], other places are zero."""
     pads = [0, 0]
-    for axis, n in reversed(list(enumerate(size, start=1))):
-        if n < x.shape[axis]:
-            x = x.narrow(axis, 0, n)
-        pads += [0, n - x.shape[axis]]
+    for axis, (old, new, start) in reversed(list(enumerate(zip(spatial_sizes(x), size, first, strict=True), 1))):
+        if is_symbolic(old, new):  # neither comparison nor slice, which would tie the graph to one case
+            pads += [0, 0]
+            if not statically_known_true(old == new):
+                token = torch.arange(new, device=x.device) - start  # [new]
+                there = ((token >= 0) & (token < old)).to(x.dtype).view(-1, *[1] * (x.ndim - 1 - axis))
+                x = x.index_select(axis, token.clamp(0, old - 1)) * there  # [..., new, ...]
+        else:
+            x = x.narrow(axis, -start, new) if new < old else x
+            pads += [0, 0] if new <= old else [start, new - old - start]
     return F.pad(x, pads) if any(pads) else x
 
 
-def _fake_fit(x: Tensor, size: list[int]) -> Tensor:
+def _empty(x: Tensor, size: Sequence[int]) -> Tensor:
     return x.new_empty((x.shape[0], *size, x.shape[-1]))
+
+
+@custom_op(fake=_empty)
+def fit(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Crop or zero-pad at the bottom and right, [B, *spatial, C] -> [B, *size, C]; a view if nothing is padded."""
+    return _move(x, size, [0] * len(size))
+
+
+@custom_op(fake=_empty)
+def fit_centered(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Crop or zero-pad a map on both sides, [B, *spatial, C] -> [B, *size, C].
+
+    CSWin's rule: half of the padding lies before the map, the odd one after it. Cropping to the old size undoes it.
+    """
+    more = [new - old for old, new in zip(spatial_sizes(x), size, strict=True)]
+    return _move(x, size, [torch.sym_max(n, 0) // 2 - torch.sym_max(-n, 0) // 2 for n in more])
 
 
 def _at_least(n: int, low: int) -> int:
@@ -33,63 +65,45 @@ def _at_least(n: int, low: int) -> int:
     return n if statically_known_true(n >= low) else torch.sym_max(n, low)
 
 
-def _pad_to_at_least(x: Tensor, size: list[int]) -> Tensor:
-    return fit(x, [_at_least(n, s) for n, s in zip(x.shape[1:-1], size, strict=True)])
+@traced_as_one
+def pad_to_at_least(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Zero-pad a map [B, *spatial, C] at the bottom and right to at least `size`."""
+    return fit(x, [_at_least(n, s) for n, s in zip(spatial_sizes(x), size, strict=True)])
 
 
-def _pad_to_multiple(x: Tensor, multiple: list[int]) -> Tensor:
-    return fit(x, [(n + m - 1) // m * m for n, m in zip(x.shape[1:-1], multiple, strict=True)])
+def _multiples(x: Tensor, multiple: Sequence[int]) -> list[int]:
+    return [ceil_div(n, m) * m for n, m in zip(spatial_sizes(x), multiple, strict=True)]
 
 
-def _floor_to_multiple(x: Tensor, multiple: list[int]) -> Tensor:
-    return fit(x, [torch.sym_max(1, n // m) * m for n, m in zip(x.shape[1:-1], multiple, strict=True)])
+@traced_as_one
+def pad_to_multiple(x: Tensor, multiple: Sequence[int]) -> Tensor:
+    """Zero-pad a map [B, *spatial, C] at the bottom and right to a multiple of `multiple`."""
+    return fit(x, _multiples(x, multiple))
 
 
-def _same(n: int, kernel: int, stride: int) -> int:
-    """Length that gives a window of `kernel` every `stride` ceil(n / stride) places."""
-    if kernel < stride:
-        raise ValueError(f"expected a kernel of at least the stride, got {kernel} and {stride}")
-    return (n - 1) // stride * stride + kernel
+@traced_as_one
+def pad_centered_to_multiple(x: Tensor, multiple: Sequence[int]) -> Tensor:
+    """Zero-pad a map [B, *spatial, C] on both sides, as `fit_centered` does, to a multiple of `multiple`."""
+    return fit_centered(x, _multiples(x, multiple))
 
 
-def _pad_same(x: Tensor, kernel: list[int], stride: list[int]) -> Tensor:
-    pads = [0, 0]
-    for n, k, s in zip(reversed(x.shape[1:-1]), reversed(kernel), reversed(stride), strict=True):
-        total = _same(n, k, s) - n
-        pads += [total // 2, total - total // 2]
-    return F.pad(x, pads)
+@traced_as_one
+def floor_to_multiple(x: Tensor, multiple: Sequence[int]) -> Tensor:
+    """Crop a map [B, *spatial, C] at the bottom and right to a multiple of `multiple`, or zero-pad it to one."""
+    return fit(x, [torch.sym_max(1, n // m) * m for n, m in zip(spatial_sizes(x), multiple, strict=True)])
 
 
-def _fit_centered(x: Tensor, size: list[int]) -> Tensor:
-    pads = [0, 0]
-    for axis, n in reversed(list(enumerate(size, start=1))):
-        if n < x.shape[axis]:
-            x = x.narrow(axis, (x.shape[axis] - n) // 2, n)
-        total = n - x.shape[axis]
-        pads += [total // 2, total - total // 2]
-    return F.pad(x, pads) if any(pads) else x
+@traced_as_one
+def pad_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """Zero-pad a map [B, *spatial, C] by TensorFlow's rule "SAME" for windows of `kernel` every `stride`.
 
+    The bottom and right get the odd zero: before a window of 3 every 2, an even length is padded by (0, 1), an odd one
+    by (1, 1).
 
-def _pad_centered_to_multiple(x: Tensor, multiple: list[int]) -> Tensor:
-    return fit_centered(x, [(n + m - 1) // m * m for n, m in zip(x.shape[1:-1], multiple, strict=True)])
-
-
-def _fake_pad_same(x: Tensor, kernel: list[int], stride: list[int]) -> Tensor:
-    size = [_same(n, k, s) for n, k, s in zip(x.shape[1:-1], kernel, stride, strict=True)]
-    return x.new_empty((x.shape[0], *size, x.shape[-1]))
-
-
-# x: [B, *spatial, C]; `size` and `multiple` have one entry per spatial axis. Padding is zero.
-fit = define_op("fit(Tensor(a) x, SymInt[] size) -> Tensor(a)", _fit, _fake_fit)
-pad_to_at_least = composite("pad_to_at_least(Tensor(a) x, SymInt[] size) -> Tensor(a)", _pad_to_at_least)
-pad_to_multiple = composite("pad_to_multiple(Tensor(a) x, SymInt[] multiple) -> Tensor(a)", _pad_to_multiple)
-# Cropped instead of padded, but to one multiple at least.
-floor_to_multiple = composite("floor_to_multiple(Tensor(a) x, SymInt[] multiple) -> Tensor(a)", _floor_to_multiple)
-# TensorFlow's rule "SAME": the bottom and right get the odd zero. An even length before a window of 3 every 2 is padded
-# by (0, 1), an odd one by (1, 1).
-pad_same = define_op("pad_same(Tensor x, SymInt[] kernel, SymInt[] stride) -> Tensor", _pad_same, _fake_pad_same)
-# CSWin's rule: half of the padding lies before the map, the odd one after it. Cropping to the old size undoes padding.
-fit_centered = define_op("fit_centered(Tensor(a) x, SymInt[] size) -> Tensor(a)", _fit_centered, _fake_fit)
-pad_centered_to_multiple = composite(
-    "pad_centered_to_multiple(Tensor(a) x, SymInt[] multiple) -> Tensor(a)", _pad_centered_to_multiple
-)
+    Raises:
+        ValueError: A kernel below the stride.
+    """
+    if any(k < s for k, s in zip(kernel, stride, strict=True)):
+        raise ValueError(f"expected a kernel of at least the stride, got {list(kernel)} and {list(stride)}")
+    sizes = zip(spatial_sizes(x), kernel, stride, strict=True)
+    return fit_centered(x, [(n - 1) // s * s + k for n, k, s in sizes])

@@ -1,20 +1,21 @@
-"""Registers visattn's ops with the PyTorch dispatcher as `torch.ops.visattn.<name>`.
+"""How tracers see the ops: as plain PyTorch where that says the same for every size, else as one custom op.
 
-Called through `torch.ops`, an op is a single node for fx tracing and TorchScript, while autograd, the meta device,
-`torch.compile` and `torch.export` see through a composite op to the PyTorch operations inside it.
-
-While a graph with symbolic sizes is traced, an op that would cut a map according to its size becomes one opaque node
-instead, which runs when the sizes are known. So does an op with a FLOP formula while `FlopCounterMode` counts: what it
-counts is then the formula, with every version of PyTorch, on every device, whatever a backend computes. Transforms of
-`torch.func` take no opaque node: within them the operations inside count.
+The public functions are ordinary Python. `torch.compile` takes each as one call and traces the PyTorch operations
+inside it, `torch.export` and `torch.jit.trace` see these alone. While a graph is traced in which a size that an op cuts
+a map by is symbolic, the op becomes one node `torch.ops.visattn.<name>` instead, which runs when the sizes are known.
+So does an op with a FLOP formula while `FlopCounterMode` counts: what it counts is then the formula, with every version
+of PyTorch, on every device, whatever a backend computes. Transforms of `torch.func` take no custom op: within them the
+operations inside count.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import typing
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,25 +23,28 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
+from visattn.ops.autocast import without_autocast
+from visattn.ops.geometry import is_symbolic
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
 # PyTorch counts its own attention on other devices, but not on a CPU.
 flop_registry.setdefault(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, sdpa_flop)
 flop_registry.setdefault(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, sdpa_backward_flop)
 
-_library = torch.library.Library("visattn", "DEF")
+decompositions: dict[Any, Callable[..., Any]] = {}
+"""What `ExportedProgram.run_decompositions` can put in the place of each custom op: plain PyTorch for every size."""
 
 
-def composite(schema: str, fn: Callable[..., Any]) -> Any:
-    """Define op `schema` with the differentiable Python implementation `fn`; returns its `torch.ops` entry."""
-    name = _library.define(schema)
-    _library.impl(name, fn, "CompositeImplicitAutograd")
-    return getattr(torch.ops.visattn, name.rpartition("::")[2])
+def known_sizes(*args: Any) -> bool:
+    """False while a graph is traced in which an int among the arguments, or a size after a tensor's first, is symbolic.
 
-
-def sizes_are_known(args: tuple[Any, ...]) -> bool:
-    """False while a graph is traced in which a size of a tensor, or an int among the arguments, is symbolic."""
+    A tensor's first size is that of the batch, which decides nothing.
+    """
     for arg in args:
-        values = arg.shape if isinstance(arg, Tensor) else arg if isinstance(arg, (list, tuple)) else (arg,)
-        if any(isinstance(n, torch.SymInt) for n in values):
+        values = arg.shape[1:] if isinstance(arg, Tensor) else arg if isinstance(arg, (list, tuple)) else (arg,)
+        if is_symbolic(*values):
             return False
     return True
 
@@ -50,8 +54,8 @@ def flops_are_counted() -> bool:
     return _in_mode("FlopCounter") and torch._C._functorch.peek_interpreter_stack() is None
 
 
-def _is_compiling() -> bool:
-    """True while `torch.compile` traces; before PyTorch 2.13 `is_compiling` is silent below Dynamo."""
+def is_compiling() -> bool:
+    """True while `torch.compile` traces; before PyTorch 2.13 its `is_compiling` is silent below Dynamo."""
     if torch.compiler.is_exporting():
         return False
     return torch.compiler.is_compiling() or _in_mode("FunctionalTensorMode")
@@ -62,6 +66,42 @@ def _in_mode(name: str) -> bool:
     return any(name in type(mode).__name__ for mode in _get_current_dispatch_mode_stack())
 
 
+def traced_as_one(function: Callable[P, R]) -> Callable[P, R]:
+    """Make `torch.compile` take `function` as one call, and trace what it does below Dynamo, where sizes are known."""
+    torch.compiler.allow_in_graph(function)
+    return function
+
+
+def custom_op(
+    fake: Callable[P, Tensor] | None = None, flops: Callable[P, int] | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a typed function: where the sizes it needs are symbolic it becomes the op `visattn::<its name>`.
+
+    The schema comes from the annotations (`torch.library.infer_schema`).
+
+    Args:
+        fake: Empty tensor of the result's shape and dtype for the same arguments.
+        flops: FLOPs of a forward pass for the same arguments; a backward pass counts twice that.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        name = function.__name__
+        whole = register(name, function, fake, flops)
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if known_sizes(*args, *kwargs.values()) and (flops is None or not flops_are_counted()):
+                return function(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return whole(*bound.args)
+
+        return traced_as_one(call)
+
+    return decorate
+
+
 def _fresh(x: Tensor, args: Sequence[Any]) -> Tensor:
     """x, contiguous, as a copy if it shares memory with a tensor among the arguments: an op may not return those."""
     taken = {t.untyped_storage()._cdata for t in args if isinstance(t, Tensor)}
@@ -69,65 +109,77 @@ def _fresh(x: Tensor, args: Sequence[Any]) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format) if shared else x.contiguous()
 
 
-def opaque(
+def _as_tuple(x: Any) -> tuple[Tensor, ...]:
+    return (x,) if isinstance(x, Tensor) else tuple(x)
+
+
+def register(
     name: str,
-    arguments: str,
-    results: int,
-    run: Callable[..., Tensor | tuple[Tensor, ...]],
-    fake: Callable[..., Tensor | tuple[Tensor, ...]],
+    run: Callable[..., Any],
+    fake: Callable[..., Any] | None,
     flops: Callable[..., int] | None = None,
-) -> Any:
-    """Define `visattn::<name>_opaque`, differentiable, which tracing does not look into; returns its `torch.ops` entry.
+    decomposition: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Define `visattn::<name>`, differentiable, which tracing does not look into; returns a call of it.
 
     Args:
         name: Name of the op.
-        arguments: The schema between the parentheses, without default values.
-        results: How many tensors it returns; one that is not asked for is an empty tensor.
-        run: The implementation. The backward pass runs it again and differentiates it.
+        run: The implementation: a function, or a callable with the `__signature__` that the schema comes from, whose
+            result is one tensor or a tuple. The backward pass runs it again and differentiates it.
         fake: Empty tensors of the results' shapes and dtypes.
-        flops: FLOPs of a forward pass by the arguments, shapes in place of tensors; a backward pass counts twice that,
-            what it computes again as nothing.
+        flops: FLOPs of a forward pass; a backward pass counts twice that, what it computes again as nothing.
+        decomposition: Computes the same for every size, in operations that do not depend on it and write to nothing,
+            not even to what they made. Default: `run`.
     """
-    is_tensor = [argument.startswith("Tensor") for argument in arguments.split(", ")]
-    positions = [i for i, yes in enumerate(is_tensor) if yes]
-    returned = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
+    hints = {} if hasattr(run, "__signature__") else typing.get_type_hints(run)
+    parameters = [
+        p.replace(annotation=hints.get(p.name, p.annotation), default=p.empty)
+        for p in inspect.signature(run).parameters.values()
+    ]
+    positions = [i for i, p in enumerate(parameters) if p.annotation in (Tensor, Tensor | None)]
 
-    @torch.library.custom_op(f"visattn::{name}_opaque", mutates_args=(), schema=f"({arguments}) -> {returned}")
-    def forward(*args: Any) -> Any:
-        out = run(*args)
-        return _fresh(out, args) if results == 1 else tuple(_fresh(x, args) for x in out)
+    def prototype() -> None: ...
 
-    forward.register_fake(fake)
+    prototype.__signature__ = inspect.Signature(parameters, return_annotation=list[Tensor])  # type: ignore[attr-defined]
+    schema = torch.library.infer_schema(prototype, mutates_args=())
+
+    @torch.library.custom_op(f"visattn::{name}", mutates_args=(), schema=schema)
+    def forward(*args: Any) -> list[Tensor]:
+        with without_autocast(args[0].device):
+            return [_fresh(x, args) for x in _as_tuple(run(*args))]
+
+    forward.register_fake(lambda *args: list(_as_tuple(cast("Callable[..., Any]", fake)(*args))))
 
     @torch.library.custom_op(
-        f"visattn::{name}_opaque_backward",
-        mutates_args=(),
-        schema=f"(Tensor[] grads, bool[] needs, {arguments}) -> Tensor[]",
+        f"visattn::{name}_backward", mutates_args=(), schema=schema.replace("(", "(Tensor[] grads, bool[] needs, ", 1)
     )
     def backward(grads: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
         inputs, wanted = list(args), [i for i, n in zip(positions, needs, strict=True) if n]
 
-        def call(*given: Tensor) -> Tensor | tuple[Tensor, ...]:
+        def call(*given: Tensor) -> tuple[Tensor, ...]:
             for i, t in zip(wanted, given, strict=True):
                 inputs[i] = t
-            return run(*inputs)
+            return _as_tuple(run(*inputs))
 
-        # A kernel runs below autograd, where only a functional transform can differentiate.
-        _, differentiate = torch.func.vjp(call, *(args[i] for i in wanted))
-        found = differentiate(grads[0] if results == 1 else tuple(grads))
-        return [_fresh(g, (*grads, *args)) for g in found]
+        with without_autocast(args[0].device):
+            # A kernel runs below autograd, where only a functional transform can differentiate.
+            _, differentiate = torch.func.vjp(call, *(args[i] for i in wanted))
+            return [_fresh(g, (*grads, *args)) for g in differentiate(tuple(grads))]
 
     @backward.register_fake
     def _(grads: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
         return [args[i].new_empty(args[i].shape) for i, n in zip(positions, needs, strict=True) if n]
 
+    packet, backward_packet = (getattr(torch.ops.visattn, f"{name}{suffix}") for suffix in ("", "_backward"))
+
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*(inputs[i] for i in positions))
-        ctx.others = [x for x, yes in zip(inputs, is_tensor, strict=True) if not yes]
+        ctx.others = [None if i in positions else x for i, x in enumerate(inputs)]
 
-    def differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
-        args = [next(tensors) if yes else next(others) for yes in is_tensor]
+    def differentiate(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        args = list(ctx.others)
+        for i, x in zip(positions, ctx.saved_tensors, strict=True):
+            args[i] = x
         needs = [ctx.needs_input_grad[i] for i in positions]
         if counted := flops_are_counted():
             # No kernel can differentiate below a mode: one call to be counted, another for the values.
@@ -135,39 +187,43 @@ def opaque(
             backward_packet(*on_meta)
         with _disable_current_modes() if counted else contextlib.nullcontext():
             found = iter(backward_packet(list(grads), needs, *args))
-        return tuple(next(found) if yes and ctx.needs_input_grad[i] else None for i, yes in enumerate(is_tensor))
+        return tuple(next(found) if i in positions and ctx.needs_input_grad[i] else None for i in range(len(args)))
 
     forward.register_autograd(differentiate, setup_context=setup_context)
-    packet, backward_packet = (getattr(torch.ops.visattn, f"{name}_opaque{suffix}") for suffix in ("", "_backward"))
     if flops is not None:
-        register_flop_formula(packet)(lambda *args, out_shape=None: flops(*args))
-        register_flop_formula(backward_packet)(lambda grads, needs, *args, out_shape=None: 2 * flops(*args))
-    return packet
+        register_flop_formula(packet, get_raw=True)(lambda *args, out_val=None: flops(*args))
+        register_flop_formula(backward_packet, get_raw=True)(lambda grads, needs, *args, out_val=None: 2 * flops(*args))
+
+    def unpacked(*args: Any) -> Any:
+        found = packet(*args)
+        return found[0] if len(found) == 1 else tuple(found)
+
+    decomposition = decomposition or run
+    decompositions[packet.default] = lambda *args: list(_as_tuple(decomposition(*args)))
+    return unpacked
 
 
-def define_op(
-    schema: str,
-    run: Callable[..., Tensor],
-    fake: Callable[..., Tensor],
-    flops: Callable[..., int] | None = None,
-    whole_on_cpu: bool = False,
-) -> Any:
-    """Define op `schema`, whose work depends on sizes: composite where they are known, opaque where symbolic.
+def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Put plain PyTorch, right for every size, in the place of visattn's custom ops in an exported program.
 
-    It has one result. `run` and `fake` take the schema's arguments by position; `run`'s own default values stand for
-    those left out. `flops`: as for `opaque`. With `whole_on_cpu`, `torch.compile` for a CPU keeps the op opaque too:
-    its eager form is the faster one there. Programs of `torch.export` see into it nevertheless.
+    For programs with a dynamic height and width that shall run where visattn is not installed.
+
+    Args:
+        program: From `torch.export.export`; its dynamic sizes stay.
+
+    Raises:
+        NotImplementedError: The program holds an op that has no form for every size; the message says which and why.
     """
-    name, _, rest = schema.partition("(")
-    arguments = rest[: rest.rindex(") -> ")].replace("Tensor(a)", "Tensor")
-    hidden = opaque(name, ", ".join(a.partition("=")[0] for a in arguments.split(", ")), 1, run, fake, flops)
-    defaults = [p.default for p in inspect.signature(run).parameters.values()]
+    from torch.fx.experimental import _config as config
 
-    def call(*args: Any) -> Tensor:
-        args = (*args, *defaults[len(args) :])
-        whole = whole_on_cpu and args[0].device.type == "cpu" and _is_compiling()
-        if whole or not sizes_are_known(args) or (flops is not None and flops_are_counted()):
-            return hidden(*args)
-        return run(*args)
-
-    return composite(schema, call)
+    # PyTorch otherwise takes for granted that no size is 1 in the whole range if it is not 1 in the example.
+    oblivious = config.patch(backed_size_oblivious=True) if hasattr(config, "backed_size_oblivious") else None
+    with oblivious or contextlib.nullcontext():
+        program = program.run_decompositions(decompositions)
+    # What it defers to run time are cases of strides that make no difference to the result, such as batch != 1.
+    graph = program.graph_module.graph
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_scalar.default):
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program

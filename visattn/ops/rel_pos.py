@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visattn.ops.registration import composite
+from visattn.ops.geometry import is_symbolic
+from visattn.ops.registration import traced_as_one
 
 
-def _resize_rel_pos(table: Tensor, size: list[int], mode: str = "bicubic") -> Tensor:
-    if all(isinstance(n, int) and n == m for n, m in zip(size, table.shape[-2:], strict=True)):
+@traced_as_one
+def resize_rel_pos(table: Tensor, size: Sequence[int], mode: str = "bicubic") -> Tensor:
+    """[N, h, w] -> [N, *size] by interpolation, in at least float32; the same size returns the table itself.
+
+    Args:
+        table: The table.
+        size: Two ints.
+        mode: "bicubic" or "bilinear", as the family's official checkpoints were carried from one window to another.
+    """
+    size = [int(n) for n in size] if torch.jit.is_tracing() else list(size)
+    if not is_symbolic(*size) and size == list(table.shape[-2:]):
         return table
     dtype = torch.promote_types(table.dtype, torch.float32)
     resized = F.interpolate(table[None].to(dtype), size=size, mode=mode, align_corners=False)
     return resized[0].to(table.dtype)
-
-
-# table [N, h, w]; `mode` "bicubic" or "bilinear", as the family's official checkpoints were carried from one window to
-# another. The same size returns the table itself.
-resize_rel_pos = composite(
-    "resize_rel_pos(Tensor(a) table, SymInt[2] size, str mode='bicubic') -> Tensor(a)", _resize_rel_pos
-)

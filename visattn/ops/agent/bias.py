@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visattn.ops.registration import define_op
+from visattn.ops._legacy import define_op
 
 
 def _check(table: Tensor, rows: Tensor, columns: Tensor, size: Sequence[int], agent_size: Sequence[int]) -> int:

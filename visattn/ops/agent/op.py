@@ -8,13 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from visattn.ops._legacy import Backend, Dispatcher, always, automatic, define_op
 from visattn.ops.agent.eager import agent_eager
 from visattn.ops.agent.reference import agent_reference
 from visattn.ops.agent.triton import agent_triton, refusal
 from visattn.ops.checks import check_dtypes
-from visattn.ops.dispatch import Backend, Dispatcher, always
-from visattn.ops.fused.support import automatic
-from visattn.ops.registration import define_op
 
 dispatcher = Dispatcher(
     "agent_attention",

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from visattn.ops.fused import support
+from visattn.ops import _legacy as support
 from visattn.ops.geometry import Whole
 
 

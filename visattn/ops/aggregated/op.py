@@ -10,14 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visattn.ops._legacy import Backend, Dispatcher, always, automatic, define_op
 from visattn.ops.aggregated.eager import aggregated_eager
 from visattn.ops.aggregated.reference import aggregated_reference, reference_weights
 from visattn.ops.aggregated.triton import aggregated_triton, refusal
 from visattn.ops.checks import check_dtypes
-from visattn.ops.dispatch import Backend, Dispatcher, always
-from visattn.ops.fused.support import automatic
 from visattn.ops.geometry import Pooled
-from visattn.ops.registration import define_op
 
 dispatcher = Dispatcher(
     "aggregated_attention",

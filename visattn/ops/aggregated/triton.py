@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visattn.ops import _legacy as support
+from visattn.ops._legacy import opaque
 from visattn.ops.aggregated.cpb import position_table
 from visattn.ops.aggregated.reference import visible
-from visattn.ops.fused import support
 from visattn.ops.fused.tables import Lookup, select
 from visattn.ops.geometry import Clipped, Pooled, Whole, interpolated
-from visattn.ops.registration import opaque
 
 # The position bias is a tensor of heads x queries x pooled keys, shared by the images of a batch.
 _MOST = 1 << 28

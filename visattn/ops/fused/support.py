@@ -7,9 +7,9 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+from typing import Any
 
 import torch
-from torch import Tensor
 
 MOST_BYTES = 512  # of a head's channels: several rows of them lie in shared memory
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -45,9 +45,13 @@ def _has_compiler() -> bool:
     return os.name == "nt" or bool(os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc"))
 
 
-def refusal(*tensors: Tensor | None) -> str | None:
-    """Why the kernels cannot run these tensors, or None."""
-    given = [t for t in tensors if t is not None]
+def can_run(problem: Any) -> str | None:
+    """None, or why the kernels cannot run the tensors of a problem; an attention's heads have q's and v's channels."""
+    given = problem.tensors()
+    if hasattr(problem, "v"):
+        most, dims = MOST_BYTES // given[0].element_size(), (problem.q.shape[-1], problem.v.shape[-1])
+        if max(dims) > most:
+            return f"expected heads of at most {most} channels in {given[0].dtype}, got {dims[0]} and {dims[1]}"
     if (missing := _missing()) is not None:
         return missing
     if any(t.device != given[0].device for t in given):
@@ -61,23 +65,15 @@ def refusal(*tensors: Tensor | None) -> str | None:
         return "Triton kernels need a GPU of compute capability 8.0 or newer"
     if device == "cuda" and not _has_compiler():
         return "Triton needs a C compiler when it first launches a kernel; try to install gcc, or set CC"
-    if len(given[0]) >= 2**16:
-        return f"Triton kernels take fewer than 65536 images at a time, got {len(given[0])}"
+    if given[0].shape[0] >= 2**16:
+        return f"Triton kernels take fewer than 65536 images at a time, got {given[0].shape[0]}"
     return None
 
 
-def attention_refusal(q: Tensor, v: Tensor, *others: Tensor | None) -> str | None:
-    """Why the attention kernels cannot run tensors with heads of q's and v's channels, or None."""
-    most = MOST_BYTES // q.element_size()
-    if max(q.shape[-1], v.shape[-1]) > most:
-        return f"expected heads of at most {most} channels in {q.dtype}, got {q.shape[-1]} and {v.shape[-1]}"
-    return refusal(q, v, *others)
-
-
-def automatic(*tensors: Tensor | None) -> str | None:
-    """Why "auto" should not take the kernels: the interpreter is for tests."""
-    given = [t for t in tensors if t is not None]
-    return None if given[0].device.type == "cuda" else "the interpreter is slow, and is used only on request"
+def automatic(problem: Any) -> str | None:
+    """None, or why "auto" should not take the kernels: the interpreter is for tests."""
+    is_gpu = problem.tensors()[0].device.type == "cuda"
+    return None if is_gpu else "the interpreter is slow, and is used only on request"
 
 
 def precision() -> str:

@@ -3,6 +3,7 @@
 Integer arithmetic only, one axis at a time; a window on a map is the product of its axes.
 """
 
+from visattn.ops.geometry.arithmetic import ceil_div, interleave, is_symbolic, outer_index, read_table
 from visattn.ops.geometry.blocks import Halo, Partition, bin_edges, bins
 from visattn.ops.geometry.pooled import Pooled, interpolated
 from visattn.ops.geometry.sliding import Axis, Neighbors, Tiles, neighbors, sees_all, tile_sizes, tiles, window
@@ -24,9 +25,14 @@ __all__ = [
     "Whole",
     "bin_edges",
     "bins",
+    "ceil_div",
+    "interleave",
     "interpolated",
+    "is_symbolic",
     "neighbors",
+    "outer_index",
     "padded_rows",
+    "read_table",
     "sees_all",
     "spans",
     "tile_plan",

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from visattn.ops.geometry.arithmetic import ceil_div, is_symbolic
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -36,16 +38,19 @@ class Partition:
         """(windows, slots of each, empty slots before the first token).
 
         With these empty slots and more at the end, the axis has windows x slots places: window-major for runs,
-        slot-major for a grid. `slots` is below `window` when no window is full.
+        slot-major for a grid. `slots` is below `window` when no window is full, unless the length is symbolic.
         """
+        if is_symbolic(self.length):
+            empty = 0 if self.is_grid else (self.window - self.shift) % self.window
+            return ceil_div(self.length + empty, self.window), self.window, empty
         if self.is_grid:
-            windows = -(-self.length // self.window)
-            return windows, -(-self.length // windows), 0
+            windows = ceil_div(self.length, self.window)
+            return windows, ceil_div(self.length, windows), 0
         first = self.shift or self.window
         if self.length <= first:
             return 1, self.length, 0
         empty = self.window - first
-        return -(-(self.length + empty) // self.window), self.window, empty
+        return ceil_div(self.length + empty, self.window), self.window, empty
 
     def place(self, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
         """The window [length] of each token and its rank [length] inside it."""
@@ -94,12 +99,12 @@ class Halo:
 
     @property
     def blocks(self) -> int:
-        return -(-self.length // self.block)
+        return ceil_div(self.length, self.block)
 
     @property
     def queries(self) -> int:
         """Queries on the axis."""
-        return -(-self.length // self.stride)
+        return ceil_div(self.length, self.stride)
 
     @property
     def queries_per_block(self) -> int:
@@ -126,10 +131,10 @@ class Halo:
 
 def bins(length: int, number: int) -> list[tuple[int, int]]:
     """The [start, stop) of adaptive pooling's `number` bins: they cover the axis and overlap where they do not fit."""
-    return [(i * length // number, -(-(i + 1) * length // number)) for i in range(number)]
+    return [(i * length // number, ceil_div((i + 1) * length, number)) for i in range(number)]
 
 
 def bin_edges(length: int, number: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
     """`bins` as tensors [number, 1], which are arithmetic in an exported program where a list would be a constant."""
     i = torch.arange(number, device=device)[:, None]
-    return i * length // number, ((i + 1) * length + number - 1) // number
+    return i * length // number, ceil_div((i + 1) * length, number)

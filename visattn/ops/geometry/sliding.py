@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from visattn.ops.geometry.arithmetic import ceil_div, is_symbolic
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -86,7 +88,7 @@ def window(position: Tensor, group_length: Tensor, axis: Axis) -> tuple[Tensor, 
 
 
 def _group_length(group: Tensor, axis: Axis) -> Tensor:
-    return (axis.length - group + axis.dilation - 1) // axis.dilation
+    return ceil_div(axis.length - group, axis.dilation)
 
 
 def neighbors(axis: Axis, device: torch.device | str | None = None) -> Neighbors:
@@ -104,28 +106,34 @@ def tile_sizes(axis: Axis, tile: int) -> tuple[int, int]:
     """How many queries `t` and keys `U` a tile of `axis` holds, for a wish of about `tile` queries.
 
     `t` is a multiple of the stride, so that tiles do not split blocks that share a window. A group is cut evenly (28 as
-    4 x 7, not 3 x 8 + 4), and one of at most two tiles becomes one (dense attention inside the group).
+    4 x 7, not 3 x 8 + 4), and one of at most two tiles becomes one (dense attention inside the group). An axis of
+    symbolic length has tiles of one size.
     """
-    longest = -(-axis.length // axis.dilation)
+    if is_symbolic(axis.length):
+        t = max(tile // axis.stride, 1) * axis.stride
+        return t, axis.kernel_size + t - axis.stride
+    longest = ceil_div(axis.length, axis.dilation)
     if longest <= max(2 * tile, axis.kernel_size) and axis.stride < axis.kernel_size:
         return longest, longest
-    t = -(-longest // -(-longest // tile))
+    t = ceil_div(longest, ceil_div(longest, tile))
     t = max(t // axis.stride, 1) * axis.stride
     return t, min(axis.kernel_size + t - axis.stride, longest)
 
 
 def sees_all(axis: Axis, tile: int) -> bool:
     """True when every query of a tile sees every key of it, so that no mask is needed."""
-    return tile_sizes(axis, tile)[1] == axis.kernel_size and not axis.is_causal
+    known = not is_symbolic(axis.length)
+    return known and tile_sizes(axis, tile)[1] == axis.kernel_size and not axis.is_causal
 
 
 def tiles(axis: Axis, tile: int, device: torch.device | str | None = None) -> Tiles:
     """Cut `axis` into tiles of queries with their union of keys; see `tile_sizes`."""
     t, u = tile_sizes(axis, tile)
     d = axis.dilation
-    per_group = ((axis.length + d - 1) // d + t - 1) // t
+    per_group = ceil_div(ceil_div(axis.length, d), t)
     number = torch.arange(d * per_group, device=device)
-    group, base = number // per_group, number % per_group * t  # [T]
+    group = number // per_group  # [T]
+    base = (number - group * per_group) * t  # [T], without a remainder, which exporters refuse for a symbol
     length = _group_length(group, axis)
 
     token = torch.arange(axis.length, device=device)
@@ -134,7 +142,9 @@ def tiles(axis: Axis, tile: int, device: torch.device | str | None = None) -> Ti
 
     group, base, length = group[:, None], base[:, None], length[:, None]  # [T, 1]
     query = torch.minimum(base + torch.arange(t, device=device), length - 1)
-    if t == u and t * d == axis.length:  # one tile holds a group, and no group is shorter than another
+    if (
+        not is_symbolic(axis.length) and t == u and t * d == axis.length
+    ):  # one tile holds a group, and no group is shorter than another
         return Tiles(axis, group, length, query, query, slot)
     first, _ = window(query[:, :1], length, axis)  # starts grow with the position
     key = torch.minimum(first, length - u).clamp(min=0) + torch.arange(u, device=device)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visattn.ops.geometry.arithmetic import ceil_div
 from visattn.ops.geometry.blocks import Halo, Partition
 from visattn.ops.geometry.sliding import Axis, window
 
@@ -135,7 +136,7 @@ def spans(axis: AnyAxis) -> Spans:
 
 @spans.register
 def _(axis: Axis) -> Spans:
-    group, position = torch.arange(axis.dilation)[:, None], _rank(-(-axis.length // axis.dilation))
+    group, position = torch.arange(axis.dilation)[:, None], _rank(ceil_div(axis.length, axis.dilation))
     token = position * axis.dilation + group
     token = token.masked_fill(token >= axis.length, OUTSIDE)
     start, stop = window(position, (token >= 0).sum(1, keepdim=True), axis)
@@ -177,11 +178,11 @@ def _(axis: Clipped) -> Spans:
 
 def padded_rows(number: int) -> int:
     """Rows of a tile in blocks of 64, or one block of 16 or 32."""
-    return 16 if number <= 16 else 32 if number <= 32 else -(-number // 64) * 64
+    return 16 if number <= 16 else 32 if number <= 32 else ceil_div(number, 64) * 64
 
 
 def _even(length: int, size: int) -> int:
-    return -(-length // -(-length // size))
+    return ceil_div(length, ceil_div(length, size))
 
 
 def tile_plan(axes: Sequence[Spans], extra: int = 0) -> tuple[Cut, ...]:
@@ -201,7 +202,7 @@ def tile_plan(axes: Sequence[Spans], extra: int = 0) -> tuple[Cut, ...]:
     def cost(cuts: Sequence[Cut]) -> int:
         tiles, rows = math.prod(len(c.query) for c in cuts), padded_rows(math.prod(c.query.shape[1] for c in cuts))
         keys = padded_rows(math.prod(c.key.shape[1] for c in cuts)) + extra
-        blocks = -(-rows // 64)
+        blocks = ceil_div(rows, 64)
         return tiles * (keys * (rows + 64 * blocks) + 64 * 64 * blocks)
 
     return min((tuple(cut for _, cut in choice) for choice in itertools.product(*options)), key=cost)

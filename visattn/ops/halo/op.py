@@ -7,14 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from visattn.ops._legacy import Backend, Dispatcher, always, automatic, define_op
 from visattn.ops.checks import check_dtypes
-from visattn.ops.dispatch import Backend, Dispatcher, always
-from visattn.ops.fused.support import automatic
 from visattn.ops.geometry import Halo
 from visattn.ops.halo.eager import halo_eager
 from visattn.ops.halo.reference import halo_reference
 from visattn.ops.halo.triton import halo_triton, refusal
-from visattn.ops.registration import define_op
 
 dispatcher = Dispatcher(
     "halo_attention",

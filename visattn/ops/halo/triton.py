@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visattn.ops.fused import support
+from visattn.ops import _legacy as support
 from visattn.ops.geometry import Halo
 
 

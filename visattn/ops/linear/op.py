@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visattn.ops._legacy import Backend, Dispatcher, always, define_op
 from visattn.ops.checks import check_dtypes, spatial_axes
-from visattn.ops.dispatch import Backend, Dispatcher, always
 from visattn.ops.linear.eager import dynamic_conv_eager, efficient_eager, focused_eager, inline_eager
 from visattn.ops.linear.reference import (
     dynamic_conv_reference,
@@ -27,7 +27,6 @@ from visattn.ops.linear.triton import (
     inline_triton,
     linear_refusal,
 )
-from visattn.ops.registration import define_op
 
 
 def _dispatcher(name: str, triton: Any, eager: Any, reference: Any, automatic: Any = attention_automatic) -> Dispatcher:

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visattn.ops._legacy import automatic, refusal
 from visattn.ops.fused.products import apply, outer
 from visattn.ops.fused.stencil import dynamic_conv
-from visattn.ops.fused.support import automatic, refusal
 from visattn.ops.linear.eager import focus, is_quadratic
 
 

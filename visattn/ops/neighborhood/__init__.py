@@ -2,14 +2,118 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from visattn.ops.checks import per_axis, spatial_axes
-from visattn.ops.neighborhood.op import attend, attend_lse
+from visattn.ops.autocast import to_autocast, without_autocast
+from visattn.ops.checks import (
+    check_dtypes,
+    check_floating,
+    check_qkv,
+    check_table,
+    default_scale,
+    per_axis,
+    spatial_axes,
+)
+from visattn.ops.dispatch import AttentionProblem, Backends
+from visattn.ops.geometry import Axis, is_symbolic
+from visattn.ops.neighborhood import eager, reference, triton
+from visattn.ops.registration import traced_as_one
 
 
+@dataclass(frozen=True, eq=False)
+class NeighborhoodProblem(AttentionProblem):
+    """q, k [B, *spatial, N, D], v [B, *spatial, N, Dv]; windows, per axis; bias [N, 2 * kernel_size - 1 per axis].
+
+    Extra keys [B, E, N, D] and values [B, E, N, Dv], and their bias, broadcastable to [B, *spatial, N, E].
+    """
+
+    kernel_size: Sequence[int]
+    dilation: Sequence[int]
+    stride: Sequence[int]
+    is_causal: Sequence[bool]
+    bias: Tensor | None
+    extra_k: Tensor | None
+    extra_v: Tensor | None
+    extra_bias: Tensor | None
+    scale: float
+    return_lse: bool
+
+    def __post_init__(self) -> None:
+        check_qkv(self.q, self.k, self.v)
+        self._check_windows()
+        self._check_extra()
+        if self.bias is not None and any(self.is_causal):
+            raise ValueError(f"expected no causal axis with a bias, got is_causal {list(self.is_causal)}")
+        check_table(self.q, self.bias, self.kernel_size)
+
+    def _check_windows(self) -> None:
+        for k, d, s, n in zip(self.kernel_size, self.dilation, self.stride, self.size, strict=True):
+            if k < 1 or d < 1 or not 1 <= s <= k:
+                raise ValueError(
+                    f"expected kernel_size >= 1, dilation >= 1 and 1 <= stride <= kernel_size on every axis, got "
+                    f"kernel_size {self.kernel_size}, dilation {self.dilation}, stride {self.stride}"
+                )
+            if not is_symbolic(n) and k * d > n:
+                raise ValueError(
+                    f"expected kernel_size * dilation <= size on every axis, got kernel_size {self.kernel_size}, "
+                    f"dilation {self.dilation} on a map of {tuple(self.size)}; try visattn.ops.pad_to_at_least before "
+                    "projecting q, k, v"
+                )
+
+    def _check_extra(self) -> None:
+        q, v, extra_k, extra_v, extra_bias = self.q, self.v, self.extra_k, self.extra_v, self.extra_bias
+        check_floating(extra_k=extra_k, extra_v=extra_v, extra_bias=extra_bias)
+        if (extra_k is None) != (extra_v is None):
+            raise ValueError("expected extra_k and extra_v together, got only one of them")
+        check_dtypes(q, extra_k, extra_v)
+        if extra_k is not None and extra_v is not None:
+            head = (q.shape[0], extra_k.shape[1], q.shape[-2])
+            if tuple(extra_k.shape) != (*head, q.shape[-1]) or tuple(extra_v.shape) != (*head, v.shape[-1]):
+                raise ValueError(
+                    f"expected extra_k {(*head, q.shape[-1])} and extra_v {(*head, v.shape[-1])} ([B, E, N, D]), "
+                    f"got {tuple(extra_k.shape)} and {tuple(extra_v.shape)}"
+                )
+        if extra_bias is not None:
+            if extra_k is None:
+                raise ValueError("expected extra_k and extra_v with extra_bias, got extra_bias alone")
+            target, got = (*q.shape[:-1], extra_k.shape[1]), tuple(extra_bias.shape)
+            fits = all(n in (1, m) for n, m in zip(reversed(got), reversed(target), strict=False))
+            if len(got) > len(target) or not fits:
+                raise ValueError(f"expected extra_bias broadcastable to {target} ([B, *spatial, N, E]), got {got}")
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """How windows lie on each axis."""
+        windows = zip(self.size, self.kernel_size, self.dilation, self.stride, self.is_causal, strict=True)
+        return tuple(Axis(*axis) for axis in windows)
+
+    def empty(self) -> Tensor | tuple[Tensor, ...]:
+        """The result, and the log-sum-exps if they are asked for."""
+        out = self.v.new_empty((*self.q.shape[:-1], self.v.shape[-1]))
+        lse = self.q.new_empty(self.q.shape[:-1], dtype=torch.promote_types(self.q.dtype, torch.float32))
+        return (out, lse) if self.return_lse else out
+
+    def flops(self) -> int:
+        """Those of the keys that a query sees, causal axes in full."""
+        keys = math.prod(self.kernel_size) + (0 if self.extra_k is None else self.extra_k.shape[1])
+        return 2 * math.prod(self.q.shape[:-1]) * keys * (self.q.shape[-1] + self.v.shape[-1])
+
+
+_backends = Backends(
+    "neighborhood_attention",
+    NeighborhoodProblem,
+    triton=triton.attend,
+    eager=eager.attend,
+    reference=reference.attend,
+)
+
+
+@traced_as_one
 def neighborhood_attention(
     q: Tensor,
     k: Tensor,
@@ -42,7 +146,7 @@ def neighborhood_attention(
             `stride == kernel_size` is blocked (window) attention.
         is_causal: On a causal axis, keys after the query are hidden; the first queries have fewer keys.
         bias: Relative position table [N, 2 * kernel_size - 1 per axis]; entry K - 1 is displacement 0 (key - query,
-            in units of the dilation). Only with stride 1 and no causal axis.
+            in units of the dilation). Only without a causal axis.
         extra_k: Keys [B, E, N, D] that every query sees besides its neighbours, in the same softmax.
         extra_v: Values [B, E, N, Dv] of the extra keys.
         extra_bias: Added to the logits of the extra keys; broadcastable to [B, *spatial, N, E].
@@ -51,11 +155,12 @@ def neighborhood_attention(
         backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
 
     Returns:
-        [B, *spatial, N, Dv] of v's dtype; with `return_lse` also [B, *spatial, N], float32 (float64 for float64).
+        [B, *spatial, N, Dv] of v's dtype; under autocast of its dtype, to which q, k, v and the extra keys are cast.
+        With `return_lse` also [B, *spatial, N], float32 (float64 for float64).
 
     Raises:
         ValueError: Shapes or window arguments that do not fit.
-        TypeError: q, k, v (and extra keys) of different dtypes, or not floating point.
+        TypeError: q, k, v (and extra keys) of different dtypes, or tensors that are not floating point.
         BackendError: The requested backend cannot run this call.
 
     Sources: arXiv:2204.07143 eq. 1-3 (NA), arXiv:2209.15001 eq. 2 (dilation), arXiv:2504.16922 (stride).
@@ -67,5 +172,9 @@ def neighborhood_attention(
         per_axis("stride", stride, int, axes),
         per_axis("is_causal", is_causal, bool, axes),
     )
-    op = attend_lse if return_lse else attend
-    return op(q, k, v, *windows, bias, extra_k, extra_v, extra_bias, scale, backend)
+    q, k, v, extra_k, extra_v = to_autocast(q, k, v, extra_k, extra_v)
+    problem = NeighborhoodProblem(
+        q, k, v, *windows, bias, extra_k, extra_v, extra_bias, default_scale(q, scale), return_lse
+    )
+    with without_autocast(q.device):
+        return _backends.choose(problem, backend)(problem)

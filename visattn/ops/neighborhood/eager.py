@@ -9,24 +9,19 @@ mask, which is the same for every image, broadcasts: tiles and heads as the batc
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visattn.ops.geometry import Axis, Tiles, sees_all, tiles
+from visattn.ops.geometry import Tiles, interleave, is_symbolic, outer_index, read_table, sees_all, tiles
+
+if TYPE_CHECKING:
+    from visattn.ops.neighborhood import NeighborhoodProblem
 
 # Queries per tile and axis. About 64 queries in all: more would see more masked keys, fewer would starve the GEMMs.
 _TILE = {1: 64, 2: 8, 3: 4}
-
-
-def _outer(per_axis: list[Tensor], sizes: list[int]) -> Tensor:
-    """Row-major index [T, t] of the product of per-axis indices [T_a, t_a] with values below `sizes[a]`."""
-    index = per_axis[0]
-    for values, size in zip(per_axis[1:], sizes[1:], strict=True):
-        index = index[:, None, :, None] * size + values[None, :, None, :]
-        index = index.flatten(2).flatten(0, 1)
-    return index
 
 
 def _rows(token: Tensor, batch: int, tokens: int, heads: int) -> Tensor:
@@ -52,20 +47,13 @@ def _scatter(x: Tensor, cut: list[Tiles]) -> Tensor:
     head = torch.arange(heads, device=x.device)
     image = torch.arange(batch, device=x.device)[:, None, None]
     # In the order in which x lies in memory (attention leaves [T, t, heads, D]), so that flattening copies nothing.
-    order = sorted(range(4), key=x.stride, reverse=True)
+    order = list(range(4)) if is_symbolic(*x.stride()) else sorted(range(4), key=x.stride, reverse=True)
     rows = image.new_zeros(())
     for dim in order:
         rows = rows * x.shape[dim] + (tile[:, None], head, image, rank[:, None])[dim]
     spatial = [part.axis.length for part in cut]
     x = x.permute(*order, *range(4, x.ndim)).flatten(0, 3)
     return x.index_select(0, rows.flatten()).reshape(batch, *spatial, heads, *x.shape[1:])
-
-
-def _interleave(table: Tensor, axes: int) -> Tensor:
-    """[n, T_1, t_1, U_1, T_2, t_2, U_2, ...] -> [T_1 T_2 ..., n, t_1 t_2 ..., U_1 U_2 ...]."""
-    tile, query, key = ([1 + 3 * a + part for a in range(axes)] for part in range(3))
-    table = table.permute(*tile, 0, *query, *key)
-    return table.flatten(-axes).flatten(-1 - axes, -2).flatten(0, axes - 1)
 
 
 def _mask(cut: list[Tiles], dtype: torch.dtype) -> Tensor:
@@ -76,55 +64,34 @@ def _mask(cut: list[Tiles], dtype: torch.dtype) -> Tensor:
         hidden = ~part.visible()
         shape = (1,) * (1 + 3 * a) + tuple(hidden.shape) + (1,) * (3 * (len(cut) - 1 - a))
         total = total + zero.masked_fill(hidden, float("-inf")).reshape(shape)
-    return _interleave(total, len(cut))
+    return interleave(total, len(cut))
 
 
-def _read_bias(bias: Tensor, cut: list[Tiles]) -> Tensor:
-    """[T, N, t, U]: the table [N, 2K-1, ...] read at the displacement of every query and key.
-
-    One `index_select` per axis, last axis first, so that the large gather copies whole rows.
-    """
-    where = [part.displacement() for part in cut]
-    for a in reversed(range(len(cut))):
-        bias = bias.index_select(a + 1, where[a].flatten())
-    for a in reversed(range(len(cut))):
-        bias = bias.unflatten(a + 1, where[a].shape)
-    return _interleave(bias, len(cut))
-
-
-def neighborhood_eager(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    axes: tuple[Axis, ...],
-    bias: Tensor | None,
-    extra_k: Tensor | None,
-    extra_v: Tensor | None,
-    extra_bias: Tensor | None,
-    scale: float,
-    return_lse: bool,
-) -> tuple[Tensor, ...]:
+def attend(problem: NeighborhoodProblem) -> Tensor | tuple[Tensor, ...]:
     """See `visattn.ops.neighborhood_attention`. Shapes below: T tiles of t queries and U keys (E extra ones)."""
-    batch, *spatial, heads, _ = q.shape
+    q, k, v, bias, axes, scale = problem.q, problem.k, problem.v, problem.bias, problem.axes, problem.scale
+    extra_k, extra_v, extra_bias, spatial = problem.extra_k, problem.extra_v, problem.extra_bias, problem.size
+    batch, heads = q.shape[0], q.shape[-2]
     tile = _TILE[len(axes)]
-    distinct = {axis: tiles(axis, tile, q.device) for axis in axes}
-    cut = [distinct[axis] for axis in axes]
-    query_rows = _rows(_outer([c.query_index() for c in cut], spatial), batch, math.prod(spatial), heads)
+    cut = [tiles(axis, tile, q.device) for axis in axes]
+    query_rows = _rows(outer_index([c.query_index() for c in cut], spatial), batch, math.prod(spatial), heads)
     if all(c.key is c.query for c in cut):
         key_rows = query_rows
     else:
-        key_rows = _rows(_outer([c.key_index() for c in cut], spatial), batch, math.prod(spatial), heads)
+        key_rows = _rows(outer_index([c.key_index() for c in cut], spatial), batch, math.prod(spatial), heads)
 
-    # A bias that trains would push SDPA off its flash path (4x slower than explicit products on a CPU).
+    # A bias that trains would push SDPA off its flash path (4x slower than explicit products on a CPU), and with
+    # symbolic sizes SDPA ties the graph to more than one image.
     trains = torch.is_grad_enabled() and any(b is not None and b.requires_grad for b in (bias, extra_bias))
-    explicit = trains or return_lse
+    symbolic = is_symbolic(*spatial)
+    explicit = trains or problem.return_lse or symbolic
     dtype = torch.promote_types(q.dtype, torch.float32) if explicit else q.dtype
 
     added = None  # [T, N or 1, B or 1, t, U (+ E)]
     if not all(sees_all(axis, tile) for axis in axes):
         added = _mask(cut, dtype)[:, :, None]
     if bias is not None:
-        table = _read_bias(bias.to(dtype), cut)[:, :, None]
+        table = read_table(bias.to(dtype), [part.displacement() for part in cut])[:, :, None]
         added = table if added is None else added + table
 
     query, key, value = _gather(q, query_rows), _gather(k, key_rows), _gather(v, key_rows)
@@ -143,15 +110,15 @@ def neighborhood_eager(
 
     if explicit:
         scores = (query * scale @ key.mT).to(dtype)
-        scores = scores if added is None else scores.add_(added)
+        scores = scores if added is None else (scores + added if symbolic else scores.add_(added))
         out = scores.softmax(dim=-1).to(value.dtype) @ value
-        results = (out, scores.logsumexp(dim=-1)) if return_lse else (out,)
-        return tuple(_scatter(x, cut) for x in results)
+        out = _scatter(out, cut)
+        return (out, _scatter(scores.logsumexp(dim=-1), cut)) if problem.return_lse else out
 
     # Dimensions over which the mask is constant go together: (N, B) without a bias, B alone with one.
     dim = 1 if added is None or added.shape[1] == 1 else 0
     query, key, value = (x.flatten(dim, dim + 1) for x in (query, key, value))
     added = None if added is None else added.flatten(dim, dim + 1)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale)
-    out = out.unflatten(dim, (heads, batch) if dim == 1 else (-1, heads))
-    return (_scatter(out, cut),)
+    out = out.unflatten(dim, (heads, batch) if dim == 1 else (out.shape[0] // heads, heads))
+    return _scatter(out, cut)

@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from visattn.ops.geometry import Axis, neighbors
+from visattn.ops.geometry import neighbors, outer_index
+
+if TYPE_CHECKING:
+    from visattn.ops.neighborhood import NeighborhoodProblem
 
 
-def _product(per_axis: list[Tensor], sizes: list[int]) -> Tensor:
-    """Row-major index of the product of axes: `per_axis[a]` is [L_a, K_a] with values in [0, sizes[a])."""
-    index = per_axis[0]
-    for values, size in zip(per_axis[1:], sizes[1:], strict=True):
-        index = index[:, None, :, None] * size + values[None, :, None, :]
-        index = index.flatten(0, 1).flatten(1)
-    return index
-
-
-def neighborhood_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    axes: tuple[Axis, ...],
-    bias: Tensor | None,
-    extra_k: Tensor | None,
-    extra_v: Tensor | None,
-    extra_bias: Tensor | None,
-    scale: float,
-    return_lse: bool,
-) -> tuple[Tensor, ...]:
+def attend(problem: NeighborhoodProblem) -> Tensor | tuple[Tensor, Tensor]:
     """See `visattn.ops.neighborhood_attention`; `S` below is the number of tokens, `M` the keys of one query."""
+    q, k, v, bias, axes = problem.q, problem.k, problem.v, problem.bias, problem.axes
+    extra_k, extra_v, extra_bias = problem.extra_k, problem.extra_v, problem.extra_bias
     found = [neighbors(axis, q.device) for axis in axes]
-    index = _product([n.index for n in found], [a.length for a in axes])  # [S, M]
-    hidden = _product([(~n.visible).long() for n in found], [2] * len(axes)) > 0
+    index = outer_index([n.index for n in found], [a.length for a in axes])  # [S, M]
+    hidden = outer_index([(~n.visible).long() for n in found], [2] * len(axes)) > 0
 
     dtype = torch.promote_types(q.dtype, torch.float32)
-    query = q.flatten(1, -3).to(dtype) * scale  # [B, S, N, D]
+    query = q.flatten(1, -3).to(dtype) * problem.scale  # [B, S, N, D]
     keys = k.flatten(1, -3).to(dtype)[:, index]  # [B, S, M, N, D]
     values = v.flatten(1, -3).to(dtype)[:, index]
     scores = torch.einsum("bsnd,bsmnd->bsnm", query, keys)
     if bias is not None:
         widths = [2 * a.kernel_size - 1 for a in axes]
-        table = bias.to(dtype).flatten(1)[:, _product([n.displacement for n in found], widths)]  # [N, S, M]
+        table = bias.to(dtype).flatten(1)[:, outer_index([n.displacement for n in found], widths)]  # [N, S, M]
         scores = scores + table.transpose(0, 1)
     scores = scores.masked_fill(hidden[:, None, :], float("-inf"))
     if extra_k is not None and extra_v is not None:
@@ -54,4 +41,4 @@ def neighborhood_reference(
     if extra_v is not None:
         out = out + torch.einsum("bsne,bend->bsnd", weights[..., index.shape[1] :], extra_v.to(dtype))
     out = out.to(v.dtype).reshape(*q.shape[:-1], v.shape[-1])
-    return (out, scores.logsumexp(dim=-1).reshape(q.shape[:-1])) if return_lse else (out,)
+    return (out, scores.logsumexp(dim=-1).reshape(q.shape[:-1])) if problem.return_lse else out

@@ -8,11 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from visattn.ops._legacy import Backend, Dispatcher, always, automatic, define_op
 from visattn.ops.checks import check_dtypes
-from visattn.ops.dispatch import Backend, Dispatcher, always
-from visattn.ops.fused.support import automatic
 from visattn.ops.geometry import Partition
-from visattn.ops.registration import define_op
 from visattn.ops.routed.eager import routed_eager
 from visattn.ops.routed.reference import routed_reference
 from visattn.ops.routed.routing import Axes, pool_regions, route

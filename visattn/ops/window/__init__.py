@@ -2,14 +2,58 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from visattn.ops.checks import per_axis, spatial_axes
-from visattn.ops.window.op import attend
+from visattn.ops.autocast import to_autocast, without_autocast
+from visattn.ops.checks import check_qkv, check_table, default_scale, per_axis, spatial_axes
+from visattn.ops.dispatch import AttentionProblem, Backends
+from visattn.ops.geometry import Partition
+from visattn.ops.registration import traced_as_one
+from visattn.ops.window import eager, reference, triton
 
 
+@dataclass(frozen=True, eq=False)
+class WindowProblem(AttentionProblem):
+    """q, k [B, *spatial, N, D] and v [B, *spatial, N, Dv], windows per axis, bias [N, 2 * window_size - 1 per axis]."""
+
+    window_size: Sequence[int]
+    shift: Sequence[int]
+    grid: bool
+    bias: Tensor | None
+    scale: float
+
+    def __post_init__(self) -> None:
+        check_qkv(self.q, self.k, self.v)
+        for w, s in zip(self.window_size, self.shift, strict=True):
+            if w < 1 or not 0 <= s < w or (self.grid and s):
+                raise ValueError(
+                    f"expected window_size >= 1 and 0 <= shift < window_size on every axis, no shift of a grid, got "
+                    f"window_size {list(self.window_size)}, shift {list(self.shift)}, grid {self.grid}"
+                )
+        check_table(self.q, self.bias, self.window_size)
+
+    @property
+    def axes(self) -> tuple[Partition, ...]:
+        """How each axis of the map is cut."""
+        sizes = zip(self.size, self.window_size, self.shift, strict=True)
+        return tuple(Partition(n, w, s, self.grid) for n, w, s in sizes)
+
+    def flops(self) -> int:
+        """Those of the pairs that see each other."""
+        batch, heads, pairs = self.q.shape[0], self.q.shape[-2], math.prod(axis.pairs() for axis in self.axes)
+        return 2 * batch * heads * pairs * (self.q.shape[-1] + self.v.shape[-1])
+
+
+_backends = Backends(
+    "window_attention", WindowProblem, triton=triton.attend, eager=eager.attend, reference=reference.attend
+)
+
+
+@traced_as_one
 def window_attention(
     q: Tensor,
     k: Tensor,
@@ -40,15 +84,18 @@ def window_attention(
         backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
 
     Returns:
-        [B, *spatial, N, Dv] of v's dtype.
+        [B, *spatial, N, Dv] of v's dtype; under autocast of its dtype, to which q, k and v are cast.
 
     Raises:
         ValueError: Shapes or window arguments that do not fit.
-        TypeError: q, k, v of different dtypes, or not floating point.
+        TypeError: q, k, v of different dtypes, or tensors that are not floating point.
         BackendError: The requested backend cannot run this call.
 
     Sources: arXiv:2103.14030 eq. 4 and section 3.2 (windows, shift, bias), arXiv:2204.01697 section 3.2 (grid).
     """
     axes = spatial_axes(q)
     window, offset = per_axis("window_size", window_size, int, axes), per_axis("shift", shift, int, axes)
-    return attend(q, k, v, window, offset, grid, bias, scale, backend)
+    q, k, v = to_autocast(q, k, v)
+    problem = WindowProblem(q, k, v, window, offset, grid, bias, default_scale(q, scale))
+    with without_autocast(q.device):
+        return _backends.choose(problem, backend)(problem)

@@ -7,11 +7,16 @@ window to window but not from image to image: windows and heads are then the bat
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visattn.ops.geometry import Partition
+from visattn.ops.geometry import Partition, is_symbolic, read_table
+
+if TYPE_CHECKING:
+    from visattn.ops.window import WindowProblem
 
 
 def _pad(x: Tensor, axes: tuple[Partition, ...]) -> Tensor:
@@ -19,7 +24,7 @@ def _pad(x: Tensor, axes: tuple[Partition, ...]) -> Tensor:
     for axis in reversed(axes):
         windows, slots, empty = axis.layout()
         pads += [empty, windows * slots - empty - axis.length]
-    return F.pad(x, pads) if any(pads) else x
+    return F.pad(x, pads) if is_symbolic(*pads) or any(pads) else x
 
 
 def _order(axes: tuple[Partition, ...]) -> tuple[list[int], list[int]]:
@@ -40,6 +45,8 @@ def _cut(x: Tensor, axes: tuple[Partition, ...], windows_first: bool) -> Tensor:
     head, last = x.ndim - 2, x.ndim - 1
     x = x.permute(*((*windows, head, 0) if windows_first else (0, *windows, head)), *slots, last)
     number = len(axes)
+    # Whether this copies is then not asked of symbolic sizes.
+    x = x.clone(memory_format=torch.contiguous_format) if is_symbolic(*x.shape) else x
     x = x.flatten(-1 - number, -2)
     return x.flatten(0, number - 1) if windows_first else x.flatten(1, number)
 
@@ -52,12 +59,16 @@ def _join(x: Tensor, axes: tuple[Partition, ...], windows_first: bool) -> Tensor
     windows, slots = _order(axes)
     head, last = x.ndim - 2, x.ndim - 1
     order = [*((*windows, head, 0) if windows_first else (0, *windows, head)), *slots, last]
-    x = x.permute(*sorted(range(x.ndim), key=order.__getitem__))
+    x = x.permute(*sorted(range(x.ndim), key=order.__getitem__))  # [B, a_1, b_1, a_2, b_2, ..., N, Dv]
+    x = x.clone(memory_format=torch.contiguous_format) if is_symbolic(*x.shape) else x
     for a in range(1, len(axes) + 1):
         x = x.flatten(a, a + 1)
     for a, axis in enumerate(axes, start=1):
-        x = x.narrow(a, axis.layout()[2], axis.length)
-    return x.contiguous()
+        if is_symbolic(axis.length):  # a slice would compare its length with that of the padded axis
+            x = x.index_select(a, torch.arange(axis.length, device=x.device) + axis.layout()[2])
+        else:
+            x = x.narrow(a, axis.layout()[2], axis.length)
+    return x.contiguous()  # [B, *spatial, N, Dv]
 
 
 def _hidden(axes: tuple[Partition, ...], device: torch.device) -> Tensor:
@@ -71,47 +82,42 @@ def _hidden(axes: tuple[Partition, ...], device: torch.device) -> Tensor:
     return ~occupied.flatten(0, len(axes) - 1).flatten(1)[:, None, None, :]
 
 
-def _read_bias(bias: Tensor, axes: tuple[Partition, ...]) -> Tensor:
-    """[N, t, t]: the table [N, 2w-1, ...] read at the displacement of every query and key."""
-    for a, axis in enumerate(axes):
-        slots, rank = axis.layout()[1], torch.arange(axis.layout()[1], device=bias.device)
-        where = rank - rank[:, None] + axis.window - 1  # [query, key]
-        bias = bias.index_select(1 + 2 * a, where.flatten()).unflatten(1 + 2 * a, (slots, slots))
-    number = len(axes)
-    bias = bias.permute(0, *range(1, 2 * number, 2), *range(2, 2 * number + 1, 2))
-    return bias.flatten(1 + number).flatten(1, number)
-
-
-def window_eager(
-    q: Tensor, k: Tensor, v: Tensor, axes: tuple[Partition, ...], bias: Tensor | None, scale: float
-) -> Tensor:
+def attend(problem: WindowProblem) -> Tensor:
     """See `visattn.ops.window_attention`. T windows of t slots."""
-    masked = any(windows * slots != axis.length for axis in axes for windows, slots, _ in [axis.layout()])
-    # A bias that trains would push SDPA off its flash path: explicit products are then faster on a CPU.
-    explicit = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    q, k, v, bias, axes, scale = problem.q, problem.k, problem.v, problem.bias, problem.axes, problem.scale
+    layouts = [axis.layout() for axis in axes]
+    symbolic = is_symbolic(*problem.size)
+    masked = symbolic or any(w * s != axis.length for axis, (w, s, _) in zip(axes, layouts, strict=True))
+    # A bias that trains would push SDPA off its flash path: explicit products are then faster on a CPU. With symbolic
+    # sizes SDPA ties the graph to more than one image.
+    explicit = symbolic or (bias is not None and bias.requires_grad and torch.is_grad_enabled())
     dtype = torch.promote_types(q.dtype, torch.float32) if explicit else q.dtype
-    table = None if bias is None else _read_bias(bias.to(dtype), axes)
+    added = None  # [N, t, t]
+    if bias is not None:
+        ranks = [torch.arange(slots, device=q.device) for _, slots, _ in layouts]
+        where = [r - r[:, None] + axis.window - 1 for r, axis in zip(ranks, axes, strict=True)]  # [t_a, t_a]
+        added = read_table(bias.to(dtype), where)
     windows_first = masked and not explicit
-
-    query, key, value = (_cut(x, axes, windows_first) for x in (q, k, v))
-    hidden = _hidden(axes, q.device) if masked else None
+    query, key, value = (_cut(x, axes, windows_first) for x in (q, k, v))  # [B, T, N, t, D], or [T, N, B, t, D]
+    hidden = _hidden(axes, q.device) if masked else None  # [T, 1, 1, t]
     if explicit:
-        scores = (query * scale @ key.mT).to(dtype).add_(table)
-        if hidden is not None:
-            scores = scores.masked_fill_(hidden, float("-inf"))
-        out = scores.softmax(dim=-1).to(value.dtype) @ value
-        return _join(out, axes, windows_first)
+        scores = (query * scale @ key.mT).to(dtype)  # [B, T, N, t, t]
+        if symbolic:  # where nothing may be written to
+            scores = scores if added is None else scores + added
+            scores = scores.masked_fill(hidden, float("-inf"))
+        else:
+            scores = scores if added is None else scores.add_(added)
+            scores = scores if hidden is None else scores.masked_fill_(hidden, float("-inf"))
+        return _join(scores.softmax(dim=-1).to(value.dtype) @ value, axes, windows_first)
 
+    lead = query.shape[:3]
     if hidden is None:
-        added = None if table is None else table[None]
-        query, key, value = (x.flatten(0, 1) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale)
-        return _join(out.unflatten(0, (len(q), -1)), axes, windows_first)
-    added = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, float("-inf"))  # [T, 1, 1, t]
-    # Dimensions over which the mask is constant go together: (N, B) without a bias, B alone with one.
-    dim = 1 if table is None else 0
-    added = added if table is None else (added + table).flatten(0, 1)[:, None]
-    heads = query.shape[1]
+        dim, added = 0, None if added is None else added[None]  # [1, N, t, t]
+    else:
+        # Dimensions over which the mask is constant go together: (N, B) without a bias, B alone with one.
+        dim = 1 if added is None else 0
+        mask = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, float("-inf"))
+        added = mask if added is None else (mask + added).flatten(0, 1)[:, None]  # [T, 1, 1, t] or [T * N, 1, t, t]
     query, key, value = (x.flatten(dim, dim + 1) for x in (query, key, value))
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale)
-    return _join(out.unflatten(dim, (heads, -1) if dim == 1 else (-1, heads)), axes, windows_first)
+    return _join(out.unflatten(dim, lead[dim : dim + 2]), axes, windows_first)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from visattn.ops.geometry import Partition
+if TYPE_CHECKING:
+    from visattn.ops.window import WindowProblem
 
 
-def window_reference(
-    q: Tensor, k: Tensor, v: Tensor, axes: tuple[Partition, ...], bias: Tensor | None, scale: float
-) -> Tensor:
+def attend(problem: WindowProblem) -> Tensor:
     """See `visattn.ops.window_attention`; `S` below is the number of tokens."""
+    q, v, bias, axes = problem.q, problem.v, problem.bias, problem.axes
     sizes = [axis.length for axis in axes]
     together = torch.ones((), dtype=torch.bool, device=q.device)
     entry = []  # per axis, where a pair's displacement lies in the table
@@ -24,8 +26,8 @@ def window_reference(
     tokens = q.shape[1:-2].numel()
 
     dtype = torch.promote_types(q.dtype, torch.float32)
-    query, key, value = (x.flatten(1, -3).to(dtype) for x in (q, k, v))  # [B, S, N, D]
-    scores = torch.einsum("bqnd,bknd->bnqk", query * scale, key)
+    query, key, value = (x.flatten(1, -3).to(dtype) for x in (q, problem.k, v))  # [B, S, N, D]
+    scores = torch.einsum("bqnd,bknd->bnqk", query * problem.scale, key)
     if bias is not None:
         table = bias.to(dtype)[(slice(None), *(e.expand(*sizes, *sizes) for e in entry))]
         scores = scores + table.reshape(len(bias), tokens, tokens)

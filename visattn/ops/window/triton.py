@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from visattn.ops.fused import support
-from visattn.ops.geometry import Partition
+if TYPE_CHECKING:
+    from visattn.ops.window import WindowProblem
 
 
-def refusal(
-    q: Tensor, k: Tensor, v: Tensor, axes: tuple[Partition, ...], bias: Tensor | None, *args: Any
-) -> str | None:
-    """Why the kernels cannot run this call."""
-    return support.attention_refusal(q, v, k, bias)
-
-
-def window_triton(
-    q: Tensor, k: Tensor, v: Tensor, axes: tuple[Partition, ...], bias: Tensor | None, scale: float
-) -> Tensor:
+def attend(problem: WindowProblem) -> Tensor:
     """See `visattn.ops.window_attention`."""
     from visattn.ops.fused.attention import flat, fused_attention
 
-    out, _ = fused_attention(flat(q), flat(k), flat(v), axes, scale, bias=bias)
-    return out.view(v.shape)
+    q, k, v = flat(problem.q), flat(problem.k), flat(problem.v)
+    out, _ = fused_attention(q, k, v, problem.axes, problem.scale, bias=problem.bias)  # [B, S, N, Dv]
+    return out.view(problem.v.shape)
