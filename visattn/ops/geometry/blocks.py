@@ -61,9 +61,9 @@ class Partition:
     def occupied(self, device: torch.device | str | None = None) -> Tensor:
         """[windows, slots] whether a slot holds a token."""
         windows, slots, empty = self.layout()
-        token = torch.arange(windows * slots, device=device) - empty
-        filled = (token >= 0) & (token < self.length)
-        return filled.view(slots, windows).mT if self.is_grid else filled.view(windows, slots)
+        window, slot = torch.arange(windows, device=device)[:, None], torch.arange(slots, device=device)
+        token = slot * windows + window if self.is_grid else window * slots + slot - empty  # [windows, slots]
+        return torch.logical_and(token >= 0, token < self.length)
 
     def pairs(self) -> int:
         """How many (query, key) pairs see each other."""

@@ -72,14 +72,14 @@ def _join(x: Tensor, axes: tuple[Partition, ...], windows_first: bool) -> Tensor
 
 
 def _hidden(axes: tuple[Partition, ...], device: torch.device) -> Tensor:
-    """[T, 1, 1, t] slots without a token."""
-    occupied = torch.ones((), dtype=torch.bool, device=device)
+    """Find the slots without a token: [T, 1, 1, t]."""
+    empty = torch.zeros((), dtype=torch.bool, device=device)
     for a, axis in enumerate(axes):
-        part = axis.occupied(device)
+        part = ~axis.occupied(device)  # [T_a, t_a]
         shape = [1] * (2 * len(axes))
         shape[a], shape[a + len(axes)] = part.shape
-        occupied = occupied & part.reshape(shape)
-    return ~occupied.flatten(0, len(axes) - 1).flatten(1)[:, None, None, :]
+        empty = torch.logical_or(empty, part.reshape(shape))  # [T_1, ..., t_1, ...]
+    return empty.flatten(0, len(axes) - 1).flatten(1)[:, None, None, :]
 
 
 def attend(problem: WindowProblem) -> Tensor:
