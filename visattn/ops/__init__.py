@@ -22,6 +22,7 @@ from visattn.ops.padding import (
     pad_to_multiple,
 )
 from visattn.ops.pooling import adaptive_avg_pool, avg_pool_grid, pool2x2
+from visattn.ops.registration import decompose
 from visattn.ops.rel_pos import resize_rel_pos
 from visattn.ops.routed import bilevel_routing_attention, region_routing, routed_attention
 from visattn.ops.window import window_attention
@@ -36,6 +37,7 @@ __all__ = [
     "aggregated_weights",
     "avg_pool_grid",
     "bilevel_routing_attention",
+    "decompose",
     "dynamic_depthwise_conv",
     "efficient_attention",
     "explain",
