@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visattn.ops.cut import cut_blocks, join_blocks
 from visattn.ops.geometry import Halo, ceil_div, is_symbolic
 
 if TYPE_CHECKING:
@@ -216,19 +217,6 @@ class _HaloAttention(torch.autograd.Function):
         return (*grads, *grad_tables, None, None, None)
 
 
-def _take(x: Tensor, axis: int, index: Tensor) -> Tensor:
-    """Take [..., L, ...] at index [n, m] of an axis: [..., n, m, ...], zero where the index is outside [0, L)."""
-    inside = (index >= 0) & (index < x.shape[axis])
-    taken = x.index_select(axis, index.clamp(0, x.shape[axis] - 1).flatten()).unflatten(axis, index.shape)
-    return taken.masked_fill(~inside.view(*index.shape, *[1] * (x.ndim - 1 - axis)), 0)  # [..., n, m, ...]
-
-
-def _gather(x: Tensor, index: list[Tensor]) -> Tensor:
-    """Take [B, H, W, N, D] at indices [rows, n_h] and [columns, n_w]: [B, rows, columns, N, n_h n_w, D]."""
-    x = _take(_take(x, 2, index[1]), 1, index[0]).permute(0, 1, 3, 5, 2, 4, 6)
-    return x.clone(memory_format=torch.contiguous_format).flatten(4, 5)  # [B, rows, columns, N, n_h n_w, D]
-
-
 def _terms(query: Tensor, table: Tensor | None, axis: Halo, cut: Halo) -> Tensor:
     """Make [..., t, w] for queries [..., t, D] of an axis, w slots of the window cut to `cut`.
 
@@ -256,7 +244,7 @@ def _whole(problem: HaloProblem, cut: tuple[Halo, ...]) -> Tensor:
     rank = [torch.arange(c.blocks, device=device)[:, None] * c.queries_per_block for c in cut]
     index = [r + torch.arange(c.queries_per_block, device=device) for r, c in zip(rank, cut, strict=True)]
     slots = [c.key_index(device) for c in cut]
-    query, key, value = _gather(problem.q, index), _gather(problem.k, slots), _gather(problem.v, slots)
+    query, key, value = cut_blocks(problem.q, index), cut_blocks(problem.k, slots), cut_blocks(problem.v, slots)
 
     dtype = torch.promote_types(query.dtype, torch.float32)
     scores = (query * problem.scale @ key.mT).to(dtype)  # [B, rows, columns, N, t, U]
@@ -271,11 +259,7 @@ def _whole(problem: HaloProblem, cut: tuple[Halo, ...]) -> Tensor:
         outside = outside[0][:, None, :, None] | outside[1][:, None, :]  # [rows, columns, w_h, w_w]
         scores = scores.masked_fill(outside[:, :, None, None, None], float("-inf"))
     weights = scores.flatten(-2).softmax(-1).flatten(-3, -2).to(value.dtype)  # [B, rows, columns, N, t, U]
-    out = (weights @ value).unflatten(-2, (ta, tb)).permute(0, 1, 4, 2, 5, 3, 6)
-    out = out.clone(memory_format=torch.contiguous_format).flatten(3, 4).flatten(1, 2)
-    for a, axis in enumerate(axes, start=1):
-        out = out.index_select(a, torch.arange(axis.queries, device=device))
-    return out  # [B, H', W', N, Dv]
+    return join_blocks(weights @ value, (ta, tb), [axis.queries for axis in axes])
 
 
 def attend(problem: HaloProblem) -> Tensor:
