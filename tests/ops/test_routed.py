@@ -149,4 +149,4 @@ def test_backend_is_explained():
     q, k, v = torch.randn(3, 1, 4, 4, 1, 4)
     with explain() as decisions:
         bilevel_routing_attention(q, k, v, 2, 1)
-    assert [(d.op, d.backend) for d in decisions] == [("routed_attention", "eager")]
+    assert [(d.op, d.backend) for d in decisions] == [("bilevel_routing_attention", "eager")]

@@ -152,6 +152,7 @@ class Backends(Generic[P]):
         automatic: Whether "auto" should take them; default: on a GPU.
         whole_on_cpu: `torch.compile` for a CPU keeps the op whole: its eager form is the faster one there. Programs of
             `torch.export` see into it nevertheless.
+        decomposition: `attend` for sizes that are not known; default: `eager` with symbols for sizes.
     """
 
     def __init__(
@@ -165,6 +166,7 @@ class Backends(Generic[P]):
         can_run: Callable[[P], str | None] = support.can_run,
         automatic: Callable[[P], str | None] = support.automatic,
         whole_on_cpu: bool = False,
+        decomposition: Callable[[P], Any] | None = None,
     ) -> None:
         self.name = name
         self.backends: tuple[Backend[P], ...] = (
@@ -188,7 +190,7 @@ class Backends(Generic[P]):
             run,
             fake=lambda *args: problem(*args[:-1]).empty(),
             flops=lambda *args: problem(*args[:-1]).flops(),
-            decomposition=lambda *args: eager(problem(*args[:-1])),
+            decomposition=lambda *args: (decomposition or eager)(problem(*args[:-1])),
         )
 
     def choose(self, problem: P, requested: str) -> Callable[[P], Any]:

@@ -110,6 +110,11 @@ class Halo:
     def queries_per_block(self) -> int:
         return self.block // self.stride
 
+    def clipped(self, spare: int = 0) -> Halo:
+        """The same blocks with no more slots than keys lie in, but for `spare` of them after the last key."""
+        block = min(self.block, ceil_div(self.length + spare, self.stride) * self.stride)
+        return Halo(self.length, block, min(self.halo, (self.blocks - 1) * self.block + spare), self.stride)
+
     def key_index(self, device: torch.device | str | None = None) -> Tensor:
         """[blocks, window] key in each slot; outside [0, length) there is none."""
         first = torch.arange(self.blocks, device=device) * self.block - self.halo

@@ -2,14 +2,94 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from visattn.ops.checks import per_axis
-from visattn.ops.halo.op import attend
+from visattn.ops.autocast import to_autocast, without_autocast
+from visattn.ops.checks import check_dtypes, check_floating, check_tensors, default_scale, per_axis
+from visattn.ops.dispatch import AttentionProblem, Backends
+from visattn.ops.geometry import Halo, is_symbolic
+from visattn.ops.halo import eager, reference, triton
+from visattn.ops.registration import traced_as_one
 
 
+@dataclass(frozen=True, eq=False)
+class HaloProblem(AttentionProblem):
+    """q [B, H', W', N, D], k [B, H, W, N, D], v [B, H, W, N, Dv]; blocks per axis; tables [2 * window - 1, D]."""
+
+    block_size: Sequence[int]
+    halo_size: Sequence[int]
+    stride: Sequence[int]
+    rel_h: Tensor | None
+    rel_w: Tensor | None
+    mask_border: bool
+    scale: float
+
+    def __post_init__(self) -> None:
+        q, k, v = self.q, self.k, self.v
+        if q.ndim != 5 or k.ndim != 5 or v.shape[:-1] != k.shape[:-1] or k.shape[3:] != q.shape[3:]:
+            raise ValueError(
+                f"expected q [B, H', W', N, D], k [B, H, W, N, D] and v [B, H, W, N, Dv], got q {tuple(q.shape)}, "
+                f"k {tuple(k.shape)}, v {tuple(v.shape)}"
+            )
+        check_dtypes(q, k, v)
+        for b, h, s in zip(self.block_size, self.halo_size, self.stride, strict=True):
+            if b < 1 or h < 0 or s < 1 or b % s:
+                raise ValueError(
+                    f"expected block_size >= 1, halo_size >= 0 and a stride that divides block_size on both axes, got "
+                    f"block_size {list(self.block_size)}, halo_size {list(self.halo_size)}, stride {list(self.stride)}"
+                )
+        axes = self.axes
+        expected, got = (k.shape[0], *(axis.queries for axis in axes)), (q.shape[0], *self.size)
+        if not is_symbolic(*expected, *got) and got != expected:
+            raise ValueError(
+                f"expected q with [B, H', W'] = {expected} (the keys' map over stride {list(self.stride)}, rounded "
+                f"up), got {got}"
+            )
+        for name, table, axis in zip(("rel_h", "rel_w"), (self.rel_h, self.rel_w), axes, strict=True):
+            check_floating(**{name: table})
+            if table is not None and tuple(table.shape) != (shape := (2 * axis.window - 1, q.shape[-1])):
+                raise ValueError(f"expected {name} {shape} ([2 * (block + 2 * halo) - 1, D]), got {tuple(table.shape)}")
+
+    @property
+    def axes(self) -> tuple[Halo, Halo]:
+        """How each axis of the keys' map is cut."""
+        sizes = [int(n) for n in self.k.shape[1:3]] if torch.jit.is_tracing() else self.k.shape[1:3]
+        rows, columns = (Halo(*a) for a in zip(sizes, self.block_size, self.halo_size, self.stride, strict=True))
+        return rows, columns
+
+    def clipped(self) -> HaloProblem:
+        """The same problem with blocks and halos no larger than the map can fill, if keys outside it take no part."""
+        axes = self.axes
+        cut = [axis.clipped() for axis in axes]
+        if not self.mask_border or cut == list(axes):
+            return self
+        tables = []
+        for table, axis, c in zip((self.rel_h, self.rel_w), axes, cut, strict=True):
+            first = axis.block - c.block + 3 * (axis.halo - c.halo)
+            tables.append(None if table is None else table[first : first + 2 * c.window - 1])
+        blocks, halos = [c.block for c in cut], [c.halo for c in cut]
+        return dataclasses.replace(self, block_size=blocks, halo_size=halos, rel_h=tables[0], rel_w=tables[1])
+
+    def flops(self) -> int:
+        """Those of the pairs that take part, and of the relative terms."""
+        axes, dim = self.axes, self.q.shape[-1]
+        pairs = axes[0].pairs(self.mask_border) * axes[1].pairs(self.mask_border)
+        tables = zip(axes, (self.rel_h, self.rel_w), strict=True)
+        relative = self.q.shape[1] * self.q.shape[2] * sum(a.window for a, table in tables if table is not None)
+        return 2 * self.q.shape[0] * self.q.shape[3] * (pairs * (dim + self.v.shape[-1]) + relative * dim)
+
+
+_backends = Backends(
+    "halo_attention", HaloProblem, triton=triton.attend, eager=eager.attend, reference=reference.attend
+)
+
+
+@traced_as_one
 def halo_attention(
     q: Tensor,
     k: Tensor,
@@ -45,15 +125,20 @@ def halo_attention(
         backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
 
     Returns:
-        [B, ceil(H / stride), ceil(W / stride), N, Dv] of v's dtype.
+        [B, ceil(H / stride), ceil(W / stride), N, Dv] of v's dtype; under autocast of its dtype, to which q, k and v
+        are cast.
 
     Raises:
         ValueError: Shapes or window arguments that do not fit.
-        TypeError: q, k, v of different dtypes, or not floating point.
+        TypeError: q, k, v of different dtypes, or tensors that are not floating point.
         BackendError: The requested backend cannot run this call.
 
     Source: arXiv:2103.12731 section 2.2 (blocked local attention with halos) and eq. 2 (relative embeddings).
     """
+    check_tensors(q=q, k=k, v=v)
     block, halo = per_axis("block_size", block_size, int, 2), per_axis("halo_size", halo_size, int, 2)
     step = per_axis("stride", stride, int, 2)
-    return attend(q, k, v, block, halo, step, rel_h, rel_w, mask_border, scale, backend)
+    q, k, v = to_autocast(q, k, v)
+    problem = HaloProblem(q, k, v, block, halo, step, rel_h, rel_w, bool(mask_border), default_scale(q, scale))
+    with without_autocast(q.device):
+        return _backends.choose(problem, backend)(problem)

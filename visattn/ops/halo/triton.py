@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visattn.ops import _legacy as support
 from visattn.ops.geometry import Halo
 
-
-def refusal(
-    q: Tensor, k: Tensor, v: Tensor, axes: tuple[Halo, Halo], rel_h: Tensor | None, rel_w: Tensor | None, *args: Any
-) -> str | None:
-    """Why the kernels cannot run this call."""
-    return support.attention_refusal(q, v, k, rel_h, rel_w)
+if TYPE_CHECKING:
+    from visattn.ops.halo import HaloProblem
 
 
 def _terms(q: Tensor, axes: tuple[Halo, Halo], rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
-    """[B, H', W', N, R] what each query adds to the keys of a window's row and of a window's column.
+    """Lay out [B, H', W', N, R]: what each query adds to the keys of a window's row and of a window's column.
 
     Turned round within the window so that entry i belongs to all key positions that are i modulo the window, wherever
     the query's block is: the kernels need not know it.
@@ -39,19 +34,15 @@ def _terms(q: Tensor, axes: tuple[Halo, Halo], rel_h: Tensor | None, rel_w: Tens
     return torch.cat(terms, dim=-1)
 
 
-def halo_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    axes: tuple[Halo, Halo],
-    rel_h: Tensor | None,
-    rel_w: Tensor | None,
-    mask_border: bool,
-    scale: float,
-) -> Tensor:
+def attend(problem: HaloProblem) -> Tensor:
     """See `visattn.ops.halo_attention`."""
     from visattn.ops.fused.attention import flat, fused_attention
 
-    terms = None if rel_h is None and rel_w is None else flat(_terms(q, axes, rel_h, rel_w))
-    out, _ = fused_attention(flat(q), flat(k), flat(v), axes, scale, terms=terms, zero_keys=not mask_border)
-    return out.view(*q.shape[:-1], v.shape[-1])
+    problem = problem.clipped()
+    q, k, v, axes = problem.q, problem.k, problem.v, problem.axes
+    terms = None
+    if problem.rel_h is not None or problem.rel_w is not None:
+        terms = flat(_terms(q, axes, problem.rel_h, problem.rel_w))  # [B, S, N, R]
+    zero_keys = not problem.mask_border
+    out, _ = fused_attention(flat(q), flat(k), flat(v), axes, problem.scale, terms=terms, zero_keys=zero_keys)
+    return out.view(*q.shape[:-1], v.shape[-1])  # [B, H', W', N, Dv]

@@ -2,15 +2,186 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from visattn.ops.checks import per_axis
-from visattn.ops.routed.op import attend, attend_bilevel, check_maps, count_regions, region_axes, region_sizes
-from visattn.ops.routed.routing import route
+from visattn.ops.autocast import to_autocast, without_autocast
+from visattn.ops.checks import check_dtypes, check_floating, check_tensors, default_scale, per_axis
+from visattn.ops.dispatch import AttentionProblem, Backends
+from visattn.ops.geometry import Partition, ceil_div, is_symbolic
+from visattn.ops.registration import traced_as_one
+from visattn.ops.routed import eager, reference, triton
+from visattn.ops.routed.routing import Axes, pool_regions, route
 
 
+def _axes(name: str, x: Tensor, size: Sequence[int]) -> Axes:
+    """Cut both axes of a map [B, H, W, ...] into regions."""
+    if len(size) != 2 or any(not is_symbolic(n) and n < 1 for n in size):
+        raise ValueError(f"expected {name} of two ints from 1, got {list(size)}")
+    spatial = [int(n) for n in x.shape[1:3]] if torch.jit.is_tracing() else x.shape[1:3]
+    rows, columns = (Partition(n, s) for n, s in zip(spatial, size, strict=True))
+    return rows, columns
+
+
+def _count(axes: Axes) -> int:
+    """Count the regions of a map."""
+    return axes[0].layout()[0] * axes[1].layout()[0]
+
+
+def _check_maps(q: Tensor, k: Tensor) -> None:
+    """Maps of queries and keys, of one batch, number of heads and width."""
+    check_tensors(q=q, k=k)
+    if q.ndim != 5 or k.ndim != 5 or q.shape[0] != k.shape[0] or q.shape[3:] != k.shape[3:]:
+        raise ValueError(
+            f"expected q [B, H, W, N, D] and k [B, Hk, Wk, N, D], got q {tuple(q.shape)}, k {tuple(k.shape)}"
+        )
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether they can be looked at without waiting for a device: not in graphs, nor in transforms."""
+    is_plain = type(x) is Tensor and x.device.type == "cpu" and not _get_current_dispatch_mode_stack()
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return is_plain and not is_traced and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def _attention_flops(q: Tensor, v: Tensor, keys: int) -> int:
+    """FLOPs for so many keys per query."""
+    return 2 * math.prod(q.shape[:4]) * keys * (q.shape[4] + v.shape[4])
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedProblem(AttentionProblem):
+    """q [B, H, W, N, D], k [B, Hk, Wk, N, D], v [B, Hk, Wk, N, Dv]; index, weight [B, 1 or N, query regions, topk]."""
+
+    index: Tensor
+    region_size: Sequence[int]
+    kv_region_size: Sequence[int]
+    weight: Tensor | None
+    mask_border: bool
+    scale: float
+
+    def __post_init__(self) -> None:
+        q, k, v, index, weight = self.q, self.k, self.v, self.index, self.weight
+        _check_maps(q, k)
+        check_tensors(v=v, index=index)
+        check_floating(weight=weight)
+        if v.shape[:-1] != k.shape[:-1]:
+            raise ValueError(f"expected v [B, Hk, Wk, N, Dv], got {tuple(v.shape)} for k {tuple(k.shape)}")
+        check_dtypes(q, k, v)
+        batch, heads, regions, keys = q.shape[0], q.shape[3], _count(self.q_axes), _count(self.k_axes)
+        lists = index.shape[2:3] if is_symbolic(*index.shape[2:], regions) else [regions]
+        if index.ndim != 4 or tuple(index.shape[:3]) not in [(batch, n, *lists) for n in (1, heads)]:
+            expected = (batch, f"1 or {heads}", regions, "topk")
+            raise ValueError(f"expected index {expected} (a list per query region), got {tuple(index.shape)}")
+        if not index.shape[3] or index.dtype != torch.int64:
+            raise ValueError(f"expected index of at least one int64 region, got {index.shape[3]} of {index.dtype}")
+        if weight is not None and weight.shape != index.shape:
+            raise ValueError(f"expected weight like index {tuple(index.shape)}, got {tuple(weight.shape)}")
+        if index.numel() and _has_values(index):
+            low, high = (int(n) for n in index.aminmax())
+            if low < 0 or high >= keys:
+                raise ValueError(f"expected index of key regions from 0 to {keys - 1}, got {low} to {high}")
+
+    @property
+    def q_axes(self) -> Axes:
+        """How each axis of the queries' map is cut."""
+        return _axes("region_size", self.q, self.region_size)
+
+    @property
+    def k_axes(self) -> Axes:
+        """How each axis of the keys' map is cut."""
+        return _axes("kv_region_size", self.k, self.kv_region_size)
+
+    def flops(self) -> int:
+        """Those of full regions."""
+        tokens = math.prod(min(n, s) for n, s in zip(self.k.shape[1:3], self.kv_region_size, strict=True))
+        return _attention_flops(self.q, self.v, self.index.shape[-1] * tokens)
+
+
+_routed = Backends(
+    "routed_attention", RoutedProblem, triton=triton.attend, eager=eager.attend, reference=reference.attend
+)
+
+
+def _region_sizes(spatial: Sequence[int], n_win: Sequence[int], rule: str) -> list[int]:
+    """Tokens of a region per axis, for a wished number of regions."""
+    if rule not in ("mask", "zero") or len(n_win) != 2 or any(n < 1 for n in n_win):
+        raise ValueError(f"expected n_win of two ints from 1 and rule 'mask' or 'zero', got {list(n_win)} and {rule!r}")
+    if rule == "mask":
+        return [ceil_div(n, w) for n, w in zip(spatial, n_win, strict=True)]
+    return [torch.sym_max(1, n // w) for n, w in zip(spatial, n_win, strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class BilevelProblem(AttentionProblem):
+    """q, k [B, H, W, N, D], v [B, H, W, N, Dv], and a router's weight [N * D, N * D] and bias [N * D]."""
+
+    n_win: Sequence[int]
+    topk: int
+    rule: str
+    per_head: bool
+    soft: bool
+    diff: bool
+    router_weight: Tensor | None
+    router_bias: Tensor | None
+    kv_pool: str
+    kv_size: int
+    scale: float
+
+    def __post_init__(self) -> None:
+        q, k, v = self.q, self.k, self.v
+        _check_maps(q, k)
+        check_floating(v=v, router_weight=self.router_weight, router_bias=self.router_bias)
+        if k.shape != q.shape or self.topk < 1:
+            raise ValueError(
+                f"expected k like q and topk >= 1, got q {tuple(q.shape)}, k {tuple(k.shape)}, topk {self.topk}"
+            )
+        if v.shape[:-1] != k.shape[:-1]:
+            raise ValueError(f"expected v [B, H, W, N, Dv], got {tuple(v.shape)} for k {tuple(k.shape)}")
+        check_dtypes(q, k, v)
+        _region_sizes(q.shape[1:3], self.n_win, self.rule)
+
+    @property
+    def axes(self) -> Axes:
+        """How each axis of the map is cut."""
+        return _axes("region_size", self.q, _region_sizes(self.size, self.n_win, self.rule))
+
+    def routed(self) -> RoutedProblem:
+        """Routed attention to the regions that were found best."""
+        q, k, v, axes = self.q, self.k, self.v, self.axes
+        router = self.router_weight, self.router_bias
+        index, weight = route(q, k, axes, axes, self.topk, self.scale, self.per_head, self.diff, *router)
+        k_axes = axes
+        if self.kv_pool != "none":
+            k, k_axes = pool_regions(k, axes, self.kv_pool, self.kv_size)
+            v, _ = pool_regions(v, axes, self.kv_pool, self.kv_size)
+        sizes = [axis.window for axis in axes], [axis.window for axis in k_axes]
+        return RoutedProblem(q, k, v, index, *sizes, weight if self.soft else None, self.rule == "mask", self.scale)
+
+    def flops(self) -> int:
+        """Those of attention with full regions; routing is left out."""
+        size, topk = [axis.window for axis in self.axes], min(self.topk, _count(self.axes))
+        if self.kv_pool != "none":
+            size = [self.kv_size if self.kv_pool.startswith("ada_") else s // self.kv_size for s in size]
+        return _attention_flops(self.q, self.v, topk * math.prod(size))
+
+
+_bilevel = Backends(
+    "bilevel_routing_attention",
+    BilevelProblem,
+    triton=lambda problem: triton.attend(problem.routed()),
+    eager=lambda problem: eager.attend(problem.routed()),
+    reference=lambda problem: reference.attend(problem.routed()),
+    decomposition=eager.attend_bilevel,
+)
+
+
+@traced_as_one
 def routed_attention(
     q: Tensor,
     k: Tensor,
@@ -33,7 +204,8 @@ def routed_attention(
         k: Keys [B, Hk, Wk, N, D].
         v: Values [B, Hk, Wk, N, Dv].
         index: Key regions [B, 1 or N, query regions, topk] of each query region, int64; one list for all heads or one
-            per head. A region that is listed twice counts twice.
+            per head. A region that is listed twice counts twice. What is no region is refused on a CPU; elsewhere, and
+            in graphs, indices are not looked at.
         region_size: Queries of a region per axis.
         kv_region_size: Keys of a region per axis; default `region_size`.
         weight: Factors like `index` of the keys and values of each listed region. None: no factors.
@@ -42,20 +214,26 @@ def routed_attention(
         backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
 
     Returns:
-        [B, H, W, N, Dv] of v's dtype.
+        [B, H, W, N, Dv] of v's dtype; under autocast of its dtype, to which q, k and v are cast.
 
     Raises:
-        ValueError: Shapes or sizes that do not fit.
-        TypeError: q, k, v of different dtypes, or not floating point.
+        ValueError: Shapes, sizes or indices that do not fit.
+        TypeError: q, k, v of different dtypes, or tensors that are not floating point.
         BackendError: The requested backend cannot run this call.
 
     Source: arXiv:2303.08810 section 3.2 (token-to-token attention).
     """
     size = per_axis("region_size", region_size, int, 2)
     kv_size = size if kv_region_size is None else per_axis("kv_region_size", kv_region_size, int, 2)
-    return attend(q, k, v, index, size, kv_size, weight, mask_border, scale, backend)
+    check_tensors(q=q, k=k, v=v)
+    q, k, v = to_autocast(q, k, v)
+    scale = default_scale(q, scale)
+    problem = RoutedProblem(q, k, v, index, size, kv_size, weight, bool(mask_border), scale)
+    with without_autocast(q.device):
+        return _routed.choose(problem, backend)(problem)
 
 
+@traced_as_one
 def region_routing(
     q: Tensor,
     k: Tensor,
@@ -97,23 +275,23 @@ def region_routing(
 
     Source: arXiv:2303.08810 eq. 3-5.
     """
-    check_maps(q, k)
+    _check_maps(q, k)
     if (region_size is None) == (n_win is None):
         raise ValueError(f"expected one of region_size and n_win, got {region_size} and {n_win}")
     if region_size is None:
-        size = region_sizes(q.shape[1:3], per_axis("n_win", n_win, int, 2), rule)
+        size = _region_sizes(q.shape[1:3], per_axis("n_win", n_win, int, 2), rule)
     else:
         size = per_axis("region_size", region_size, int, 2)
     kv_size = size if kv_region_size is None else per_axis("kv_region_size", kv_region_size, int, 2)
-    q_axes = region_axes("region_size", q.shape[1:3], size)
-    k_axes = region_axes("kv_region_size", k.shape[1:3], kv_size)
-    regions = count_regions(k_axes)
+    q_axes, k_axes = _axes("region_size", q, size), _axes("kv_region_size", k, kv_size)
+    regions = _count(k_axes)
     if topk < 1 or (n_win is None and topk > regions):
         raise ValueError(f"expected topk from 1 to the number of key regions {regions}, got {topk}")
     scale = (q.shape[3] * q.shape[4]) ** -0.5 if scale is None else scale
     return route(q, k, q_axes, k_axes, topk, scale, per_head, diff, router_weight, router_bias)
 
 
+@traced_as_one
 def bilevel_routing_attention(
     q: Tensor,
     k: Tensor,
@@ -155,14 +333,20 @@ def bilevel_routing_attention(
         backend: As in `routed_attention`.
 
     Returns:
-        [B, H, W, N, Dv] of v's dtype.
+        [B, H, W, N, Dv] of v's dtype; under autocast of its dtype, to which q, k and v are cast.
 
     Raises:
         ValueError: Shapes or sizes that do not fit.
-        TypeError: q, k, v of different dtypes, or not floating point.
+        TypeError: q, k, v of different dtypes, or tensors that are not floating point.
         BackendError: The requested backend cannot run this call.
 
     Source: arXiv:2303.08810 section 3.2; rayleizhu/BiFormer (MIT).
     """
-    args = (rule, per_head, soft, diff, router_weight, router_bias, kv_pool, kv_size, scale, backend)
-    return attend_bilevel(q, k, v, per_axis("n_win", n_win, int, 2), topk, *args)
+    _check_maps(q, k)
+    check_tensors(v=v)
+    q, k, v = to_autocast(q, k, v)
+    scale = (q.shape[3] * q.shape[4]) ** -0.5 if scale is None else float(scale)
+    windows, router = per_axis("n_win", n_win, int, 2), (router_weight, router_bias)
+    problem = BilevelProblem(q, k, v, windows, topk, rule, per_head, soft, diff, *router, kv_pool, kv_size, scale)
+    with without_autocast(q.device):
+        return _bilevel.choose(problem, backend)(problem)

@@ -5,18 +5,24 @@ for it, and where a token was copied for several query regions, its gradients ar
 
 On small maps it is attention over the whole map with a mask instead: the copies would be as large and the batch of
 small products slower.
+
+With symbolic sizes all regions are copied at once, each with all its slots, and what a slot does not hold is masked.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visattn.ops.geometry import Partition
-from visattn.ops.routed.routing import Axes, region_of, token_table
+from visattn.ops.cut import cut_blocks, join_blocks
+from visattn.ops.geometry import Partition, is_symbolic
+from visattn.ops.routed.routing import Axes, choose, region_of, token_table
+
+if TYPE_CHECKING:
+    from visattn.ops.routed import BilevelProblem, RoutedProblem
 
 # Maps of at most this many keys take the masked form. Copied numbers per chunk: those of keys and values together. A
 # traced graph holds every chunk, and on an accelerator there is one.
@@ -34,27 +40,29 @@ class _Map:
         self.first = torch.arange(images, device=device)[:, None, None] * (self.length + self.more)
 
     def rows(self, x: Tensor) -> Tensor:
-        """[B, H, W, N, D] -> [B * (L + more), N * D]."""
-        x = x.flatten(1, 2).flatten(2)
-        return (F.pad(x, (0, 0, 0, 1)) if self.more else x).flatten(0, 1)
+        """Lay [B, H, W, N, D] out as [B * (L + more), N * D]."""
+        x = x.flatten(1, 2).flatten(2)  # [B, L, N D]
+        return (F.pad(x, (0, 0, 0, 1)) if self.more else x).flatten(0, 1)  # [B (L + more), N D]
 
     def map(self, rows: Tensor, heads: int) -> Tensor:
-        """Inverse of `rows`."""
-        x = rows.unflatten(0, (self.images, -1))[:, : self.length]
-        return x.reshape(self.images, self.axes[0].length, self.axes[1].length, heads, -1)
+        """Undo `rows`: [B * (L + more), N * D] -> [B, H, W, N, D]."""
+        x = rows.view(self.images, self.length + self.more, rows.shape[1])[:, : self.length]
+        size = [axis.length for axis in self.axes]
+        return x.reshape(self.images, *size, heads, rows.shape[1] // heads)  # [B, H, W, N, D]
 
     def slots(self) -> Tensor:
-        """[L] where each token lies among those of all regions [R * t]."""
-        slots = torch.argsort(self.table.flatten(), stable=True)  # places outside the map come last
-        return slots[: self.length]
+        """Find where each token lies among those of all regions [R * t]: [L]."""
+        (region_a, rank_a), (region_b, rank_b) = (axis.place(self.table.device) for axis in self.axes)
+        (_, sa, _), (rb, sb, _) = (axis.layout() for axis in self.axes)
+        rows, columns = region_a * (rb * sa * sb) + rank_a * sb, region_b * (sa * sb) + rank_b
+        return (rows[:, None] + columns).flatten()  # [L]
 
-    def join(self, regions: Tensor, heads: int) -> Tensor:
-        """[B * R, t, N, D] -> [B, H, W, N, D]."""
-        x = regions.flatten(2).flatten(0, 1)
-        number = self.table.numel()
-        rows = self.slots() + torch.arange(self.images, device=x.device)[:, None] * number
-        x = x.index_select(0, rows.flatten())
-        return x.view(self.images, self.axes[0].length, self.axes[1].length, heads, -1)
+    def join(self, regions: Tensor) -> Tensor:
+        """Join [B * R, t, N, D] -> [B, H, W, N, D]."""
+        number, head = self.table.numel(), regions.shape[2:]
+        rows = self.slots() + torch.arange(self.images, device=regions.device)[:, None] * number
+        x = regions.flatten(2).flatten(0, 1).index_select(0, rows.flatten())  # [B L, N D]
+        return x.view(self.images, *(axis.length for axis in self.axes), *head)  # [B, H, W, N, D]
 
 
 class _Call:
@@ -63,12 +71,12 @@ class _Call:
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, index: Tensor, q_axes: Axes, k_axes: Axes, mask_border: bool
     ) -> None:
-        self.heads, images = q.shape[3], len(index)
+        self.heads, images = q.shape[3], q.shape[0]
         self.q_map, self.k_map = (_Map(axes, images, q.device) for axes in (q_axes, k_axes))
         self.index = index.flatten(0, 1)  # [B * query regions, topk]
         self.q, self.k, self.v = self.q_map.rows(q), self.k_map.rows(k), self.k_map.rows(v)
         self.q_rows = (self.q_map.table + self.q_map.first).flatten(0, 1)  # [B * query regions, t]
-        keys = self.k_map.table[self.index].unflatten(0, (images, -1)).flatten(2)
+        keys = self.k_map.table[index].flatten(2)  # [B, query regions, topk * t]
         self.k_rows = (keys + self.k_map.first).flatten(0, 1)  # [B * query regions, topk * t]
         self.mask = None
         if mask_border and self.k_map.more:
@@ -76,30 +84,33 @@ class _Call:
             self.mask = torch.zeros_like(outside, dtype=q.dtype).masked_fill(outside, float("-inf"))
 
     def chunks(self) -> list[slice]:
-        """Slices of the query regions of all images."""
-        number = len(self.index)
+        """Slice the query regions of all images; one slice where their number is not known."""
+        number = self.index.shape[0]
+        if is_symbolic(number) or torch.jit.is_tracing():
+            return [slice(None)]
         copied = self.k_rows.shape[1] * (self.k.shape[1] + self.v.shape[1])
         size = _CHUNK_TRACED if torch.compiler.is_compiling() else _CHUNK
         step = max(1, size // copied) if self.q.device.type == "cpu" else max(1, number)
         return [slice(i, min(i + step, number)) for i in range(0, number, step)]
 
     def take(self, x: Tensor, rows: Tensor, part: slice) -> Tensor:
-        """Rows of a map -> [regions of the part, N, tokens, D], a view of a copy."""
+        """Copy rows of a map [., N * D]: [regions of the part, N, tokens, D], a view of a copy."""
         rows = rows[part]
-        return x.index_select(0, rows.flatten()).view(*rows.shape, self.heads, -1).transpose(1, 2)
+        copy = x.index_select(0, rows.flatten()).view(*rows.shape, self.heads, x.shape[1] // self.heads)
+        return copy.transpose(1, 2)  # [regions, N, tokens, D]
 
     def take_mask(self, part: slice) -> Tensor | None:
-        """[regions of the part, 1, 1, keys]"""
-        return None if self.mask is None else self.mask[self.index[part]].flatten(1)[:, None, None]
+        """Read the mask of the listed keys, [regions of the part, 1, 1, keys]."""
+        return None if self.mask is None else self.mask[self.index[part]].flatten(1)[:, None, None]  # [R, 1, 1, keys]
 
     def factors(self, weight: Tensor, part: slice) -> Tensor:
-        """[regions of the part, 1, keys, 1]"""
+        """Repeat the factors of regions for their keys: [regions of the part, 1, keys, 1]."""
         return weight[part].repeat_interleave(self.k_map.table.shape[1], 1)[:, None, :, None].to(self.q.dtype)
 
     @staticmethod
     def lines(x: Tensor) -> Tensor:
-        """[regions, N, tokens, D] -> [regions * tokens, N * D]."""
-        return x.transpose(1, 2).flatten(2).flatten(0, 1)
+        """Lay [regions, N, tokens, D] out as [regions * tokens, N * D]."""
+        return x.transpose(1, 2).flatten(2).flatten(0, 1)  # [regions tokens, N D]
 
     def add(self, rows: Tensor, part: slice, x: Tensor) -> None:
         """Add the keys of a part to the rows that they are copies of."""
@@ -111,12 +122,12 @@ class _Call:
 
     def sum_by_product(self, x: Tensor) -> Tensor:
         """The sums of all parts' copies. Adding row by row has no fixed order on an accelerator, a product has."""
-        regions, tokens = self.k_map.table.shape
-        listed = self.index.view(self.k_map.images, 1, -1)
+        (regions, tokens), images = self.k_map.table.shape, self.k_map.images
+        listed = self.index.view(images, 1, self.q_map.table.shape[0] * self.index.shape[1])  # [B, 1, listed]
         member = (listed == torch.arange(regions, device=x.device)[:, None]).to(x.dtype)  # [B, R, listed]
-        total = (member @ x.view(*member.shape[::2], -1)).view(len(member), regions * tokens, -1)
-        total = total.index_select(1, self.k_map.slots())
-        return F.pad(total, (0, 0, 0, self.k_map.more)).flatten(0, 1)
+        total = member @ x.view(*member.shape[::2], tokens * x.shape[1])  # [B, R, t N D]
+        total = total.view(images, regions * tokens, x.shape[1]).index_select(1, self.k_map.slots())  # [B, L, N D]
+        return F.pad(total, (0, 0, 0, self.k_map.more)).flatten(0, 1)  # [B (L + more), N D]
 
 
 class _Listed(torch.autograd.Function):
@@ -150,7 +161,7 @@ class _Listed(torch.autograd.Function):
                 mask = mask.expand(-1, -1, query.shape[2], -1)
             found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
             out[part] = found.transpose(1, 2)
-        return call.q_map.join(out, call.heads)
+        return call.q_map.join(out)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -184,12 +195,12 @@ class _Listed(torch.autograd.Function):
             grads = grad_logits.mT @ query, weights.to(q.dtype).mT @ grad
             if weight is not None:
                 products = sum((g * x).sum((1, 3)) for g, x in zip(grads, plain, strict=True))
-                grad_weight[part] = products.unflatten(1, (shape[2], -1)).sum(2).to(weight.dtype)
+                grad_weight[part] = products.unflatten(1, (shape[2], call.k_map.table.shape[1])).sum(2).to(weight.dtype)
                 grads = [g * factors for g in grads]
             call.add(grad_k, part, grads[0])
             call.add(grad_v, part, grads[1])
         return (
-            call.q_map.join(grad_q, call.heads),
+            call.q_map.join(grad_q),
             call.k_map.map(grad_k.to(k.dtype), call.heads),
             call.k_map.map(grad_v.to(v.dtype), call.heads),
             None,
@@ -198,49 +209,126 @@ class _Listed(torch.autograd.Function):
         )
 
 
-def _dense(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    q_axes: Axes,
-    k_axes: Axes,
-    mask_border: bool,
-    scale: float,
-) -> Tensor:
-    """With all keys and a mask."""
+def _dense(problem: RoutedProblem) -> Tensor:
+    """Attend to all keys with a mask."""
+    q, k, v, index, k_axes = problem.q, problem.k, problem.v, problem.index, problem.k_axes
     rows, columns = k_axes
-    if not mask_border:  # zeros outside the map take part
+    if not problem.mask_border:  # zeros outside the map take part
         more = [-axis.length % axis.layout()[1] for axis in k_axes]
         k, v = (F.pad(x, (0, 0, 0, 0, 0, more[1], 0, more[0])) if any(more) else x for x in (k, v))
         rows, columns = (Partition(axis.length + n, axis.window) for axis, n in zip(k_axes, more, strict=True))
     # How often a query region lists a key region is a factor of exp(logits).
     number = rows.layout()[0] * columns.layout()[0]
     listed = q.new_zeros(*index.shape[:3], number).scatter_add_(3, index, q.new_ones(()).expand(index.shape))
-    queries, keys = region_of(q_axes, q.device), region_of((rows, columns), q.device)
-    mask = listed.log().index_select(3, keys).index_select(2, queries)
-    query, key, value = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    return out.transpose(1, 2).reshape(*q.shape[:-1], v.shape[-1])
+    queries, keys = region_of(problem.q_axes, q.device), region_of((rows, columns), q.device)
+    mask = listed.log().index_select(3, keys).index_select(2, queries)  # [B, 1 or N, H W, keys]
+    query, key, value = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # [B, N, tokens, D]
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=problem.scale)
+    return out.transpose(1, 2).reshape(*q.shape[:-1], v.shape[-1])  # [B, H, W, N, Dv]
 
 
-def routed_eager(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    q_axes: Axes,
-    k_axes: Axes,
-    weight: Tensor | None,
-    mask_border: bool,
-    scale: float,
+class _Cut(NamedTuple):
+    """An axis of `length` tokens cut into `number` regions of `slots` places, of which the last may be empty."""
+
+    length: int
+    number: int
+    slots: int
+
+    def places(self, device: torch.device) -> Tensor:
+        """Number the places of regions, [number, slots]; those from `length` on hold no token."""
+        return torch.arange(self.number * self.slots, device=device).view(self.number, self.slots)
+
+
+def _regions(x: Tensor, cut: list[_Cut]) -> Tensor:
+    """Cut [B, H, W, N, D] -> [B, N, R, t, D], zero where there is no token."""
+    return cut_blocks(x, [c.places(x.device) for c in cut]).flatten(1, 2).transpose(1, 2)  # [B, N, R, t, D]
+
+
+def _tokens(cut: list[_Cut], device: torch.device) -> Tensor:
+    """Tell which places of regions hold a token, [R, t]."""
+    rows, columns = (c.places(device) < c.length for c in cut)
+    return (rows[:, None, :, None] & columns[:, None]).flatten(2).flatten(0, 1)  # [R, t]
+
+
+def _attend_regions(
+    query: Tensor, key: Tensor, value: Tensor, index: Tensor, weight: Tensor | None, takes_part: Tensor, scale: float
 ) -> Tensor:
+    """Attend from [B, N, R, t, D] to keys [B, N, Rk, u, D] of listed regions, those that take part [Rk, u]."""
+    image = torch.arange(query.shape[0], device=query.device)[:, None, None, None]
+    head = torch.arange(query.shape[1], device=query.device)[:, None, None]
+    keys, values = (x[image, head, index] for x in (key, value))  # [B, N, R, topk, u, D]
+    if weight is not None:
+        factor = weight.to(query.dtype)[..., None, None]  # [B, 1 or N, R, topk, 1, 1]
+        keys, values = keys * factor, values * factor
+    hidden = ~takes_part[index].flatten(3)[..., None, :]  # [B, 1 or N, R, 1, topk u]
+    scores = (query * scale) @ keys.flatten(3, 4).mT  # [B, N, R, t, topk u]
+    scores = scores.to(torch.promote_types(query.dtype, torch.float32)).masked_fill(hidden, float("-inf"))
+    return scores.softmax(-1).to(value.dtype) @ values.flatten(3, 4)  # [B, N, R, t, Dv]
+
+
+def _join_regions(x: Tensor, cut: list[_Cut]) -> Tensor:
+    """Undo `_regions`: [B, N, R, t, D] -> [B, H, W, N, D]."""
+    rows, columns = cut
+    x = x.transpose(1, 2).unflatten(1, (rows.number, columns.number))  # [B, rows, columns, N, t, D]
+    return join_blocks(x, (rows.slots, columns.slots), (rows.length, columns.length))
+
+
+def _whole(problem: RoutedProblem) -> Tensor:
+    """Attend in one go, in operations that do not depend on sizes."""
+    axes = (problem.q_axes, problem.k_axes)
+    q_cut, k_cut = ([_Cut(axis.length, *axis.layout()[:2]) for axis in part] for part in axes)
+    takes_part = _tokens(k_cut, problem.q.device)
+    takes_part = takes_part if problem.mask_border else torch.ones_like(takes_part)
+    query, key, value = _regions(problem.q, q_cut), _regions(problem.k, k_cut), _regions(problem.v, k_cut)
+    out = _attend_regions(query, key, value, problem.index, problem.weight, takes_part, problem.scale)
+    return _join_regions(out, q_cut)
+
+
+def attend_bilevel(problem: BilevelProblem) -> Tensor:
+    """See `visattn.ops.bilevel_routing_attention`, in operations that do not depend on sizes.
+
+    There are always as many regions as there can be, on small maps some of them empty; these are never taken.
+
+    Raises:
+        NotImplementedError: Pooled keys.
+    """
+    if problem.kv_pool != "none":
+        raise NotImplementedError(
+            f"bilevel_routing_attention has no form for every size with kv_pool {problem.kv_pool!r}: whether regions "
+            "fill the map, and how many keys a pooled one has, depends on it; try kv_pool 'none' or a fixed size"
+        )
+    is_mask = problem.rule == "mask"
+    windows = [axis.window for axis in problem.axes]
+    numbers = [n if is_mask else 2 * n - 1 for n in problem.n_win]
+    cut = [_Cut(*c) for c in zip(problem.size, numbers, windows, strict=True)]
+    query, key, value = (_regions(x, cut) for x in (problem.q, problem.k, problem.v))
+    there = _tokens(cut, query.device)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    number = there.sum(-1, dtype=dtype)  # [R]
+    empty = number == 0
+    means = [x if problem.diff else x.detach() for x in (query, key)]
+    means = [x.to(dtype).sum(3).transpose(1, 2) / number.clamp(min=1)[:, None, None] for x in means]  # [B, R, N, D]
+    router = problem.router_weight, problem.router_bias
+    topk = min(problem.topk, empty.shape[0])
+    index, weight = choose(means, topk, problem.scale, problem.per_head, *router, empty, counting=True)
+    takes_part = there if is_mask else ~empty[:, None].expand_as(there)
+    factors = weight if problem.soft else None
+    return _join_regions(_attend_regions(query, key, value, index, factors, takes_part, problem.scale), cut)
+
+
+def attend(problem: RoutedProblem) -> Tensor:
     """See `visattn.ops.routed_attention`."""
-    if weight is None and k.shape[1] * k.shape[2] <= _DENSE:
-        return _dense(q, k, v, index, q_axes, k_axes, mask_border, scale)
-    heads = index.shape[1]
+    q, k, v, index, weight = problem.q, problem.k, problem.v, problem.index, problem.weight
+    q_axes, k_axes = problem.q_axes, problem.k_axes
+    lengths = [axis.length for axis in (*q_axes, *k_axes)]
+    if is_symbolic(*lengths, *problem.region_size, *problem.kv_region_size):
+        return _whole(problem)
+    if weight is None and lengths[2] * lengths[3] <= _DENSE:
+        return _dense(problem)
+    images, heads = index.shape[:2]
     if heads > 1:  # every head is an image of its own
-        q, k, v = (x.movedim(3, 1).flatten(0, 1)[:, :, :, None] for x in (q, k, v))
-    weight = None if weight is None else weight.flatten(0, 1)
-    out = _Listed.apply(q, k, v, index.flatten(0, 1), weight, q_axes, k_axes, mask_border, scale)
-    return out.squeeze(3).unflatten(0, (-1, heads)).movedim(1, 3).contiguous() if heads > 1 else out
+        q, k, v = (x.movedim(3, 1).flatten(0, 1)[:, :, :, None] for x in (q, k, v))  # [B N, H, W, 1, D]
+    weight = None if weight is None else weight.flatten(0, 1)  # [B, R, topk], or [B N, R, topk]
+    out = _Listed.apply(q, k, v, index.flatten(0, 1), weight, q_axes, k_axes, problem.mask_border, problem.scale)
+    # [B, H, W, N, Dv]
+    return out.squeeze(3).unflatten(0, (images, heads)).movedim(1, 3).contiguous() if heads > 1 else out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +15,13 @@ Axes = tuple[Partition, Partition]
 
 
 def region_of(axes: Axes, device: torch.device) -> Tensor:
-    """[H * W] the region of every token, row by row."""
+    """Find the region of every token, row by row: [H * W]."""
     rows, columns = (axis.place(device)[0] for axis in axes)
-    return (rows[:, None] * axes[1].layout()[0] + columns).flatten()
+    return (rows[:, None] * axes[1].layout()[0] + columns).flatten()  # [H W]
 
 
 def token_table(axes: Axes, device: torch.device) -> Tensor:
-    """[R, t] the row-major index of every token of every region; the number of tokens where there is none."""
+    """List the row-major index of every token of every region, [R, t]; the number of tokens where there is none."""
     rows, columns = axes
     (ra, sa, _), (rb, sb, _) = rows.layout(), columns.layout()
     number = rows.length * columns.length
@@ -28,15 +29,56 @@ def token_table(axes: Axes, device: torch.device) -> Tensor:
     (wa, ia), (wb, ib) = (axis.place(device) for axis in axes)
     token = torch.arange(number, device=device).view(rows.length, columns.length)
     table[wa[:, None], ia[:, None], wb, ib] = token
-    return table.transpose(1, 2).flatten(2).flatten(0, 1)
+    return table.transpose(1, 2).flatten(2).flatten(0, 1)  # [R, t]
 
 
 def _means(x: Tensor, axes: Axes) -> Tensor:
-    """[B, H, W, N, D] -> [B, R, N, D], the mean over the tokens of each region, in at least float32."""
-    size, heads = [axis.layout()[1] for axis in axes], x.shape[3]
-    x = x.flatten(3).permute(0, 3, 1, 2).to(torch.promote_types(x.dtype, torch.float32))
-    x = F.avg_pool2d(x, size, ceil_mode=True)
-    return x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (heads, -1))
+    """Average [B, H, W, N, D] over the tokens of each region, in at least float32: [B, R, N, D]."""
+    size = [axis.layout()[1] for axis in axes]
+    maps = x.flatten(3).permute(0, 3, 1, 2).to(torch.promote_types(x.dtype, torch.float32))  # [B, N D, H, W]
+    maps = F.avg_pool2d(maps, size, ceil_mode=True)
+    return maps.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, x.shape[3:])  # [B, R, N, D]
+
+
+def _best(logits: Tensor, topk: int, counting: bool) -> tuple[Tensor, Tensor]:
+    """Find the largest of logits [..., R], and where: [..., topk] twice; of those that tie the first, on every device.
+
+    With `counting` by counting a region's rank: exported programs should not hold a stable sort, which ONNX has not.
+    """
+    if not counting:
+        logits, index = logits.sort(dim=-1, descending=True, stable=True)
+        return logits[..., :topk], index[..., :topk]  # all of them, if there are fewer
+    order = torch.arange(logits.shape[-1], device=logits.device)
+    one, other = logits[..., :, None], logits[..., None, :]
+    rank = ((other > one) | ((other == one) & (order < order[:, None]))).sum(-1)  # [..., R]
+    first = torch.arange(min(topk, logits.shape[-1]), device=logits.device)
+    index = (rank[..., None, :] == first[:, None]).to(torch.uint8).argmax(-1)  # [..., topk]
+    return logits.gather(-1, index), index
+
+
+def choose(
+    means: Sequence[Tensor],
+    topk: int,
+    scale: float,
+    per_head: bool,
+    router_weight: Tensor | None,
+    router_bias: Tensor | None,
+    empty: Tensor | None = None,
+    counting: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Choose for means [B, R, N, D] of queries and of keys: index and weights [B, 1 or N, query regions, topk].
+
+    Key regions that are `empty` [R] come last, with weight 0.
+    """
+    if router_weight is not None:
+        bias = None if router_bias is None else router_bias.to(means[0].dtype)
+        weight = router_weight.to(means[0].dtype)
+        means = [F.linear(m.flatten(2), weight, bias).unflatten(2, m.shape[2:]) for m in means]  # [B, R, N, D]
+    query, key = ((m if per_head else m.flatten(2)[:, :, None]).transpose(1, 2) for m in means)
+    logits = (query * scale) @ key.mT  # [B, 1 or N, query regions, key regions]
+    logits = logits if empty is None else logits.masked_fill(empty, float("-inf"))
+    logits, index = _best(logits, topk, counting or torch.compiler.is_exporting())
+    return index, logits.softmax(dim=-1)
 
 
 def route(
@@ -54,21 +96,12 @@ def route(
     """See `visattn.ops.region_routing`; the weights are in at least float32."""
     if not diff:
         q, k = q.detach(), k.detach()
-    means = [_means(x, axes) for x, axes in ((q, q_axes), (k, k_axes))]
-    if router_weight is not None:
-        bias = None if router_bias is None else router_bias.to(means[0].dtype)
-        weight = router_weight.to(means[0].dtype)
-        means = [F.linear(m.flatten(2), weight, bias).unflatten(2, m.shape[2:]) for m in means]
-    query, key = ((m if per_head else m.flatten(2)[:, :, None]).transpose(1, 2) for m in means)
-    logits = (query * scale) @ key.mT  # [B, 1 or N, query regions, key regions]
-    # A stable sort, so that of regions that tie the first wins on every device.
-    logits, index = logits.sort(dim=-1, descending=True, stable=True)
-    index, logits = index[..., :topk], logits[..., :topk]  # all of them, if there are fewer
-    return index, logits.softmax(dim=-1)
+    means = [_means(q, q_axes), _means(k, k_axes)]
+    return choose(means, topk, scale, per_head, router_weight, router_bias)
 
 
 def pool_regions(x: Tensor, axes: Axes, kind: str, size: int) -> tuple[Tensor, Axes]:
-    """[B, H, W, N, D] -> a smaller map with the same regions, each pooled; and its axes.
+    """Pool each region of [B, H, W, N, D]: [B, H', W', N, D] with the same regions, and its axes.
 
     Kinds "avg" and "max" pool `size` x `size` tokens and drop what is left over in a region, "ada_avg" and "ada_max"
     make `size` x `size` tokens of a region.
@@ -92,6 +125,6 @@ def pool_regions(x: Tensor, axes: Axes, kind: str, size: int) -> tuple[Tensor, A
     x = x.unflatten(2, (-1, slots[1])).unflatten(1, (-1, slots[0]))  # [B, rows, slots, columns, slots, N, D]
     rows, columns = (len(e) for e in edges)
     pooled = [pool(x[:, :, a:b, :, c:d], dim=(2, 4)) for (a, b), (c, d) in itertools.product(*edges)]
-    x = torch.stack(pooled, dim=2).unflatten(2, (rows, columns)).transpose(3, 4)
-    x = x.flatten(3, 4).flatten(1, 2)
+    x = torch.stack(pooled, dim=2).unflatten(2, (rows, columns))  # [B, regions_h, rows, columns, regions_w, N, D]
+    x = x.transpose(3, 4).flatten(3, 4).flatten(1, 2)  # [B, H', W', N, D]
     return x, (Partition(x.shape[1], rows), Partition(x.shape[2], columns))

@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from visattn.ops import _legacy as support
-from visattn.ops.routed.routing import Axes
+if TYPE_CHECKING:
+    from visattn.ops.routed import RoutedProblem
 
 
-def refusal(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, q_axes: Axes, k_axes: Axes, weight: Tensor | None, *args: Any
-) -> str | None:
-    """Why the kernels cannot run this call."""
-    return support.attention_refusal(q, v, k, index, weight)
-
-
-def routed_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    q_axes: Axes,
-    k_axes: Axes,
-    weight: Tensor | None,
-    mask_border: bool,
-    scale: float,
-) -> Tensor:
+def attend(problem: RoutedProblem) -> Tensor:
     """See `visattn.ops.routed_attention`."""
     from visattn.ops.fused.attention import flat, fused_attention
 
-    zero_keys = not mask_border
-    axes = (*q_axes, *k_axes)
+    q, k, v = problem.q, problem.k, problem.v
     out, _ = fused_attention(
-        flat(q), flat(k), flat(v), axes, scale, index=index.long(), weight=weight, zero_keys=zero_keys
+        flat(q),
+        flat(k),
+        flat(v),
+        (*problem.q_axes, *problem.k_axes),
+        problem.scale,
+        index=problem.index,
+        weight=problem.weight,
+        zero_keys=not problem.mask_border,
     )
-    return out.view(*q.shape[:-1], v.shape[-1])
+    return out.view(*q.shape[:-1], v.shape[-1])  # [B, H, W, N, Dv]
