@@ -140,18 +140,18 @@ def test_inference_is_fused(agents):
 
 @pytest.mark.parametrize("given", [4, 5, 6])
 @pytest.mark.parametrize("agents", [9, 16])
-def test_opaque(given, agents):
-    """opcheck, and the same result and gradients as the composite op, whichever tensors train."""
+def test_custom_op(given, agents):
+    """opcheck, and the same result and gradients as the public function, whichever tensors train."""
     shapes = list(shapes_of((3, 5), (7,), 2, 4, 3, agents).values())[:given]
     tensors = [torch.randn(s, dtype=torch.float64) for s in shapes]
-    args = [None] * (6 - given) + [None, "auto"]
-    opaque, composite = torch.ops.visattn.agent_attention_opaque, torch.ops.visattn.agent_attention
-    torch.library.opcheck(opaque.default, (*(t.clone().requires_grad_() for t in tensors), *args))
+    args = [None] * (6 - given) + [0.5, "auto"]
+    op = torch.ops.visattn.agent_attention.default
+    torch.library.opcheck(op, (*(t.clone().requires_grad_() for t in tensors), *args))
     for trained in (range(given), [given - 1], [0, given - 1]):
         results = []
-        for op in (opaque, composite):
+        for run in (lambda *given: op(*given)[0], agent_attention):
             inputs = [t.clone().requires_grad_(i in trained) for i, t in enumerate(tensors)]
-            out = op(*inputs, *args)
+            out = run(*inputs, *args)
             results.append([out, *torch.autograd.grad(out.square().sum(), [inputs[i] for i in trained])])
         for a, b in zip(*results, strict=True):
             assert relative_error(a, b) <= TOLERANCE
@@ -227,11 +227,11 @@ def test_position_bias_of_tables_that_fit_is_their_sum():
 
 
 @pytest.mark.parametrize("size", [[8, 10], [5, 23]])
-def test_opaque_position_bias(size):
+def test_custom_op_of_the_position_bias(size):
     tensors = [t.requires_grad_() for t in leaves(TABLES, 0).values()]
-    opaque = torch.ops.visattn.agent_position_bias_opaque
-    torch.library.opcheck(opaque.default, (*tensors, size, [4, 3]))
-    assert torch.equal(opaque(*tensors, size, [4, 3]), agent_position_bias(*tensors, size, [4, 3]))
+    op = torch.ops.visattn.agent_position_bias.default
+    torch.library.opcheck(op, (*tensors, size, [4, 3]))
+    assert torch.equal(op(*tensors, size, [4, 3])[0], agent_position_bias(*tensors, size, [4, 3]))
 
 
 def test_position_bias_is_made_in_float32():

@@ -1,4 +1,4 @@
-"""Aggregated attention under PyTorch's tracers: opcheck, compile, export, script, fx, meta, and its FLOPs."""
+"""Aggregated attention under PyTorch's tracers: opcheck, compile, export, fx, meta, and its FLOPs."""
 
 import pytest
 import torch
@@ -9,13 +9,13 @@ from tests import tolerances
 from tests.ops.gradients import leaves
 from tests.ops.test_aggregated import MAPS, shapes_of
 from tests.tolerances import relative_error
-from visattn.ops import aggregated_attention
+from visattn.ops import aggregated_attention, avg_pool_grid
 from visattn.ops.geometry import Pooled
 
 
 def traced(q, pool_k, pool_v, temperature, embedding, w1, b1, w2, b2, k, v, bias, tokens, token_bias):
     """As the layer calls it."""
-    out = torch.ops.visattn.aggregated_attention(
+    out = aggregated_attention(
         q, pool_k, pool_v, temperature, embedding, w1, b1, w2, b2, [7, 7], [], k, v, 3, bias, tokens, token_bias
     )
     return out.flatten(3)
@@ -25,7 +25,7 @@ class Traced(torch.nn.Module):
     """Pools its own keys, so that their number follows the map's size."""
 
     def forward(self, x, *parameters):
-        pooled = torch.ops.visattn.avg_pool_grid(x.flatten(3), [4, 4], []).unflatten(-1, x.shape[3:])
+        pooled = avg_pool_grid(x.flatten(3), [4, 4]).unflatten(-1, x.shape[3:])
         return traced(x, pooled, pooled, *parameters[:6], x, x, *parameters[6:])
 
 
@@ -56,7 +56,7 @@ def test_compiled_for_a_cpu_it_stays_whole():
         return make_boxed_func(graph.forward)
 
     torch.compile(Traced(), dynamic=False, backend=aot_autograd(fw_compiler=keep))(*traced_inputs(9, 7))
-    assert "visattn.aggregated_attention_opaque.default" in names
+    assert "visattn.aggregated_attention.default" in names
 
 
 def test_export_with_dynamic_sizes():
@@ -72,32 +72,34 @@ def test_export_with_dynamic_sizes():
 
 @pytest.mark.parametrize("kernel", [None, 3])
 @pytest.mark.parametrize("bias_size", [[], [8, 8, 2, 2]])
-def test_opaque(kernel, bias_size):
-    """opcheck, and the same result and gradients as the composite op."""
+def test_custom_op(kernel, bias_size):
+    """opcheck, and the same result and gradients as the public function."""
     tensors = leaves(shapes_of(2, (9, 7), (2, 3), 2, 4, kernel=kernel), 0)
     tensors = {n: t.requires_grad_() for n, t in tensors.items()}
     names = ("k", "v", "local_bias", "tokens", "token_bias")
     k, v, *local = (tensors.get(n) for n in names)
     args = (*(t for n, t in tensors.items() if n not in names), [7, 7], bias_size, k, v, 3, *local, "auto")
-    opaque, composite = torch.ops.visattn.aggregated_attention_opaque, torch.ops.visattn.aggregated_attention
-    torch.library.opcheck(opaque.default, args)
+    op = torch.ops.visattn.aggregated_attention.default
+    torch.library.opcheck(op, args)
     results = []
-    for out in (opaque(*args), composite(*args)):
+    for out in (op(*args)[0], aggregated_attention(*args)):
         results.append([out, *torch.autograd.grad(out.square().sum(), list(tensors.values()))])
     for a, b in zip(*results, strict=True):
         assert (a - b).norm() <= tolerances.OP[torch.float64] * max(1, b.norm())
 
 
-def test_script_and_meta():
-    class Scripted(torch.nn.Module):
+torch.fx.wrap("aggregated_attention")
+
+
+def test_fx_and_meta():
+    class Plain(torch.nn.Module):
         def forward(self, x: torch.Tensor, t: torch.Tensor, e: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-            return torch.ops.visattn.aggregated_attention(x, x, x, t, e, w.t(), w[0], w, t, [7, 7], [])
+            return aggregated_attention(x, x, x, t, e, w.t(), w[0], w, t, [7, 7])
 
     given = (torch.randn(1, 3, 4, 2, 8), torch.randn(2), torch.randn(2, 8), torch.randn(2, 5))
-    expected = Scripted()(*given)
-    torch.testing.assert_close(torch.jit.script(Scripted())(*given), expected)
-    torch.testing.assert_close(torch.fx.symbolic_trace(Scripted())(*given), expected)
-    assert Scripted()(*(t.to("meta") for t in given)).shape == expected.shape
+    expected = Plain()(*given)
+    torch.testing.assert_close(torch.fx.symbolic_trace(Plain())(*given), expected)
+    assert Plain()(*(t.to("meta") for t in given)).shape == expected.shape
 
 
 def test_flops_count_what_takes_part():

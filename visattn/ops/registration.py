@@ -187,7 +187,11 @@ def register(
             backward_packet(*on_meta)
         with _disable_current_modes() if counted else contextlib.nullcontext():
             found = iter(backward_packet(list(grads), needs, *args))
-        return tuple(next(found) if i in positions and ctx.needs_input_grad[i] else None for i in range(len(args)))
+        # An empty list counts as one of tensors, and wants as many gradients.
+        no_grads = ([] if isinstance(x, list) and not x else None for x in args)
+        return tuple(
+            next(found) if i in positions and ctx.needs_input_grad[i] else none for i, none in enumerate(no_grads)
+        )
 
     forward.register_autograd(differentiate, setup_context=setup_context)
     if flops is not None:

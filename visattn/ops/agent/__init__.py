@@ -2,15 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from visattn.ops.agent.bias import position_bias
-from visattn.ops.agent.op import attend
-from visattn.ops.checks import spatial_axes
+from visattn.ops.agent import eager, reference, triton
+from visattn.ops.agent.bias import agent_position_bias as agent_position_bias
+from visattn.ops.autocast import to_autocast, without_autocast
+from visattn.ops.checks import check_dtypes, check_floating, check_tensors, default_scale, spatial_axes
+from visattn.ops.dispatch import AttentionProblem, Backends
+from visattn.ops.registration import traced_as_one
 
 
+@dataclass(frozen=True, eq=False)
+class AgentProblem(AttentionProblem):
+    """q [B, *spatial, N, D], k [B, *other, N, D], v [B, *other, N, Dv], agents [B, A, N, D]; L queries and M keys.
+
+    Biases [N, A, M] of the agents' logits and [N, L, A] of the queries'.
+    """
+
+    agents: Tensor
+    agent_bias: Tensor | None
+    query_bias: Tensor | None
+    scale: float
+
+    def __post_init__(self) -> None:
+        q, k, v, agents = self.q, self.k, self.v, self.agents
+        check_tensors(q=q, k=k, v=v, agents=agents)
+        check_floating(agent_bias=self.agent_bias, query_bias=self.query_bias)
+        b, (n, d) = q.shape[0], q.shape[-2:]
+        fits = k.ndim >= 4 and k.shape[0] == b and k.shape[-2:] == (n, d) and v.shape[:-1] == k.shape[:-1]
+        if not fits or (agents.shape[0], *agents.shape[2:]) != (b, n, d):
+            raise ValueError(
+                f"expected q [B, *spatial, N, D], k [B, *other, N, D], v [B, *other, N, Dv] and agents [B, A, N, D], "
+                f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, agents {tuple(agents.shape)}"
+            )
+        number, queries, keys = agents.shape[1], math.prod(q.shape[1:-2]), math.prod(k.shape[1:-2])
+        for name, shape in (("agent_bias", (n, number, keys)), ("query_bias", (n, queries, number))):
+            bias = getattr(self, name)
+            if bias is not None and tuple(bias.shape) != shape:
+                raise ValueError(f"expected {name} {shape} without a batch axis, got {tuple(bias.shape)}")
+        check_dtypes(q, k, v, agents)
+
+    def flops(self) -> int:
+        """Those of the four products."""
+        tokens = math.prod(self.q.shape[1:-2]) + math.prod(self.k.shape[1:-2])
+        b, agents, heads, d = self.agents.shape
+        return 2 * b * heads * agents * tokens * (d + self.v.shape[-1])
+
+
+_backends = Backends(
+    "agent_attention", AgentProblem, triton=triton.attend, eager=eager.attend, reference=reference.attend
+)
+
+
+@traced_as_one
 def agent_attention(
     q: Tensor,
     k: Tensor,
@@ -38,40 +85,17 @@ def agent_attention(
         backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
 
     Returns:
-        [B, *spatial, N, Dv] of v's dtype.
+        [B, *spatial, N, Dv] of v's dtype; under autocast of its dtype, to which q, k, v and the agents are cast.
 
     Raises:
         ValueError: Shapes that do not fit.
-        TypeError: q, k, v, agents of different dtypes, or not floating point.
+        TypeError: q, k, v, agents of different dtypes, or tensors that are not floating point.
         BackendError: The requested backend cannot run this call.
 
     Source: arXiv:2312.08874, equations 5 and 6.
     """
     spatial_axes(q)
-    return attend(q, k, v, agents, agent_bias, query_bias, scale, backend)
-
-
-def agent_position_bias(
-    table: Tensor, rows: Tensor, columns: Tensor, size: Sequence[int], agent_size: Sequence[int]
-) -> Tensor:
-    """A bias between agents and the tokens of a map, made of tables of other sizes by linear interpolation.
-
-    bias[n, a, (y, x)] = table[n, a, y, x] + rows[n, a, y] + columns[n, a, x], each resized to the map and to the grid
-    of agents (bilinear, `align_corners=False`). Differentiable in the tables.
-
-    Args:
-        table: [N, A, h, w]; A = p * p agents, row by row.
-        rows: [N, A, H0], a term of each row of the map that they were learned for.
-        columns: [N, A, W0].
-        size: (H, W) of the map.
-        agent_size: (ph, pw), the grid of agents.
-
-    Returns:
-        [N, ph * pw, H * W] of the table's dtype.
-
-    Raises:
-        ValueError: Tables that do not fit together, a number of agents that is not a square, sizes below 1.
-
-    Source: arXiv:2312.08874, section 4.3; the resizing is that of the official detection backbones.
-    """
-    return position_bias(table, rows, columns, list(size), list(agent_size))
+    q, k, v, agents = to_autocast(q, k, v, agents)
+    problem = AgentProblem(q, k, v, agents, agent_bias, query_bias, default_scale(q, scale))
+    with without_autocast(q.device):
+        return _backends.choose(problem, backend)(problem)

@@ -1,8 +1,7 @@
-"""The position bias between agents and tokens, as an op: `torch.ops.visattn.agent_position_bias`."""
+"""The position bias between agents and the tokens of a map."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 
@@ -10,11 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visattn.ops._legacy import define_op
+from visattn.ops.autocast import without_autocast
+from visattn.ops.checks import check_floating, check_tensors, per_axis
+from visattn.ops.geometry import is_symbolic
+from visattn.ops.registration import custom_op
 
 
 def _check(table: Tensor, rows: Tensor, columns: Tensor, size: Sequence[int], agent_size: Sequence[int]) -> int:
     """Agents per axis of the tables."""
+    check_tensors(table=table, rows=rows, columns=columns)
+    check_floating(table=table, rows=rows, columns=columns)
     lead = tuple(table.shape[:2])
     if (table.ndim, rows.ndim, columns.ndim) != (4, 3, 3) or any(tuple(t.shape[:2]) != lead for t in (rows, columns)):
         raise ValueError(
@@ -24,40 +28,56 @@ def _check(table: Tensor, rows: Tensor, columns: Tensor, size: Sequence[int], ag
     side = math.isqrt(table.shape[1])
     if side * side != table.shape[1]:
         raise ValueError(f"expected a square number of agents, got {table.shape[1]}; try {max(1, side) ** 2}")
-    if len(size) != 2 or len(agent_size) != 2 or min(*size, *agent_size) < 1:
+    if len(size) != 2 or len(agent_size) != 2 or any(n < 1 for n in (*size, *agent_size)):
         raise ValueError(f"expected size and agent_size of 2 ints >= 1, got {list(size)} and {list(agent_size)}")
     return side
 
 
 def _resize(x: Tensor, axis: int, size: int) -> Tensor:
-    """Linear interpolation of an axis, as a product: that of PyTorch has no deterministic backward pass on GPUs."""
-    if x.shape[axis] == size:
+    """Interpolate an axis linearly to `size`, as a product: PyTorch's has no deterministic backward pass on GPUs."""
+    if not is_symbolic(size) and x.shape[axis] == size:
         return x
     identity = torch.eye(x.shape[axis], dtype=x.dtype, device=x.device)
-    weight = F.interpolate(identity[None], size=size, mode="linear", align_corners=False)[0]
-    return (x.movedim(axis, -1) @ weight).movedim(-1, axis)
+    weight = F.interpolate(identity[None], size=size, mode="linear", align_corners=False)[0]  # [old, size]
+    return (x.movedim(axis, -1) @ weight).movedim(-1, axis)  # [..., size, ...]
 
 
-def _run(table: Tensor, rows: Tensor, columns: Tensor, size: list[int], agent_size: list[int]) -> Tensor:
-    side, dtype = _check(table, rows, columns, size, agent_size), table.dtype
-    device = table.device.type
-    has_autocast = torch.amp.is_autocast_available(device)
-    with torch.autocast(device, enabled=False) if has_autocast else contextlib.nullcontext():
-        wide = torch.promote_types(dtype, torch.float32)
-        table, rows, columns = (t.to(wide).unflatten(1, (side, side)) for t in (table, rows, columns))
-        # The agents first: axes are interpolated one by one in any order, and the tables are smaller than the map.
-        table, rows, columns = (_resize(_resize(t, 1, agent_size[0]), 2, agent_size[1]) for t in (table, rows, columns))
-        bias = _resize(_resize(table, 3, size[0]), 4, size[1])
-        bias = bias + _resize(rows, 3, size[0])[..., None] + _resize(columns, 3, size[1])[..., None, :]
-        return bias.flatten(3).flatten(1, 2).to(dtype)
-
-
-def _fake(table: Tensor, rows: Tensor, columns: Tensor, size: list[int], agent_size: list[int]) -> Tensor:
+def _empty(table: Tensor, rows: Tensor, columns: Tensor, size: Sequence[int], agent_size: Sequence[int]) -> Tensor:
     return table.new_empty((table.shape[0], agent_size[0] * agent_size[1], size[0] * size[1]))
 
 
-position_bias = define_op(
-    "agent_position_bias(Tensor table, Tensor rows, Tensor columns, SymInt[] size, SymInt[] agent_size) -> Tensor",
-    _run,
-    _fake,
-)
+@custom_op(fake=_empty)
+def agent_position_bias(
+    table: Tensor, rows: Tensor, columns: Tensor, size: Sequence[int], agent_size: Sequence[int]
+) -> Tensor:
+    """A bias between agents and the tokens of a map, made of tables of other sizes by linear interpolation.
+
+    bias[n, a, (y, x)] = table[n, a, y, x] + rows[n, a, y] + columns[n, a, x], each resized to the map and to the grid
+    of agents (bilinear, `align_corners=False`). Differentiable in the tables.
+
+    Args:
+        table: [N, A, h, w]; A = p * p agents, row by row.
+        rows: [N, A, H0], a term of each row of the map that they were learned for.
+        columns: [N, A, W0].
+        size: (H, W) of the map.
+        agent_size: (ph, pw), the grid of agents.
+
+    Returns:
+        [N, ph * pw, H * W] of the table's dtype.
+
+    Raises:
+        TypeError: Tables that are not floating point.
+        ValueError: Tables that do not fit together, a number of agents that is not a square, sizes below 1.
+
+    Source: arXiv:2312.08874, section 4.3; the resizing is that of the official detection backbones.
+    """
+    side, dtype = _check(table, rows, columns, size, agent_size), table.dtype
+    (height, width), agents = per_axis("size", size, int, 2), per_axis("agent_size", agent_size, int, 2)
+    with without_autocast(table.device):
+        wide = torch.promote_types(dtype, torch.float32)
+        table, rows, columns = (t.to(wide).unflatten(1, (side, side)) for t in (table, rows, columns))
+        # The agents first: axes are interpolated one by one in any order, and the tables are smaller than the map.
+        table, rows, columns = (_resize(_resize(t, 1, agents[0]), 2, agents[1]) for t in (table, rows, columns))
+        bias = _resize(_resize(table, 3, height), 4, width)  # [N, ph, pw, H, W]
+        bias = bias + _resize(rows, 3, height)[..., None] + _resize(columns, 3, width)[..., None, :]
+        return bias.flatten(3).flatten(1, 2).to(dtype)  # [N, ph pw, H W]

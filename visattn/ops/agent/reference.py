@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from visattn.ops.agent import AgentProblem
 
-def agent_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    agents: Tensor,
-    agent_bias: Tensor | None,
-    query_bias: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """See `visattn.ops.agent_attention`; q [B, L, N, D], k and v [B, M, N, D]."""
+
+def attend(problem: AgentProblem) -> Tensor:
+    """See `visattn.ops.agent_attention`; A agents, L queries, M keys."""
+    q, v, scale = problem.q, problem.v, problem.scale
     dtype = torch.promote_types(q.dtype, torch.float32)
-    query, key, value, agent = (x.to(dtype) for x in (q, k, v, agents))
+    query, key, value = (x.flatten(1, -3).to(dtype) for x in (q, problem.k, v))  # [B, L or M, N, D]
+    agent = problem.agents.to(dtype)
     logits = scale * torch.einsum("band,bmnd->bnam", agent, key)
-    if agent_bias is not None:
-        logits = logits + agent_bias.to(dtype)
+    if problem.agent_bias is not None:
+        logits = logits + problem.agent_bias.to(dtype)
     gathered = torch.einsum("bnam,bmnd->bnad", logits.softmax(dim=-1), value)
     logits = scale * torch.einsum("blnd,band->bnla", query, agent)
-    if query_bias is not None:
-        logits = logits + query_bias.to(dtype)
-    return torch.einsum("bnla,bnad->blnd", logits.softmax(dim=-1), gathered).to(v.dtype)
+    if problem.query_bias is not None:
+        logits = logits + problem.query_bias.to(dtype)
+    out = torch.einsum("bnla,bnad->blnd", logits.softmax(dim=-1), gathered)
+    return out.to(v.dtype).reshape(*q.shape[:-1], v.shape[-1])  # [B, *spatial, N, Dv]

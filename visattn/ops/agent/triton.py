@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from visattn.ops import _legacy as support
 from visattn.ops.geometry import Whole
 
-
-def refusal(
-    q: Tensor, k: Tensor, v: Tensor, agents: Tensor, agent_bias: Tensor | None, query_bias: Tensor | None, *args: Any
-) -> str | None:
-    """Why the kernels cannot run this call."""
-    return support.attention_refusal(q, v, k, agents, agent_bias, query_bias)
+if TYPE_CHECKING:
+    from visattn.ops.agent import AgentProblem
 
 
-def agent_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    agents: Tensor,
-    agent_bias: Tensor | None,
-    query_bias: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """See `visattn.ops.agent_attention`; q [B, L, N, D], k and v [B, M, N, D]."""
-    from visattn.ops.fused.attention import fused_attention
+def attend(problem: AgentProblem) -> Tensor:
+    """See `visattn.ops.agent_attention`; A agents, L queries, M keys."""
+    from visattn.ops.fused.attention import flat, fused_attention
 
-    number = agents.shape[1]
-    gathered, _ = fused_attention(agents, k, v, [Whole(number, k.shape[1])], scale, bias=agent_bias)
-    out, _ = fused_attention(q, agents, gathered, [Whole(q.shape[1], number)], scale, bias=query_bias)
-    return out
+    agents, scale, number = problem.agents, problem.scale, problem.agents.shape[1]
+    q, k, v = flat(problem.q), flat(problem.k), flat(problem.v)  # [B, L or M, N, D]
+    gathered, _ = fused_attention(agents, k, v, [Whole(number, k.shape[1])], scale, bias=problem.agent_bias)
+    out, _ = fused_attention(q, agents, gathered, [Whole(q.shape[1], number)], scale, bias=problem.query_bias)
+    return out.view(*problem.q.shape[:-1], problem.v.shape[-1])  # [B, *spatial, N, Dv]

@@ -3,13 +3,188 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from visattn.ops.aggregated import op
-from visattn.ops.checks import per_axis
+from visattn.ops.aggregated import eager, reference, triton
+from visattn.ops.autocast import to_autocast, without_autocast
+from visattn.ops.checks import check_dtypes, check_floating, check_tensors, per_axis
+from visattn.ops.dispatch import Backends, Problem
+from visattn.ops.geometry import Pooled, is_symbolic
+from visattn.ops.registration import traced_as_one
 
 
+def _check_shapes(expected: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
+    """Tensors, where given, are floating point and have these shapes."""
+    for name, (tensor, shape) in expected.items():
+        check_floating(**{name: tensor})
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"expected {name} {shape}, got {tuple(tensor.shape)}")
+
+
+def _sizes(x: Tensor) -> list[int]:
+    """Height and width of x [B, H, W, N, D]; plain ints under `torch.jit.trace`, which is for one map size."""
+    return [int(n) for n in x.shape[1:3]] if torch.jit.is_tracing() else list(x.shape[1:3])
+
+
+@dataclass(frozen=True, eq=False)
+class AggregatedProblem(Problem):
+    """The arguments of `aggregated_attention`, parameters in the dtype that logits are made in."""
+
+    q: Tensor
+    pool_k: Tensor
+    pool_v: Tensor
+    temperature: Tensor
+    query_embedding: Tensor
+    cpb_weight1: Tensor
+    cpb_bias1: Tensor
+    cpb_weight2: Tensor
+    cpb_bias2: Tensor
+    pretrain_size: Sequence[int]
+    bias_size: Sequence[int]
+    local_k: Tensor | None
+    local_v: Tensor | None
+    kernel_size: int
+    local_bias: Tensor | None
+    tokens: Tensor | None
+    token_bias: Tensor | None
+
+    def __post_init__(self) -> None:
+        q, pool_k, pool_v = self.q, self.pool_k, self.pool_v
+        check_tensors(q=q, pool_k=pool_k, pool_v=pool_v)
+        if q.ndim != 5 or pool_k.ndim != 5 or pool_v.ndim != 5:
+            raise ValueError(
+                f"expected q [B, H, W, N, D], pool_k [B, PH, PW, N, D] and pool_v [B, PH, PW, N, Dv], got q "
+                f"{tuple(q.shape)}, pool_k {tuple(pool_k.shape)}, pool_v {tuple(pool_v.shape)}"
+            )
+        (b, _, _, n, d), pool, dv = q.shape, pool_k.shape[1:3], pool_v.shape[4]
+        _check_shapes({"pool_k": (pool_k, (b, *pool, n, d)), "pool_v": (pool_v, (b, *pool, n, dv))})
+        names = ("temperature", "query_embedding", "cpb_weight1", "cpb_bias1", "cpb_weight2", "cpb_bias2")
+        check_tensors(**{name: getattr(self, name) for name in names})
+        hidden = self.cpb_weight1.shape[0] if self.cpb_weight1.ndim else 0
+        shapes = ((n,), (n, d), (hidden, 2), (hidden,), (n, hidden), (n,))
+        _check_shapes({name: (getattr(self, name), shape) for name, shape in zip(names, shapes, strict=True)})
+        self._check_local()
+        check_dtypes(q, pool_k, pool_v, self.local_k, self.local_v)
+        self._check_sizes()
+
+    def _check_local(self) -> None:
+        local = (self.local_k, self.local_v, self.local_bias, self.tokens, self.token_bias)
+        if (local[0] is None) != (local[1] is None) or (local[0] is None and any(x is not None for x in local)):
+            raise ValueError(
+                "expected k and v together, and local_bias, tokens or token_bias only with them, got "
+                + ", ".join("no" if x is None else "a" for x in local)
+                + " k, v, local_bias, tokens, token_bias"
+            )
+        if local[0] is not None:
+            if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+                raise ValueError(f"expected an odd kernel_size >= 1, got {self.kernel_size}")
+            (*lead, n, d), slots = self.q.shape, self.kernel_size**2
+            names = ("k", "v", "local_bias", "tokens", "token_bias")
+            shapes = ((*lead, n, d), (*lead, n, self.v.shape[-1]), (n, slots), (n, d, slots), (n, slots))
+            _check_shapes(dict(zip(names, zip(local, shapes, strict=True), strict=True)))
+
+    def _check_sizes(self) -> None:
+        if min(self.pretrain_size) < 1:
+            raise ValueError(f"expected pretrain_size of 2 ints >= 1, got {list(self.pretrain_size)}")
+        if len(self.bias_size) not in (0, 4):
+            raise ValueError(f"expected bias_size of no or 4 ints (H, W, PH, PW), got {list(self.bias_size)}")
+        size = (*self.size, *self.pooled)
+        for h, w, ph, pw in (size, self.bias_size or size):
+            if not is_symbolic(h, w, ph, pw) and not (1 <= ph <= h and 1 <= pw <= w):
+                raise ValueError(
+                    f"expected a map with at least one and at most as many pooled keys as tokens per axis, got "
+                    f"{(ph, pw)} pooled keys for a map of {(h, w)}; try a larger image"
+                )
+
+    @property
+    def v(self) -> Tensor:
+        """The pooled values, which have the channels of the result."""
+        return self.pool_v
+
+    @property
+    def size(self) -> list[int]:
+        """H and W of the queries."""
+        return _sizes(self.q)
+
+    @property
+    def pooled(self) -> list[int]:
+        """H and W of the pooled keys."""
+        return _sizes(self.pool_k)
+
+    @property
+    def axes(self) -> tuple[Pooled, Pooled]:
+        """The axes that the position bias is evaluated on."""
+        h, w, ph, pw = self.bias_size or (*self.size, *self.pooled)
+        return Pooled(h, ph), Pooled(w, pw)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which logits and weights are made: float32 at least."""
+        return torch.promote_types(self.q.dtype, torch.float32)
+
+    @property
+    def scale(self) -> Tensor:
+        """[N] softplus(temperature)"""
+        return F.softplus(self.temperature)
+
+    def empty(self) -> Tensor:
+        return self.pool_v.new_empty((*self.q.shape[:-1], self.pool_v.shape[-1]))
+
+    def flops(self) -> int:
+        """Those of the pairs that take part, the learnable tokens and the bias of distinct distances."""
+        b, h, w, n, d = self.q.shape
+        pairs, tokens = h * w * self.pool_k.shape[1:3].numel(), 0
+        if self.local_k is not None:
+            pairs += _pairs(h, self.kernel_size) * _pairs(w, self.kernel_size)
+        if self.tokens is not None:
+            tokens = h * w * self.kernel_size**2 * d
+        rows, columns = (len(axis.distances) for axis in self.axes)
+        bias = rows * columns * self.cpb_weight1.shape[0] * (2 + n)
+        return 2 * (b * n * (pairs * (d + self.v.shape[-1]) + tokens) + bias)
+
+
+def _pairs(length: int, kernel_size: int) -> int:
+    """How many pairs of tokens of an axis lie in one another's window."""
+    return sum(max(length - abs(step), 0) for step in range(-(kernel_size // 2), kernel_size // 2 + 1))
+
+
+def _problem(
+    q: Tensor,
+    maps: Sequence[Tensor | None],
+    parameters: Sequence[Tensor | None],
+    pretrain_size: int | Sequence[int],
+    bias_size: Sequence[int],
+    kernel_size: int,
+) -> AggregatedProblem:
+    """Normalise arguments; maps are (pool_k, pool_v, k, v), parameters the other tensors in their order."""
+    check_tensors(q=q)
+    q, pool_k, pool_v, k, v = to_autocast(q, *maps)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    wide = [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in parameters]
+    pretrain_size, (kernel,) = (
+        per_axis("pretrain_size", pretrain_size, int, 2),
+        per_axis("kernel_size", kernel_size, int, 1),
+    )
+    bias_size = per_axis("bias_size", bias_size, int, len(bias_size))
+    return AggregatedProblem(q, pool_k, pool_v, *wide[:6], pretrain_size, bias_size, k, v, kernel, *wide[6:])
+
+
+_backends = Backends(
+    "aggregated_attention",
+    AggregatedProblem,
+    triton=triton.attend,
+    eager=eager.attend,
+    reference=reference.attend,
+    can_run=triton.can_run,
+    whole_on_cpu=True,
+)
+
+
+@traced_as_one
 def aggregated_attention(
     q: Tensor,
     pool_k: Tensor,
@@ -60,35 +235,21 @@ def aggregated_attention(
         backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
 
     Returns:
-        [B, H, W, N, Dv] of pool_v's dtype.
+        [B, H, W, N, Dv] of pool_v's dtype; under autocast of its dtype, to which q, keys and values are cast.
 
     Raises:
         ValueError: Shapes or sizes that do not fit.
-        TypeError: q, keys and values of different dtypes, or not floating point. Parameters may have others.
+        TypeError: q, keys and values of different dtypes, or tensors that are not floating point. Parameters may have
+            another floating dtype.
         BackendError: The requested backend cannot run this call.
 
     Source: TransNeXt (arXiv:2311.17132), section 3.1.
     """
-    return op.attend(
-        q,
-        pool_k,
-        pool_v,
-        temperature,
-        query_embedding,
-        cpb_weight1,
-        cpb_bias1,
-        cpb_weight2,
-        cpb_bias2,
-        per_axis("pretrain_size", pretrain_size, int, 2),
-        list(bias_size),
-        k,
-        v,
-        kernel_size,
-        local_bias,
-        tokens,
-        token_bias,
-        backend,
-    )
+    cpb = (cpb_weight1, cpb_bias1, cpb_weight2, cpb_bias2)
+    parameters = (temperature, query_embedding, *cpb, local_bias, tokens, token_bias)
+    problem = _problem(q, (pool_k, pool_v, k, v), parameters, pretrain_size, bias_size, kernel_size)
+    with without_autocast(q.device):
+        return _backends.choose(problem, backend)(problem)
 
 
 def aggregated_weights(
@@ -118,7 +279,8 @@ def aggregated_weights(
         ValueError, TypeError: as in `aggregated_attention`.
     """
     cpb = (cpb_weight1, cpb_bias1, cpb_weight2, cpb_bias2)
-    size = per_axis("pretrain_size", pretrain_size, int, 2)
-    return op.aggregated_weights(
-        q, pool_k, temperature, query_embedding, cpb, size, list(bias_size), k, kernel_size, local_bias
-    )
+    parameters = (temperature, query_embedding, *cpb, local_bias, None, None)
+    problem = _problem(q, (pool_k, pool_k, k, k), parameters, pretrain_size, bias_size, kernel_size)
+    with without_autocast(q.device):
+        _, local, pooled = reference.weights(problem)
+    return local, pooled.unflatten(-1, problem.pooled)  # [B, H, W, N, PH, PW]

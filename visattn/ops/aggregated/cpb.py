@@ -6,40 +6,47 @@ of grid x hidden units, or of queries x keys, ever exists.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from visattn.ops.aggregated.reference import log_coordinates
-from visattn.ops.geometry import Pooled, interpolated
+from visattn.ops.geometry import Pooled, ceil_div, interpolated, is_symbolic
+
+if TYPE_CHECKING:
+    from visattn.ops.aggregated import AggregatedProblem
 
 # Numbers per chunk: a CPU core's cache should hold them, an accelerator should have enough to do, and a traced graph,
 # which holds every chunk, should stay small. CHUNKS: the most chunks, as some of the work is done again for each.
 _CHUNK, _CHUNK_ACCELERATOR, _CHUNK_TRACED, CHUNKS = 1 << 18, 1 << 26, 1 << 22, 64
+# Hidden units at once where the sizes of the grid are symbolic.
+_HIDDEN = 32
 
 
 def chunk_size(device: torch.device) -> int:
     """How many logits or hidden activations to make at once."""
     if device.type != "cpu":
         return _CHUNK_ACCELERATOR
-    return _CHUNK_TRACED if torch.compiler.is_compiling() else _CHUNK
+    return _CHUNK_TRACED if torch.compiler.is_compiling() or torch.jit.is_tracing() else _CHUNK
 
 
 class _Grid(torch.autograd.Function):
-    """[U, F], [V, F], [N, F] -> [N, U, V]: sum over f of weight[n, f] * relu(rows[u, f] + columns[v, f])."""
+    """Sum weight[n, f] * relu(rows[u, f] + columns[v, f]) over f: [U, F], [V, F], [N, F] -> [N, U, V]."""
 
     @staticmethod
     def _chunks(rows: Tensor, columns: Tensor) -> list[slice]:
-        step = max(1, chunk_size(rows.device) // max(1, columns.numel()), -(-len(rows) // CHUNKS))
-        return [slice(i, min(i + step, len(rows))) for i in range(0, len(rows), step)]
+        number, width = int(rows.shape[0]), max(1, int(columns.numel()))
+        step = max(1, chunk_size(rows.device) // width, ceil_div(number, CHUNKS))
+        return [slice(i, min(i + step, number)) for i in range(0, number, step)]
 
     @staticmethod
     def forward(rows: Tensor, columns: Tensor, weight: Tensor) -> Tensor:
         found = [
             weight @ (rows[part, None] + columns).relu_().flatten(0, 1).mT for part in _Grid._chunks(rows, columns)
         ]
-        return torch.cat(found, dim=1).unflatten(1, (len(rows), len(columns)))
+        return torch.cat(found, dim=1).unflatten(1, (rows.shape[0], columns.shape[0]))  # [N, U, V]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -51,7 +58,7 @@ class _Grid(torch.autograd.Function):
         rows, columns, weight = ctx.saved_tensors
         # [U, N, V] and [V, N, U]
         by_row, by_column = (grad.permute(*order).contiguous() for order in ((1, 0, 2), (2, 0, 1)))
-        found, over_rows = [], grad.new_zeros(len(columns), *weight.shape)
+        found, over_rows = [], grad.new_zeros(columns.shape[0], *weight.shape)
         for part in _Grid._chunks(rows, columns):
             active = (rows.detach()[part, None] + columns.detach()).gt_(0)  # [u, V, F] of ones and zeros
             found.append(by_row[part] @ active)
@@ -61,40 +68,46 @@ class _Grid(torch.autograd.Function):
         return (over_columns * weight).sum(1), (over_rows * weight).sum(1), grad_weight
 
 
-def position_table(axes: tuple[Pooled, Pooled], pretrain_size: list[int], cpb: list[Tensor]) -> Tensor:
-    """[N, U, V]: the perceptron for each pair of a distance of rows and one of columns."""
-    w1, b1, w2, b2 = cpb
+def position_table(problem: AggregatedProblem) -> Tensor:
+    """Evaluate the perceptron for each pair of a distance of rows and one of columns: [N, U, V]."""
+    w1, w2 = problem.cpb_weight1, problem.cpb_weight2
     rows, columns = (
         torch.outer(log_coordinates(axis, n, w1.dtype, w1.device), w)
-        for axis, n, w in zip(axes, pretrain_size, w1.unbind(1), strict=True)
+        for axis, n, w in zip(problem.axes, problem.pretrain_size, w1.unbind(1), strict=True)
     )
-    return _Grid.apply(rows + b1, columns, w2) + b2[:, None, None]
+    rows = rows + problem.cpb_bias1  # [U, F]; columns [V, F]
+    if is_symbolic(rows.shape[0], columns.shape[0]):
+        # How many rows make a chunk is not known, but hidden units are as many for every size.
+        parts = zip(*(x.split(_HIDDEN, dim=1) for x in (rows, columns, w2)), strict=True)
+        found = [(w @ (r[:, None] + c).relu().flatten(0, 1).mT) for r, c, w in parts]  # [N, U V]
+        table = torch.stack(found).sum(0).unflatten(1, (rows.shape[0], columns.shape[0]))  # [N, U, V]
+    else:
+        table = _Grid.apply(rows, columns, w2)
+    return table + problem.cpb_bias2[:, None, None]
 
 
 class PositionBias:
     """Reads a table [N, U, V] for some rows of queries and all pooled keys: at one entry, or as a mean of 4 x 4."""
 
-    def __init__(
-        self, axes: tuple[Pooled, Pooled], size: tuple[int, int], pooled: tuple[int, int], table: Tensor
-    ) -> None:
+    def __init__(self, axes: Sequence[Pooled], size: Sequence[int], pooled: Sequence[int], table: Tensor) -> None:
         self.rows, self.columns = (
             interpolated(axis, n, p, table.device) for axis, n, p in zip(axes, size, pooled, strict=True)
         )
         self.table = table
-        self.grid = table.permute(1, 2, 0).contiguous()  # [U, V, N]
+        self.grid = table.permute(1, 2, 0).clone(memory_format=torch.contiguous_format)  # [U, V, N]
 
     @staticmethod
     def _read(x: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
-        """[U, ...] -> [keys, queries, ...] for index and weight [queries, keys, m]."""
-        index = index.transpose(0, 1)
-        found = x.index_select(0, index.flatten()).unflatten(0, index.shape)
+        """Read x [U, ...] at index [queries, keys, m] with weights like it: [keys, queries, ...]."""
+        index = index.transpose(0, 1).clone(memory_format=torch.contiguous_format)  # [keys, queries, m]
+        found = x.index_select(0, index.flatten()).unflatten(0, index.shape)  # [keys, queries, m, ...]
         if weight is None:
             return found.squeeze(2)
         return (found * weight.transpose(0, 1).to(x.dtype).view(*index.shape, *[1] * (x.ndim - 1))).sum(2)
 
     @staticmethod
     def _add(x: Tensor, index: Tensor, weight: Tensor | None, size: int) -> Tensor:
-        """Transpose of `_read`: [keys, queries, ...] -> [U, ...]."""
+        """Transpose `_read`: [keys, queries, ...] -> [U, ...]."""
         index, x = index.transpose(0, 1), x.unsqueeze(2)
         if weight is not None:
             x = x * weight.transpose(0, 1).to(x.dtype).view(*index.shape, *[1] * (x.ndim - 3))
@@ -105,12 +118,18 @@ class PositionBias:
         return index[rows], None if weight is None else weight[rows]
 
     def read(self, rows: slice) -> Tensor:
-        """[N, PH, PW, rows, W], a view."""
-        by_row = self._read(self.grid, *self._part(rows)).permute(2, 3, 0, 1).contiguous()  # [V, N, PH, rows]
-        return self._read(by_row, *self.columns).permute(2, 3, 0, 4, 1)
+        """Read the bias of some rows of queries: [N, PH, PW, rows, W], a view."""
+        by_row = self._read(self.grid, *self._part(rows)).permute(2, 3, 0, 1)  # [V, N, PH, rows]
+        by_row = by_row.clone(memory_format=torch.contiguous_format)
+        return self._read(by_row, *self.columns).permute(2, 3, 0, 4, 1)  # [N, PH, PW, rows, W]
+
+    def all(self) -> Tensor:
+        """Read the bias of all queries, in operations that do not depend on the sizes: [N, H * W, PH * PW]."""
+        bias = self.read(slice(None)).permute(0, 3, 4, 1, 2)  # [N, H, W, PH, PW]
+        return bias.clone(memory_format=torch.contiguous_format).flatten(3).flatten(1, 2)
 
     def add(self, rows: slice, grad: Tensor) -> Tensor:
-        """Transpose of `read`: the part [N, U, V] of the table's gradient."""
+        """Transpose `read`: the part [N, U, V] of the table's gradient."""
         by_row = self._add(grad.permute(2, 4, 0, 1, 3), *self.columns, self.table.shape[2])  # [V, N, PH, rows]
-        by_row = by_row.permute(2, 3, 0, 1).contiguous()
-        return self._add(by_row, *self._part(rows), self.table.shape[1]).permute(2, 0, 1)
+        by_row = by_row.permute(2, 3, 0, 1).contiguous()  # [PH, rows, V, N]
+        return self._add(by_row, *self._part(rows), self.table.shape[1]).permute(2, 0, 1)  # [N, U, V]

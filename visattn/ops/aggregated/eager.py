@@ -11,50 +11,55 @@ Shapes: T places of a chunk of rows, zeros included; P pooled keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from visattn.ops.aggregated.cpb import CHUNKS, PositionBias, chunk_size, position_table
-from visattn.ops.geometry import Pooled
+from visattn.ops.geometry import Pooled, ceil_div, is_symbolic
+
+if TYPE_CHECKING:
+    from visattn.ops.aggregated import AggregatedProblem
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, N, D, T] normalised along D, and the factor [B, N, 1, T] that did it."""
+    """Normalise x [B, N, D, T] along D; also returns the factor [B, N, 1, T] that did it."""
     factor = (x * x).sum(2, keepdim=True).clamp_min(1e-24).rsqrt()
     return x * factor, factor
 
 
 def _unit_gradient(grad: Tensor, unit: Tensor, factor: Tensor) -> Tensor:
+    """Differentiate `_unit`: the gradient [B, N, D, T] of x from that of its result."""
     return (grad - unit * (grad * unit).sum(2, keepdim=True)) * factor
 
 
 class _Layout:
     """A map of H x W tokens as one line: rows of W tokens and `reach` zeros, and `reach` rows of zeros around them."""
 
-    def __init__(self, size: tuple[int, int], kernel_size: int) -> None:
+    def __init__(self, size: Sequence[int], kernel_size: int) -> None:
         self.size, self.reach = size, kernel_size // 2
         self.pitch = size[1] + self.reach
         self.margin = self.reach * (self.pitch + 1)
         self.steps = range(-self.reach, self.reach + 1)
 
     def line(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B, H, W, N, D] -> [B, N, D, margin + H * pitch + margin]."""
+        """Lay out a map [B, H, W, N, D] as [B, N, D, margin + H * pitch + margin]."""
         b, _, _, n, d = x.shape
         line = x.new_zeros(b, n, d, 2 * self.margin + self.size[0] * self.pitch, dtype=dtype)
         self.map(line[..., self.margin : line.shape[-1] - self.margin])[...] = x
         return line
 
     def rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B, r, W, N, D] -> [B, N, D, r * pitch]."""
-        return F.pad(x.permute(0, 3, 4, 1, 2).to(dtype), (0, self.reach)).flatten(3)
+        """Lay out rows [B, r, W, N, D] as [B, N, D, r * pitch]."""
+        return F.pad(x.permute(0, 3, 4, 1, 2).to(dtype), (0, self.reach)).flatten(3)  # [B, N, D, r * pitch]
 
     def map(self, rows: Tensor) -> Tensor:
-        """Inverse of `rows`, a view."""
-        return rows.unflatten(-1, (-1, self.pitch))[..., : self.size[1]].permute(0, 3, 4, 1, 2)
+        """Invert `rows`, a view."""
+        rows = rows.unflatten(-1, (int(rows.shape[-1]) // self.pitch, self.pitch))[..., : self.size[1]]
+        return rows.permute(0, 3, 4, 1, 2)  # [B, r, W, N, D]
 
     def neighbours(self, line: Tensor, rows: slice) -> Iterator[Tensor]:
         """Views [B, N, D, T] of a line: the neighbours of each token of some rows, row by row of the window.
@@ -68,11 +73,12 @@ class _Layout:
                 yield line[..., start : start + length]
 
     def outside(self, device: torch.device) -> Tensor:
-        """[K * K, H * pitch] whether a neighbour does not lie on the map."""
+        """Tell, as [K * K, H * pitch], whether a neighbour does not lie on the map."""
         step = torch.arange(-self.reach, self.reach + 1, device=device)[:, None]
         places = (torch.arange(length, device=device) + step for length in (self.size[0], self.pitch))
         row, column = ((x < 0) | (x >= n) for x, n in zip(places, self.size, strict=True))
-        return (row[:, None, :, None] | column[None, :, None, :]).flatten(2).flatten(0, 1)
+        outside = row[:, None, :, None] | column[None, :, None, :]  # [K, K, H, pitch]
+        return outside.flatten(2).flatten(0, 1)
 
 
 class _Attention:
@@ -91,10 +97,12 @@ class _Attention:
         local_bias: Tensor | None,
         tokens: Tensor | None,
         token_bias: Tensor | None,
-        axes: tuple[Pooled, Pooled],
+        axes: Sequence[Pooled],
+        size: Sequence[int],
+        pooled: Sequence[int],
         kernel_size: int,
     ) -> None:
-        dtype, size, self.pool = scale.dtype, (q.shape[1], q.shape[2]), (pool_k.shape[1], pool_k.shape[2])
+        dtype, self.pool = scale.dtype, pooled
         self.q, self.scale, self.embedding = q, scale[:, None, None], embedding[..., None]
         self.local_bias, self.tokens, self.token_bias = local_bias, tokens, token_bias
         self.bias = PositionBias(axes, size, self.pool, table)
@@ -115,21 +123,23 @@ class _Attention:
 
     def chunks(self) -> list[tuple[slice, list[slice]]]:
         """Rows of the map, and for each the parts of the batch."""
-        b, h, _, n, _ = self.q.shape
-        row = n * self.layout.pitch * (self.slots + self.pool_k.shape[-1])
+        b, h, n = self.q.shape[0], self.layout.size[0], int(self.q.shape[3])
+        whole = is_symbolic(b) or torch.jit.is_tracing()  # a graph for any number of images cannot hold its parts
+        row = n * self.layout.pitch * (self.slots + math.prod(self.pool))
+        limit = chunk_size(self.q.device)
         # No more than CHUNKS while a chunk is no larger than the queries: memory stays linear in tokens.
-        limit = max(chunk_size(self.q.device), min(b * h * row // CHUNKS, self.q.numel()))
-        r = -(-h // -(-h // max(1, limit // row)))
+        limit = max(limit, h * row // CHUNKS if whole else min(b * h * row // CHUNKS, self.q.numel()))
+        r = ceil_div(h, ceil_div(h, max(1, limit // row)))
         images = max(1, limit // (row * r))
-        batch = [slice(i, min(i + images, b)) for i in range(0, b, images)]
+        batch = [slice(None)] if whole else [slice(i, min(i + images, b)) for i in range(0, b, images)]
         return [(slice(i, min(i + r, h)), batch) for i in range(0, h, r)]
 
     def read_bias(self, rows: slice) -> Tensor:
-        """[N, P, T]"""
-        return F.pad(self.bias.read(rows), (0, self.layout.reach)).flatten(3).flatten(1, 2)
+        """Read the bias [N, P, T] of some rows."""
+        return F.pad(self.bias.read(rows), (0, self.layout.reach)).flatten(3).flatten(1, 2)  # [N, P, T]
 
     def weights(self, images: slice, rows: slice, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Unit queries, their factor, the queries that meet the keys, and the softmax [B, N, K * K + P, T]."""
+        """Compute unit queries, their factor, the queries that meet the keys, and the softmax [B, N, K * K + P, T]."""
         unit, factor = _unit(self.layout.rows(self.q[images, rows], self.scale.dtype))
         places = slice(rows.start * self.layout.pitch, rows.stop * self.layout.pitch)
         query = (unit + self.embedding) * (self.scale * self.length[places])
@@ -140,13 +150,13 @@ class _Attention:
         return unit, factor, query, logits.softmax(2)
 
     def mixing(self, unit: Tensor, weights: Tensor) -> Tensor:
-        """What the values of neighbours are multiplied by, [B, N, K * K, T]."""
+        """Compute what the values of neighbours are multiplied by, [B, N, K * K, T]."""
         local = weights[:, :, : self.slots]
         local = local if self.tokens is None else self.tokens.mT @ unit + local
         return local if self.token_bias is None else local + self.token_bias[..., None]
 
     def attend(self, images: slice, rows: slice, bias: Tensor) -> Tensor:
-        """[B, r, W, N, Dv]"""
+        """Attend from some rows of some images: [B, r, W, N, Dv]."""
         unit, _, _, weights = self.weights(images, rows, bias)
         out = self.pool_v[images] @ weights[:, :, self.slots :]
         if self.slots:
@@ -163,7 +173,7 @@ class _Gradients(_Attention):
         super().__init__(*args)
         self.grad_q = self.q.new_empty(self.q.shape)
         self.grad_pool_k, self.grad_pool_v = torch.zeros_like(self.pool_k), torch.zeros_like(self.pool_v)
-        self.grad_scale, self.grad_embedding = self.scale.new_zeros(len(self.scale)), torch.zeros_like(args[4])
+        self.grad_scale, self.grad_embedding = torch.zeros_like(args[3]), torch.zeros_like(args[4])
         self.grad_table = torch.zeros_like(self.bias.table)
         if self.slots:
             self.grad_k, self.grad_v = torch.zeros_like(self.k), torch.zeros_like(self.v)
@@ -171,7 +181,7 @@ class _Gradients(_Attention):
         self.grads_local = [None if x is None else torch.zeros_like(x) for x in given]
 
     def add(self, images: slice, rows: slice, bias: Tensor, grad_out: Tensor) -> Tensor:
-        """Adds a chunk to all gradients but the table's; returns the gradient of `bias`."""
+        """Add a chunk to all gradients but the table's; returns the gradient of `bias`."""
         grad_out = self.layout.rows(grad_out[images, rows], self.scale.dtype)
         unit, factor, query, weights = self.weights(images, rows, bias)
         grad = self.pool_v[images].mT @ grad_out
@@ -210,21 +220,22 @@ class _Gradients(_Attention):
         return pooled.sum(0)
 
     def add_bias(self, rows: slice, grad: Tensor) -> None:
-        """Adds the gradient [N, P, T] of the bias of some rows to the table's."""
-        grad = grad.unflatten(1, self.pool).unflatten(-1, (-1, self.layout.pitch))
+        """Add the gradient [N, P, T] of the bias of some rows to the table's."""
+        rows_here = rows.stop - rows.start
+        grad = grad.unflatten(1, self.pool).unflatten(-1, (rows_here, self.layout.pitch))  # [N, PH, PW, r, pitch]
         self.grad_table += self.bias.add(rows, grad[..., : self.layout.size[1]])
 
     def all(self) -> tuple[Tensor | None, ...]:
-        """In the order of the arguments."""
+        """Return them in the order of the arguments."""
         dtype, margin = self.q.dtype, self.layout.margin
         pool = (_unit_gradient(self.grad_pool_k, self.pool_k, self.pool_factor), self.grad_pool_v)
-        grad_pool = (x.permute(0, 3, 1, 2).unflatten(1, self.pool).to(dtype) for x in pool)
+        grad_pool = (x.permute(0, 3, 1, 2).unflatten(1, self.pool).to(dtype) for x in pool)  # [B, PH, PW, N, D]
         grad_maps = (None, None)
         if self.slots:
             lines = (_unit_gradient(self.grad_k, self.k, self.k_factor), self.grad_v)
             grad_maps = (self.layout.map(x[..., margin : x.shape[-1] - margin]).to(dtype) for x in lines)
         shared = (self.grad_scale, self.grad_embedding, self.grad_table)
-        return (self.grad_q, *grad_pool, *shared, *grad_maps, *self.grads_local, None, None)
+        return (self.grad_q, *grad_pool, *shared, *grad_maps, *self.grads_local, None, None, None, None)
 
 
 def _forward(*args: Any) -> Tensor:
@@ -247,12 +258,12 @@ class _AggregatedAttention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:-2])
-        ctx.how = inputs[-2:]
+        ctx.save_for_backward(*inputs[:-4])
+        ctx.sizes = inputs[-4:]
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        call = _Gradients(*ctx.saved_tensors, *ctx.how)
+        call = _Gradients(*ctx.saved_tensors, *ctx.sizes)
         for rows, batch in call.chunks():
             bias = call.read_bias(rows)
             grad = torch.zeros_like(bias)
@@ -262,25 +273,72 @@ class _AggregatedAttention(torch.autograd.Function):
         return call.all()
 
 
-def aggregated_eager(
-    q: Tensor,
-    pool_k: Tensor,
-    pool_v: Tensor,
-    scale: Tensor,
-    query_embedding: Tensor,
-    cpb: list[Tensor],
-    axes: tuple[Pooled, Pooled],
-    pretrain_size: list[int],
-    k: Tensor | None,
-    v: Tensor | None,
-    kernel_size: int,
-    local_bias: Tensor | None,
-    tokens: Tensor | None,
-    token_bias: Tensor | None,
-) -> Tensor:
-    """See `visattn.ops.aggregated_attention`; `scale` is softplus(temperature), `axes` those of the position bias."""
-    table = position_table(axes, pretrain_size, cpb)
-    tensors = (q, pool_k, pool_v, scale, query_embedding, table, k, v, local_bias, tokens, token_bias)
+def _attend_to_any_size(problem: AggregatedProblem, table: Tensor) -> Tensor:
+    """Attend with all logits at once, in operations that are the same for every size and write to nothing.
+
+    S tokens; j is a place in the window, P the pooled keys.
+    """
+    dtype, size, reach = problem.dtype, problem.size, problem.kernel_size // 2
+
+    def heads_first(x: Tensor) -> Tensor:
+        """[B, H, W, N, D] -> [B, N, S, D]"""
+        x = x.to(dtype).permute(0, 3, 1, 2, 4)  # [B, N, H, W, D]
+        return x.clone(memory_format=torch.contiguous_format).flatten(2, 3)
+
+    unit, keys = (F.normalize(heads_first(x), dim=-1) for x in (problem.q, problem.pool_k))  # [B, N, S or P, D]
+    values = heads_first(problem.pool_v)
+    length = unit.new_zeros(size) + math.prod(problem.pooled)  # [H, W]
+    places = []  # of the window: where its rows and columns lie [H], [W], and whether that is on the map [S]
+    if problem.local_k is not None:
+        axes = []
+        for n in size:
+            token = torch.arange(n, device=unit.device)
+            at = [token + step for step in range(-reach, reach + 1)]
+            axes.append([(x.clamp(0, n - 1), (x >= 0) & (x < n)) for x in at])
+        for row, has_row in axes[0]:
+            for column, has_column in axes[1]:
+                there = has_row[:, None] & has_column  # [H, W]
+                length = length + there
+                places.append((row, column, there.flatten()))
+    length = length.log().flatten()[:, None]  # [S, 1]
+    query = (unit + problem.query_embedding[:, None]) * (problem.scale[:, None, None] * length)  # [B, N, S, D]
+    bias = PositionBias(problem.axes, size, problem.pooled, table).all()  # [N, S, P]
+    pooled = query @ keys.mT + bias  # [B, N, S, P]
+    if problem.local_k is None or problem.local_v is None:
+        out = pooled.softmax(-1) @ values
+    else:
+        near = [
+            x.index_select(1, row).index_select(2, column)
+            for x in (problem.local_k, problem.local_v)
+            for row, column, _ in places
+        ]
+        near = [heads_first(x) for x in near]  # [B, N, S, D], clamped to the map
+        local = torch.stack([(query * F.normalize(x, dim=-1)).sum(-1) for x in near[: len(places)]], -1)  # [B, N, S, j]
+        there = torch.stack([there for *_, there in places], -1)  # [S, j]
+        if problem.local_bias is not None:
+            local = local + problem.local_bias[:, None]
+        local = local.masked_fill(~there, float("-inf"))
+        m_i = torch.maximum(local.amax(-1, keepdim=True), pooled.amax(-1, keepdim=True))
+        local, pooled = (local - m_i).exp(), (pooled - m_i).exp()
+        l_i = local.sum(-1, keepdim=True) + pooled.sum(-1, keepdim=True)
+        out, mixing = pooled @ values / l_i, local / l_i
+        if problem.tokens is not None:
+            mixing = mixing + unit @ problem.tokens
+        if problem.token_bias is not None:
+            mixing = mixing + problem.token_bias[:, None]
+        for weight, value in zip((mixing * there).unbind(-1), near[len(places) :], strict=True):
+            out = out + weight[..., None] * value
+    out = out.unflatten(2, size).permute(0, 2, 3, 1, 4).to(problem.v.dtype)  # [B, H, W, N, Dv]
+    return out.clone(memory_format=torch.contiguous_format)
+
+
+def attend(problem: AggregatedProblem) -> Tensor:
+    """See `visattn.ops.aggregated_attention`."""
+    table = position_table(problem)
+    if is_symbolic(*problem.size, *problem.pooled):
+        return _attend_to_any_size(problem, table)
+    local = (problem.local_k, problem.local_v, problem.local_bias, problem.tokens, problem.token_bias)
+    tensors = (problem.q, problem.pool_k, problem.pool_v, problem.scale, problem.query_embedding, table, *local)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     run = _AggregatedAttention.apply if trains else _forward
-    return run(*tensors, axes, kernel_size)
+    return run(*tensors, problem.axes, problem.size, problem.pooled, problem.kernel_size)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from visattn.ops.geometry.arithmetic import is_symbolic
 from visattn.ops.geometry.blocks import bin_edges, bins
 
 
@@ -29,22 +30,25 @@ class Pooled:
         return [start + stop - 1 for start, stop in bins(self.length, self.pooled)]
 
     @property
-    def step(self) -> int:
-        """What twice the distances are spaced by: 2 if all keys are whole tokens, or all lie between two; else 1."""
+    def bounds(self) -> tuple[int, int, int]:
+        """Start, stop and step of `distances`; with symbolic sizes, those of any number of keys."""
+        if is_symbolic(self.length, self.pooled):
+            return 2 - 2 * self.length, 2 * self.length - 1, 1
         keys = self.keys
-        return 2 if all((key - keys[0]) % 2 == 0 for key in keys) else 1
+        # 2 if all keys are whole tokens, or all lie between two.
+        step = 2 if all((key - keys[0]) % 2 == 0 for key in keys) else 1
+        return -keys[-1], 2 * self.length - 1 - keys[0], step
 
     @property
     def distances(self) -> range:
-        """Twice the distances (query - key), every `step` from the smallest to the largest; about 2 or 4 per token."""
-        keys = self.keys
-        return range(-keys[-1], 2 * self.length - 1 - keys[0], self.step)
+        """Twice the distances (query - key), evenly from the smallest to the largest; about 2 or 4 per token."""
+        return range(*self.bounds)
 
     def index(self, device: torch.device | str | None = None) -> Tensor:
         """[length, pooled] place of the distance of each query and key in `distances`."""
         start, stop = bin_edges(self.length, self.pooled, device)
-        twice = 2 * torch.arange(self.length, device=device)[:, None]
-        return (twice - (start + stop - 1).mT - self.distances.start) // self.step
+        (smallest, _, step), twice = self.bounds, 2 * torch.arange(self.length, device=device)[:, None]
+        return (twice - (start + stop - 1).mT - smallest) // step
 
 
 def _stretch(size: int, new: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
@@ -68,7 +72,8 @@ def interpolated(
         the sizes of the axis itself, m = 1 and None.
     """
     index = axis.index(device)
-    if (length, pooled) == (axis.length, axis.pooled):
+    is_same = is_symbolic(axis.length, axis.pooled)  # only then are those of the map its own
+    if is_same or (not is_symbolic(length, pooled) and (length, pooled) == (axis.length, axis.pooled)):
         return index[..., None], None
     (query, query_weight), (key, key_weight) = (
         _stretch(*sizes, device) for sizes in ((axis.length, length), (axis.pooled, pooled))
