@@ -10,7 +10,7 @@ from tests import tolerances
 from tests.ops.gradients import Recorder, compare, leaves, results_and_gradients
 from tests.ops.test_linear import ATTEND, ATTENTIONS, masked_problem, shapes_of
 from tests.tolerances import relative_error
-from visattn.ops import BackendError, efficient_attention, explain
+from visattn.ops import BackendError, efficient_attention, explain, focused_linear_attention, inline_attention
 from visattn.ops.fused import products
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -193,9 +193,9 @@ class Attention(torch.nn.Module):
 
     def forward(self, x, focus_scale):
         q, k, v = x.unbind(3)
-        v = torch.ops.visattn.efficient_attention(q, k, v, None, "triton")
-        v = torch.ops.visattn.inline_attention(q, k, v, None, "triton")
-        return torch.ops.visattn.focused_linear_attention(q, k, v, focus_scale, 3.0, "triton")
+        v = efficient_attention(q, k, v, backend="triton")
+        v = inline_attention(q, k, v, backend="triton")
+        return focused_linear_attention(q, k, v, focus_scale, backend="triton")
 
 
 def module_inputs(w=7):

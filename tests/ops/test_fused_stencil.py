@@ -134,7 +134,7 @@ class Mixer(torch.nn.Module):
     """A convolution of the sample's own, then weights of every position's own."""
 
     def forward(self, x, kernels, weights=None):
-        x = torch.ops.visattn.dynamic_depthwise_conv(x, kernels, "triton")
+        x = dynamic_depthwise_conv(x, kernels, backend="triton")
         return x if weights is None else mix_neighbours(x.unflatten(-1, (2, -1)), weights)
 
 
@@ -148,7 +148,7 @@ def test_compiles_as_a_whole(dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(Mixer(), fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for w in (6, 7) if dynamic else (6,):
-        # Only the registered op takes symbolic sizes; mix_neighbours is called inside of one.
+        # Only the public op takes symbolic sizes; mix_neighbours is called inside of one.
         inputs, results = module_inputs(w)[: 2 if dynamic else 3], []
         for run in (compiled, Mixer()):
             out = run(*inputs)

@@ -16,9 +16,9 @@ from tests.tolerances import relative_error
 from visattn import ops
 from visattn.ops import BackendError, dynamic_depthwise_conv, efficient_attention, explain, inline_attention
 from visattn.ops.linear import eager
-from visattn.ops.linear.op import dispatchers
 
-ATTENTIONS = {name: getattr(ops, name) for name in dispatchers if name != "dynamic_depthwise_conv"}
+NAMES = ("efficient_attention", "inline_attention", "focused_linear_attention")
+ATTENTIONS = {name: getattr(ops, name) for name in NAMES}
 BACKENDS = ["eager", "reference"]
 ATTEND = pytest.mark.parametrize("name", ATTENTIONS)
 
@@ -221,14 +221,15 @@ ARGS = {
 
 
 @ATTEND
-def test_opaque_equals_composite(name, form):
+def test_custom_op_equals_plain_pytorch(name, form):
     shapes = shapes_of("efficient_attention", (2, 5, 6, 2, 4), (2, 7, 2, 4), 3)
     inputs = [t.requires_grad_() for t in leaves(shapes, 0).values()]
-    opaque = getattr(torch.ops.visattn, f"{name}_opaque")
-    torch.library.opcheck(opaque.default, (*inputs, *ARGS[name]))
+    whole = getattr(torch.ops.visattn, name).default
+    torch.library.opcheck(whole, (*inputs, *ARGS[name]))
     results = []
-    for op in (opaque, getattr(torch.ops.visattn, name)):
+    for op in (whole, ATTENTIONS[name]):
         out = op(*inputs, *ARGS[name])
+        out = out[0] if op is whole else out
         results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
     for a, b in zip(*results, strict=True):
         assert relative_error(a, b) <= tolerances.OP[torch.float64]
@@ -236,7 +237,7 @@ def test_opaque_equals_composite(name, form):
 
 def test_opcheck_convolution():
     args = (torch.randn(2, 5, 6, 4, requires_grad=True), torch.randn(2, 4, 9, requires_grad=True), "auto")
-    torch.library.opcheck(torch.ops.visattn.dynamic_depthwise_conv_opaque.default, args)
+    torch.library.opcheck(torch.ops.visattn.dynamic_depthwise_conv.default, args)
 
 
 @ATTEND
