@@ -142,7 +142,7 @@ def _focus(x: Tensor, scale: Tensor, factor: float) -> Tensor:
 
 
 def focused_pair(problem: FocusedProblem) -> tuple[Tensor, Tensor, float]:
-    """Normalise f(q), and give f(k): [B, L, N, D], [B, M, N, D] of v's dtype; weights are their products times a factor.
+    """Normalise f(q), and give f(k): [B, L, N, D], [B, M, N, D]; weights are their products times the last result.
 
     In float16 a channel's mean over the keys moves from these to the queries: small keys, and queries over the small
     normalisers that they make, would leave its range. So queries are at most 1, and keys M ** 0.5.
@@ -201,7 +201,10 @@ def convolve(problem: DynamicConvProblem) -> Tensor:
     if is_symbolic(*x.shape) or torch.jit.is_tracing() or not x.shape[0]:
         return _convolve_by_taps(problem)
     b, h, w, c = x.shape
-    maps, weight = x.permute(0, 3, 1, 2), problem.kernels.unflatten(-1, (1, size, size))  # [B, C, H, W], [B, C, 1, K, K]
+    maps, weight = (
+        x.permute(0, 3, 1, 2),
+        problem.kernels.unflatten(-1, (1, size, size)),
+    )  # [B, C, H, W], [B, C, 1, K, K]
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         # PyTorch has a fast depthwise convolution of channels-last maps, but with a batch of kernels no such layout.
         out = [F.conv2d(m, k, padding=size // 2, groups=c) for m, k in zip(maps.split(1), weight, strict=True)]
