@@ -91,7 +91,7 @@ def aggregated_triton(
 ) -> Tensor:
     """See `visattn.ops.aggregated_attention`; `scale` is softplus(temperature), `axes` those of the position bias."""
     from visattn.ops.fused.attention import flat, fused_attention
-    from visattn.ops.fused.stencil import mix_neighbours
+    from visattn.ops.fused.depthwise import mix_neighbours
 
     size, pooled, dtype = (q.shape[1], q.shape[2]), (pool_k.shape[1], pool_k.shape[2]), scale.dtype
 

@@ -29,7 +29,7 @@ def automatic(problem: LinearProblem) -> str | None:
 
 def attend_efficient(problem: EfficientProblem) -> Tensor:
     """See `visattn.ops.efficient_attention`."""
-    from visattn.ops.fused.products import apply, outer
+    from visattn.ops.fused.linear import apply, outer
 
     (q, k, v), dtype = problem.flat(), problem.v.dtype
     hidden, hidden_queries = problem.hidden()
@@ -45,7 +45,7 @@ def attend_efficient(problem: EfficientProblem) -> Tensor:
 
 def attend_inline(problem: InlineProblem) -> Tensor:
     """See `visattn.ops.inline_attention`."""
-    from visattn.ops.fused.products import apply, outer
+    from visattn.ops.fused.linear import apply, outer
 
     q, k, v = problem.flat()
     context = outer(k - k.mean(1, keepdim=True), v) * (problem.scale / k.shape[1])
@@ -54,7 +54,7 @@ def attend_inline(problem: InlineProblem) -> Tensor:
 
 def attend_focused(problem: FocusedProblem) -> Tensor:
     """See `visattn.ops.focused_linear_attention`."""
-    from visattn.ops.fused.products import apply, outer
+    from visattn.ops.fused.linear import apply, outer
 
     q, k, scale = focused_pair(problem)
     return problem.unflat(apply(q, outer(k, problem.v.flatten(1, -3)) * scale))
@@ -62,6 +62,6 @@ def attend_focused(problem: FocusedProblem) -> Tensor:
 
 def convolve(problem: DynamicConvProblem) -> Tensor:
     """See `visattn.ops.dynamic_depthwise_conv`."""
-    from visattn.ops.fused.stencil import dynamic_conv
+    from visattn.ops.fused.depthwise import dynamic_conv
 
     return dynamic_conv(problem.x, problem.kernels)

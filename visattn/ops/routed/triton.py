@@ -34,6 +34,6 @@ def routed_triton(
     zero_keys = not mask_border
     axes = (*q_axes, *k_axes)
     out, _ = fused_attention(
-        flat(q), flat(k), flat(v), axes, scale, index=index.long(), weight=weight, zero_keys=zero_keys
+        flat(q), flat(k), flat(v), axes, scale, kv_indices=index.long(), weight=weight, zero_keys=zero_keys
     )
     return out.view(*q.shape[:-1], v.shape[-1])
