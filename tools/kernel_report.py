@@ -25,7 +25,7 @@ import torch
 from report import number, show, version, write
 from torch import Tensor
 
-from visattn.ops.fused import products, stencil
+from visattn.ops.fused import depthwise, linear
 from visattn.ops.fused.attention import fused_attention
 from visattn.ops.fused.launch import Launch, record
 from visattn.ops.fused.support import is_interpreting
@@ -123,12 +123,12 @@ def window(dtype: torch.dtype) -> tuple:
 
 
 def halo(dtype: torch.dtype) -> tuple:
-    more = {"terms": table(1, 1024, 4, 32, dtype=dtype), "zero_keys": True}
+    more = {"rel_pos": table(1, 1024, 4, 32, dtype=dtype), "zero_keys": True}
     return maps(dtype, (32, 32), 4, 32), [Halo(32, 8, 3)] * 2, more
 
 
 def routed(dtype: torch.dtype, weighted: bool = False) -> tuple:
-    more = {"index": torch.zeros(1, 1, 49, 4, dtype=torch.long)}
+    more = {"kv_indices": torch.zeros(1, 1, 49, 4, dtype=torch.long)}
     if weighted:
         more["weight"] = table(1, 1, 49, 4, dtype=dtype)
     return maps(dtype, (56, 56), 2, 32), [Partition(56, 8)] * 4, more
@@ -171,27 +171,27 @@ PROBLEMS: dict[str, Callable[[torch.dtype], tuple]] = {
 }
 
 
-def stencils(dtype: torch.dtype) -> list[Tensor]:
+def depthwise_convs(dtype: torch.dtype) -> list[Tensor]:
     """TransNeXt's heads, with weights of either dtype, and InLine's convolution, in float32 with a larger kernel."""
     channels, taps = (64, 25) if dtype == torch.float32 else (96, 9)
     return [
-        stencil.mix_neighbours(table(2, 56, 56, 2, 24, dtype=dtype), table(2, 56, 56, 2, 9, dtype=dtype)),
-        stencil.mix_neighbours(table(2, 28, 28, 4, 32, dtype=dtype), table(2, 28, 28, 4, 9)),
-        stencil.dynamic_conv(table(2, 14, 14, channels, dtype=dtype), table(2, channels, taps, dtype=dtype)),
+        depthwise.mix_neighbours(table(2, 56, 56, 2, 24, dtype=dtype), table(2, 56, 56, 2, 9, dtype=dtype)),
+        depthwise.mix_neighbours(table(2, 28, 28, 4, 32, dtype=dtype), table(2, 28, 28, 4, 9)),
+        depthwise.dynamic_conv(table(2, 14, 14, channels, dtype=dtype), table(2, channels, taps, dtype=dtype)),
     ]
 
 
-def linear(dtype: torch.dtype) -> list[Tensor]:
+def linear_products(dtype: torch.dtype) -> list[Tensor]:
     """Keys into a context and queries out of it."""
     found = []
     for dim in (96,) if dtype == torch.float32 else (32, 24):
         q, k, v = maps(dtype, (56, 56), 2, dim)
-        found.append(products.apply(q, products.outer(k, v)))
+        found.append(linear.apply(q, linear.outer(k, v)))
     return found
 
 
 # Ops that are not attention in tiles: their results, to be differentiated.
-OTHERS: dict[str, Callable[[torch.dtype], list[Tensor]]] = {"stencil": stencils, "linear": linear}
+OTHERS: dict[str, Callable[[torch.dtype], list[Tensor]]] = {"depthwise": depthwise_convs, "linear": linear_products}
 
 
 def launches_of(name: str, dtype: torch.dtype) -> list[Launch]:
@@ -268,7 +268,7 @@ def compiled(problem: str, dtype: str, launch: Launch, capability: int) -> Resul
 
 def row(result: Result) -> list[str]:
     constants = result.constants
-    tile = [str(n) for name, n in constants.items() if name in ("ROWS", "COLUMNS") or name.startswith("BLOCK_")]
+    tile = [str(n) for name, n in constants.items() if name.startswith("BLOCK_")]
     kinds = [name.lower() for name in ("TRANSPOSED", "PER_CHANNEL", "WIDE") if constants.get(name)]
     numbers = (result.num_warps, result.num_stages, result.registers, result.stack, result.shared, result.warps_per_sm)
     return [

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tests import tolerances
 from tests.tolerances import OP_GOLDEN_FORWARD, OP_GOLDEN_GRADIENT, relative_error
 from visattn.layers import EfficientAttention2d, create_token_mixer
+from visattn.ops import inline_attention
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = ["inline_attention_0", "inline_attention_2", "efficient_attention", "focused_linear_attention"]
@@ -183,7 +184,7 @@ def test_inline_reduced_keys():
     y = layer.norm(layer.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
     k, v = layer.kv(y).flatten(1, 2).unflatten(-1, (2, 2, 3)).unbind(2)
     q = layer.q(x).flatten(1, 2).unflatten(-1, (2, 3))
-    out = torch.ops.visattn.inline_attention(q, k, v, None, "reference").flatten(2).unflatten(1, (6, 8))
+    out = inline_attention(q, k, v, backend="reference").flatten(2).unflatten(1, (6, 8))
     values = F.interpolate(v.flatten(2).mT.unflatten(2, (3, 4)), (6, 8), mode="bilinear", align_corners=False)
     kernels = calls[0].reshape(2, 6, 1, 3, 3)
     local = torch.stack([F.conv2d(values[i], kernels[i], padding=1, groups=6) for i in range(2)])

@@ -15,7 +15,7 @@ from visattn.ops import explain, use_backend
 # Hosts as published: DeiT's and PVT's attention is PyTorch's, and ResNeSt has convolutions only.
 WITHOUT_OPS = {"test_deit_va", "test_pvt_va", "test_resnest_va"}
 # What stands for the kernels where operations are counted.
-KERNELS = {"fused_forward", "linear_outer", "stencil"}
+KERNELS = {"fused_forward", "linear_outer", "depthwise"}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMAGE, TWO_IMAGES = (1, 3, 70, 96), (2, 3, 40, 56)
 # One of each kind of gradient: position tables, what queries add to keys, extra keys.

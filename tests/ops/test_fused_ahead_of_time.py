@@ -12,7 +12,7 @@ TOOL = Path(__file__).parents[2] / "tools/kernel_report.py"
 SPILLED = 128  # bytes of stack that a thread may have
 PRODUCTS = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 # Between them every kernel and every option of one; each is compiled for one GPU by the fast tests, some for all.
-EVERY = {90: None, 80: ("neighborhood, bias", "halo", "stencil"), 100: ("neighborhood, bias", "aggregated", "linear")}
+EVERY = {90: None, 80: ("neighborhood, bias", "halo", "depthwise"), 100: ("neighborhood, bias", "aggregated", "linear")}
 
 
 def compiled(folder, *argv):
@@ -34,9 +34,9 @@ def check(results):
         assert result["cubin"] > 1000, name
         if result["dtype"] == "float32":
             assert not result["products"], f"{name}: rounded to tf32"
-        elif constants.get("ROWS", 0) >= 64:
+        elif constants.get("BLOCK_M", 0) >= 64:
             assert set(result["products"]) == {PRODUCTS[result["capability"]]}, name
-        elif result["problem"] != "stencil":
+        elif result["problem"] != "depthwise":
             assert result["products"], name
         if result["stack"] is not None:
             assert result["stack"] <= SPILLED, name
@@ -56,7 +56,7 @@ def test_bfloat16(bfloat16):
     check(bfloat16)
     assert {result["capability"] for result in bfloat16} == set(EVERY)
     kernels = {"queries_forward", "queries_backward", "keys_backward", "tiles_backward", "extra_backward"}
-    kernels |= {"extra_bias_backward", "stencil", "stencil_weights", "outer", "apply"}
+    kernels |= {"extra_bias_backward", "depthwise", "depthwise_weights", "outer", "apply"}
     assert {result["kernel"] for result in bfloat16 if result["capability"] == 90} == kernels
 
 
@@ -79,8 +79,8 @@ def test_heads_of_24_channels_are_copied_16_bytes_at_once(bfloat16):
 
 def test_options_of_the_kernels_are_among_them(bfloat16):
     """So that no change of the problems leaves one out."""
-    ran = [result["constants"] for result in bfloat16 if "ROWS" in result["constants"]]
-    for option in ("WIDE", "WEIGHTED", "SEGMENT", "EXTRA", "EXTRA_BIASED", "TERMS", "BIASED", "HAS_LSE"):
+    ran = [result["constants"] for result in bfloat16 if "BLOCK_M" in result["constants"]]
+    for option in ("WIDE", "WEIGHTED", "SEGMENT", "EXTRA", "EXTRA_BIASED", "REL_POS", "BIASED", "HAS_LSE"):
         assert {option in constants for constants in ran} == {True, False}, option
 
 

@@ -10,8 +10,8 @@ from tests import tolerances
 from tests.ops.gradients import Recorder, compare, leaves, results_and_gradients
 from tests.ops.test_linear import ATTEND, ATTENTIONS, masked_problem, shapes_of
 from tests.tolerances import relative_error
-from visattn.ops import BackendError, efficient_attention, explain
-from visattn.ops.fused import products
+from visattn.ops import BackendError, efficient_attention, explain, focused_linear_attention, inline_attention
+from visattn.ops.fused import linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = pytest.mark.parametrize(
@@ -53,8 +53,8 @@ PRODUCTS = {
 def test_products_match_their_definitions(size, views, dtype, poisoned_empty):
     b, m, n, d, e = size
     for op, reference, shapes in (
-        (products.outer, outer_reference, {"k": (b, m, n, d), "v": (b, m, n, e)}),
-        (products.apply, apply_reference, {"q": (b, m, n, d), "context": (b, n, d, e)}),
+        (linear.outer, outer_reference, {"k": (b, m, n, d), "v": (b, m, n, e)}),
+        (linear.apply, apply_reference, {"q": (b, m, n, d), "context": (b, n, d, e)}),
     ):
         tensors = on_device(leaves(shapes, 0, dtype))
         expected = results_and_gradients(reference, {name: t.double() for name, t in tensors.items()})
@@ -67,15 +67,15 @@ def test_products_match_their_definitions(size, views, dtype, poisoned_empty):
 
 def test_contexts_are_float32_and_sums_stay_in_range():
     k = torch.full((1, 300, 1, 4), 200.0, dtype=torch.float16, device=DEVICE)
-    context = products.outer(k, k)
+    context = linear.outer(k, k)
     assert context.dtype == torch.float32
     assert (context == 300 * 200.0**2).all()  # far above what float16 holds
 
 
-@pytest.mark.parametrize("op", [products.outer, products.apply])
+@pytest.mark.parametrize("op", [linear.outer, linear.apply])
 def test_second_derivatives(op):
     """Not by gradcheck, which wants float64: against those of the definition."""
-    other = (2, 9, 3, 5) if op is products.outer else (2, 3, 4, 5)
+    other = (2, 9, 3, 5) if op is linear.outer else (2, 3, 4, 5)
     tensors = on_device(leaves({"x": (2, 9, 3, 4), "y": other}, 0, torch.float32))
 
     def second(run, dtype):
@@ -83,7 +83,7 @@ def test_second_derivatives(op):
         grads = torch.autograd.grad(run(*inputs).square().sum(), inputs, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
 
-    reference = outer_reference if op is products.outer else apply_reference
+    reference = outer_reference if op is linear.outer else apply_reference
     for got, expected in zip(second(op, torch.float32), second(reference, torch.float64), strict=True):
         assert relative_error(got, expected) <= 2 * tolerances.OP[torch.float32]
 
@@ -91,10 +91,10 @@ def test_second_derivatives(op):
 @pytest.mark.parametrize(
     ("op", "shapes", "error", "message"),
     [
-        (products.outer, [(1, 4, 2, 8), (1, 5, 2, 8)], ValueError, r"expected k \[B, M, N, D\].*\(1, 5, 2, 8\)"),
-        (products.outer, [(1, 4, 2, 8), (4, 2, 8)], ValueError, r"v \[B, M, N, E\]"),
-        (products.apply, [(1, 4, 2, 8), (1, 2, 7, 8)], ValueError, r"context \[B, N, D, E\].*\(1, 2, 7, 8\)"),
-        (products.apply, [(4, 2, 8), (1, 2, 8, 8)], ValueError, r"expected q \[B, L, N, D\]"),
+        (linear.outer, [(1, 4, 2, 8), (1, 5, 2, 8)], ValueError, r"expected k \[B, M, N, D\].*\(1, 5, 2, 8\)"),
+        (linear.outer, [(1, 4, 2, 8), (4, 2, 8)], ValueError, r"v \[B, M, N, E\]"),
+        (linear.apply, [(1, 4, 2, 8), (1, 2, 7, 8)], ValueError, r"context \[B, N, D, E\].*\(1, 2, 7, 8\)"),
+        (linear.apply, [(4, 2, 8), (1, 2, 8, 8)], ValueError, r"expected q \[B, L, N, D\]"),
     ],
 )
 def test_mistaken_shapes_are_named(op, shapes, error, message):
@@ -104,7 +104,7 @@ def test_mistaken_shapes_are_named(op, shapes, error, message):
 
 def test_mistaken_dtypes_are_named():
     with pytest.raises(TypeError, match=r"one dtype, got torch.float32 and torch.float16"):
-        products.outer(torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8).half())
+        linear.outer(torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8).half())
 
 
 @pytest.mark.parametrize("views", [False, True], ids=["plain", "strided"])
@@ -118,10 +118,10 @@ def test_opcheck(views):
 def test_products_are_counted():
     q, context = torch.randn(2, 9, 3, 4, device=DEVICE), torch.randn(2, 3, 4, 5, device=DEVICE)
     with FlopCounterMode(display=False) as counter:
-        products.apply(q, context)
+        linear.apply(q, context)
     assert counter.get_total_flops() == 2 * 2 * 9 * 3 * 4 * 5
     with FlopCounterMode(display=False) as counter:
-        products.outer(q, q)
+        linear.outer(q, q)
     assert counter.get_total_flops() == 2 * 2 * 9 * 3 * 4 * 4
 
 
@@ -193,9 +193,9 @@ class Attention(torch.nn.Module):
 
     def forward(self, x, focus_scale):
         q, k, v = x.unbind(3)
-        v = torch.ops.visattn.efficient_attention(q, k, v, None, "triton")
-        v = torch.ops.visattn.inline_attention(q, k, v, None, "triton")
-        return torch.ops.visattn.focused_linear_attention(q, k, v, focus_scale, 3.0, "triton")
+        v = efficient_attention(q, k, v, backend="triton")
+        v = inline_attention(q, k, v, backend="triton")
+        return focused_linear_attention(q, k, v, focus_scale, backend="triton")
 
 
 def module_inputs(w=7):

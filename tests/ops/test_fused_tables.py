@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.ops.test_spans import any_axis, definition, outside, pairs, thorough
 from visattn.ops.fused import tables
-from visattn.ops.fused.tables import STEP, Lookup, decode, encode, regions, select, tiling
+from visattn.ops.fused.tables import STEP, Lookup, block_mask, decode, encode, regions, select
 from visattn.ops.geometry import NONE, OUTSIDE, Axis, Clipped, Halo, Partition, Whole, spans
 
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ def products(axes):
 
 @each_tiling
 def test_tables_are_the_product_of_axes(axes, keys_hold):
-    found, expected = tiling(axes, keys_hold, CPU), products(axes)
+    found, expected = block_mask(axes, keys_hold, CPU), products(axes)
     if keys_hold:
         expected = expected.T
     assert found.columns.shape[1] % STEP == 0
@@ -76,14 +76,14 @@ def test_tables_are_the_product_of_axes(axes, keys_hold):
 
 @pytest.mark.parametrize("axes", TILED.values(), ids=TILED)
 def test_tilings_know_of_holes(axes):
-    found = tiling(axes, False, CPU)
+    found = block_mask(axes, False, CPU)
     assert found.has_holes or not any(outside(axis).any() for axis in axes)
     assert found.has_holes == bool((found.columns == OUTSIDE).any())
 
 
 @each_tiling
 def test_members_list_each_tile_once_by_kind(axes, keys_hold):
-    found = tiling(axes, keys_hold, CPU)
+    found = block_mask(axes, keys_hold, CPU)
     assert found.members.sort().values.tolist() == list(range(len(found.rows)))
     assert sum(found.counts) == len(found.rows)
     for kind, members in enumerate(found.members.long().split(found.counts)):
@@ -93,7 +93,7 @@ def test_members_list_each_tile_once_by_kind(axes, keys_hold):
 @pytest.mark.parametrize("number", [1, 7, 10**6])
 @each_tiling
 def test_parts_are_the_tiles_of_all_images(axes, keys_hold, number):
-    found, images = tiling(axes, keys_hold, CPU), 3
+    found, images = block_mask(axes, keys_hold, CPU), 3
     parts, numbers = found.parts(images, number)
     assert len(parts) == sum(numbers) <= number + len(found.counts)
     seen = [
@@ -107,7 +107,7 @@ def test_parts_are_the_tiles_of_all_images(axes, keys_hold, number):
 
 @each_tiling
 def test_position_gradient_is_the_adjoint(axes, keys_hold):
-    found, table = tiling(axes, keys_hold, CPU), torch.randn_like(table_of(axes))
+    found, table = block_mask(axes, keys_hold, CPU), torch.randn_like(table_of(axes))
     added = found.position_tiles(table)
     grad = torch.randn_like(added)  # also where nothing is seen
     forward = (torch.where(added.isfinite(), added, 0) * grad).sum()
@@ -118,12 +118,12 @@ def test_position_gradient_is_the_adjoint(axes, keys_hold):
 @pytest.mark.parametrize("keys_hold", [False, True])
 def test_codes_are_positions_in_the_window(keys_hold):
     axes = TILED["halo"]
-    found = tiling(axes, keys_hold, CPU)
+    found = block_mask(axes, keys_hold, CPU)
     tokens = found.rows if keys_hold else found.columns
     row, column = tokens // axes[1].length, tokens % axes[1].length
     expected = (row + axes[0].halo) % axes[0].window + ((column + axes[1].halo) % axes[1].window << 16)
     assert torch.equal(found.codes[tokens >= 0], expected[tokens >= 0])
-    assert tiling(TILED["sliding"], keys_hold, CPU).codes is None
+    assert block_mask(TILED["sliding"], keys_hold, CPU).codes is None
 
 
 @pytest.mark.parametrize("axes", [TILED["windows, ragged"], TILED["grid, ragged"]])

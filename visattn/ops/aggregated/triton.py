@@ -75,7 +75,7 @@ _read_positions = register(
 def attend(problem: AggregatedProblem) -> Tensor:
     """See `visattn.ops.aggregated_attention`."""
     from visattn.ops.fused.attention import flat, fused_attention
-    from visattn.ops.fused.stencil import mix_neighbours
+    from visattn.ops.fused.depthwise import mix_neighbours
 
     q, k, v, kernel_size = problem.q, problem.local_k, problem.local_v, problem.kernel_size
     size, pooled, dtype = problem.size, problem.pooled, problem.dtype

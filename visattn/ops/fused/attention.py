@@ -1,4 +1,4 @@
-"""Softmax attention of any relation of queries and keys by the Triton kernels, as registered ops with full backward.
+"""Softmax attention of any relation of queries and keys by the Triton kernels, as custom ops with full backward.
 
 `fused_attention` is what op folders map onto. Forward and backward are custom ops, so that graphs hold one node for
 each, and an `autograd.Function` joins them, which function transforms can look through.
@@ -17,10 +17,10 @@ from visattn.ops.fused.attention_launch import Call, run_backward, run_forward
 from visattn.ops.fused.tables import encode
 from visattn.ops.geometry import AnyAxis
 
-_TENSORS = ("q", "k", "v", "bias", "terms", "extra_k", "extra_v", "extra_bias", "weight")
+_TENSORS = ("q", "k", "v", "bias", "rel_pos", "extra_k", "extra_v", "extra_bias", "weight")
 _INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? terms, Tensor? extra_k, Tensor? extra_v, Tensor? extra_bias, "
-    "Tensor? weight, Tensor? index, int[] axes, bool zero_keys, float scale"
+    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? rel_pos, Tensor? extra_k, Tensor? extra_v, "
+    "Tensor? extra_bias, Tensor? weight, Tensor? kv_indices, int[] axes, bool zero_keys, float scale"
 )
 
 
@@ -41,16 +41,16 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, 
 @torch.library.custom_op(
     "visattn::fused_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor? grad_lse, Tensor out, Tensor lse, {_INPUTS}, bool[] needs) -> Tensor[]",
+    schema=f"(Tensor do, Tensor? dlse, Tensor out, Tensor lse, {_INPUTS}, bool[] needs) -> Tensor[]",
 )
-def _backward(grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> list[Tensor]:
+def _backward(do: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> list[Tensor]:
     *inputs, needs = args
     call = Call(*inputs)
     if not (call.q.numel() and call.v.numel()):
         return [x.new_zeros(x.shape) for x, n in zip(inputs, needs, strict=False) if n]
     wanted = dict(zip(_TENSORS, needs, strict=True))
     with torch.cuda.device_of(call.q):
-        found = run_backward(call, grad, grad_lse, out, lse, wanted)
+        found = run_backward(call, do, dlse, out, lse, wanted)
     return [found[name].contiguous() for name in _TENSORS if wanted[name]]
 
 
@@ -109,12 +109,12 @@ class _Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         out, lse, *tensors = ctx.saved_tensors
-        if grad is None:
-            grad = torch.zeros_like(out)
+        if do is None:
+            do = torch.zeros_like(out)
         needs = list(ctx.needs_input_grad[: len(_TENSORS)])
-        found = iter(_Gradients.apply(grad, grad_lse, out, lse, *tensors, *ctx.how, needs))
+        found = iter(_Gradients.apply(do, dlse, out, lse, *tensors, *ctx.how, needs))
         return (*(next(found) if n else None for n in needs), *(None,) * (1 + len(ctx.how)))
 
 
@@ -126,11 +126,11 @@ def fused_attention(
     scale: float,
     *,
     bias: Tensor | None = None,
-    terms: Tensor | None = None,
+    rel_pos: Tensor | None = None,
     extra_k: Tensor | None = None,
     extra_v: Tensor | None = None,
     extra_bias: Tensor | None = None,
-    index: Tensor | None = None,
+    kv_indices: Tensor | None = None,
     weight: Tensor | None = None,
     zero_keys: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -142,24 +142,24 @@ def fused_attention(
         q: Queries [B, Sq, N, D]. Any strides but a channel stride of 1 (others are copied).
         k: Keys [B, Sk, N, D].
         v: Values [B, Sk, N, Dv].
-        axes: Which keys a query sees, per axis; with `index`, the two axes of the queries' regions, then the keys'.
+        axes: Which keys a query sees, per axis; with `kv_indices` the two axes of the queries' regions, then the keys'.
         scale: Factor of q k^T.
         bias: Position table [N, entries per axis], or with one axis [N, Sq, Sk] one number per pair.
-        terms: [B, Sq, N, R] for axes of halos, R a power of 2 from 16: the pair of a query and a key at row position i
-            and column position j (counted from `halo` places before the map) gets terms[i % window] +
-            terms[R / 2 + j % window]. Not together with `bias`.
+        rel_pos: Decomposed relative position [B, Sq, N, R] for axes of halos, R a power of 2 from 16: the pair of a
+            query and a key at row position i and column position j (counted from `halo` places before the map) gets
+            rel_pos[i % window] + rel_pos[R / 2 + j % window]. Not together with `bias`.
         extra_k: More keys [B, E, N, D] that every query sees, in the same softmax.
         extra_v: Their values [B, E, N, Dv].
         extra_bias: [B or 1, Sq or 1, N or 1, E or 1], added to their logits.
-        index: Listed key regions [B, 1 or N, query regions, topk].
-        weight: Factors like `index` of the keys and values of a listed region.
+        kv_indices: The key regions of a block mask [B, 1 or N, query regions, topk].
+        weight: Factors like `kv_indices` of the keys and values of a listed region.
         zero_keys: Places outside the map take part with k = v = 0.
 
     Returns:
         out [B, Sq, N, Dv] of q's dtype and lse [B, Sq, N] in float32.
     """
     return _Attention.apply(
-        q, k, v, bias, terms, extra_k, extra_v, extra_bias, weight, index, encode(axes), zero_keys, scale
+        q, k, v, bias, rel_pos, extra_k, extra_v, extra_bias, weight, kv_indices, encode(axes), zero_keys, scale
     )
 
 

@@ -1,6 +1,6 @@
 """The Triton kernels of the fused core.
 
-A program holds `ROWS` rows of a tile and streams the tile's columns, `COLUMNS` at a time. In three kernels rows are
+A program holds `BLOCK_M` rows of a tile and streams the tile's columns, `BLOCK_N` at a time. In three kernels rows are
 queries and columns keys, in `keys_backward_kernel` it is the reverse. Where they lie is read from tables of tokens.
 
 Shapes: maps are [B, tokens, N, D] with strides for image (b), token (t) and head (n) and channel stride 1; results are
@@ -68,11 +68,11 @@ def take_number(base, token, stride, other, WIDE: tl.constexpr):
 
 @triton.jit
 def columns_of(
-    table, listed, weight, tile, first, step, total, SEGMENT: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
+    table, indices, weight, tile, first, step, total, SEGMENT: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Tokens [BLOCK] of the columns from `step` on, -2 past the end, and the factors of their regions.
 
-    With SEGMENT = 0 they are a row of the table; else those of the listed regions, SEGMENT each.
+    With SEGMENT = 0 they are a row of the table; else those of the regions in `indices`, SEGMENT each.
     """
     u = step + tl.arange(0, BLOCK)
     inside = u < total
@@ -81,7 +81,7 @@ def columns_of(
         token = tl.load(table + tile * total + u, mask=inside, other=-2)
     else:
         entry = first + u // SEGMENT
-        region = tl.load(listed + entry, mask=inside, other=0)
+        region = tl.load(indices + entry, mask=inside, other=0)
         token = tl.load(table + region * SEGMENT + u % SEGMENT, mask=inside, other=-2)
         if WEIGHTED:
             factor = tl.load(weight + entry, mask=inside, other=0.0).to(tl.float32)
@@ -89,18 +89,18 @@ def columns_of(
 
 
 @triton.jit
-def spread_of(codes, TERMS: tl.constexpr, dtype: tl.constexpr):
-    """[slots, TERMS] ones and zeros: which two terms the pairs with a key get, its row's and its column's."""
-    term = tl.arange(0, TERMS)[None, :]
-    hit = (term == (codes & 65535)[:, None]) | (term == TERMS // 2 + (codes >> 16)[:, None])
+def spread_of(codes, REL_POS: tl.constexpr, dtype: tl.constexpr):
+    """[slots, REL_POS] ones and zeros: which two relative positions a key's pairs get, its row's and its column's."""
+    rel_pos_i = tl.arange(0, REL_POS)[None, :]
+    hit = (rel_pos_i == (codes & 65535)[:, None]) | (rel_pos_i == REL_POS // 2 + (codes >> 16)[:, None])
     return hit.to(dtype)
 
 
 @triton.jit
-def add_tile(s, tiles, base, row, M, U, step, BIASED: tl.constexpr, COLUMNS: tl.constexpr):
+def add_tile(s, tiles, base, row, M, U, step, BIASED: tl.constexpr, BLOCK_N: tl.constexpr):
     """s plus the numbers [M, U] at `base` of the position tiles, -inf around them."""
     if BIASED:
-        u = step + tl.arange(0, COLUMNS)
+        u = step + tl.arange(0, BLOCK_N)
         keep = (row < M)[:, None] & (u < U)[None, :]
         s += tl.load(tiles + base + row[:, None] * U + u[None, :], mask=keep, other=float("-inf")).to(tl.float32)
     return s
@@ -117,17 +117,17 @@ def extra_tile(base, token, e, stride_t, stride_e, extra, WIDE: tl.constexpr):
 
 @triton.jit
 def add_positions(
-    s, term, tiles, codes, base, tile, row, key_token, M, U, step,
-    TERMS: tl.constexpr, BIASED: tl.constexpr, LOWEST: tl.constexpr, CHECKED: tl.constexpr,
-    PRECISION: tl.constexpr, COLUMNS: tl.constexpr,
+    s, rel_pos_i, tiles, codes, base, tile, row, key_token, M, U, step,
+    REL_POS: tl.constexpr, BIASED: tl.constexpr, LOWEST: tl.constexpr, CHECKED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """s [queries, keys] plus what is known of positions, -inf where a key takes no part; and the terms' spread."""
-    s = add_tile(s, tiles, base, row, M, U, step, BIASED, COLUMNS)
+    """s [queries, keys] plus what is known of positions, -inf where a key takes no part; and `spread_of` them."""
+    s = add_tile(s, tiles, base, row, M, U, step, BIASED, BLOCK_N)
     spread = s
-    if TERMS > 0:
-        u = step + tl.arange(0, COLUMNS)
-        spread = spread_of(tl.load(codes + tile * U + u, mask=u < U, other=0), TERMS, term.dtype)
-        s += tl.dot(term, tl.trans(spread), input_precision=PRECISION) * LOG2E
+    if REL_POS > 0:
+        u = step + tl.arange(0, BLOCK_N)
+        spread = spread_of(tl.load(codes + tile * U + u, mask=u < U, other=0), REL_POS, rel_pos_i.dtype)
+        s += tl.dot(rel_pos_i, tl.trans(spread), input_precision=PRECISION) * LOG2E
     if CHECKED:
         s = tl.where((key_token >= LOWEST)[None, :], s, float("-inf"))
     return s, spread
@@ -146,48 +146,48 @@ def extra_logits(
 
 
 @triton.jit
-def join(s, value, most, norm, acc, PRECISION: tl.constexpr):
-    """Let logits [rows, columns] and their values into a running softmax."""
-    higher = tl.maximum(most, tl.max(s, 1))
-    shift = tl.where(higher == float("-inf"), 0.0, higher)
-    p, shrink = tl.exp2(s - shift[:, None]), tl.exp2(most - shift)
-    norm = norm * shrink + tl.sum(p, 1)
-    acc = acc * shrink[:, None] + tl.dot(p.to(value.dtype), value, input_precision=PRECISION)
-    return higher, norm, acc
+def join(s, value, m_i, l_i, acc, PRECISION: tl.constexpr):
+    """Let logits [rows, columns] and their values into a running softmax: maxima m_i, sums l_i, unnormalised acc."""
+    m_ij = tl.maximum(m_i, tl.max(s, 1))
+    shift = tl.where(m_ij == float("-inf"), 0.0, m_ij)
+    p, alpha = tl.exp2(s - shift[:, None]), tl.exp2(m_i - shift)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    acc = acc * alpha[:, None] + tl.dot(p.to(value.dtype), value, input_precision=PRECISION)
+    return m_ij, l_i, acc
 
 
 @triton.jit
 def queries_forward_kernel(
     q, k, v, out, lse,
-    rows, columns, kind, tiles, terms, codes, listed, weight, extra_k, extra_v, extra_bias,
+    rows, columns, kind, tiles, rel_pos, codes, kv_indices, weight, extra_k, extra_v, extra_bias,
     q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, ek_b, ek_t, ek_n, ev_b, ev_t, ev_n, eb_b, eb_t, eb_n, eb_e,
-    queries, heads, number, M, U, extra, tiles_n, listed_b, listed_n, topk, scale,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, TERMS: tl.constexpr,
+    queries, heads, number, M, U, extra, tiles_n, indices_b, indices_n, topk, scale,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, REL_POS: tl.constexpr,
     SEGMENT: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr, LOWEST: tl.constexpr, CHECKED: tl.constexpr,
     EXTRA: tl.constexpr, EXTRA_BIASED: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of the queries of a tile."""
     pid, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     tile = pid // BLOCKS
-    row = (pid % BLOCKS) * ROWS + tl.arange(0, ROWS)
+    row = (pid % BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
 
     token = tl.load(rows + tile * M + row, mask=row < M, other=-2)
     query = take(at_head(q, b, head, q_b, q_n, UNIT), token, q_t, D, BD, UNIT, WIDE, UPCAST)
     line = b * queries * heads + head
-    term = query  # stands for none
-    if TERMS > 0:
-        term = take(terms + line * TERMS, token, heads * TERMS, TERMS, TERMS, UNIT, WIDE, UPCAST)
+    rel_pos_i = query  # stands for none
+    if REL_POS > 0:
+        rel_pos_i = take(rel_pos + line * REL_POS, token, heads * REL_POS, REL_POS, REL_POS, UNIT, WIDE, UPCAST)
     base = head * tiles_n + tl.load(kind + tile).to(tl.int64) * (M * U) if BIASED else 0
-    first = b * listed_b + head * listed_n + tile * topk
+    first = b * indices_b + head * indices_n + tile * topk
     total = U if SEGMENT == 0 else topk * SEGMENT
 
-    most = tl.full([ROWS], float("-inf"), tl.float32)
-    norm = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BDV], tl.float32)
-    for step in range(0, total, COLUMNS):
-        other, factor = columns_of(columns, listed, weight, tile, first, step, total, SEGMENT, WEIGHTED, COLUMNS)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BDV], tl.float32)
+    for step in range(0, total, BLOCK_N):
+        other, factor = columns_of(columns, kv_indices, weight, tile, first, step, total, SEGMENT, WEIGHTED, BLOCK_N)
         key = take(at_head(k, b, head, k_b, k_n, UNIT), other, k_t, D, BD, UNIT, WIDE, UPCAST)
         value = take(at_head(v, b, head, v_b, v_n, UNIT), other, v_t, DV, BDV, UNIT, WIDE, UPCAST)
         s = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
@@ -195,10 +195,10 @@ def queries_forward_kernel(
             s = s * factor[None, :]
             value = (value * factor[:, None]).to(value.dtype)
         s, _ = add_positions(
-            s, term, tiles, codes, base, tile, row, other, M, U, step,
-            TERMS, BIASED, LOWEST, CHECKED, PRECISION, COLUMNS,
+            s, rel_pos_i, tiles, codes, base, tile, row, other, M, U, step,
+            REL_POS, BIASED, LOWEST, CHECKED, PRECISION, BLOCK_N,
         )  # fmt: skip
-        most, norm, acc = join(s, value, most, norm, acc, PRECISION)
+        m_i, l_i, acc = join(s, value, m_i, l_i, acc, PRECISION)
     if EXTRA > 0:
         for step in range(0, extra, EXTRA):
             e = step + tl.arange(0, EXTRA)
@@ -209,77 +209,77 @@ def queries_forward_kernel(
                 query, key, extra_bias, b * eb_b + head * eb_n, token, e, eb_t, eb_e, extra, scale,
                 EXTRA_BIASED, WIDE, PRECISION,
             )  # fmt: skip
-            most, norm, acc = join(s, value, most, norm, acc, PRECISION)
-    norm = tl.where(norm == 0.0, 1.0, norm)  # of rows that are not there
-    put(out + line * DV, token, heads * DV, acc / norm[:, None], DV, BDV, UNIT, WIDE)
+            m_i, l_i, acc = join(s, value, m_i, l_i, acc, PRECISION)
+    l_i = tl.where(l_i == 0.0, 1.0, l_i)  # of rows that are not there
+    put(out + line * DV, token, heads * DV, acc / l_i[:, None], DV, BDV, UNIT, WIDE)
     place = token.to(tl.int64) if WIDE else token
-    tl.store(lse + line + place * heads, (most + tl.log2(norm)) * LN2, mask=token >= 0)
+    tl.store(lse + line + place * heads, (m_i + tl.log2(l_i)) * LN2, mask=token >= 0)
 
 
 @triton.jit
 def queries_backward_kernel(
-    q, k, v, grad, out, lse, grad_lse, delta, grad_q, grad_terms, grad_weight,
-    rows, columns, kind, tiles, terms, codes, listed, weight, extra_k, extra_v, extra_bias,
-    q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, g_b, g_t, g_n,
+    q, k, v, do, out, lse, dlse, delta, dq, drel_pos, dweight,
+    rows, columns, kind, tiles, rel_pos, codes, kv_indices, weight, extra_k, extra_v, extra_bias,
+    q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, do_b, do_t, do_n,
     ek_b, ek_t, ek_n, ev_b, ev_t, ev_n, eb_b, eb_t, eb_n, eb_e,
-    queries, heads, number, M, U, extra, tiles_n, listed_b, listed_n, topk, scale,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, TERMS: tl.constexpr,
+    queries, heads, number, M, U, extra, tiles_n, indices_b, indices_n, topk, scale,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, REL_POS: tl.constexpr,
     SEGMENT: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr, LOWEST: tl.constexpr, CHECKED: tl.constexpr,
     EXTRA: tl.constexpr, EXTRA_BIASED: tl.constexpr, HAS_LSE: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the queries of a tile, of their terms and of the factors of their regions; and `delta`.
+    """dq of a tile of queries, gradients of their relative positions and of the factors of regions; and `delta`.
 
-    delta [B, tokens, N] is what softmax's derivative subtracts: the sum of out * grad, less the gradient of the lse.
+    delta [B, tokens, N] is what softmax's derivative subtracts: the sum of out * do, less the gradient of the lse.
     """
     pid, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     tile, block = pid // BLOCKS, pid % BLOCKS
-    row = block * ROWS + tl.arange(0, ROWS)
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
 
     token = tl.load(rows + tile * M + row, mask=row < M, other=-2)
     query = take(at_head(q, b, head, q_b, q_n, UNIT), token, q_t, D, BD, UNIT, WIDE, UPCAST)
-    cotangent = take(at_head(grad, b, head, g_b, g_n, UNIT), token, g_t, DV, BDV, UNIT, WIDE, UPCAST)
+    do_i = take(at_head(do, b, head, do_b, do_n, UNIT), token, do_t, DV, BDV, UNIT, WIDE, UPCAST)
     line = b * queries * heads + head
     result = take(out + line * DV, token, heads * DV, DV, BDV, UNIT, WIDE, UPCAST)
-    less = tl.sum(cotangent.to(tl.float32) * result.to(tl.float32), 1)
+    delta_i = tl.sum(do_i.to(tl.float32) * result.to(tl.float32), 1)
     if HAS_LSE:
-        less -= take_number(grad_lse + line, token, heads, 0.0, WIDE)
+        delta_i -= take_number(dlse + line, token, heads, 0.0, WIDE)
     place = token.to(tl.int64) if WIDE else token
-    tl.store(delta + line + place * heads, less, mask=token >= 0)
-    total_lse = take_number(lse + line, token, heads, float("inf"), WIDE) * LOG2E
-    term = query  # stands for none
-    if TERMS > 0:
-        term = take(terms + line * TERMS, token, heads * TERMS, TERMS, TERMS, UNIT, WIDE, UPCAST)
-        acc_terms = tl.zeros([ROWS, TERMS], tl.float32)
+    tl.store(delta + line + place * heads, delta_i, mask=token >= 0)
+    lse_i = take_number(lse + line, token, heads, float("inf"), WIDE) * LOG2E
+    rel_pos_i = query  # stands for none
+    if REL_POS > 0:
+        rel_pos_i = take(rel_pos + line * REL_POS, token, heads * REL_POS, REL_POS, REL_POS, UNIT, WIDE, UPCAST)
+        acc_rel_pos = tl.zeros([BLOCK_M, REL_POS], tl.float32)
     base = head * tiles_n + tl.load(kind + tile).to(tl.int64) * (M * U) if BIASED else 0
-    first = b * listed_b + head * listed_n + tile * topk
+    first = b * indices_b + head * indices_n + tile * topk
     total = U if SEGMENT == 0 else topk * SEGMENT
 
-    acc = tl.zeros([ROWS, BD], tl.float32)
-    for step in range(0, total, COLUMNS):
-        other, factor = columns_of(columns, listed, weight, tile, first, step, total, SEGMENT, WEIGHTED, COLUMNS)
+    acc = tl.zeros([BLOCK_M, BD], tl.float32)
+    for step in range(0, total, BLOCK_N):
+        other, factor = columns_of(columns, kv_indices, weight, tile, first, step, total, SEGMENT, WEIGHTED, BLOCK_N)
         key = take(at_head(k, b, head, k_b, k_n, UNIT), other, k_t, D, BD, UNIT, WIDE, UPCAST)
         value = take(at_head(v, b, head, v_b, v_n, UNIT), other, v_t, DV, BDV, UNIT, WIDE, UPCAST)
         qk = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-        gv = tl.dot(cotangent, tl.trans(value), input_precision=PRECISION)
+        dp = tl.dot(do_i, tl.trans(value), input_precision=PRECISION)
         s = qk * factor[None, :] * LOG2E if WEIGHTED else qk * LOG2E
         s, spread = add_positions(
-            s, term, tiles, codes, base, tile, row, other, M, U, step,
-            TERMS, BIASED, LOWEST, CHECKED, PRECISION, COLUMNS,
+            s, rel_pos_i, tiles, codes, base, tile, row, other, M, U, step,
+            REL_POS, BIASED, LOWEST, CHECKED, PRECISION, BLOCK_N,
         )  # fmt: skip
-        p = tl.exp2(s - total_lse[:, None])
+        p = tl.exp2(s - lse_i[:, None])
         if WEIGHTED:
-            ds = p * (gv * factor[None, :] - less[:, None])
-            u = step + tl.arange(0, COLUMNS)
+            ds = p * (dp * factor[None, :] - delta_i[:, None])
+            u = step + tl.arange(0, BLOCK_N)
             place_w = (((b * heads + head) * number + tile) * BLOCKS + block) * total + u
-            tl.store(grad_weight + place_w, tl.sum(ds * qk + p * gv, 0), mask=u < total)
+            tl.store(dweight + place_w, tl.sum(ds * qk + p * dp, 0), mask=u < total)
             ds = ds * factor[None, :]
         else:
-            ds = p * (gv - less[:, None])
+            ds = p * (dp - delta_i[:, None])
         acc += tl.dot(ds.to(key.dtype), key, input_precision=PRECISION)
-        if TERMS > 0:
-            acc_terms += tl.dot(ds.to(spread.dtype), spread, input_precision=PRECISION)
+        if REL_POS > 0:
+            acc_rel_pos += tl.dot(ds.to(spread.dtype), spread, input_precision=PRECISION)
     if EXTRA > 0:
         for step in range(0, extra, EXTRA):
             e = step + tl.arange(0, EXTRA)
@@ -290,40 +290,40 @@ def queries_backward_kernel(
                 query, key, extra_bias, b * eb_b + head * eb_n, token, e, eb_t, eb_e, extra, scale,
                 EXTRA_BIASED, WIDE, PRECISION,
             )  # fmt: skip
-            p = tl.exp2(s - total_lse[:, None])
-            gv = tl.dot(cotangent, tl.trans(value), input_precision=PRECISION)
-            acc += tl.dot((p * (gv - less[:, None])).to(key.dtype), key, input_precision=PRECISION)
-    put(grad_q + line * D, token, heads * D, acc * scale, D, BD, UNIT, WIDE)
-    if TERMS > 0:
-        put(grad_terms + line * TERMS, token, heads * TERMS, acc_terms, TERMS, TERMS, UNIT, WIDE)
+            p = tl.exp2(s - lse_i[:, None])
+            dp = tl.dot(do_i, tl.trans(value), input_precision=PRECISION)
+            acc += tl.dot((p * (dp - delta_i[:, None])).to(key.dtype), key, input_precision=PRECISION)
+    put(dq + line * D, token, heads * D, acc * scale, D, BD, UNIT, WIDE)
+    if REL_POS > 0:
+        put(drel_pos + line * REL_POS, token, heads * REL_POS, acc_rel_pos, REL_POS, REL_POS, UNIT, WIDE)
 
 
 @triton.jit
 def keys_backward_kernel(
-    q, k, v, grad, lse, delta, grad_k, grad_v,
-    rows, columns, kind, tiles, terms, codes, listed, weight, first_entry,
-    q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, g_b, g_t, g_n,
-    queries, keys, heads, M, U, tiles_n, listed_b, listed_n, first_b, first_n, scale,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, TERMS: tl.constexpr,
+    q, k, v, do, lse, delta, dk, dv,
+    rows, columns, kind, tiles, rel_pos, codes, q_indices, weight, first_entry,
+    q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, do_b, do_t, do_n,
+    queries, keys, heads, M, U, tiles_n, indices_b, indices_n, first_b, first_n, scale,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, REL_POS: tl.constexpr,
     SEGMENT: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the keys and values of a tile of keys, from the queries that see them.
+    """dk and dv of a tile of keys, from the queries that see them.
 
     With SEGMENT > 0 these are the queries of the regions that list this region: entries first_entry[region] to
     first_entry[region + 1] of a list that is sorted by listed region.
     """
     pid, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     tile = pid // BLOCKS
-    row = (pid % BLOCKS) * ROWS + tl.arange(0, ROWS)
+    row = (pid % BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
 
     token = tl.load(rows + tile * M + row, mask=row < M, other=-2)
     key = take(at_head(k, b, head, k_b, k_n, UNIT), token, k_t, D, BD, UNIT, WIDE, UPCAST)
     value = take(at_head(v, b, head, v_b, v_n, UNIT), token, v_t, DV, BDV, UNIT, WIDE, UPCAST)
     line = b * queries * heads + head
-    if TERMS > 0:
-        spread = spread_of(tl.load(codes + tile * M + row, mask=row < M, other=0), TERMS, key.dtype)
+    if REL_POS > 0:
+        spread = spread_of(tl.load(codes + tile * M + row, mask=row < M, other=0), REL_POS, key.dtype)
     base = head * tiles_n + tl.load(kind + tile).to(tl.int64) * (M * U) if BIASED else 0
     first = b * 0
     total = U
@@ -331,55 +331,55 @@ def keys_backward_kernel(
         entry = first_entry + b * first_b + head * first_n + tile
         start = tl.load(entry)
         total = (tl.load(entry + 1) - start) * SEGMENT
-        first = b * listed_b + head * listed_n + start
+        first = b * indices_b + head * indices_n + start
 
-    acc_k = tl.zeros([ROWS, BD], tl.float32)
-    acc_v = tl.zeros([ROWS, BDV], tl.float32)
-    for step in range(0, total, COLUMNS):
-        other, factor = columns_of(columns, listed, weight, tile, first, step, total, SEGMENT, WEIGHTED, COLUMNS)
+    acc_dk = tl.zeros([BLOCK_M, BD], tl.float32)
+    acc_dv = tl.zeros([BLOCK_M, BDV], tl.float32)
+    for step in range(0, total, BLOCK_N):
+        other, factor = columns_of(columns, q_indices, weight, tile, first, step, total, SEGMENT, WEIGHTED, BLOCK_N)
         query = take(at_head(q, b, head, q_b, q_n, UNIT), other, q_t, D, BD, UNIT, WIDE, UPCAST)
-        cotangent = take(at_head(grad, b, head, g_b, g_n, UNIT), other, g_t, DV, BDV, UNIT, WIDE, UPCAST)
-        total_lse = take_number(lse + line, other, heads, float("inf"), WIDE) * LOG2E
-        less = take_number(delta + line, other, heads, 0.0, WIDE)
+        do_i = take(at_head(do, b, head, do_b, do_n, UNIT), other, do_t, DV, BDV, UNIT, WIDE, UPCAST)
+        lse_i = take_number(lse + line, other, heads, float("inf"), WIDE) * LOG2E
+        delta_i = take_number(delta + line, other, heads, 0.0, WIDE)
         s = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (scale * LOG2E)
         if WEIGHTED:
             s = s * factor[None, :]
-        s = add_tile(s, tiles, base, row, M, U, step, BIASED, COLUMNS)
-        if TERMS > 0:
-            term = take(terms + line * TERMS, other, heads * TERMS, TERMS, TERMS, UNIT, WIDE, UPCAST)
-            s += tl.dot(spread, tl.trans(term), input_precision=PRECISION) * LOG2E
-        p = tl.exp2(s - total_lse[None, :])
-        gv = tl.dot(value, tl.trans(cotangent), input_precision=PRECISION)
+        s = add_tile(s, tiles, base, row, M, U, step, BIASED, BLOCK_N)
+        if REL_POS > 0:
+            rel_pos_i = take(rel_pos + line * REL_POS, other, heads * REL_POS, REL_POS, REL_POS, UNIT, WIDE, UPCAST)
+            s += tl.dot(spread, tl.trans(rel_pos_i), input_precision=PRECISION) * LOG2E
+        p = tl.exp2(s - lse_i[None, :])
+        dp = tl.dot(value, tl.trans(do_i), input_precision=PRECISION)
         if WEIGHTED:
-            ds = p * (gv * factor[None, :] - less[None, :]) * factor[None, :]
+            ds = p * (dp * factor[None, :] - delta_i[None, :]) * factor[None, :]
             p = p * factor[None, :]
         else:
-            ds = p * (gv - less[None, :])
-        acc_v += tl.dot(p.to(cotangent.dtype), cotangent, input_precision=PRECISION)
-        acc_k += tl.dot(ds.to(query.dtype), query, input_precision=PRECISION)
-    put(grad_k + (b * keys * heads + head) * D, token, heads * D, acc_k * scale, D, BD, UNIT, WIDE)
-    put(grad_v + (b * keys * heads + head) * DV, token, heads * DV, acc_v, DV, BDV, UNIT, WIDE)
+            ds = p * (dp - delta_i[None, :])
+        acc_dv += tl.dot(p.to(do_i.dtype), do_i, input_precision=PRECISION)
+        acc_dk += tl.dot(ds.to(query.dtype), query, input_precision=PRECISION)
+    put(dk + (b * keys * heads + head) * D, token, heads * D, acc_dk * scale, D, BD, UNIT, WIDE)
+    put(dv + (b * keys * heads + head) * DV, token, heads * DV, acc_dv, DV, BDV, UNIT, WIDE)
 
 
 @triton.jit
 def tiles_backward_kernel(
-    q, k, v, grad, lse, delta, grad_tiles,
+    q, k, v, do, lse, delta, dtiles,
     rows, columns, tiles, members, parts,
-    q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, g_b, g_t, g_n,
+    q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, do_b, do_t, do_n,
     images, queries, heads, kinds, M, U, scale,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, LOWEST: tl.constexpr, CHECKED: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradient [parts, N, M, U] of the position tiles: a program sums a part of the images of the tiles of a kind.
 
     Parts [parts, 4]: kind, first of its tiles in `members`, start and stop among their images.
     """
     pid = tl.program_id(0)
-    row_blocks, column_blocks = tl.cdiv(M, ROWS), tl.cdiv(U, COLUMNS)
-    step = (pid % column_blocks) * COLUMNS
+    row_blocks, column_blocks = tl.cdiv(M, BLOCK_M), tl.cdiv(U, BLOCK_N)
+    step = (pid % column_blocks) * BLOCK_N
     pid = pid // column_blocks
-    row = (pid % row_blocks) * ROWS + tl.arange(0, ROWS)
+    row = (pid % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     pid = pid // row_blocks
     head = pid % heads
     pid = pid // heads
@@ -387,47 +387,47 @@ def tiles_backward_kernel(
     which, first, start, stop = tl.load(part), tl.load(part + 1), tl.load(part + 2), tl.load(part + 3)
     nothing = pid.to(tl.int64) * 0  # makes the numbers of images 64 bits wide
     base = (head * kinds + which).to(tl.int64) * (M * U)
-    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    added = add_tile(acc, tiles, base, row, M, U, step, True, COLUMNS)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    added = add_tile(acc, tiles, base, row, M, U, step, True, BLOCK_N)
     for i in range(start, stop):
         tile = tl.load(members + first + i // images)
         b = nothing + i % images
         token = tl.load(rows + tile * M + row, mask=row < M, other=-2)
-        u = step + tl.arange(0, COLUMNS)
+        u = step + tl.arange(0, BLOCK_N)
         other = tl.load(columns + tile * U + u, mask=u < U, other=-2)
         query = take(at_head(q, b, head, q_b, q_n, UNIT), token, q_t, D, BD, UNIT, WIDE, UPCAST)
-        cotangent = take(at_head(grad, b, head, g_b, g_n, UNIT), token, g_t, DV, BDV, UNIT, WIDE, UPCAST)
+        do_i = take(at_head(do, b, head, do_b, do_n, UNIT), token, do_t, DV, BDV, UNIT, WIDE, UPCAST)
         key = take(at_head(k, b, head, k_b, k_n, UNIT), other, k_t, D, BD, UNIT, WIDE, UPCAST)
         value = take(at_head(v, b, head, v_b, v_n, UNIT), other, v_t, DV, BDV, UNIT, WIDE, UPCAST)
         line = b * queries * heads + head
-        total_lse = take_number(lse + line, token, heads, float("inf"), WIDE) * LOG2E
-        less = take_number(delta + line, token, heads, 0.0, WIDE)
+        lse_i = take_number(lse + line, token, heads, float("inf"), WIDE) * LOG2E
+        delta_i = take_number(delta + line, token, heads, 0.0, WIDE)
         s = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E) + added
         if CHECKED:
             s = tl.where((other >= LOWEST)[None, :], s, float("-inf"))
-        p = tl.exp2(s - total_lse[:, None])
-        acc += p * (tl.dot(cotangent, tl.trans(value), input_precision=PRECISION) - less[:, None])
-    u = step + tl.arange(0, COLUMNS)
+        p = tl.exp2(s - lse_i[:, None])
+        acc += p * (tl.dot(do_i, tl.trans(value), input_precision=PRECISION) - delta_i[:, None])
+    u = step + tl.arange(0, BLOCK_N)
     place = pid.to(tl.int64) * heads + head
     keep = (row < M)[:, None] & (u < U)[None, :]
-    tl.store(grad_tiles + place * (M * U) + row[:, None] * U + u[None, :], acc, mask=keep)
+    tl.store(dtiles + place * (M * U) + row[:, None] * U + u[None, :], acc, mask=keep)
 
 
 @triton.jit
 def extra_backward_kernel(
-    q, grad, lse, delta, extra_k, extra_v, extra_bias, grad_k, grad_v,
-    q_b, q_t, q_n, g_b, g_t, g_n, ek_b, ek_t, ek_n, ev_b, ev_t, ev_n, eb_b, eb_t, eb_n, eb_e,
+    q, do, lse, delta, extra_k, extra_v, extra_bias, dk, dv,
+    q_b, q_t, q_n, do_b, do_t, do_n, ek_b, ek_t, ek_n, ev_b, ev_t, ev_n, eb_b, eb_t, eb_n, eb_e,
     images, queries, heads, extra, splits, scale,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EXTRA_BIASED: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients [splits, B, E, N, D] of the extra keys and values: a program sums a part of the queries."""
+    """dk and dv [splits, B, E, N, D] of the extra keys and values: a program sums a part of the queries."""
     pid = tl.program_id(0)
     head = pid % heads
     pid = pid // heads
-    blocks = tl.cdiv(extra, ROWS)
-    e = (pid % blocks) * ROWS + tl.arange(0, ROWS)
+    blocks = tl.cdiv(extra, BLOCK_M)
+    e = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     pid = pid // blocks
     part = pid % splits
     b = (pid // splits).to(tl.int64)
@@ -436,63 +436,63 @@ def extra_backward_kernel(
     key = take(at_head(extra_k, b, head, ek_b, ek_n, UNIT), token, ek_t, D, BD, UNIT, WIDE, UPCAST)
     value = take(at_head(extra_v, b, head, ev_b, ev_n, UNIT), token, ev_t, DV, BDV, UNIT, WIDE, UPCAST)
     line = b * queries * heads + head
-    acc_k = tl.zeros([ROWS, BD], tl.float32)
-    acc_v = tl.zeros([ROWS, BDV], tl.float32)
-    size = tl.cdiv(tl.cdiv(queries, COLUMNS), splits) * COLUMNS
-    for step in range(part * size, tl.minimum(part * size + size, queries), COLUMNS):
-        t = step + tl.arange(0, COLUMNS)
+    acc_dk = tl.zeros([BLOCK_M, BD], tl.float32)
+    acc_dv = tl.zeros([BLOCK_M, BDV], tl.float32)
+    size = tl.cdiv(tl.cdiv(queries, BLOCK_N), splits) * BLOCK_N
+    for step in range(part * size, tl.minimum(part * size + size, queries), BLOCK_N):
+        t = step + tl.arange(0, BLOCK_N)
         other = tl.where(t < queries, t, -2)
         query = take(at_head(q, b, head, q_b, q_n, UNIT), other, q_t, D, BD, UNIT, WIDE, UPCAST)
-        cotangent = take(at_head(grad, b, head, g_b, g_n, UNIT), other, g_t, DV, BDV, UNIT, WIDE, UPCAST)
-        total_lse = take_number(lse + line, other, heads, float("inf"), WIDE) * LOG2E
-        less = take_number(delta + line, other, heads, 0.0, WIDE)
+        do_i = take(at_head(do, b, head, do_b, do_n, UNIT), other, do_t, DV, BDV, UNIT, WIDE, UPCAST)
+        lse_i = take_number(lse + line, other, heads, float("inf"), WIDE) * LOG2E
+        delta_i = take_number(delta + line, other, heads, 0.0, WIDE)
         s = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (scale * LOG2E)
         if EXTRA_BIASED:
             s += tl.trans(extra_tile(extra_bias + b * eb_b + head * eb_n, other, e, eb_t, eb_e, extra, WIDE))
-        p = tl.exp2(s - total_lse[None, :])
-        ds = p * (tl.dot(value, tl.trans(cotangent), input_precision=PRECISION) - less[None, :])
-        acc_v += tl.dot(p.to(cotangent.dtype), cotangent, input_precision=PRECISION)
-        acc_k += tl.dot(ds.to(query.dtype), query, input_precision=PRECISION)
+        p = tl.exp2(s - lse_i[None, :])
+        ds = p * (tl.dot(value, tl.trans(do_i), input_precision=PRECISION) - delta_i[None, :])
+        acc_dv += tl.dot(p.to(do_i.dtype), do_i, input_precision=PRECISION)
+        acc_dk += tl.dot(ds.to(query.dtype), query, input_precision=PRECISION)
     at = (part * images + b) * extra * heads + head
-    put(grad_k + at * D, token, heads * D, acc_k * scale, D, BD, UNIT, WIDE)
-    put(grad_v + at * DV, token, heads * DV, acc_v, DV, BDV, UNIT, WIDE)
+    put(dk + at * D, token, heads * D, acc_dk * scale, D, BD, UNIT, WIDE)
+    put(dv + at * DV, token, heads * DV, acc_dv, DV, BDV, UNIT, WIDE)
 
 
 @triton.jit
 def extra_bias_backward_kernel(
-    q, grad, lse, delta, extra_k, extra_v, extra_bias, grad_bias,
-    q_b, q_t, q_n, g_b, g_t, g_n, ek_b, ek_t, ek_n, ev_b, ev_t, ev_n, eb_b, eb_t, eb_n, eb_e,
+    q, do, lse, delta, extra_k, extra_v, extra_bias, dbias,
+    q_b, q_t, q_n, do_b, do_t, do_n, ek_b, ek_t, ek_n, ev_b, ev_t, ev_n, eb_b, eb_t, eb_n, eb_e,
     images, groups, queries, heads, extra, scale,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradient [groups, tokens, N, E] of the extra keys' bias, summed over the images of each of the groups."""
     pid = tl.program_id(0)
     head = pid % heads
     pid = pid // heads
-    row_blocks, column_blocks = tl.cdiv(queries, ROWS), tl.cdiv(extra, COLUMNS)
-    e = (pid % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    row_blocks, column_blocks = tl.cdiv(queries, BLOCK_M), tl.cdiv(extra, BLOCK_N)
+    e = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     pid = pid // column_blocks
-    t = (pid % row_blocks) * ROWS + tl.arange(0, ROWS)
+    t = (pid % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     group = pid // row_blocks
 
     token, other = tl.where(t < queries, t, -2), tl.where(e < extra, e, -2)
-    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     size = tl.cdiv(images, groups)
     start = (group * size).to(tl.int64)
     for i in range(tl.minimum(size, images - group * size)):
         b = start + i
         query = take(at_head(q, b, head, q_b, q_n, UNIT), token, q_t, D, BD, UNIT, WIDE, UPCAST)
-        cotangent = take(at_head(grad, b, head, g_b, g_n, UNIT), token, g_t, DV, BDV, UNIT, WIDE, UPCAST)
+        do_i = take(at_head(do, b, head, do_b, do_n, UNIT), token, do_t, DV, BDV, UNIT, WIDE, UPCAST)
         key = take(at_head(extra_k, b, head, ek_b, ek_n, UNIT), other, ek_t, D, BD, UNIT, WIDE, UPCAST)
         value = take(at_head(extra_v, b, head, ev_b, ev_n, UNIT), other, ev_t, DV, BDV, UNIT, WIDE, UPCAST)
         line = b * queries * heads + head
-        total_lse = take_number(lse + line, token, heads, float("inf"), WIDE) * LOG2E
-        less = take_number(delta + line, token, heads, 0.0, WIDE)
+        lse_i = take_number(lse + line, token, heads, float("inf"), WIDE) * LOG2E
+        delta_i = take_number(delta + line, token, heads, 0.0, WIDE)
         s = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
         s += extra_tile(extra_bias + b * eb_b + head * eb_n, token, e, eb_t, eb_e, extra, WIDE)
-        p = tl.exp2(s - total_lse[:, None])
-        acc += p * (tl.dot(cotangent, tl.trans(value), input_precision=PRECISION) - less[:, None])
+        p = tl.exp2(s - lse_i[:, None])
+        acc += p * (tl.dot(do_i, tl.trans(value), input_precision=PRECISION) - delta_i[:, None])
     place = group.to(tl.int64) * queries * heads + head + t.to(tl.int64)[:, None] * heads
-    tl.store(grad_bias + place * extra + e[None, :], acc, mask=(t < queries)[:, None] & (e < extra)[None, :])
+    tl.store(dbias + place * extra + e[None, :], acc, mask=(t < queries)[:, None] & (e < extra)[None, :])

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from visattn.ops.fused.launch import launch, power_of_2
 from visattn.ops.fused.support import MOST_BYTES, is_interpreting, precision
-from visattn.ops.fused.tables import Tiling, ceil_div, decode, regions, tiling
+from visattn.ops.fused.tables import BlockMask, block_mask, decode, regions
 from visattn.ops.fused.tuning import Config, run_tuned
-from visattn.ops.geometry import padded_rows
+from visattn.ops.geometry import ceil_div, padded_rows
 
 # Programs that a reduction is cut into, if it has the work. No property of a GPU, so that sums have one order on all.
 _SPLIT = 512
@@ -48,7 +48,7 @@ def _configs(call: Call, rows: int, columns: int, sums: int = 1) -> list[Config]
 def _launch(kernel: Any, programs: int | tuple[int, int, int], config: Config, *args: Any, **constants: Any) -> None:
     """Launch a kernel with its first parameters by position, and the rows and columns of a config."""
     arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
-    launch(kernel, programs, config, {**arguments, "ROWS": config.block_m, "COLUMNS": config.block_n})
+    launch(kernel, programs, config, {**arguments, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n})
 
 
 def _with_channels_together(x: Tensor) -> Tensor:
@@ -64,12 +64,12 @@ class Call:
         k: Tensor,
         v: Tensor,
         bias: Tensor | None,
-        terms: Tensor | None,
+        rel_pos: Tensor | None,
         extra_k: Tensor | None,
         extra_v: Tensor | None,
         extra_bias: Tensor | None,
         weight: Tensor | None,
-        index: Tensor | None,
+        kv_indices: Tensor | None,
         axes: Sequence[int],
         zero_keys: bool,
         scale: float,
@@ -77,14 +77,14 @@ class Call:
         self.q, self.k, self.v = (_with_channels_together(x) for x in (q, k, v))
         self.extra_k, self.extra_v = (None if x is None else _with_channels_together(x) for x in (extra_k, extra_v))
         self.bias, self.extra_bias, self.scale = bias, extra_bias, scale
-        self.terms = None if terms is None else terms.contiguous()
+        self.rel_pos = None if rel_pos is None else rel_pos.contiguous()
         self.axes, self.zero_keys = decode(axes), zero_keys
         self.images, self.queries, self.heads, self.dim = q.shape
         self.keys, self.value_dim = k.shape[1], v.shape[-1]
-        self.index = None if index is None else index.contiguous()
+        self.kv_indices = None if kv_indices is None else kv_indices.contiguous()
         self.weight = None if weight is None else weight.contiguous()
-        self.grad: Tensor | None = None  # of the output, in the backward pass
-        self._tiles: dict[bool, tuple[Tiling, Tensor | None]] = {}
+        self.do: Tensor | None = None  # of the output, in the backward pass
+        self._tiles: dict[bool, tuple[BlockMask, Tensor | None]] = {}
         self.extra = 0 if extra_k is None else extra_k.shape[1]
         self.shape_class = (
             str(q.dtype).removeprefix("torch."),
@@ -92,10 +92,10 @@ class Call:
             self.dim,
             self.value_dim,
             f"bias{int(bias is not None)}",
-            f"terms{0 if terms is None else terms.shape[-1]}",
+            f"rel_pos{0 if rel_pos is None else rel_pos.shape[-1]}",
             f"extra{self.extra and _block(min(self.extra, 64))}",
             f"weight{int(weight is not None)}",
-            f"list{int(index is not None)}",
+            f"list{int(kv_indices is not None)}",
         )
 
     def options(self) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class Call:
     @functools.cached_property
     def wide(self) -> bool:
         """Whether places in an image need 64 bits, in one of the given tensors or of the contiguous results."""
-        given = (self.q, self.k, self.v, self.grad, self.extra_bias)
+        given = (self.q, self.k, self.v, self.do, self.extra_bias)
         spans = [x.stride(1) * x.shape[1] for x in given if x is not None]
         return (
             max(*spans, max(self.queries, self.keys) * self.heads * max(self.dim, self.value_dim, self.width)) >= _WIDE
@@ -126,14 +126,14 @@ class Call:
     def unit(self) -> int:
         """How many numbers are 16 bytes, if all rows of channels begin at such borders; else 1."""
         unit = 16 // self.q.element_size()
-        found = (self.q, self.k, self.v, self.grad, self.extra_k, self.extra_v)
+        found = (self.q, self.k, self.v, self.do, self.extra_k, self.extra_v)
         strides = [s for x in found if x is not None for s in x.stride()[:3]]
         whole = all(n % unit == 0 for n in (self.dim, self.value_dim, *strides))
         return unit if whole and all(x is None or x.data_ptr() % 16 == 0 for x in found) else 1
 
     @functools.cached_property
     def width(self) -> int:
-        return 0 if self.terms is None else self.terms.shape[-1]
+        return 0 if self.rel_pos is None else self.rel_pos.shape[-1]
 
     @functools.cached_property
     def lowest(self) -> int:
@@ -143,19 +143,19 @@ class Call:
     @functools.cached_property
     def checked(self) -> bool:
         """Whether keys are to be checked for taking part: position tiles hide places that no key has, not holes."""
-        if self.index is not None:
+        if self.kv_indices is not None:
             return True
         found, added = self.tiles(False)
         return added is None or (found.has_holes and not self.zero_keys)
 
-    def tiles(self, keys_hold: bool) -> tuple[Tiling, Tensor | None]:
-        """Tiles of one direction and the numbers added to their logits."""
+    def tiles(self, keys_hold: bool) -> tuple[BlockMask, Tensor | None]:
+        """The block mask of one direction and the numbers added to its logits."""
         if keys_hold not in self._tiles:
             self._tiles[keys_hold] = self._make_tiles(keys_hold)
         return self._tiles[keys_hold]
 
-    def _make_tiles(self, keys_hold: bool) -> tuple[Tiling, Tensor | None]:
-        found = tiling(self.axes, keys_hold, self.q.device, 0 if keys_hold else self.extra)
+    def _make_tiles(self, keys_hold: bool) -> tuple[BlockMask, Tensor | None]:
+        found = block_mask(self.axes, keys_hold, self.q.device, 0 if keys_hold else self.extra)
         if self.bias is None:
             return found, found.mask(self.q.dtype) if found.masked else None
         bias = (self.bias.detach() * LOG2E).to(self.q.dtype)
@@ -183,12 +183,12 @@ def _tables(
     call: Call, keys_hold: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int, int]:
     """rows, columns, kind, tiles and codes of one direction; M, U; for listed regions U is a region's."""
-    if call.index is not None:
+    if call.kv_indices is not None:
         q_table, k_table = (regions(a, call.q.device) for a in (call.axes[:2], call.axes[2:]))
         rows, columns = (k_table, q_table) if keys_hold else (q_table, k_table)
         return rows, columns, None, None, None, rows.shape[1], columns.shape[1]
     found, added = call.tiles(keys_hold)
-    codes = None if call.terms is None else found.codes
+    codes = None if call.rel_pos is None else found.codes
     return found.rows, found.columns, found.kind, added, codes, found.rows.shape[1], found.columns.shape[1]
 
 
@@ -196,8 +196,8 @@ def run_forward(call: Call) -> tuple[Tensor, Tensor]:
     from visattn.ops.fused.attention_kernels import queries_forward_kernel
 
     rows, columns, kind, tiles, codes, m, u = _tables(call, False)
-    listed = call.index is not None
-    topk = call.index.shape[3] if listed else 0
+    listed = call.kv_indices is not None
+    topk = call.kv_indices.shape[3] if listed else 0
     extra = _block(min(call.extra, 64)) if call.extra else 0
 
     def run(config: Config) -> tuple[Tensor, ...]:
@@ -207,12 +207,12 @@ def run_forward(call: Call) -> tuple[Tensor, Tensor]:
         _launch(
             queries_forward_kernel, (len(rows) * blocks, call.heads, call.images), config,
             call.q, call.k, call.v, out, lse,
-            rows, columns, kind, tiles, call.terms, codes, call.index, call.weight,
+            rows, columns, kind, tiles, call.rel_pos, codes, call.kv_indices, call.weight,
             call.extra_k, call.extra_v, call.extra_bias,
             *_strides(call.q, call.k, call.v, call.extra_k, call.extra_v), *_strides(call.extra_bias, number=4),
             call.queries, call.heads, len(rows), m, u, call.extra, _strides(tiles, number=1)[0],
-            *_strides(call.index, number=2), topk, call.scale,
-            TERMS=call.width, SEGMENT=u if listed else 0, BIASED=tiles is not None,
+            *_strides(call.kv_indices, number=2), topk, call.scale,
+            REL_POS=call.width, SEGMENT=u if listed else 0, BIASED=tiles is not None,
             WEIGHTED=call.weight is not None, LOWEST=call.lowest, CHECKED=call.checked, EXTRA=extra,
             EXTRA_BIASED=call.extra_bias is not None, **call.options(), BLOCKS=blocks,
         )  # fmt: skip
@@ -225,96 +225,94 @@ def run_forward(call: Call) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _run_backward_queries(
-    call: Call, grad: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None
-) -> tuple[Tensor, ...]:
-    """delta, and the gradients of q, of terms and of weight."""
+def _run_backward_queries(call: Call, do: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, ...]:
+    """delta, and the gradients of q, of rel_pos and of weight."""
     from visattn.ops.fused.attention_kernels import queries_backward_kernel
 
     rows, columns, kind, tiles, codes, m, u = _tables(call, False)
-    listed = call.index is not None
-    topk = call.index.shape[3] if listed else 0
+    listed = call.kv_indices is not None
+    topk = call.kv_indices.shape[3] if listed else 0
     extra = _block(min(call.extra, 64)) if call.extra else 0
     total = topk * u if listed else u
 
     def run(config: Config) -> tuple[Tensor, ...]:
         blocks = ceil_div(m, config.block_m)
         delta = torch.empty_like(lse)
-        grad_q = call.empty(*call.q.shape)
-        grad_terms = call.empty(*call.terms.shape) if call.width else None
-        grad_weight = None
+        dq = call.empty(*call.q.shape)
+        drel_pos = call.empty(*call.rel_pos.shape) if call.width else None
+        dweight = None
         if call.weight is not None:
             shape = (call.images, call.heads, len(rows), blocks, total)
-            grad_weight = call.empty(*shape, dtype=torch.float32)
+            dweight = call.empty(*shape, dtype=torch.float32)
         _launch(
             queries_backward_kernel, (len(rows) * blocks, call.heads, call.images), config,
-            call.q, call.k, call.v, grad, out, lse, grad_lse, delta, grad_q, grad_terms, grad_weight,
-            rows, columns, kind, tiles, call.terms, codes, call.index, call.weight,
+            call.q, call.k, call.v, do, out, lse, dlse, delta, dq, drel_pos, dweight,
+            rows, columns, kind, tiles, call.rel_pos, codes, call.kv_indices, call.weight,
             call.extra_k, call.extra_v, call.extra_bias,
-            *_strides(call.q, call.k, call.v, grad, call.extra_k, call.extra_v), *_strides(call.extra_bias, number=4),
+            *_strides(call.q, call.k, call.v, do, call.extra_k, call.extra_v), *_strides(call.extra_bias, number=4),
             call.queries, call.heads, len(rows), m, u, call.extra, _strides(tiles, number=1)[0],
-            *_strides(call.index, number=2), topk, call.scale,
-            TERMS=call.width, SEGMENT=u if listed else 0, BIASED=tiles is not None,
+            *_strides(call.kv_indices, number=2), topk, call.scale,
+            REL_POS=call.width, SEGMENT=u if listed else 0, BIASED=tiles is not None,
             WEIGHTED=call.weight is not None, LOWEST=call.lowest, CHECKED=call.checked, EXTRA=extra,
-            EXTRA_BIASED=call.extra_bias is not None, HAS_LSE=grad_lse is not None, **call.options(), BLOCKS=blocks,
+            EXTRA_BIASED=call.extra_bias is not None, HAS_LSE=dlse is not None, **call.options(), BLOCKS=blocks,
         )  # fmt: skip
-        if grad_weight is not None:
-            grad_weight = grad_weight.sum(3).unflatten(3, (topk, u)).sum(4)
+        if dweight is not None:
+            dweight = dweight.sum(3).unflatten(3, (topk, u)).sum(4)
             if call.weight.shape[1] == 1:
-                grad_weight = grad_weight.sum(1, keepdim=True)
-        return tuple(x for x in (delta, grad_q, grad_terms, grad_weight) if x is not None)
+                dweight = dweight.sum(1, keepdim=True)
+        return tuple(x for x in (delta, dq, drel_pos, dweight) if x is not None)
 
     candidates = _configs(call, m, total, sums=2)
     return run_tuned("attention_backward_queries", (*call.shape_class, m, total), call.q.device, candidates, run)
 
 
-def _listing(call: Call, number: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The lists turned round: per key region the query regions that list it.
+def _q_indices(call: Call, number: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Turn kv_indices round: per key region the query regions that list it.
 
     Returns:
-        listed int32 [B, heads or 1, query regions * topk] query regions in the order of the key regions they list,
+        q_indices int32 [B, heads or 1, query regions * topk] query regions in the order of the key regions they list,
         first int32 [B, heads or 1, number + 1] where those of each key region begin, and their factors.
     """
-    index = call.index.flatten(2)
-    ordered, order = index.sort(dim=-1, stable=True)
-    edges = torch.arange(number + 1, device=index.device).expand(*index.shape[:2], -1).contiguous()
+    kv_indices = call.kv_indices.flatten(2)
+    ordered, order = kv_indices.sort(dim=-1, stable=True)
+    edges = torch.arange(number + 1, device=kv_indices.device).expand(*kv_indices.shape[:2], -1).contiguous()
     first = torch.searchsorted(ordered, edges)
     weight = None if call.weight is None else call.weight.flatten(2).gather(2, order)
-    return (order // call.index.shape[3]).to(torch.int32), first.to(torch.int32), weight
+    return (order // call.kv_indices.shape[3]).to(torch.int32), first.to(torch.int32), weight
 
 
-def _run_backward_keys(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+def _run_backward_keys(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     from visattn.ops.fused.attention_kernels import keys_backward_kernel
 
     rows, columns, kind, tiles, codes, m, u = _tables(call, True)
-    listed, weight, first = None, None, None
-    if call.index is not None:
-        listed, first, weight = _listing(call, len(rows))
-    entries = 0 if listed is None else listed.shape[2]
+    q_indices, weight, first = None, None, None
+    if call.kv_indices is not None:
+        q_indices, first, weight = _q_indices(call, len(rows))
+    entries = 0 if q_indices is None else q_indices.shape[2]
 
     def run(config: Config) -> tuple[Tensor, ...]:
-        grad_k, grad_v = call.empty(*call.k.shape), call.empty(*call.v.shape)
+        dk, dv = call.empty(*call.k.shape), call.empty(*call.v.shape)
         blocks = ceil_div(m, config.block_m)
         _launch(
             keys_backward_kernel, (len(rows) * blocks, call.heads, call.images), config,
-            call.q, call.k, call.v, grad, lse, delta, grad_k, grad_v,
-            rows, columns, kind, tiles, call.terms, codes, listed, weight, first,
-            *_strides(call.q, call.k, call.v, grad),
+            call.q, call.k, call.v, do, lse, delta, dk, dv,
+            rows, columns, kind, tiles, call.rel_pos, codes, q_indices, weight, first,
+            *_strides(call.q, call.k, call.v, do),
             call.queries, call.keys, call.heads, m, u, _strides(tiles, number=1)[0],
-            *_strides(listed, first, number=2), call.scale,
-            TERMS=call.width, SEGMENT=0 if listed is None else u, BIASED=tiles is not None,
+            *_strides(q_indices, first, number=2), call.scale,
+            REL_POS=call.width, SEGMENT=0 if q_indices is None else u, BIASED=tiles is not None,
             WEIGHTED=weight is not None, **call.options(), BLOCKS=blocks,
         )  # fmt: skip
-        return grad_k, grad_v
+        return dk, dv
 
-    total = u if listed is None else u * max(1, entries // len(rows))
+    total = u if q_indices is None else u * max(1, entries // len(rows))
     candidates = _configs(call, m, total, sums=3)
     shape_class = (*call.shape_class, m, total)
-    grad_k, grad_v = run_tuned("attention_backward_keys", shape_class, call.q.device, candidates, run)
-    return grad_k, grad_v
+    dk, dv = run_tuned("attention_backward_keys", shape_class, call.q.device, candidates, run)
+    return dk, dv
 
 
-def _run_backward_tiles(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def _run_backward_tiles(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """The gradient of bias."""
     from visattn.ops.fused.attention_kernels import tiles_backward_kernel
 
@@ -327,9 +325,9 @@ def _run_backward_tiles(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) ->
         partial = call.empty(len(parts), call.heads, m, u, dtype=torch.float32)
         _launch(
             tiles_backward_kernel, blocks * len(parts), config,
-            call.q, call.k, call.v, grad, lse, delta, partial,
+            call.q, call.k, call.v, do, lse, delta, partial,
             found.rows, found.columns, tiles, found.members, parts,
-            *_strides(call.q, call.k, call.v, grad),
+            *_strides(call.q, call.k, call.v, do),
             call.images, call.queries, call.heads, len(numbers), m, u, call.scale,
             LOWEST=call.lowest, CHECKED=call.checked, **call.options(),
         )  # fmt: skip
@@ -342,7 +340,7 @@ def _run_backward_tiles(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) ->
     return found.position_gradient(summed).to(call.bias.dtype)
 
 
-def _run_backward_extra(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+def _run_backward_extra(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     from visattn.ops.fused.attention_kernels import extra_backward_kernel
 
     def run(config: Config) -> tuple[Tensor, ...]:
@@ -354,8 +352,8 @@ def _run_backward_extra(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) ->
         ]
         _launch(
             extra_backward_kernel, blocks * splits, config,
-            call.q, grad, lse, delta, call.extra_k, call.extra_v, call.extra_bias, *parts,
-            *_strides(call.q, grad, call.extra_k, call.extra_v), *_strides(call.extra_bias, number=4),
+            call.q, do, lse, delta, call.extra_k, call.extra_v, call.extra_bias, *parts,
+            *_strides(call.q, do, call.extra_k, call.extra_v), *_strides(call.extra_bias, number=4),
             call.images, call.queries, call.heads, call.extra, splits, call.scale,
             EXTRA_BIASED=call.extra_bias is not None, **call.options(),
         )  # fmt: skip
@@ -363,11 +361,11 @@ def _run_backward_extra(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) ->
 
     candidates = _configs(call, call.extra, call.queries, sums=3)
     shape_class = (*call.shape_class, call.queries, call.extra)
-    grad_k, grad_v = run_tuned("attention_backward_extra", shape_class, call.q.device, candidates, run)
-    return grad_k, grad_v
+    dk, dv = run_tuned("attention_backward_extra", shape_class, call.q.device, candidates, run)
+    return dk, dv
 
 
-def _run_backward_extra_bias(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def _run_backward_extra_bias(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     from visattn.ops.fused.attention_kernels import extra_bias_backward_kernel
 
     shared = [a for a, n in enumerate(call.extra_bias.shape) if n == 1]
@@ -380,8 +378,8 @@ def _run_backward_extra_bias(call: Call, grad: Tensor, lse: Tensor, delta: Tenso
         found = call.empty(groups, call.queries, call.heads, call.extra, dtype=torch.float32)
         _launch(
             extra_bias_backward_kernel, groups * blocks, config,
-            call.q, grad, lse, delta, call.extra_k, call.extra_v, call.extra_bias, found,
-            *_strides(call.q, grad, call.extra_k, call.extra_v), *_strides(call.extra_bias, number=4),
+            call.q, do, lse, delta, call.extra_k, call.extra_v, call.extra_bias, found,
+            *_strides(call.q, do, call.extra_k, call.extra_v), *_strides(call.extra_bias, number=4),
             call.images, groups, call.queries, call.heads, call.extra, call.scale, **call.options(),
         )  # fmt: skip
         return (found.sum(shared, keepdim=True) if shared else found,)
@@ -393,22 +391,22 @@ def _run_backward_extra_bias(call: Call, grad: Tensor, lse: Tensor, delta: Tenso
 
 
 def run_backward(
-    call: Call, grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, wanted: dict[str, bool]
+    call: Call, do: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, wanted: dict[str, bool]
 ) -> dict[str, Tensor]:
-    """Gradients by name, of q, terms and weight in any case and of the others that are wanted."""
-    call.grad = grad = _with_channels_together(grad)
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    """Gradients by name, of q, rel_pos and weight in any case and of the others that are wanted."""
+    call.do = do = _with_channels_together(do)
+    dlse = None if dlse is None else dlse.contiguous()
     found: dict[str, Tensor] = {}
-    delta, found["q"], *others = _run_backward_queries(call, grad, out, lse, grad_lse)
-    for name in ("terms", "weight"):
+    delta, found["q"], *others = _run_backward_queries(call, do, out, lse, dlse)
+    for name in ("rel_pos", "weight"):
         if getattr(call, name) is not None:
             found[name] = others.pop(0).to(getattr(call, name).dtype)
     if wanted["k"] or wanted["v"]:
-        found["k"], found["v"] = _run_backward_keys(call, grad, lse, delta)
+        found["k"], found["v"] = _run_backward_keys(call, do, lse, delta)
     if wanted["bias"]:
-        found["bias"] = _run_backward_tiles(call, grad, lse, delta)
+        found["bias"] = _run_backward_tiles(call, do, lse, delta)
     if wanted["extra_k"] or wanted["extra_v"]:
-        found["extra_k"], found["extra_v"] = _run_backward_extra(call, grad, lse, delta)
+        found["extra_k"], found["extra_v"] = _run_backward_extra(call, do, lse, delta)
     if wanted["extra_bias"]:
-        found["extra_bias"] = _run_backward_extra_bias(call, grad, lse, delta)
+        found["extra_bias"] = _run_backward_extra_bias(call, do, lse, delta)
     return found

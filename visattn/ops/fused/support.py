@@ -46,12 +46,17 @@ def _has_compiler() -> bool:
 
 
 def can_run(problem: Any) -> str | None:
-    """None, or why the kernels cannot run the tensors of a problem; an attention's heads have q's and v's channels."""
+    """None, or why the attention kernels cannot run a problem, whose heads have q's and v's channels."""
+    q, dims = problem.q, (problem.q.shape[-1], problem.v.shape[-1])
+    most = MOST_BYTES // q.element_size()
+    if max(dims) > most:
+        return f"expected heads of at most {most} channels in {q.dtype}, got {dims[0]} and {dims[1]}"
+    return can_run_tensors(problem)
+
+
+def can_run_tensors(problem: Any) -> str | None:
+    """None, or why no kernel can run the tensors of a problem, of any number of channels."""
     given = problem.tensors()
-    if hasattr(problem, "v"):
-        most, dims = MOST_BYTES // given[0].element_size(), (problem.q.shape[-1], problem.v.shape[-1])
-        if max(dims) > most:
-            return f"expected heads of at most {most} channels in {given[0].dtype}, got {dims[0]} and {dims[1]}"
     if (missing := _missing()) is not None:
         return missing
     if any(t.device != given[0].device for t in given):

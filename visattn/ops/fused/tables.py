@@ -1,4 +1,4 @@
-"""What the attention kernels read to find queries and keys: the tiles of a relation as tables of tokens."""
+"""What the attention kernels read to find queries and keys: block masks, as tables of tokens."""
 
 from __future__ import annotations
 
@@ -12,19 +12,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visattn.ops.geometry import NONE, OUTSIDE, AnyAxis, Axis, Clipped, Halo, Partition, Whole, spans, tile_plan
+from visattn.ops.geometry import (
+    NONE,
+    OUTSIDE,
+    AnyAxis,
+    Axis,
+    Clipped,
+    Halo,
+    Partition,
+    Whole,
+    ceil_div,
+    interleave,
+    spans,
+    tile_plan,
+)
 
 _KINDS: tuple[type[AnyAxis], ...] = (Axis, Partition, Halo, Whole, Clipped)
 STEP = 16  # columns of a tile are a multiple of this, so that rows of position tiles begin at 16-byte borders
 
 
-def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return -(-a // b)
-
-
 def encode(axes: Sequence[AnyAxis]) -> list[int]:
-    """Axes as ints, the form in which they pass through registered ops."""
+    """Axes as ints, the form in which they pass through custom ops."""
     found = []
     for axis in axes:
         values = [int(x) for x in vars(axis).values()]
@@ -50,13 +58,6 @@ def _outer(per_axis: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         mark = torch.minimum(mark[:, None, :, None], values.clamp(max=0)[None, :, None, :])
         index, mark = (x.flatten(2).flatten(0, 1) for x in (index, mark))
     return torch.where(mark < 0, mark, index)
-
-
-def _interleave(table: Tensor, axes: int) -> Tensor:
-    """[n, C_1, t_1, U_1, C_2, t_2, U_2, ...] -> [C_1 C_2 ..., n, t_1 t_2 ..., U_1 U_2 ...]."""
-    kind, row, column = ([1 + 3 * a + part for a in range(axes)] for part in range(3))
-    table = table.permute(*kind, 0, *row, *column)
-    return table.flatten(-axes).flatten(-1 - axes, -2).flatten(0, axes - 1)
 
 
 class Lookup:
@@ -99,7 +100,7 @@ _MOST = 1 << 26  # numbers that `Lookup.add` gathers at a time
 
 
 @dataclass(frozen=True)
-class Tiling:
+class BlockMask:
     """Tiles of rows and the columns that each of them meets; rows are queries and columns keys, or the reverse.
 
     Attributes:
@@ -155,7 +156,7 @@ class Tiling:
             pattern = pattern.view((1,) * (1 + 3 * a) + pattern.shape + (1,) * (3 * (axes - 1 - a)))
             index, hidden = index * number + pattern, hidden + (pattern < 0)
         number = math.prod(self.entries)
-        index = _interleave(index.masked_fill(hidden > 0, number), axes).squeeze(1)
+        index = interleave(index.masked_fill(hidden > 0, number), axes).squeeze(1)
         return Lookup(F.pad(index, (0, self.columns.shape[1] - index.shape[2]), value=number), number)
 
     @functools.cached_property
@@ -208,7 +209,7 @@ def _codes(axes: Sequence[AnyAxis], positions: Sequence[Tensor]) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def tiling(axes: tuple[AnyAxis, ...], keys_hold: bool, device: torch.device, extra: int = 0) -> Tiling:
+def block_mask(axes: tuple[AnyAxis, ...], keys_hold: bool, device: torch.device, extra: int = 0) -> BlockMask:
     """Tiles of queries that stream keys, or, with `keys_hold`, tiles of keys that stream the queries that see them.
 
     With `extra`, every tile meets so many more columns, which are not in the tables.
@@ -233,7 +234,7 @@ def tiling(axes: tuple[AnyAxis, ...], keys_hold: bool, device: torch.device, ext
             codes = F.pad(codes, (0, more))
         members = torch.sort(kind, stable=True).indices
         tables = (rows, columns, kind, members, codes)
-        return Tiling(
+        return BlockMask(
             *(None if x is None else x.to(device, torch.int32) for x in tables),
             patterns=tuple(cut.pattern.to(device, torch.int32) for cut in cuts),
             entries=tuple(s.entries for s in relation),

@@ -2,11 +2,193 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from visattn.ops.linear.op import dynamic_conv, efficient, focused, inline
+from visattn.ops.autocast import to_autocast, without_autocast
+from visattn.ops.checks import check_dtypes, check_floating, check_tensors, default_scale, spatial_axes
+from visattn.ops.dispatch import AttentionProblem, Backends, Problem
+from visattn.ops.fused import support
+from visattn.ops.geometry import is_symbolic
+from visattn.ops.linear import eager, reference, triton
+from visattn.ops.registration import traced_as_one
 
 
+@dataclass(frozen=True, eq=False)
+class LinearProblem(AttentionProblem):
+    """q [B, *spatial, N, D], k [B, *other, N, D], v [B, *other, N, Dv]."""
+
+    def __post_init__(self) -> None:
+        q, k, v = self.q, self.k, self.v
+        check_tensors(q=q, k=k, v=v)
+        spatial_axes(k)
+        if k.shape[0] != q.shape[0] or k.shape[-2:] != q.shape[-2:] or v.shape[:-1] != k.shape[:-1]:
+            raise ValueError(
+                f"expected q [B, *spatial, N, D], k [B, *other, N, D] and v [B, *other, N, Dv], got q "
+                f"{tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+            )
+        check_dtypes(q, k, v)
+
+    @property
+    def key_size(self) -> list[int]:
+        """The spatial sizes of the keys; plain ints under `torch.jit.trace`."""
+        return [int(n) for n in self.k.shape[1:-2]] if torch.jit.is_tracing() else list(self.k.shape[1:-2])
+
+    @property
+    def is_quadratic(self) -> bool:
+        """Whether (q k^T) v takes fewer multiplications than q (k^T v); not asked of symbolic sizes."""
+        size, key_size = self.size, self.key_size
+        if is_symbolic(*size, *key_size):
+            return False
+        queries, keys, d, dv = math.prod(size), math.prod(key_size), self.q.shape[-1], self.v.shape[-1]
+        return queries * keys * (d + dv) < (queries + keys) * d * dv
+
+    def flat(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v with one axis of positions: [B, L, N, D], [B, M, N, D], [B, M, N, Dv]."""
+        return self.q.flatten(1, -3), self.k.flatten(1, -3), self.v.flatten(1, -3)
+
+    def unflat(self, out: Tensor) -> Tensor:
+        """[B, L, N, Dv] -> [B, *spatial, N, Dv] of v's dtype."""
+        return out.to(self.v.dtype).unflatten(1, self.size)
+
+    def flops(self) -> int:
+        """Those of the two products in the cheaper order."""
+        queries, keys, d, dv = math.prod(self.size), math.prod(self.key_size), self.q.shape[-1], self.v.shape[-1]
+        return 2 * self.q.shape[0] * self.q.shape[-2] * min(queries * keys * (d + dv), (queries + keys) * d * dv)
+
+
+@dataclass(frozen=True, eq=False)
+class EfficientProblem(LinearProblem):
+    """mask [B, *other], True where there is a token."""
+
+    mask: Tensor | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mask is None:
+            return
+        check_tensors(mask=self.mask)
+        if self.mask.dtype != torch.bool or self.mask.shape != self.k.shape[:-2]:
+            raise ValueError(
+                f"expected a boolean mask {tuple(self.k.shape[:-2])}, got {self.mask.dtype} {tuple(self.mask.shape)}"
+            )
+
+    def hidden(self) -> tuple[Tensor | None, Tensor | None]:
+        """Keys and queries that are no tokens, [B, M, 1, 1] each; the queries' only if they are on the keys' map."""
+        if self.mask is None:
+            return None, None
+        hidden, size, key_size = ~self.mask.flatten(1)[..., None, None], self.size, self.key_size  # [B, M, 1, 1]
+        same = len(size) == len(key_size)
+        same = same and all(statically_known_true(n == m) for n, m in zip(size, key_size, strict=True))
+        return hidden, hidden if same else None
+
+
+@dataclass(frozen=True, eq=False)
+class InlineProblem(LinearProblem):
+    """scale > 0."""
+
+    scale: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.scale > 0:
+            raise ValueError(f"expected scale > 0, got {self.scale}")
+
+
+@dataclass(frozen=True, eq=False)
+class FocusedProblem(LinearProblem):
+    """focus_scale [N, D], factor > 0."""
+
+    focus_scale: Tensor
+    factor: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_tensors(focus_scale=self.focus_scale)
+        check_floating(focus_scale=self.focus_scale)
+        if self.focus_scale.shape != self.q.shape[-2:]:
+            raise ValueError(
+                f"expected focus_scale {tuple(self.q.shape[-2:])} ([N, D]), got {tuple(self.focus_scale.shape)}"
+            )
+        if not self.factor > 0:
+            raise ValueError(f"expected factor > 0, got {self.factor}")
+
+
+@dataclass(frozen=True, eq=False)
+class DynamicConvProblem(Problem):
+    """x [B, H, W, C], kernels [B, C, K * K]."""
+
+    x: Tensor
+    kernels: Tensor
+
+    def __post_init__(self) -> None:
+        x, kernels = self.x, self.kernels
+        check_tensors(x=x, kernels=kernels)
+        taps = self.kernel_size**2 if kernels.ndim == 3 else 0
+        if x.ndim != 4 or taps % 2 == 0 or kernels.shape != (x.shape[0], x.shape[-1], taps):
+            raise ValueError(
+                f"expected x [B, H, W, C] and kernels [B, C, K * K] with an odd K, got {tuple(x.shape)} and "
+                f"{tuple(kernels.shape)}"
+            )
+        check_dtypes(x, kernels)
+
+    @property
+    def kernel_size(self) -> int:
+        """K."""
+        return math.isqrt(int(self.kernels.shape[-1]))
+
+    def empty(self) -> Tensor:
+        """The result [B, H, W, C]."""
+        return self.x.new_empty(self.x.shape)
+
+    def flops(self) -> int:
+        """Those of all K * K taps, also where they meet the padding."""
+        return 2 * math.prod(self.x.shape) * self.kernels.shape[-1]
+
+
+_efficient = Backends(
+    "efficient_attention",
+    EfficientProblem,
+    triton=triton.attend_efficient,
+    eager=eager.attend_efficient,
+    reference=reference.attend_efficient,
+    can_run=support.can_run_tensors,
+    automatic=triton.automatic,
+)
+_inline = Backends(
+    "inline_attention",
+    InlineProblem,
+    triton=triton.attend_inline,
+    eager=eager.attend_inline,
+    reference=reference.attend_inline,
+    can_run=support.can_run_tensors,
+    automatic=triton.automatic,
+)
+_focused = Backends(
+    "focused_linear_attention",
+    FocusedProblem,
+    triton=triton.attend_focused,
+    eager=eager.attend_focused,
+    reference=reference.attend_focused,
+    can_run=support.can_run_tensors,
+    automatic=triton.automatic,
+)
+_dynamic_conv = Backends(
+    "dynamic_depthwise_conv",
+    DynamicConvProblem,
+    triton=triton.convolve,
+    eager=eager.convolve,
+    reference=reference.convolve,
+    can_run=support.can_run_tensors,
+    whole_on_cpu=True,
+)
+
+
+@traced_as_one
 def efficient_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend: str = "auto") -> Tensor:
     """softmax_D(q) (softmax_M(k)^T v): queries normalised over their channels, keys over positions.
 
@@ -21,7 +203,7 @@ def efficient_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = N
         backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
 
     Returns:
-        [B, *spatial, N, Dv] of v's dtype.
+        [B, *spatial, N, Dv] of v's dtype; under autocast of its dtype, to which q, k and v are cast.
 
     Raises:
         ValueError: Shapes that do not fit, or a mask that is not boolean.
@@ -30,9 +212,13 @@ def efficient_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = N
 
     Source: arXiv:1812.01243, section 3.2, with softmax normalisation.
     """
-    return efficient(q, k, v, mask, backend)
+    spatial_axes(q)
+    problem = EfficientProblem(*to_autocast(q, k, v), mask)
+    with without_autocast(q.device):
+        return _efficient.choose(problem, backend)(problem)
 
 
+@traced_as_one
 def inline_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, backend: str = "auto") -> Tensor:
     """Injective linear attention: weights (scale * q k^T + 1 - mean_M(scale * q k^T)) / M, which sum to 1.
 
@@ -46,18 +232,22 @@ def inline_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
         backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
 
     Returns:
-        [B, *spatial, N, Dv] of v's dtype.
+        [B, *spatial, N, Dv] of v's dtype; under autocast of its dtype, to which q, k and v are cast.
 
     Raises:
-        ValueError: Shapes that do not fit, or a scale or factor that is not positive.
+        ValueError: Shapes that do not fit, or a scale that is not positive.
         TypeError: q, k, v of different dtypes, or not floating point.
         BackendError: The requested backend cannot run this call.
 
     Source: arXiv:2412.06590, equations 4 and 5.
     """
-    return inline(q, k, v, scale, backend)
+    spatial_axes(q)
+    problem = InlineProblem(*to_autocast(q, k, v), default_scale(q, scale))
+    with without_autocast(q.device):
+        return _inline.choose(problem, backend)(problem)
 
 
+@traced_as_one
 def focused_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, focus_scale: Tensor, factor: float = 3.0, backend: str = "auto"
 ) -> Tensor:
@@ -75,18 +265,22 @@ def focused_linear_attention(
         backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
 
     Returns:
-        [B, *spatial, N, Dv] of v's dtype.
+        [B, *spatial, N, Dv] of v's dtype; under autocast of its dtype, to which q, k and v are cast.
 
     Raises:
-        ValueError: Shapes that do not fit, or a scale or factor that is not positive.
+        ValueError: Shapes that do not fit, or a factor that is not positive.
         TypeError: q, k, v of different dtypes, or not floating point.
         BackendError: The requested backend cannot run this call.
 
     Source: arXiv:2308.00442, equations 6 and 7.
     """
-    return focused(q, k, v, focus_scale, factor, backend)
+    spatial_axes(q)
+    problem = FocusedProblem(*to_autocast(q, k, v), focus_scale, float(factor))
+    with without_autocast(q.device):
+        return _focused.choose(problem, backend)(problem)
 
 
+@traced_as_one
 def dynamic_depthwise_conv(x: Tensor, kernels: Tensor, backend: str = "auto") -> Tensor:
     """Depthwise cross-correlation of every sample with kernels of its own, zero padding. Differentiable in both.
 
@@ -96,11 +290,14 @@ def dynamic_depthwise_conv(x: Tensor, kernels: Tensor, backend: str = "auto") ->
         backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
 
     Returns:
-        [B, H, W, C].
+        [B, H, W, C] of x's dtype; under autocast of its dtype, to which both are cast.
 
     Raises:
         ValueError: Shapes that do not fit.
         TypeError: Different dtypes, or not floating point.
         BackendError: The requested backend cannot run this call.
     """
-    return dynamic_conv(x, kernels, backend)
+    check_tensors(x=x, kernels=kernels)
+    problem = DynamicConvProblem(*to_autocast(x, kernels))
+    with without_autocast(x.device):
+        return _dynamic_conv.choose(problem, backend)(problem)

@@ -7,10 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from visattn.ops.geometry import is_symbolic
+
+if TYPE_CHECKING:
+    from visattn.ops.linear import (
+        DynamicConvProblem,
+        EfficientProblem,
+        FocusedProblem,
+        InlineProblem,
+        LinearProblem,
+    )
 
 _CHUNK = 2**18  # elements
 _STREAMED = 2**17  # elements of a sample's values from which chunks pay for the calls that they cost
@@ -23,24 +35,23 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def is_quadratic(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether (q k^T) v of [B, S, N, D] takes fewer multiplications than q (k^T v)."""
-    queries, keys, d, dv = q.shape[1], k.shape[1], k.shape[3], v.shape[3]
-    return queries * keys * (d + dv) < (queries + keys) * d * dv
-
-
 def _products(q: Tensor, k: Tensor, v: Tensor, scale: float, quadratic: bool) -> Tensor:
-    """scale * q k^T v of [B, N, L, D], [B, N, M, D], [B, N, M, Dv]."""
+    """Multiply scale * q k^T v: [B, L, N, D], [B, M, N, D], [B, M, N, Dv] -> [B, L, N, Dv]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, N, L, D], [B, N, M, D], [B, N, M, Dv]
     if v.dtype == torch.float16 and scale != 1:  # sums over positions may leave its range
         k, v, scale = k * scale**0.5, v * scale**0.5, 1.0
-    return (q @ k.mT * scale) @ v if quadratic else q @ (k.contiguous().mT @ v * scale)
+    k = k.clone(memory_format=torch.contiguous_format) if is_symbolic(*k.stride()) else k
+    out = (q @ k.mT * scale) @ v if quadratic else q @ (k.contiguous().mT @ v * scale)
+    return out.transpose(1, 2)  # [B, L, N, Dv]
 
 
-def _streams(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> bool:
+def _streams(problem: LinearProblem) -> bool:
+    q, k, v = problem.q, problem.k, problem.v
+    if q.device.type != "cpu" or is_symbolic(*q.shape, *k.shape):
+        return False
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    trained = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *others))
-    large = math.prod(v.shape[1:]) >= _STREAMED and not is_quadratic(q, k, v)
-    return large and q.device.type == "cpu" and not traced and not trained
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in problem.tensors())
+    return not traced and not trained and math.prod(v.shape[1:]) >= _STREAMED and not problem.is_quadratic
 
 
 def _stream(
@@ -50,7 +61,7 @@ def _stream(
     keys_of: Callable[[Tensor], Map],
     reader_of: Callable[[Tensor, Tensor, Tensor], Read],
 ) -> Tensor:
-    """Attention of [B, S, N, D] through a context, a sample at a time.
+    """Attend [B, L, N, D] to [B, M, N, D] through a context, a sample at a time -> [B, L, N, Dv].
 
     For a sample's keys [M, N, D], `keys_of` gives the map that some of them go through; for the context sum(keys v^T)
     [N, D, Dv], sum(keys) [N, D] and values [M, N, Dv], `reader_of` gives the map from queries [l, N, D] to the output
@@ -64,11 +75,11 @@ def _stream(
         context = torch.zeros((*key.shape[1:], value.shape[-1]), dtype=dtype)
         for some, values in zip(key.split(rows), value.split(rows), strict=True):
             some = keys(some.to(dtype))
-            context.baddbmm_(some.permute(1, 2, 0), values.to(dtype).transpose(0, 1))
+            context.baddbmm_(some.permute(1, 2, 0), values.to(dtype).transpose(0, 1))  # [N, D, m] [N, m, Dv]
             total += some.sum(0)
         read = reader_of(context, total, value)
         for some, results in zip(query.split(rows), result.split(rows), strict=True):
-            results = results.transpose(0, 1)
+            results = results.transpose(0, 1)  # [N, l, Dv]
             if results.dtype == dtype:
                 read(some, results)
             else:
@@ -76,14 +87,14 @@ def _stream(
     return out
 
 
-def efficient_eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend_efficient(problem: EfficientProblem) -> Tensor:
     """See `visattn.ops.efficient_attention`."""
-    shape, dtype, same = q.shape[:-1], _wide(v), q.shape[1:-2] == k.shape[1:-2]
-    q, k, v = (x.flatten(1, -3) for x in (q, k, v))
-    hidden = None if mask is None else ~mask.flatten(1)[:, :, None, None]
+    (q, k, v), dtype = problem.flat(), _wide(problem.v)
+    hidden, hidden_queries = problem.hidden()
     if hidden is not None:
         k, v = k.to(dtype).masked_fill(hidden, torch.finfo(dtype).min), v.masked_fill(hidden, 0)
-        q = q.masked_fill(hidden, 0) if same else q
+    if hidden_queries is not None:
+        q = q.masked_fill(hidden_queries, 0)
 
     def keys_of(key: Tensor) -> Map:
         most = key.amax(0).to(dtype)
@@ -93,23 +104,18 @@ def efficient_eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
         context = context / total[..., None]
         return lambda query, out: torch.bmm(query.softmax(-1).transpose(0, 1), context, out=out)
 
-    if _streams(q, k, v):
+    if _streams(problem):
         out = _stream(q, k, v, keys_of, reader_of)
     else:
-        quadratic = is_quadratic(q, k, v)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        q, k = q.softmax(-1, dtype=dtype).to(v.dtype), k.softmax(-2, dtype=dtype).to(v.dtype)
-        out = _products(q, k, v, 1.0, quadratic).transpose(1, 2)
-    if hidden is not None and same:
-        out = out.masked_fill(hidden, 0)
-    return out.reshape(*shape, v.shape[-1])
+        q, k = q.softmax(-1, dtype=dtype).to(v.dtype), k.softmax(1, dtype=dtype).to(v.dtype)
+        out = _products(q, k, v, 1.0, problem.is_quadratic)
+    return problem.unflat(out if hidden_queries is None else out.masked_fill(hidden_queries, 0))
 
 
-def inline_eager(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def attend_inline(problem: InlineProblem) -> Tensor:
     """See `visattn.ops.inline_attention`."""
-    shape, dtype = q.shape[:-1], _wide(v)
-    q, k, v = (x.flatten(1, -3) for x in (q, k, v))
-    scale = scale / k.shape[1]
+    (q, k, v), dtype = problem.flat(), _wide(problem.v)
+    scale = problem.scale / math.prod(problem.key_size)
 
     def keys_of(key: Tensor) -> Map:
         mean = key.mean(0, dtype=dtype)
@@ -119,60 +125,90 @@ def inline_eager(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         context, mean = context * scale, value.mean(0, dtype=dtype)[:, None]
         return lambda query, out: torch.baddbmm(mean, query.transpose(0, 1), context, out=out)
 
-    if _streams(q, k, v):
-        return _stream(q, k, v, keys_of, reader_of).view(*shape, -1)
-    quadratic = is_quadratic(q, k, v)
-    k = k - k.mean(1, keepdim=True)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = _products(q, k, v, scale, quadratic) + v.mean(-2, keepdim=True)
-    return out.transpose(1, 2).reshape(*shape, -1)
+    if _streams(problem):
+        return problem.unflat(_stream(q, k, v, keys_of, reader_of))
+    out = _products(q, k - k.mean(1, keepdim=True), v, scale, problem.is_quadratic)
+    return problem.unflat(out + v.mean(1, keepdim=True))
 
 
-def focus(x: Tensor, scale: Tensor, factor: float) -> Tensor:
-    """f of [..., N, D], float32 at least."""
+def _focus(x: Tensor, scale: Tensor, factor: float) -> Tensor:
+    """Sharpen [..., N, D] -> f(x) [..., N, D], float32 at least."""
     inverse = 1 / scale.flatten()
-    y = torch.addcmul(1e-6 * inverse, x.flatten(-2).to(scale.dtype).relu(), inverse)
+    y = torch.addcmul(1e-6 * inverse, x.flatten(-2).to(scale.dtype).relu(), inverse)  # [..., N D]
     length = y.norm(dim=-1, keepdim=True)
     # Short vectors are lengthened before the power, which would underflow; to its direction that makes no difference.
     powered = (y / length.detach().clamp(max=1)) ** factor
     return (powered * (length / powered.norm(dim=-1, keepdim=True))).view(x.shape)
 
 
-def focused_eager(q: Tensor, k: Tensor, v: Tensor, focus_scale: Tensor, factor: float) -> Tensor:
+def focused_pair(problem: FocusedProblem) -> tuple[Tensor, Tensor, float]:
+    """Normalise f(q), and give f(k): [B, L, N, D], [B, M, N, D]; weights are their products times the last result.
+
+    In float16 a channel's mean over the keys moves from these to the queries: small keys, and queries over the small
+    normalisers that they make, would leave its range. So queries are at most 1, and keys M ** 0.5.
+    """
+    (q, k, v), positions = problem.flat(), math.prod(problem.key_size)
+    scale = F.softplus(problem.focus_scale.to(_wide(v)))
+    q, k = _focus(q, scale, problem.factor), _focus(k, scale, problem.factor)
+    mean = k.mean(1, keepdim=True)  # [B, 1, N, D]
+    if v.dtype == torch.float16:
+        q, k = q * mean, k / (mean.clamp(min=torch.finfo(k.dtype).tiny) * positions**0.5)
+        q = q / (q.sum(-1, keepdim=True) + 1e-6)
+        return q.to(v.dtype), k.to(v.dtype), positions**-0.5
+    total = q.transpose(1, 2) @ mean.permute(0, 2, 3, 1) + 1e-6  # [B, N, L, 1]
+    return (q / total.transpose(1, 2)).to(v.dtype), k.to(v.dtype), 1 / positions
+
+
+def attend_focused(problem: FocusedProblem) -> Tensor:
     """See `visattn.ops.focused_linear_attention`."""
-    shape, dtype = q.shape[:-1], _wide(v)
-    q, k, v = (x.flatten(1, -3) for x in (q, k, v))
-    scale, positions = F.softplus(focus_scale.to(dtype)), k.shape[1]
+    (q, k, v), positions = problem.flat(), math.prod(problem.key_size)
 
     def keys_of(key: Tensor) -> Map:
-        return lambda key: focus(key, scale, factor)
+        return lambda key: _focus(key, scale, problem.factor)
 
     def reader_of(context: Tensor, total: Tensor, value: Tensor) -> Read:
         context, mean = context / positions, total[..., None] / positions
 
         def read(query: Tensor, out: Tensor | None) -> Tensor:
-            query = focus(query, scale, factor).transpose(0, 1)
+            query = _focus(query, scale, problem.factor).transpose(0, 1)  # [N, l, D]
             return torch.bmm(query / (query @ mean + 1e-6), context, out=out)
 
         return read
 
-    if _streams(q, k, v, focus_scale):
-        return _stream(q, k, v, keys_of, reader_of).view(*shape, -1)
-    quadratic = is_quadratic(q, k, v)
-    q, k = (focus(x, scale, factor).transpose(1, 2) for x in (q, k))
-    q = q / (q @ k.mean(-2)[..., None] + 1e-6)
-    out = _products(q.to(v.dtype), k.to(v.dtype), v.transpose(1, 2), 1 / positions, quadratic)
-    return out.transpose(1, 2).reshape(*shape, -1)
+    if _streams(problem):
+        scale = F.softplus(problem.focus_scale.to(_wide(v)))
+        return problem.unflat(_stream(q, k, v, keys_of, reader_of))
+    q, k, factor = focused_pair(problem)
+    return problem.unflat(_products(q, k, v, factor, problem.is_quadratic))
 
 
-def dynamic_conv_eager(x: Tensor, kernels: Tensor) -> Tensor:
+def _convolve_by_taps(problem: DynamicConvProblem) -> Tensor:
+    """Sum K * K shifted maps [B, H, W, C] times their taps: no group, and no loop, over images."""
+    x, (h, w), size = problem.x, problem.x.shape[1:3], problem.kernel_size
+    kernels = problem.kernels[:, None, None]  # [B, 1, 1, C, K K]
+    x, out = F.pad(x, [0, 0, *[size // 2] * 4]), torch.zeros_like(x)
+    row, column = torch.arange(h, device=x.device), torch.arange(w, device=x.device)
+    for i in range(size):
+        rows = x.index_select(1, row + i)  # [B, H, W + K - 1, C]
+        for j in range(size):
+            out = out + rows.index_select(2, column + j) * kernels[..., i * size + j]
+    return out
+
+
+def convolve(problem: DynamicConvProblem) -> Tensor:
     """See `visattn.ops.dynamic_depthwise_conv`."""
+    x, size = problem.x, problem.kernel_size
+    if is_symbolic(*x.shape) or torch.jit.is_tracing() or not x.shape[0]:
+        return _convolve_by_taps(problem)
     b, h, w, c = x.shape
-    size = math.isqrt(kernels.shape[-1])
-    maps, weight = x.permute(0, 3, 1, 2), kernels.unflatten(-1, (1, size, size))
+    maps, weight = (
+        x.permute(0, 3, 1, 2),
+        problem.kernels.unflatten(-1, (1, size, size)),
+    )  # [B, C, H, W], [B, C, 1, K, K]
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         # PyTorch has a fast depthwise convolution of channels-last maps, but with a batch of kernels no such layout.
         out = [F.conv2d(m, k, padding=size // 2, groups=c) for m, k in zip(maps.split(1), weight, strict=True)]
-        return torch.cat(out).permute(0, 2, 3, 1)
-    maps, weight = maps.reshape(1, b * c, h, w), weight.flatten(0, 1)
-    return F.conv2d(maps, weight, padding=size // 2, groups=b * c).view(b, c, h, w).permute(0, 2, 3, 1)
+        return torch.cat(out).permute(0, 2, 3, 1)  # [B, H, W, C]
+    maps, weight = maps.reshape(1, b * c, h, w), weight.flatten(0, 1)  # [1, B C, H, W], [B C, 1, K, K]
+    out = F.conv2d(maps, weight, padding=size // 2, groups=b * c).view(b, c, h, w)
+    return out.permute(0, 2, 3, 1)  # [B, H, W, C]

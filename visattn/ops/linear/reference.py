@@ -2,65 +2,70 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from visattn.ops.linear import (
+        DynamicConvProblem,
+        EfficientProblem,
+        FocusedProblem,
+        InlineProblem,
+        LinearProblem,
+    )
 
-def _flat(*tensors: Tensor) -> list[Tensor]:
-    """[B, *spatial, N, D] -> [B, S, N, D], in float32 at least."""
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    return [t.flatten(1, -3).to(dtype) for t in tensors]
+
+def _flat(problem: LinearProblem) -> list[Tensor]:
+    """Flatten [B, *spatial, N, D] -> [B, S, N, D], in float32 at least."""
+    dtype = torch.promote_types(problem.q.dtype, torch.float32)
+    return [t.to(dtype) for t in problem.flat()]
 
 
-def _like(out: Tensor, q: Tensor, v: Tensor) -> Tensor:
-    return out.to(v.dtype).reshape(*q.shape[:-1], v.shape[-1])
-
-
-def efficient_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend_efficient(problem: EfficientProblem) -> Tensor:
     """See `visattn.ops.efficient_attention`."""
-    query, key, value = _flat(q, k, v)
-    hidden = None
-    if mask is not None:
-        hidden = ~mask.flatten(1)[..., None, None]  # [B, M, 1, 1]
+    query, key, value = _flat(problem)
+    hidden, hidden_queries = problem.hidden()
+    if hidden is not None:
         value = value.masked_fill(hidden, 0)
         key = key.masked_fill(hidden, float("-inf"))
         key = key.masked_fill(hidden.all(1, keepdim=True), 0)
-    if hidden is not None and q.shape[1:-2] == k.shape[1:-2]:
-        query = query.masked_fill(hidden, 0)
+    if hidden_queries is not None:
+        query = query.masked_fill(hidden_queries, 0)
     context = torch.einsum("bmnd,bmne->bnde", key.softmax(dim=1), value)
     out = torch.einsum("blnd,bnde->blne", query.softmax(dim=-1), context)
-    if hidden is not None and q.shape[1:-2] == k.shape[1:-2]:
-        out = out.masked_fill(hidden, 0)
-    return _like(out, q, v)
+    return problem.unflat(out if hidden_queries is None else out.masked_fill(hidden_queries, 0))
 
 
-def inline_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def attend_inline(problem: InlineProblem) -> Tensor:
     """See `visattn.ops.inline_attention`."""
-    query, key, value = _flat(q, k, v)
+    (query, key, value), scale = _flat(problem), problem.scale
     context = torch.einsum("bmnd,bmne->bnde", key, value) * scale / key.shape[1]
     rest = 1 - scale * (query * key.mean(1, keepdim=True)).sum(-1, keepdim=True)
-    return _like(torch.einsum("blnd,bnde->blne", query, context) + rest * value.mean(1, keepdim=True), q, v)
+    return problem.unflat(torch.einsum("blnd,bnde->blne", query, context) + rest * value.mean(1, keepdim=True))
 
 
-def focused_reference(q: Tensor, k: Tensor, v: Tensor, focus_scale: Tensor, factor: float) -> Tensor:
+def attend_focused(problem: FocusedProblem) -> Tensor:
     """See `visattn.ops.focused_linear_attention`."""
-    query, key, value = _flat(q, k, v)
+    query, key, value = _flat(problem)
 
     def focus(x: Tensor) -> Tensor:
-        x = (x.relu() + 1e-6) / F.softplus(focus_scale.to(x.dtype))
-        powered = x**factor
+        x = (x.relu() + 1e-6) / F.softplus(problem.focus_scale.to(x.dtype))
+        powered = x**problem.factor
         return powered / powered.norm(dim=(-2, -1), keepdim=True) * x.norm(dim=(-2, -1), keepdim=True)
 
     query, key = focus(query), focus(key)
     total = (query * key.mean(1, keepdim=True)).sum(-1, keepdim=True) + 1e-6
     context = torch.einsum("bmnd,bmne->bnde", key, value) / key.shape[1]
-    return _like(torch.einsum("blnd,bnde->blne", query, context) / total, q, v)
+    return problem.unflat(torch.einsum("blnd,bnde->blne", query, context) / total)
 
 
-def dynamic_conv_reference(x: Tensor, kernels: Tensor) -> Tensor:
+def convolve(problem: DynamicConvProblem) -> Tensor:
     """See `visattn.ops.dynamic_depthwise_conv`."""
-    dtype, size = torch.promote_types(x.dtype, torch.float32), round(kernels.shape[-1] ** 0.5)
-    pad = size // 2
-    windows = F.pad(x.to(dtype), (0, 0, pad, pad, pad, pad)).unfold(1, size, 1).unfold(2, size, 1).flatten(-2)
+    x, kernels, size = problem.x, problem.kernels, problem.kernel_size
+    dtype, pad = torch.promote_types(x.dtype, torch.float32), size // 2
+    windows = F.pad(x.to(dtype), (0, 0, pad, pad, pad, pad)).unfold(1, size, 1).unfold(2, size, 1)
+    windows = windows.flatten(-2)  # [B, H, W, C, K K]
     return torch.einsum("bhwcj,bcj->bhwc", windows, kernels.to(dtype)).to(x.dtype)

@@ -2,67 +2,66 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from visattn.ops._legacy import automatic, refusal
-from visattn.ops.fused.products import apply, outer
-from visattn.ops.fused.stencil import dynamic_conv
-from visattn.ops.linear.eager import focus, is_quadratic
+from visattn.ops.fused import support
+from visattn.ops.linear.eager import focused_pair
+
+if TYPE_CHECKING:
+    from visattn.ops.linear import (
+        DynamicConvProblem,
+        EfficientProblem,
+        FocusedProblem,
+        InlineProblem,
+        LinearProblem,
+    )
 
 
-def linear_refusal(q: Tensor, *others: Tensor | float | None) -> str | None:
-    """Why the kernels cannot run a call of any of the four ops, or None."""
-    return refusal(q, *(x for x in others if isinstance(x, Tensor)))
-
-
-def attention_automatic(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | float | None) -> str | None:
-    """Why "auto" should not take the kernels for an attention, or None."""
-    if is_quadratic(*(x.flatten(1, -3) for x in (q, k, v))):
+def automatic(problem: LinearProblem) -> str | None:
+    """None, or why "auto" should not take the kernels for an attention."""
+    if problem.is_quadratic:
         return "few tokens of wide heads cost less token by token"
-    return automatic(q)
+    return support.automatic(problem)
 
 
-def convolution_automatic(x: Tensor, kernels: Tensor) -> str | None:
-    """Why "auto" should not take the kernels for the convolution, or None."""
-    return automatic(x)
-
-
-def efficient_triton(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend_efficient(problem: EfficientProblem) -> Tensor:
     """See `visattn.ops.efficient_attention`."""
-    shape, dtype, same = q.shape[:-1], v.dtype, q.shape[1:-2] == k.shape[1:-2]
-    q, k, v = (x.flatten(1, -3) for x in (q, k, v))
-    hidden = None if mask is None else ~mask.flatten(1)[:, :, None, None]
+    from visattn.ops.fused.linear import apply, outer
+
+    (q, k, v), dtype = problem.flat(), problem.v.dtype
+    hidden, hidden_queries = problem.hidden()
     if hidden is not None:
-        k, v = k.float().masked_fill(hidden, torch.finfo(torch.float32).min), v.masked_fill(hidden, 0)
-        q = q.masked_fill(hidden, 0) if same else q
+        k = k.float().masked_fill(hidden, torch.finfo(torch.float32).min)
+        v = v.masked_fill(hidden, 0)
+    if hidden_queries is not None:
+        q = q.masked_fill(hidden_queries, 0)
     q, k = q.softmax(-1, dtype=torch.float32).to(dtype), k.softmax(1, dtype=torch.float32).to(dtype)
     out = apply(q, outer(k, v))
-    if hidden is not None and same:
-        out = out.masked_fill(hidden, 0)
-    return out.reshape(*shape, -1)
+    return problem.unflat(out if hidden_queries is None else out.masked_fill(hidden_queries, 0))
 
 
-def inline_triton(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def attend_inline(problem: InlineProblem) -> Tensor:
     """See `visattn.ops.inline_attention`."""
-    shape = q.shape[:-1]
-    q, k, v = (x.flatten(1, -3) for x in (q, k, v))
-    context = outer(k - k.mean(1, keepdim=True), v) * (scale / k.shape[1])
-    return (apply(q, context) + v.mean(1, keepdim=True)).reshape(*shape, -1)
+    from visattn.ops.fused.linear import apply, outer
+
+    q, k, v = problem.flat()
+    context = outer(k - k.mean(1, keepdim=True), v) * (problem.scale / k.shape[1])
+    return problem.unflat(apply(q, context) + v.mean(1, keepdim=True))
 
 
-def focused_triton(q: Tensor, k: Tensor, v: Tensor, focus_scale: Tensor, factor: float) -> Tensor:
+def attend_focused(problem: FocusedProblem) -> Tensor:
     """See `visattn.ops.focused_linear_attention`."""
-    shape, dtype = q.shape[:-1], v.dtype
-    q, k, v = (x.flatten(1, -3) for x in (q, k, v))
-    scale = F.softplus(focus_scale.float())
-    q, k = focus(q, scale, factor), focus(k, scale, factor)
-    q = q / ((q * k.mean(1, keepdim=True)).sum(-1, keepdim=True) + 1e-6)
-    context = outer(k.to(dtype), v) / k.shape[1]
-    return apply(q.to(dtype), context).reshape(*shape, -1)
+    from visattn.ops.fused.linear import apply, outer
+
+    q, k, scale = focused_pair(problem)
+    return problem.unflat(apply(q, outer(k, problem.v.flatten(1, -3)) * scale))
 
 
-def dynamic_conv_triton(x: Tensor, kernels: Tensor) -> Tensor:
+def convolve(problem: DynamicConvProblem) -> Tensor:
     """See `visattn.ops.dynamic_depthwise_conv`."""
-    return dynamic_conv(x, kernels)
+    from visattn.ops.fused.depthwise import dynamic_conv
+
+    return dynamic_conv(problem.x, problem.kernels)

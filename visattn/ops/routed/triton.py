@@ -21,7 +21,7 @@ def attend(problem: RoutedProblem) -> Tensor:
         flat(v),
         (*problem.q_axes, *problem.k_axes),
         problem.scale,
-        index=problem.index,
+        kv_indices=problem.index,
         weight=problem.weight,
         zero_keys=not problem.mask_border,
     )

@@ -1,4 +1,4 @@
-"""Triton kernels of weighted sums over K x K neighbourhoods. Launched by stencil.py."""
+"""Triton kernels of dynamic depthwise convolutions. Launched by depthwise.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def locate(H, W, groups, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def stencil_kernel(
+def depthwise_kernel(
     x,
     weights,
     out,
@@ -79,7 +79,7 @@ def stencil_kernel(
 
 
 @triton.jit
-def stencil_weights_kernel(
+def depthwise_weights_kernel(
     grad,
     x,
     out,

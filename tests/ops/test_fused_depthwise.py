@@ -1,4 +1,4 @@
-"""Weighted sums over neighbourhoods in Triton: on a CPU in its interpreter."""
+"""Dynamic depthwise convolutions in Triton: on a CPU in its interpreter."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.ops.gradients import leaves, results_and_gradients
 from tests.tolerances import relative_error
 from visattn.ops import dynamic_depthwise_conv, explain
 from visattn.ops.aggregated.reference import neighbours
-from visattn.ops.fused.stencil import dynamic_conv, mix_neighbours
+from visattn.ops.fused.depthwise import dynamic_conv, mix_neighbours
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = pytest.mark.parametrize(
@@ -123,9 +123,9 @@ def test_opcheck(op, size, transposed):
     x, weights = problem(op, size, 3).values()
     if op is dynamic_conv:
         x, weights = x[:, :, :, None], weights[:, None]
-    torch.library.opcheck(torch.ops.visattn.stencil.default, (x, weights, transposed))
+    torch.library.opcheck(torch.ops.visattn.depthwise.default, (x, weights, transposed))
     torch.library.opcheck(
-        torch.ops.visattn.stencil_weights.default,
+        torch.ops.visattn.depthwise_weights.default,
         (x, x, 9, op is dynamic_conv, torch.float16 if transposed else x.dtype),
     )
 
@@ -134,7 +134,7 @@ class Mixer(torch.nn.Module):
     """A convolution of the sample's own, then weights of every position's own."""
 
     def forward(self, x, kernels, weights=None):
-        x = torch.ops.visattn.dynamic_depthwise_conv(x, kernels, "triton")
+        x = dynamic_depthwise_conv(x, kernels, backend="triton")
         return x if weights is None else mix_neighbours(x.unflatten(-1, (2, -1)), weights)
 
 
@@ -148,7 +148,7 @@ def test_compiles_as_a_whole(dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(Mixer(), fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for w in (6, 7) if dynamic else (6,):
-        # Only the registered op takes symbolic sizes; mix_neighbours is called inside of one.
+        # Only the public op takes symbolic sizes; mix_neighbours is called inside of one.
         inputs, results = module_inputs(w)[: 2 if dynamic else 3], []
         for run in (compiled, Mixer()):
             out = run(*inputs)
@@ -160,7 +160,7 @@ def test_compiles_as_a_whole(dynamic):
 def test_exports():
     inputs = [t.detach() for t in module_inputs()]
     program = torch.export.export(Mixer(), tuple(inputs)).run_decompositions()
-    assert "visattn.stencil.default" in {str(node.target) for node in program.graph.nodes}
+    assert "visattn.depthwise.default" in {str(node.target) for node in program.graph.nodes}
     assert relative_error(program.module()(*inputs), Mixer()(*inputs)) <= tolerances.OP[torch.float32]
 
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from visattn.ops.fused.launch import launch, power_of_2, strides
 from visattn.ops.fused.support import is_interpreting, precision
 from visattn.ops.fused.tuning import Config, run_tuned
+from visattn.ops.geometry import ceil_div
 
 _PROGRAMS = 2048  # of outer, which cuts the positions into parts until there are so many, or parts become short
 _SHORTEST = 256  # positions of a part
@@ -39,16 +40,16 @@ def _block(n: int, most: int) -> int:
 
 def _parts(b: int, m: int, n: int, blocks: int) -> tuple[int, int]:
     """How many parts the positions are cut into, and how many each has; from sizes only, so that sums repeat."""
-    wanted = max(1, min(-(-_PROGRAMS // max(1, b * n * blocks)), m // _SHORTEST))
-    rows = -(-m // wanted)
-    return -(-m // max(1, rows)), rows
+    wanted = max(1, min(ceil_div(_PROGRAMS, max(1, b * n * blocks)), m // _SHORTEST))
+    rows = ceil_div(m, wanted)
+    return ceil_div(m, max(1, rows)), rows
 
 
 def _outer_launch(k: Tensor, v: Tensor, config: Config) -> tuple[int, tuple[int, ...], dict[str, Any]]:
     """The number of programs, the shape of the result [parts, B, N, D, E] and the kernel's arguments without it."""
     (b, m, n, d), e = k.shape, v.shape[-1]
     block_d, block_e = _block(d, config.block_m), _block(e, config.block_m)
-    blocks = -(-d // block_d) * -(-e // block_e)
+    blocks = ceil_div(d, block_d) * ceil_div(e, block_e)
     parts, rows = _parts(b, m, n, blocks)
     arguments = {
         "k": k,
@@ -88,7 +89,7 @@ def _apply_launch(q: Tensor, context: Tensor, config: Config) -> tuple[int, tupl
         "BLOCK_D": _block(d, config.block_n),
         "BLOCK_E": block_e,
     }
-    return b * n * -(-l // block_l) * -(-e // block_e), (b, l, n, e), arguments
+    return b * n * ceil_div(l, block_l) * ceil_div(e, block_e), (b, l, n, e), arguments
 
 
 def _shape_class(x: Tensor, channels: int) -> tuple[int | str, ...]:
@@ -97,7 +98,7 @@ def _shape_class(x: Tensor, channels: int) -> tuple[int | str, ...]:
 
 @torch.library.custom_op("visattn::linear_outer", mutates_args=())
 def _outer(k: Tensor, v: Tensor) -> Tensor:
-    from visattn.ops.fused.products_kernels import outer_kernel
+    from visattn.ops.fused.linear_kernels import outer_kernel
 
     def run(config: Config) -> tuple[Tensor]:
         programs, shape, arguments = _outer_launch(k, v, config)
@@ -117,7 +118,7 @@ def _(k: Tensor, v: Tensor) -> Tensor:
 
 @torch.library.custom_op("visattn::linear_apply", mutates_args=())
 def _apply(q: Tensor, context: Tensor) -> Tensor:
-    from visattn.ops.fused.products_kernels import apply_kernel
+    from visattn.ops.fused.linear_kernels import apply_kernel
 
     def run(config: Config) -> tuple[Tensor]:
         programs, shape, arguments = _apply_launch(q, context, config)

@@ -1,4 +1,4 @@
-"""Weighted sums over K x K neighbourhoods of channels-last maps, zero outside the map, K odd.
+"""Dynamic depthwise convolutions of channels-last maps: kernels of K x K weights made of the input, zero padding, K odd.
 
 One primitive serves both uses: S(x, w)[p] = sum_j w[p, j] x[p + d_j], with weights per position and head, or per sample
 and channel. Its derivatives are its transpose S'(x, w)[p] = sum_j w[p - d_j, j] x[p - d_j] and the weights' gradient
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from visattn.ops.fused.launch import launch, power_of_2, strides
 from visattn.ops.fused.tuning import Config, run_tuned
+from visattn.ops.geometry import ceil_div
 
 _STEPS = 4  # tiles of positions that a program of the kernels' gradient adds up
 
@@ -37,7 +38,7 @@ def _shape_class(x: Tensor, weights: Tensor, *others: Any) -> tuple[int | str, .
     return (str(x.dtype), str(weights.dtype), positions, x.shape[3], x.shape[4], weights.shape[-1], *map(str, others))
 
 
-def _stencil_launch(x: Tensor, weights: Tensor, out: Tensor, transposed: bool, config: Config) -> tuple[int, dict]:
+def _depthwise_launch(x: Tensor, weights: Tensor, out: Tensor, transposed: bool, config: Config) -> tuple[int, dict]:
     """The number of programs and the kernel's arguments."""
     b, h, w, n, c = x.shape
     per_channel = weights.ndim == 4
@@ -67,7 +68,7 @@ def _stencil_launch(x: Tensor, weights: Tensor, out: Tensor, transposed: bool, c
         "BLOCK_P": config.block_m,
         "BLOCK_C": config.block_n,
     }
-    return b * n * -(-c // config.block_n) * -(-h * w // config.block_m), arguments
+    return b * n * ceil_div(c, config.block_n) * ceil_div(h * w, config.block_m), arguments
 
 
 def _weights_launch(grad: Tensor, x: Tensor, out: Tensor, per_channel: bool, config: Config) -> tuple[int, dict]:
@@ -90,62 +91,62 @@ def _weights_launch(grad: Tensor, x: Tensor, out: Tensor, per_channel: bool, con
         "BLOCK_P": config.block_m,
         "BLOCK_C": config.block_n,
     }
-    return b * n * -(-c // config.block_n) * -(-h * w // (config.block_m * steps)), arguments
+    return b * n * ceil_div(c, config.block_n) * ceil_div(h * w, config.block_m * steps), arguments
 
 
-@torch.library.custom_op("visattn::stencil", mutates_args=())
-def _stencil(x: Tensor, weights: Tensor, transposed: bool) -> Tensor:
-    from visattn.ops.fused.stencil_kernels import stencil_kernel
+@torch.library.custom_op("visattn::depthwise", mutates_args=())
+def _depthwise(x: Tensor, weights: Tensor, transposed: bool) -> Tensor:
+    from visattn.ops.fused.depthwise_kernels import depthwise_kernel
 
     def run(config: Config) -> tuple[Tensor]:
         out = x.new_empty(x.shape)
-        programs, arguments = _stencil_launch(x, weights, out, transposed, config)
-        launch(stencil_kernel, programs, config, arguments)
+        programs, arguments = _depthwise_launch(x, weights, out, transposed, config)
+        launch(depthwise_kernel, programs, config, arguments)
         return (out,)
 
     key = _shape_class(x, weights, weights.ndim, transposed)
     with torch.cuda.device_of(x):
-        return run_tuned("stencil", key, x.device, _candidates(x, whole=False), run)[0]
+        return run_tuned("depthwise", key, x.device, _candidates(x, whole=False), run)[0]
 
 
-@_stencil.register_fake
+@_depthwise.register_fake
 def _(x: Tensor, weights: Tensor, transposed: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("visattn::stencil_weights", mutates_args=())
-def _stencil_weights(grad: Tensor, x: Tensor, taps: int, per_channel: bool, dtype: torch.dtype) -> Tensor:
-    from visattn.ops.fused.stencil_kernels import stencil_weights_kernel
+@torch.library.custom_op("visattn::depthwise_weights", mutates_args=())
+def _depthwise_weights(grad: Tensor, x: Tensor, taps: int, per_channel: bool, dtype: torch.dtype) -> Tensor:
+    from visattn.ops.fused.depthwise_kernels import depthwise_weights_kernel
 
     b, h, w, n, c = x.shape
 
     def run(config: Config) -> tuple[Tensor]:
         if per_channel:
-            parts = -(-h * w // (config.block_m * _STEPS))
+            parts = ceil_div(h * w, config.block_m * _STEPS)
             out = x.new_empty((b, parts, n, c, taps), dtype=torch.float32)
         else:
             out = x.new_empty((b, h, w, n, taps), dtype=dtype)
         programs, arguments = _weights_launch(grad, x, out, per_channel, config)
-        launch(stencil_weights_kernel, programs, config, arguments)
+        launch(depthwise_weights_kernel, programs, config, arguments)
         return (out.sum(1).to(dtype) if per_channel else out,)
 
     key = _shape_class(x, grad, taps, per_channel, dtype)
     with torch.cuda.device_of(x):
-        return run_tuned("stencil_weights", key, x.device, _candidates(x, whole=not per_channel), run)[0]
+        return run_tuned("depthwise_weights", key, x.device, _candidates(x, whole=not per_channel), run)[0]
 
 
-@_stencil_weights.register_fake
+@_depthwise_weights.register_fake
 def _(grad: Tensor, x: Tensor, taps: int, per_channel: bool, dtype: torch.dtype) -> Tensor:
     b, h, w, n, c = x.shape
     return x.new_empty((b, n, c, taps) if per_channel else (b, h, w, n, taps), dtype=dtype)
 
 
-class _Stencil(torch.autograd.Function):
+class _Depthwise(torch.autograd.Function):
     """S, or its transpose."""
 
     @staticmethod
     def forward(x: Tensor, weights: Tensor, transposed: bool) -> Tensor:
-        return torch.ops.visattn.stencil(x, weights, transposed)
+        return torch.ops.visattn.depthwise(x, weights, transposed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -157,19 +158,19 @@ class _Stencil(torch.autograd.Function):
         x, weights = ctx.saved_tensors
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = _Stencil.apply(grad, weights, not ctx.transposed)
+            dx = _Depthwise.apply(grad, weights, not ctx.transposed)
         if ctx.needs_input_grad[1]:
             pair = (x, grad) if ctx.transposed else (grad, x)
-            dw = _StencilWeights.apply(*pair, weights.shape[-1], weights.ndim == 4, weights.dtype)
+            dw = _DepthwiseWeights.apply(*pair, weights.shape[-1], weights.ndim == 4, weights.dtype)
         return dx, dw, None
 
 
-class _StencilWeights(torch.autograd.Function):
+class _DepthwiseWeights(torch.autograd.Function):
     """G."""
 
     @staticmethod
     def forward(grad: Tensor, x: Tensor, taps: int, per_channel: bool, dtype: torch.dtype) -> Tensor:
-        return torch.ops.visattn.stencil_weights(grad, x, taps, per_channel, dtype)
+        return torch.ops.visattn.depthwise_weights(grad, x, taps, per_channel, dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -178,8 +179,8 @@ class _StencilWeights(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
         grad, x = ctx.saved_tensors
-        dgrad = _Stencil.apply(x, weights, False) if ctx.needs_input_grad[0] else None
-        dx = _Stencil.apply(grad, weights, True) if ctx.needs_input_grad[1] else None
+        dgrad = _Depthwise.apply(x, weights, False) if ctx.needs_input_grad[0] else None
+        dx = _Depthwise.apply(grad, weights, True) if ctx.needs_input_grad[1] else None
         return dgrad, dx, None, None, None
 
 
@@ -210,7 +211,7 @@ def mix_neighbours(v: Tensor, weights: Tensor) -> Tensor:
             f"{tuple(weights.shape)}"
         )
     _check_taps(weights.shape[-1])
-    return _Stencil.apply(v, weights, False)
+    return _Depthwise.apply(v, weights, False)
 
 
 def dynamic_conv(x: Tensor, kernels: Tensor) -> Tensor:
@@ -233,4 +234,4 @@ def dynamic_conv(x: Tensor, kernels: Tensor) -> Tensor:
             f"expected x [B, H, W, C] and kernels [B, C, K * K], got {tuple(x.shape)} and {tuple(kernels.shape)}"
         )
     _check_taps(kernels.shape[-1])
-    return _Stencil.apply(x.unsqueeze(3), kernels.unsqueeze(1), False).squeeze(3)
+    return _Depthwise.apply(x.unsqueeze(3), kernels.unsqueeze(1), False).squeeze(3)

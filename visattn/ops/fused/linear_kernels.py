@@ -1,4 +1,4 @@
-"""Triton kernels of the two products of linear attention. Launched by products.py."""
+"""Triton kernels of the two products of linear attention. Launched by linear.py."""
 
 from __future__ import annotations
 
