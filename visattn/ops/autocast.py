@@ -7,9 +7,12 @@ and the backward pass, which runs outside of autocast, computes as the forward p
 from __future__ import annotations
 
 import contextlib
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T", Tensor, Tensor | None)
 
 
 def is_autocast(device: torch.device) -> bool:
@@ -17,7 +20,7 @@ def is_autocast(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
-def to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def to_autocast(*tensors: T) -> tuple[T, ...]:
     """Cast the tensors to autocast's dtype where it is on; float64 stays, as in PyTorch."""
     return tuple(
         t.to(torch.get_autocast_dtype(t.device.type))
