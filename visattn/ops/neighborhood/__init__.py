@@ -192,8 +192,7 @@ def neighborhood_attention(
         per_axis("stride", stride, int, axes),
         per_axis("is_causal", is_causal, bool, axes),
     )
-    q, k, v = to_autocast(q, k, v)
-    extra_k, extra_v = to_autocast(extra_k, extra_v)
+    q, k, v, extra_k, extra_v = to_autocast(q, k, v, extra_k, extra_v)
     problem = NeighborhoodProblem(
         q, k, v, *windows, bias, extra_k, extra_v, extra_bias, default_scale(q, scale), return_lse
     )
