@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from bench_device import NO_CUDA, slug
 from gpu_models import CUDA_MODELS
-from op_problems import OPS
+from op_cases import OPS
 
 ROOT = Path(__file__).parents[1]
 TESTS = "fused or triton or cuda"

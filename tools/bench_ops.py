@@ -1,4 +1,4 @@
-"""Time attention ops against named peers, in one run: a correctness gate first, then interleaved medians.
+"""Time attention ops against named providers, in one run: a correctness gate first, then interleaved medians.
 
     python tools/bench_ops.py                                     # every case and provider that can run here
     python tools/bench_ops.py --cases na2d_56_d8 --modes forward  # a part of it
@@ -29,8 +29,8 @@ import torch
 from bench_device import CPU, Cpu, open_device
 from bench_device import peak_bytes as peak_bytes  # other benchmarks take it from here
 from gpu_report import TRITON, GpuResult
+from op_cases import CASES, CUDA_CASES, OPS, TINY, Attend, Case, op_of
 from op_gate import TOLERANCES, Given, runner
-from op_problems import CUDA_PROBLEMS, OPS, PROBLEMS, TINY, Attend, Problem, op_of
 from report import failure, number, publish, show
 from torch import Tensor
 
@@ -43,7 +43,7 @@ SECONDS = {"cpu": 3.0, "cuda": 0.3}
 
 @dataclass
 class Result:
-    """One cell of the table; times in milliseconds, memory in MB, ratios against the case's first peer."""
+    """One cell of the table; times in milliseconds, memory in MB, ratios against the case's first provider."""
 
     case: str
     mode: str
@@ -76,13 +76,13 @@ def backend(name: str) -> tuple[Callable, Callable | None]:
     return lambda case: case.visattn(name), None
 
 
-def providers(case: Problem, is_gpu: bool = False) -> dict[str, tuple[Callable, Callable | None]]:
-    """The case's peers, on a CPU the baseline first, and this package's backends."""
+def providers(case: Case, is_gpu: bool = False) -> dict[str, tuple[Callable, Callable | None]]:
+    """The case's other providers, on a CPU the baseline first, and this package's backends."""
     ours = {"visattn eager": backend("eager")}
     if not is_gpu:
-        return {**case.peers, **ours}
+        return {**case.providers, **ours}
     compiled = (lambda case: torch.compile(case.visattn("eager"), dynamic=False), None)
-    return {**case.cuda_peers, **ours, "visattn eager compiled": compiled, TRITON: backend("triton")}
+    return {**case.cuda_providers, **ours, "visattn eager compiled": compiled, TRITON: backend("triton")}
 
 
 def reason(error: Exception) -> str:
@@ -116,7 +116,7 @@ def prepare(attend: Attend, mode: str, given: Given, device: Cpu, result: Result
 
 
 def measure(
-    case: Problem, mode: str, names: list[str] | None, seconds: float, device: Cpu = CPU, gate_only: bool = False
+    case: Case, mode: str, names: list[str] | None, seconds: float, device: Cpu = CPU, gate_only: bool = False
 ) -> list[Any]:
     """Gate every provider, then time those that passed, one call each in turn."""
     results: dict[str, Any] = {}
@@ -126,9 +126,9 @@ def measure(
     if names is not None:
         offered = {n: p for n, p in {**offered, TRITON: backend("triton")}.items() if n in names}
     given = Given(case, mode, device.torch_device)
-    for name, (build, refusal) in offered.items():
+    for name, (build, can_run) in offered.items():
         result = results[name] = (GpuResult if device.is_gpu else Result)(case.name, mode, name)
-        result.note = (refusal(case, mode) or "") if refusal else ""
+        result.note = (can_run(case, mode) or "") if can_run else ""
         if result.note:
             continue
         try:
@@ -173,17 +173,18 @@ TEXT = """# Ops on a CPU
 `{command}` ({setting}).
 CPU time of one thread, medians of interleaved calls; `x baseline` is how many times faster than the first
 provider of the case in the same run; `saved` is what autograd keeps for the backward pass, inputs included.
-Problems and providers are in `tools/op_problems/`. Not measured on a GPU.
+Cases and providers are in `tools/op_cases/`. Not measured on a GPU.
 """
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    problems = list({p.name: p for p in (*PROBLEMS, *CUDA_PROBLEMS, *TINY)}.values())
+    every = list({case.name: case for case in (*CASES, *CUDA_CASES, *TINY)}.values())
+    known = [case.name for case in every]
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
-    parser.add_argument("--cases", nargs="+", choices=[p.name for p in problems], metavar="CASE", help="default: all")
-    names = sorted({name for p in problems for is_gpu in (False, True) for name in providers(p, is_gpu)})
+    parser.add_argument("--cases", nargs="+", choices=known, metavar="CASE", help="default: all")
+    names = sorted({name for case in every for is_gpu in (False, True) for name in providers(case, is_gpu)})
     parser.add_argument("--providers", nargs="+", choices=names)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument(
@@ -195,11 +196,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     gpu.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no case begins")
     gpu.add_argument("--gate-only", action="store_true", help="time nothing; fills the caches of all compilers")
     args = parser.parse_args(argv)
-    args.problems = [p for p in (PROBLEMS if args.device == "cpu" else CUDA_PROBLEMS) if op_of(p) in args.ops]
+    cases = [case for case in (CASES if args.device == "cpu" else CUDA_CASES) if op_of(case) in args.ops]
     if args.cases is not None:
-        args.problems = [p for p in (*args.problems, *TINY) if p.name in args.cases]
-        if missing := set(args.cases) - {p.name for p in args.problems}:
+        cases = [case for case in (*cases, *TINY) if case.name in args.cases]
+        if missing := set(args.cases) - {case.name for case in cases}:
             parser.error(f"no cases of --device {args.device}: {', '.join(sorted(missing))}")
+    args.cases = cases
     args.seconds = SECONDS[args.device] if args.seconds is None else args.seconds
     return args
 
@@ -211,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
         return on_gpu(args, device, argv)
     torch.set_num_threads(1)
     results = []
-    for case in args.problems:
+    for case in args.cases:
         for mode in args.modes:
             print(f"{case.name}, {mode} ...", flush=True)
             results += measure(case, mode, args.providers, args.seconds)
@@ -223,7 +225,7 @@ def on_gpu(args: argparse.Namespace, device: Any, argv: list[str] | None) -> int
     """The same, with results written after every case, and what fails noted instead of raised."""
     start = time.monotonic()
     run = gpu_report.Run(device, args.out, args.update, argv)
-    order = [(case, mode) for case in args.problems for mode in args.modes]
+    order = [(case, mode) for case in args.cases for mode in args.modes]
     for case, mode in order:
         print(f"[{time.monotonic() - start:.0f} s] {case.name}, {mode} ...", flush=True)
         if time.monotonic() - start > args.budget:

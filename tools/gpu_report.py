@@ -11,8 +11,8 @@ import op_floors
 import report
 import torch
 from bench_device import slug
+from op_cases import CUDA_CASES, Case
 from op_floors import Rates
-from op_problems import CUDA_PROBLEMS, Problem
 from report import number
 
 TRITON = "visattn triton"
@@ -39,7 +39,7 @@ class GpuResult:
     note: str = ""
 
 
-def rate(results: Sequence[GpuResult], case: Problem, mode: str, rates: Rates) -> None:
+def rate(results: Sequence[GpuResult], case: Case, mode: str, rates: Rates) -> None:
     """Fill in what follows from the medians of one case and mode."""
     ours = next((r.median_ms for r in results if r.provider == TRITON), None)
     for r in results:
@@ -89,8 +89,8 @@ TEXT = """# Ops on a GPU
 - `error`: norm-wise against float64, of outputs and all gradients, on the first and the last image. What differs by
   more than 3e-2 (bfloat16) is not timed.
 
-Maps are bfloat16, parameters float32; q, k and v are views of one projection. Problems and providers are in
-`tools/op_problems/`.
+Maps are bfloat16, parameters float32; q, k and v are views of one projection. Cases and providers are in
+`tools/op_cases/`.
 """
 
 
@@ -113,17 +113,17 @@ def _missing(result: GpuResult | None, name: str) -> str:
     return f"{name}: {result.note if result and result.note else 'not in this run'}"
 
 
-def _over(*peers: str, inverse: bool = False) -> Callable[[Any, str, str], float | str]:
-    """Our time over the best of these peers', or the reverse."""
+def _over(*providers: str, inverse: bool = False) -> Callable[[Any, str, str], float | str]:
+    """Our time over the best of these providers', or the reverse."""
 
     def figure(find: Any, case: str, mode: str) -> float | str:
         ours = find(case, mode, TRITON)
         if ours is None or not ours.median_ms:
             return _missing(ours, TRITON)
-        found = [find(case, mode, peer) for peer in peers]
+        found = [find(case, mode, provider) for provider in providers]
         times = [r.median_ms for r in found if r is not None and r.median_ms]
         if not times:
-            return _missing(found[0], peers[0])
+            return _missing(found[0], providers[0])
         return min(times) / ours.median_ms if inverse else ours.median_ms / min(times)
 
     return figure
@@ -162,9 +162,9 @@ def all_goals(rates: Rates) -> Iterator[Goal]:
     routed = ("routed_56_topk1", "routed_28_topk4", "routed_14_topk16")
     faster = [(routed, "official gather", (3, 5)), (("halo_32", "halo_16"), "timm HaloAttn", (4, 4))]
     faster.append((("aggregated_56", "aggregated_28", "aggregated_14"), "official unfold", (2, 2)))
-    for cases, peer, limits in faster:
+    for cases, provider, limits in faster:
         for mode, limit in zip((FORWARD, BOTH), limits, strict=True):
-            yield Goal(f"times faster than {peer}", cases, mode, limit, False, _over(peer, inverse=True))
+            yield Goal(f"times faster than {provider}", cases, mode, limit, False, _over(provider, inverse=True))
 
 
 def verdict(goal: Goal, figure: float | str) -> tuple[str, str]:
@@ -214,11 +214,11 @@ class Run:
         self.new: list[GpuResult] = []
 
     def results(self) -> list[GpuResult]:
-        """In the order of the problems."""
-        order = {case.name: i for i, case in enumerate(CUDA_PROBLEMS)}
+        """In the order of the cases."""
+        order = {case.name: i for i, case in enumerate(CUDA_CASES)}
         return sorted([*self.kept, *self.new], key=lambda r: (order.get(r.case, len(order)), r.mode != FORWARD))
 
-    def add(self, case: Problem, mode: str, results: Sequence[GpuResult], write: bool = True) -> None:
+    def add(self, case: Case, mode: str, results: Sequence[GpuResult], write: bool = True) -> None:
         """Take the results of a case and mode, and write all files anew. An empty case does not replace a full one."""
         rate(results, case, mode, self.rates)
         self.new += results

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_report import GpuResult
-from op_problems import CUDA_PROBLEMS, OPS, op_of
+from op_cases import CUDA_CASES, OPS, op_of
 from report import number
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +28,7 @@ def readme(op: str) -> Path:
 def section(op: str, records: dict[str, Any]) -> str:
     """The section with its heading; `records` are the contents of result files by the names of their folders."""
     parts = [HEADING]
-    cases = {case.name for case in CUDA_PROBLEMS if op_of(case) == op}
+    cases = {case.name for case in CUDA_CASES if op_of(case) == op}
     for folder, record in records.items():
         results = [r for r in (GpuResult(**r) for r in record["results"]) if r.case in cases]
         if not results:

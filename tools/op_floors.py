@@ -7,7 +7,7 @@
                gradient of out and writes those of k and v; flops: 2.5 times the forward's in each; the log-sum-exps
                and the products of out and its gradient are written or read four times
 
-Flops and exponentials are those of the tiles that a kernel on tensor cores visits (`Problem.work`), of which a part is
+Flops and exponentials are those of the tiles that a kernel on tensor cores visits (`Case.work`), of which a part is
 masked. The rates are an H200's: a large copy, a large product in bfloat16, and 16 exponentials per clock and
 multiprocessor; a run measures the first two on its own GPU.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from op_problems import Problem
+from op_cases import Case
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,17 @@ class Rates:
     exps_per_s: float = 3.71e12
 
 
-def map_bytes(case: Problem) -> int:
+def map_bytes(case: Case) -> int:
     """Of one of q, k, v, out."""
     return case.batch * case.tokens() * case.heads * case.dim * case.dtype.itemsize
 
 
-def useful_bytes(case: Problem, mode: str) -> int:
+def useful_bytes(case: Case, mode: str) -> int:
     """What must be read and written at least: q, k, v, out; with the backward also q, k, v, out and 4 gradients."""
     return map_bytes(case) * (4 if mode == "forward" else 12)
 
 
-def floor(case: Problem, mode: str, rates: Rates) -> float:
+def floor(case: Case, mode: str, rates: Rates) -> float:
     """Seconds of a forward pass, or of both passes."""
     flops, exps = case.work()
     row_bytes = 4 * case.batch * case.tokens() * case.heads

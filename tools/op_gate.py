@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from op_problems import Attend, Problem
+from op_cases import Attend, Case
 from torch import Tensor
 
 # Norm-wise, against float64.
@@ -19,7 +19,7 @@ def runner(
 ) -> Callable[[], list[Tensor]]:
     """A call that returns the output and, with the backward, the gradient of every input.
 
-    Inputs are as the problem has them; the cotangent is laid out as `attend` returns its output (default: ones).
+    Inputs are as the case has them; the cotangent is laid out as `attend` returns its output (default: ones).
     """
     inputs = attend.into(**inputs) if hasattr(attend, "into") else inputs
     if mode == "forward":
@@ -42,13 +42,13 @@ def runner(
 
 
 class Given:
-    """A problem's inputs and the gradient of its output, and what the reference makes of them in float64.
+    """A case's inputs and the gradient of its output, and what the reference makes of them in float64.
 
-    A fused problem is checked on its first and last image, which takes both passes over the whole batch: the gradient
+    A fused case is checked on its first and last image, which takes both passes over the whole batch: the gradient
     of the output is zero for the other images, so that gradients of parameters come from these two alone.
     """
 
-    def __init__(self, case: Problem, mode: str, device: torch.device) -> None:
+    def __init__(self, case: Case, mode: str, device: torch.device) -> None:
         inputs = case.inputs(device)
         self.batch = case.batch
         self.parameters = inputs.keys() - set(case.maps)

@@ -1,4 +1,4 @@
-"""Search the best launch of the Triton kernels for the problems of `op_problems`, forward and backward, and keep it.
+"""Search the best launch of the Triton kernels for the cases of `op_cases`, forward and backward, and keep it.
 
     python tools/tune_ops.py --device cuda                          # every case, in bfloat16 and float16
     python tools/tune_ops.py --device cuda --cases na2d_56 --again  # measure anew what is known
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from op_problems import CUDA_PROBLEMS, TINY, Problem
+from op_cases import CUDA_CASES, TINY, Case
 from report import number, publish
 
 import visattn
@@ -51,7 +51,7 @@ class Result:
     note: str = ""
 
 
-def refusal(device: str) -> str | None:
+def can_run(device: str) -> str | None:
     """Why kernels cannot run on this device, or None."""
     if device == "cuda" and not torch.cuda.is_available():
         return "no CUDA device is available here, so there is nothing to tune; the interpreter takes --device cpu"
@@ -60,14 +60,14 @@ def refusal(device: str) -> str | None:
     return None
 
 
-def run_case(case: Problem, device: str) -> None:
+def run_case(case: Case, device: str) -> None:
     """One forward and backward pass with the Triton backend."""
     leaves = {name: t.requires_grad_() for name, t in case.inputs(device).items()}
     out = case.visattn("triton")(**(case.fuse(leaves) if case.fused else leaves))
     torch.autograd.grad(out, list(leaves.values()), torch.randn_like(out))
 
 
-def tune_case(case: Problem, device: str, dtype: str, again: bool) -> list[Result]:
+def tune_case(case: Case, device: str, dtype: str, again: bool) -> list[Result]:
     """What was chosen for the kernels of a case."""
     try:
         with visattn.ops.tune(again) as report:
@@ -96,15 +96,15 @@ def short(config: Config) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--cases", nargs="+", metavar="CASE", help="some of the device's problems in op_problems")
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help="some of the device's cases in op_cases")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bfloat16", "float16"])
     parser.add_argument("--again", action="store_true", help="measure also what is known")
     args = parser.parse_args(argv)
-    if reason := refusal(args.device):
+    if reason := can_run(args.device):
         print(reason, file=sys.stderr)
         return 1
 
-    cases = {p.name: p for p in (CUDA_PROBLEMS if args.device == "cuda" else TINY)}
+    cases = {case.name: case for case in (CUDA_CASES if args.device == "cuda" else TINY)}
     if unknown := set(args.cases or ()) - set(cases):
         parser.error(f"expected --cases among {', '.join(cases)}; got {', '.join(sorted(unknown))}")
     results = []

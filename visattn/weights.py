@@ -147,9 +147,9 @@ def check_fit(
     own = model.state_dict()
     metadata, unfit, odd = getattr(weights, "_metadata", None) or {}, [], []
     for key, target in own.items():
-        value = weights.get(key)
         if key not in weights or not isinstance(target, Tensor):
             continue
+        value = weights[key]
         if not _is_same_kind(value, target):
             unfit.append(f"{key} of {_describe(value)} in place of {_describe(target)}")
         elif value.shape != target.shape and not (target.ndim == 0 and value.shape == (1,)):  # torch takes that too

@@ -1,4 +1,4 @@
-"""The benchmarks' GPU side, as far as it runs without one: problems, peers, floors, tables, goals."""
+"""The benchmarks' GPU side, as far as it runs without one: cases, providers, floors, tables, goals."""
 
 import dataclasses
 import json
@@ -18,15 +18,15 @@ import bench_device
 import bench_models
 import bench_ops
 import gpu_report
+import op_cases
 import op_gate
-import op_problems
 from gpu_report import BOTH, FORWARD, TRITON, GpuResult
 from op_floors import Rates
 
 from visattn.ops.routed import region_routing
 
 H200 = Rates()
-CUDA = {p.name: p for p in op_problems.CUDA_PROBLEMS}
+CUDA = {p.name: p for p in op_cases.CUDA_CASES}
 NO_BACKWARD = "FlexAttention compiled", "natten flex-fna"  # on a CPU
 
 
@@ -48,9 +48,9 @@ def _uncompiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
-@pytest.mark.parametrize("case", op_problems.TINY, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", op_cases.TINY, ids=lambda case: case.name)
 @pytest.mark.parametrize("mode", [FORWARD, BOTH])
-def test_every_peer_of_a_gpu_computes_the_same(case, mode):
+def test_every_provider_of_a_gpu_computes_the_same(case, mode):
     names = [name for name in bench_ops.providers(case, True) if name != TRITON]
     for r in bench_ops.measure(case, mode, names, 0, Pretend()):
         if mode == BOTH and r.provider in NO_BACKWARD:
@@ -65,26 +65,26 @@ def test_every_peer_of_a_gpu_computes_the_same(case, mode):
 def test_kernels_in_the_interpreter(name):
     arguments = ["--cases", name, "--providers", TRITON, "--modes", FORWARD, "--seconds", "0"]
     assert bench_ops.main(arguments) == 0
-    case = next(case for case in op_problems.TINY if case.name == name)
+    case = next(case for case in op_cases.TINY if case.name == name)
     (result,) = bench_ops.measure(case, FORWARD, [TRITON], 0, gate_only=True)
     assert result.error < 1e-5
     assert not result.note
 
 
-@pytest.mark.parametrize("case", op_problems.TINY, ids=lambda case: case.name)
-def test_peers_in_bfloat16(case):
+@pytest.mark.parametrize("case", op_cases.TINY, ids=lambda case: case.name)
+def test_providers_in_bfloat16(case):
     case = dataclasses.replace(case, dtype=torch.bfloat16)
     names = [name for name in bench_ops.providers(case, True) if "natten" not in name and name != TRITON]
     for r in bench_ops.measure(case, BOTH, names, 0, Pretend()):
         assert r.provider in NO_BACKWARD or r.median_ms or (r.note and r.error is None), r
 
 
-@pytest.mark.parametrize("case", op_problems.TINY, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", op_cases.TINY, ids=lambda case: case.name)
 def test_nothing_stays_on_the_cpu(case):
-    """Tensors of a GPU that is not there; a peer that mixes them with tensors of the CPU fails."""
+    """Tensors of a GPU that is not there; a provider that mixes them with tensors of the CPU fails."""
     providers = {**bench_ops.providers(case, True), "reference": bench_ops.backend("reference")}
-    for name, (build, refusal) in providers.items():
-        if "natten" in name or name == TRITON or (refusal and refusal(case, FORWARD)):
+    for name, (build, can_run) in providers.items():
+        if "natten" in name or name == TRITON or (can_run and can_run(case, FORWARD)):
             continue
         with FakeTensorMode():
             inputs = case.fuse({n: torch.empty(shape, device="cuda") for n, shape in case.shapes().items()})
@@ -92,8 +92,8 @@ def test_nothing_stays_on_the_cpu(case):
         assert out.device.type == "cuda"
 
 
-@pytest.mark.parametrize("case", op_problems.CUDA_PROBLEMS, ids=lambda case: case.name)
-def test_problems_are_what_the_layers_give(case):
+@pytest.mark.parametrize("case", op_cases.CUDA_CASES, ids=lambda case: case.name)
+def test_cases_are_what_the_layers_give(case):
     fused = dataclasses.replace(case, batch=1)
     small = {n: torch.empty(shape, device="meta") for n, shape in fused.shapes().items()}
     for names in case.projections:
@@ -116,19 +116,19 @@ def test_routing_of_narrow_dtypes_is_clear():
     assert len(exact.unique()) == 49
 
 
-def a_case(case, mode, ours, **peers):
-    found = [GpuResult(case.name, mode, name.replace("_", " "), median_ms=ms) for name, ms in peers.items()]
+def a_case(case, mode, ours, **others):
+    found = [GpuResult(case.name, mode, name.replace("_", " "), median_ms=ms) for name, ms in others.items()]
     return [*found, GpuResult(case.name, mode, TRITON, median_ms=ours)]
 
 
 def test_ratios_and_row():
-    results = a_case(CUDA["window_56"], FORWARD, 0.1, peer=0.25)
+    results = a_case(CUDA["window_56"], FORWARD, 0.1, other=0.25)
     gpu_report.rate(results, CUDA["window_56"], FORWARD, H200)
-    peer, ours = results
-    assert (peer.times_triton, ours.times_triton) == (2.5, 1)
+    other, ours = results
+    assert (other.times_triton, ours.times_triton) == (2.5, 1)
     assert ours.gb_per_s == pytest.approx(4 * 128 * 3136 * 64 * 2 / 1e-4 / 1e9)
     assert ours.times_floor == pytest.approx(100 / 48.5, rel=0.01)
-    cells = dict(zip(gpu_report.COLUMNS, gpu_report.row(peer), strict=True))
+    cells = dict(zip(gpu_report.COLUMNS, gpu_report.row(other), strict=True))
     assert (cells["us"], cells["x triton"], cells["note"]) == ("250.0", "2.50", "")
     refused = GpuResult("window_56", FORWARD, "natten", note="not installed")
     assert gpu_report.row(refused)[3:] == [""] * 8 + ["not installed"]
@@ -166,10 +166,10 @@ def main_on(device, monkeypatch, *arguments):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Two problems for the GPU."""
-    case = op_problems.TINY[0]
+    """Two cases for the GPU."""
+    case = op_cases.TINY[0]
     cases = [dataclasses.replace(case, name=name) for name in ("na2d_56", "na2d_28")]
-    monkeypatch.setattr(bench_ops, "CUDA_PROBLEMS", cases)
+    monkeypatch.setattr(bench_ops, "CUDA_CASES", cases)
     return ["--modes", FORWARD, "--providers", "visattn eager", "--seconds", "0"]
 
 
@@ -186,7 +186,7 @@ def test_session_keeps_and_replaces_results(monkeypatch, tmp_path, tiny, capsys)
     assert "## Goals" in text
     assert "not measured: visattn triton: not in this run" in capsys.readouterr().out
 
-    monkeypatch.setattr(bench_ops, "CUDA_PROBLEMS", bench_ops.CUDA_PROBLEMS[1:])
+    monkeypatch.setattr(bench_ops, "CUDA_CASES", bench_ops.CUDA_CASES[1:])
     main_on(Pretend(), monkeypatch, *arguments, "--update")
     second = json.loads(out.with_suffix(".json").read_text())["results"]
     assert second[0] == first["results"][0]
@@ -204,13 +204,13 @@ def test_failures_are_noted_and_do_not_end_the_session(monkeypatch, tmp_path, ti
             raise RuntimeError("no such kernel\nmore")
         return lambda **inputs: torch.full_like(inputs["q"], float("nan"))
 
-    monkeypatch.setitem(op_problems.neighborhood.Neighborhood.cuda_peers, "peer", (build, None))
-    arguments = [*tiny, "--out", str(tmp_path / "ops"), "--providers", "peer", "visattn eager"]
+    monkeypatch.setitem(op_cases.neighborhood.Neighborhood.cuda_providers, "other", (build, None))
+    arguments = [*tiny, "--out", str(tmp_path / "ops"), "--providers", "other", "visattn eager"]
     assert main_on(Pretend(), monkeypatch, *arguments) == 1
     results = json.loads((tmp_path / "ops.json").read_text())["results"]
     notes = {(r["case"], r["provider"]): r["note"] for r in results}
-    assert notes["na2d_56", "peer"] == "failed: RuntimeError: no such kernel"
-    assert notes["na2d_28", "peer"] == "wrong result: not timed"
+    assert notes["na2d_56", "other"] == "failed: RuntimeError: no such kernel"
+    assert notes["na2d_28", "other"] == "wrong result: not timed"
     assert notes["na2d_56", "visattn eager"] == notes["na2d_28", "visattn eager"] == ""
     assert not [r for r in results if r["note"] and r["median_ms"]]
 
@@ -218,7 +218,7 @@ def test_failures_are_noted_and_do_not_end_the_session(monkeypatch, tmp_path, ti
 @pytest.mark.parametrize("broken", [1, -1])
 def test_gate_sees_first_and_last_image(broken):
     """Forward and gradients of an image that is computed wrongly; tables get no gradient from other images."""
-    case = dataclasses.replace(op_problems.TINY[0], batch=4)
+    case = dataclasses.replace(op_cases.TINY[0], batch=4)
     right = case.visattn("eager")
 
     def wrong(**inputs):

@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import bench_ops
-import op_problems
+import op_cases
 
 ARGS = ["--cases", "na2d_14_bias", "--seconds", "0"]
 
@@ -35,8 +35,8 @@ def test_table_and_json(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["window_56", "grid_56", "halo_64_4heads"])
-def test_peers_of_the_other_ops(name):
-    case = next(p for p in op_problems.PROBLEMS if p.name == name)
+def test_providers_of_the_other_ops(name):
+    case = next(p for p in op_cases.CASES if p.name == name)
     for mode in bench_ops.MODES:
         results = bench_ops.measure(case, mode, None, 0)
         assert len(results) == 2
@@ -50,7 +50,7 @@ def test_a_wrong_provider_is_not_timed(monkeypatch, tmp_path):
         right = case.visattn("eager")
         return lambda q, k, v, bias: right(q, k, v, bias.flip(-1))
 
-    monkeypatch.setitem(op_problems.neighborhood.Neighborhood.peers, "wrong", (wrong, None))
+    monkeypatch.setitem(op_cases.neighborhood.Neighborhood.providers, "wrong", (wrong, None))
     out = tmp_path / "ops"
     assert bench_ops.main([*ARGS, "--providers", "wrong", "gather", "--modes", "forward", "--out", str(out)]) == 1
     results = {r["provider"]: r for r in json.loads(out.with_suffix(".json").read_text())["results"]}

@@ -11,7 +11,7 @@ RECORD = {
     "setting": {"GPU": "NVIDIA H200", "torch": "2", "triton": "3", "natten": "not installed", "copy": "4.20 TB/s"},
     "results": [
         {"case": "window_56", "mode": "forward", "provider": "visattn triton", "median_ms": 0.0614, "gb_per_s": 3347},
-        {"case": "window_56", "mode": "forward", "provider": "peer", "note": "not installed | here"},
+        {"case": "window_56", "mode": "forward", "provider": "other", "note": "not installed | here"},
         {"case": "halo_32", "mode": "forward", "provider": "visattn triton", "median_ms": 1.0},
     ],
 }
@@ -24,7 +24,7 @@ def test_readmes_are_the_committed_results():
 def test_section_of_an_op():
     text = gpu_tables.section("window", {"nvidia_h200": RECORD})
     assert "| window_56 | forward | visattn triton | 61.4 | 3347 |" in text
-    assert "| window_56 | forward | peer | not measured: not installed / here |" in text
+    assert "| window_56 | forward | other | not measured: not installed / here |" in text
     assert "halo_32" not in text
     assert "tools/results/nvidia_h200/bench_ops.md" in text
     assert "Not measured" not in text

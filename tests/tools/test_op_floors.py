@@ -8,13 +8,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
+import op_cases
 import op_floors
-import op_problems
 from op_floors import Rates
 
 FORWARD, BOTH = "forward", "forward+backward"
 H200 = Rates()
-CUDA = {p.name: p for p in op_problems.CUDA_PROBLEMS}
+CUDA = {p.name: p for p in op_cases.CUDA_CASES}
 
 # The floors of specs/kernels.md, section 4: microseconds at batch 128 in bfloat16, forward and backward.
 FLOORS = {

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 from mmengine.registry import MODELS
@@ -106,7 +106,7 @@ class TimmBackboneVA(ChecksWeights):
         self._frozen = self._freeze()
         self.register_load_state_dict_pre_hook(_convert_official)
 
-    def _create(self, **kwargs: Any) -> nn.Module:
+    def _create(self, **kwargs: Any) -> Any:  # no class of timm's declares what its models have in common
         return timm.create_model(self.model_name, **self._options, **kwargs)
 
     def _check_levels(self, indices: Sequence[int] | None, number: int) -> tuple[int, ...]:
@@ -121,7 +121,7 @@ class TimmBackboneVA(ChecksWeights):
 
     def _freeze(self) -> list[str]:
         """Stop the gradients of the frozen groups; returns the largest modules that have no others."""
-        groups = group_parameters(self.model, self.model.group_matcher(coarse=True), reverse=True)
+        groups: Any = group_parameters(self.model, self.model.group_matcher(coarse=True), reverse=True)
         for key, parameter in self.model.named_parameters():
             if groups[key] <= self.frozen_stages:
                 parameter.requires_grad_(False)
@@ -180,7 +180,7 @@ class TimmBackboneVA(ChecksWeights):
             visattn.weights.WeightsError: Weights of another model, of which none has been loaded then.
         """
         if isinstance(state_dict, Mapping):
-            state_dict = copy(state_dict)  # with its metadata
+            state_dict = cast("dict[str, Any]", copy(state_dict))  # with its metadata
             _convert_official(self, state_dict, "")
         return super().load_state_dict(state_dict, strict, assign)
 

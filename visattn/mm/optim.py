@@ -1,7 +1,7 @@
 """Optimizer settings by layer and parameter, and training in lower precision, for mmengine's Runner."""
 
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from typing import Any
@@ -51,7 +51,7 @@ class BackboneOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         # timm puts norms of the outputs, which no pattern matches, with the heads; so does a name that is not there.
         added = [(f"out_norms.{name}", parameter) for name, parameter in backbone.norms.named_parameters()]
         named = [*model.named_parameters(), *added, ("heads", None)]
-        layers = group_with_matcher(named, model.group_matcher(), reverse=True)
+        layers: Any = group_with_matcher(iter(named), model.group_matcher(), reverse=True)
         names = {id(parameter): name for name, parameter in named}
         patterns = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
         for group in params:
@@ -91,9 +91,9 @@ class AutocastOptimWrapper(AmpOptimWrapper):
         self._scale_update_param = None
 
     @contextmanager
-    def optim_context(self, model: nn.Module) -> Iterator[None]:
+    def optim_context(self, model: nn.Module) -> Generator[None]:
         """Where the Runner calls the model."""
-        inner = model.module if is_model_wrapper(model) else model
+        inner: Any = model.module if is_model_wrapper(model) else model
         extract = inner.extract_feat
 
         def extract_feat(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:

@@ -7,9 +7,15 @@ and the backward pass, which runs outside of autocast, computes as the forward p
 from __future__ import annotations
 
 import contextlib
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVarTuple, Unpack
+
+    Tensors = TypeVarTuple("Tensors")
 
 
 def is_autocast(device: torch.device) -> bool:
@@ -17,14 +23,15 @@ def is_autocast(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
-def to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast the tensors to autocast's dtype where it is on; float64 stays, as in PyTorch."""
-    return tuple(
+def to_autocast(*tensors: Unpack[Tensors]) -> tuple[Unpack[Tensors]]:
+    """Cast the tensors to autocast's dtype where it is on; float64 stays, as in PyTorch, and so does what is None."""
+    found: Any = tuple(
         t.to(torch.get_autocast_dtype(t.device.type))
         if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 and is_autocast(t.device)
         else t
         for t in tensors
     )
+    return found
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:

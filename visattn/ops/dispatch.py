@@ -18,7 +18,7 @@ import inspect
 import logging
 import os
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -98,7 +98,7 @@ class Backend(Generic[P]):
 
 
 @contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str) -> Generator[None]:
     """Request backend `name` for every op called in this context that does not name one itself.
 
     The context is that of `contextvars`: threads that start inside it do not inherit it; enter it in each of them, or
@@ -124,7 +124,7 @@ class Decision:
 
 
 @contextlib.contextmanager
-def explain() -> Iterator[list[Decision]]:
+def explain() -> Generator[list[Decision]]:
     """Collect the choice made by every op called in this context, in order, e.g. for a forward pass of a model."""
     decisions: list[Decision] = []
     token = _decisions.set(decisions)
@@ -182,7 +182,8 @@ class Backends(Generic[P]):
 
         hints = typing.get_type_hints(problem)
         names = [*(field.name for field in dataclasses.fields(problem)), "backend"]
-        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        # pyrefly: ignore[missing-attribute]: what inspect reads is not declared for functions
+        run.__signature__ = inspect.Signature(
             [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=hints.get(n, str)) for n in names]
         )
         self._whole = register(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from visattn.ops.geometry import ceil_div, is_symbolic
+from visattn.ops.geometry import ceil_div, is_symbolic, sym_max
 from visattn.ops.registration import custom_op, traced_as_one
 
 
@@ -58,12 +58,12 @@ def fit_centered(x: Tensor, size: Sequence[int]) -> Tensor:
     """
     size = [int(n) for n in size] if torch.jit.is_tracing() else size
     more = [new - old for old, new in zip(spatial_sizes(x), size, strict=True)]
-    return _move(x, size, [torch.sym_max(n, 0) // 2 - torch.sym_max(-n, 0) // 2 for n in more])
+    return _move(x, size, [sym_max(n, 0) // 2 - sym_max(-n, 0) // 2 for n in more])
 
 
 def _at_least(n: int, low: int) -> int:
     """Their maximum; n itself where its range says so, which later arithmetic need not carry along."""
-    return n if statically_known_true(n >= low) else torch.sym_max(n, low)
+    return n if statically_known_true(n >= low) else sym_max(n, low)
 
 
 @traced_as_one
@@ -91,7 +91,7 @@ def pad_centered_to_multiple(x: Tensor, multiple: Sequence[int]) -> Tensor:
 @traced_as_one
 def floor_to_multiple(x: Tensor, multiple: Sequence[int]) -> Tensor:
     """Crop a map [B, *spatial, C] at the bottom and right to a multiple of `multiple`, or zero-pad it to one."""
-    return fit(x, [torch.sym_max(1, n // m) * m for n, m in zip(spatial_sizes(x), multiple, strict=True)])
+    return fit(x, [sym_max(1, n // m) * m for n, m in zip(spatial_sizes(x), multiple, strict=True)])
 
 
 @traced_as_one

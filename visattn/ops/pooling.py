@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visattn.ops.geometry import bin_edges, ceil_div, is_symbolic
+from visattn.ops.geometry import bin_edges, ceil_div, is_symbolic, sym_max, sym_min
 from visattn.ops.padding import spatial_sizes
 from visattn.ops.registration import custom_op, traced_as_one
 
@@ -89,5 +89,5 @@ def avg_pool_grid(x: Tensor, ratio: Sequence[int], size: Sequence[int] = ()) -> 
         raise ValueError(f"expected ratio of 2 ints and size of 2 or none, got {list(ratio)} and {list(size)}")
     sizes = spatial_sizes(x)
     if len(size):
-        return adaptive_avg_pool(x, [torch.sym_min(n, s) for n, s in zip(sizes, size, strict=True)])
-    return adaptive_avg_pool(x, [torch.sym_max(1, n // r) for n, r in zip(sizes, ratio, strict=True)])
+        return adaptive_avg_pool(x, [sym_min(n, s) for n, s in zip(sizes, size, strict=True)])
+    return adaptive_avg_pool(x, [sym_max(1, n // r) for n, r in zip(sizes, ratio, strict=True)])

@@ -140,7 +140,8 @@ def register(
 
     def prototype() -> None: ...
 
-    prototype.__signature__ = inspect.Signature(parameters, return_annotation=list[Tensor])  # type: ignore[attr-defined]
+    # pyrefly: ignore[missing-attribute]: what inspect reads is not declared for functions
+    prototype.__signature__ = inspect.Signature(parameters, return_annotation=list[Tensor])
     schema = torch.library.infer_schema(prototype, mutates_args=())
 
     @torch.library.custom_op(f"visattn::{name}", mutates_args=(), schema=schema)
@@ -163,7 +164,7 @@ def register(
 
         with without_autocast(args[0].device):
             # A kernel runs below autograd, where only a functional transform can differentiate.
-            _, differentiate = torch.func.vjp(call, *(args[i] for i in wanted))
+            differentiate = torch.func.vjp(call, *(args[i] for i in wanted))[1]
             return [_fresh(g, (*grads, *args)) for g in differentiate(tuple(grads))]
 
     @backward.register_fake
@@ -221,7 +222,9 @@ def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPro
     from torch.fx.experimental import _config as config
 
     # PyTorch otherwise takes for granted that no size is 1 in the whole range if it is not 1 in the example.
-    oblivious = config.patch(backed_size_oblivious=True) if hasattr(config, "backed_size_oblivious") else None
+    known = hasattr(config, "backed_size_oblivious")
+    # pyrefly: ignore[missing-attribute]: PyTorch gives its config modules their methods when they are imported
+    oblivious = config.patch(backed_size_oblivious=True) if known else None
     with oblivious or contextlib.nullcontext():
         program = program.run_decompositions(decompositions)
     # What it defers to run time are cases of strides that make no difference to the result, such as batch != 1.

@@ -3,7 +3,15 @@
 Integer arithmetic only, one axis at a time; a window on a map is the product of its axes.
 """
 
-from visattn.ops.geometry.arithmetic import ceil_div, interleave, is_symbolic, outer_index, read_table
+from visattn.ops.geometry.arithmetic import (
+    ceil_div,
+    interleave,
+    is_symbolic,
+    outer_index,
+    read_table,
+    sym_max,
+    sym_min,
+)
 from visattn.ops.geometry.blocks import Halo, Partition, bin_edges, bins
 from visattn.ops.geometry.pooled import Pooled, interpolated
 from visattn.ops.geometry.sliding import Axis, Neighbors, Tiles, neighbors, sees_all, tile_sizes, tiles, window
@@ -35,6 +43,8 @@ __all__ = [
     "read_table",
     "sees_all",
     "spans",
+    "sym_max",
+    "sym_min",
     "tile_plan",
     "tile_sizes",
     "tiles",

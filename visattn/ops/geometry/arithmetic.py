@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 N = TypeVar("N", int, Tensor)
+
+# PyTorch's own, as functions of what annotations call int.
+sym_max = cast("Callable[[int, int], int]", torch.sym_max)
+sym_min = cast("Callable[[int, int], int]", torch.sym_min)
 
 
 def ceil_div(n: N, d: int) -> N:

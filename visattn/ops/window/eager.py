@@ -104,7 +104,7 @@ def attend(problem: WindowProblem) -> Tensor:
         scores = (query * scale @ key.mT).to(dtype)  # [B, T, N, t, t]
         if symbolic:  # where nothing may be written to
             scores = scores if added is None else scores + added
-            scores = scores.masked_fill(hidden, float("-inf"))
+            scores = scores if hidden is None else scores.masked_fill(hidden, float("-inf"))
         else:
             scores = scores if added is None else scores.add_(added)
             scores = scores if hidden is None else scores.masked_fill_(hidden, float("-inf"))

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from timm.layers.halo_attn import HaloAttn
 from torch import Tensor, nn
 
-from op_problems import MIXED, Attend, Peers, Problem, round_up
-from op_problems.flex import flex
+from op_cases import MIXED, Attend, Case, Providers, round_up
+from op_cases.flex import flex
 from visattn.ops import halo_attention
 
 
@@ -70,20 +70,20 @@ def compiled_flex(case: Halo) -> Attend:
     return attend
 
 
-def _timm_refusal(case: Halo) -> str | None:
+def _timm_can_run(case: Halo) -> str | None:
     return "blocks do not divide the map" if any(n % case.block for n in case.size) else None
 
 
 @dataclass(frozen=True)
-class Halo(Problem):
+class Halo(Case):
     """Halo attention with relative embeddings and timm's border rule."""
 
     block: int
     halo: int
 
-    peers: ClassVar[Peers] = {"timm HaloAttn": (timm_halo, None)}
-    cuda_peers: ClassVar[Peers] = {
-        "timm HaloAttn": (timm_halo, lambda case, mode: _timm_refusal(case)),
+    providers: ClassVar[Providers] = {"timm HaloAttn": (timm_halo, None)}
+    cuda_providers: ClassVar[Providers] = {
+        "timm HaloAttn": (timm_halo, lambda case, mode: _timm_can_run(case)),
         "FlexAttention compiled": (compiled_flex, None),
     }
     projections: ClassVar[tuple[tuple[str, ...], ...]] = (("k", "v"),)
@@ -108,7 +108,7 @@ class Halo(Problem):
         return attend
 
 
-PROBLEMS = [
+CASES = [
     Halo("halo_64_8heads", 1, (64, 64), 8, 8, 8, 3),
     Halo("halo_64_8heads_b4", 4, (64, 64), 8, 8, 8, 3),
     Halo("halo_64_4heads", 1, (64, 64), 4, 16, 8, 3),
@@ -116,7 +116,7 @@ PROBLEMS = [
 ]
 
 # Attention layers of halonet50ts and of HaloNet-H1 at 256 x 256, and a detector's map of 800 x 1216.
-CUDA_PROBLEMS = [
+CUDA_CASES = [
     Halo("halo_32", 128, (32, 32), 4, 32, 8, 3, **MIXED),
     Halo("halo_16", 128, (16, 16), 8, 32, 8, 3, **MIXED),
     Halo("halo_8", 128, (8, 8), 8, 64, 8, 3, **MIXED),

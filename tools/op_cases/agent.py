@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from op_problems import MIXED, Attend, Peers, Problem, round_up
+from op_cases import MIXED, Attend, Case, Providers, round_up
 from visattn.ops import agent_attention, agent_position_bias
 
 
@@ -39,13 +39,13 @@ def official_matmuls(case: Agent) -> Attend:
 
 
 @dataclass(frozen=True)
-class Agent(Problem):
+class Agent(Case):
     """Attention by way of `agents` agents; the biases come from tables of the map's size, as the models keep them."""
 
     agents: int
 
-    peers: ClassVar[Peers] = {"official matmuls": (official_matmuls, None)}
-    cuda_peers: ClassVar[Peers] = peers
+    providers: ClassVar[Providers] = {"official matmuls": (official_matmuls, None)}
+    cuda_providers: ClassVar[Providers] = providers
     maps: ClassVar[tuple[str, ...]] = ("q", "k", "v", "agents")
 
     def pairs(self) -> int:
@@ -70,7 +70,7 @@ class Agent(Problem):
 
 
 # Agent-PVT's first stage; the stages of Agent-Swin-T and -B; 49 agents on a large map.
-PROBLEMS = [
+CASES = [
     Agent("agent_56_a9_d64", 8, (56, 56), 1, 64, 9),
     Agent("agent_56_a9", 8, (56, 56), 3, 32, 9),
     Agent("agent_28_a16", 8, (28, 28), 6, 32, 16),
@@ -79,7 +79,7 @@ PROBLEMS = [
 ]
 
 # The stages of Agent-Swin-T at batch 128, and a detector's map of 800 x 1216.
-CUDA_PROBLEMS = [
+CUDA_CASES = [
     Agent("agent_56_a9", 128, (56, 56), 3, 32, 9, **MIXED),
     Agent("agent_28_a16", 128, (28, 28), 6, 32, 16, **MIXED),
     Agent("agent_14_a49", 128, (14, 14), 12, 32, 49, **MIXED),

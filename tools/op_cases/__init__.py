@@ -1,13 +1,13 @@
-"""The attention problems that `bench_ops.py` times, and for each op the peers that it is timed against; a file per op.
+"""The attention cases that `bench_ops.py` times, and for each op the providers that it is timed against; a file per op.
 
-A problem knows its inputs, this package's op on them and its peers: other ways to compute the same thing, of which the
-first is the baseline of the ratios on a CPU. A peer is `(builder, refusal)`: `builder(problem)` prepares what does not
+A case knows its inputs, this package's op on them and its providers: other ways to compute the same thing, of which the
+first is the baseline of the ratios on a CPU. A provider is `(builder, can_run)`: `builder(case)` prepares what does not
 count and returns a function of the inputs; its attributes `into` and `out`, if any, change inputs and output to its own
 layout, which does not count either, and `parameter_tolerance` is a wider one for its gradients of parameters.
-`refusal(problem, mode)` says why it cannot run, if it cannot.
+`can_run(case, mode)` says why it cannot run, if it cannot.
 
-`PROBLEMS` and `peers` are for a CPU, `CUDA_PROBLEMS` and `cuda_peers` for a GPU, most important first. `TINY` are
-problems of the second kind, small enough for the Triton interpreter; they run only on request.
+`CASES` and `providers` are for a CPU, `CUDA_CASES` and `cuda_providers` for a GPU, most important first. `TINY` are
+cases of the second kind, small enough for the Triton interpreter; they run only on request.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-# Files of this folder, each with its PROBLEMS, CUDA_PROBLEMS and TINY.
+# Files of this folder, each with its CASES, CUDA_CASES and TINY.
 OPS = ("neighborhood", "window", "halo", "routed", "aggregated", "agent", "linear")
 
 Attend = Callable[..., Tensor]
-Peers = dict[str, tuple[Callable[[Any], Attend], Callable[[Any, str], "str | None"] | None]]
+Providers = dict[str, tuple[Callable[[Any], Attend], Callable[[Any, str], "str | None"] | None]]
 
-# How the problems for a GPU are given: as in training in mixed precision, behind fused projections.
+# How the cases for a GPU are given: as in training in mixed precision, behind fused projections.
 MIXED: dict[str, Any] = {"dtype": torch.bfloat16, "fused": True}
 
 
@@ -38,7 +38,7 @@ def round_up(n: int, multiple: int = 16) -> int:
 
 
 @dataclass(frozen=True)
-class Problem:
+class Case:
     """A map of queries, keys and values.
 
     Attributes:
@@ -55,8 +55,8 @@ class Problem:
     dtype: torch.dtype = field(default=torch.float32, kw_only=True)
     fused: bool = field(default=False, kw_only=True)
 
-    peers: ClassVar[Peers] = {}
-    cuda_peers: ClassVar[Peers] = {}
+    providers: ClassVar[Providers] = {}
+    cuda_providers: ClassVar[Providers] = {}
     maps: ClassVar[tuple[str, ...]] = ("q", "k", "v")  # the inputs that have a batch axis
     projections: ClassVar[tuple[tuple[str, ...], ...]] = (("q", "k", "v"),)
 
@@ -102,11 +102,11 @@ class Problem:
 
 
 _MODULES = {op: import_module(f"{__name__}.{op}") for op in OPS}
-PROBLEMS: list[Problem] = [problem for op in OPS for problem in _MODULES[op].PROBLEMS]
-CUDA_PROBLEMS: list[Problem] = [problem for op in OPS for problem in _MODULES[op].CUDA_PROBLEMS]
-TINY: list[Problem] = [problem for op in OPS for problem in _MODULES[op].TINY]
+CASES: list[Case] = [case for op in OPS for case in _MODULES[op].CASES]
+CUDA_CASES: list[Case] = [case for op in OPS for case in _MODULES[op].CUDA_CASES]
+TINY: list[Case] = [case for op in OPS for case in _MODULES[op].TINY]
 
 
-def op_of(problem: Problem) -> str:
-    """The file that the problem is in, which is the op's folder in `visattn/ops`."""
-    return type(problem).__module__.rpartition(".")[2]
+def op_of(case: Case) -> str:
+    """The file that the case is in, which is the op's folder in `visattn/ops`."""
+    return type(case).__module__.rpartition(".")[2]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.models.maxxvit import grid_partition, grid_reverse, window_partition, window_reverse
 from torch import Tensor
 
-from op_problems import Attend, Peers, Problem
+from op_cases import Attend, Case, Providers
 
 
 def bias_entries(window: int) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ class _Projected(torch.autograd.Function):
         return grad.flatten(2), grad
 
 
-def _parts(case: Problem, window: int, grid: bool) -> tuple[Callable, Callable]:
+def _parts(case: Case, window: int, grid: bool) -> tuple[Callable, Callable]:
     cut, join = (grid_partition, grid_reverse) if grid else (window_partition, window_reverse)
     size = (window, window)
     entries = bias_entries(window)
@@ -52,7 +52,7 @@ def _parts(case: Problem, window: int, grid: bool) -> tuple[Callable, Callable]:
     return windows, sdpa
 
 
-def _qkv_partitioned(case: Problem, window: int, grid: bool) -> Attend:
+def _qkv_partitioned(case: Case, window: int, grid: bool) -> Attend:
     """Queries, keys and values are cut, the output is put back."""
     windows, sdpa = _parts(case, window, grid)
 
@@ -62,7 +62,7 @@ def _qkv_partitioned(case: Problem, window: int, grid: bool) -> Attend:
     return attend
 
 
-def _x_partitioned(case: Problem, window: int, grid: bool) -> Attend:
+def _x_partitioned(case: Case, window: int, grid: bool) -> Attend:
     """As timm does: the block's input is cut, before the projection, and the output is put back.
 
     The projection does not count: its result, in windows, is given.
@@ -81,14 +81,14 @@ def _x_partitioned(case: Problem, window: int, grid: bool) -> Attend:
     return attend
 
 
-def peers(partition: Callable[[Any], tuple[int, bool] | str]) -> Peers:
-    """Both ways; `partition(problem)` is the window and whether it is a grid, or why there is none."""
+def providers(partition: Callable[[Any], tuple[int, bool] | str]) -> Providers:
+    """Both ways; `partition(case)` is the window and whether it is a grid, or why there is none."""
 
-    def refusal(case: Any, mode: str) -> str | None:
+    def can_run(case: Any, mode: str) -> str | None:
         found = partition(case)
         return found if isinstance(found, str) else None
 
     return {
-        "SDPA, x partitioned": (lambda case: _x_partitioned(case, *partition(case)), refusal),
-        "SDPA, q k v partitioned": (lambda case: _qkv_partitioned(case, *partition(case)), refusal),
+        "SDPA, x partitioned": (lambda case: _x_partitioned(case, *partition(case)), can_run),
+        "SDPA, q k v partitioned": (lambda case: _qkv_partitioned(case, *partition(case)), can_run),
     }

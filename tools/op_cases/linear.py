@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from op_problems import MIXED, Attend, Peers, Problem
+from op_cases import MIXED, Attend, Case, Providers
 from visattn.ops import dynamic_depthwise_conv, efficient_attention, focused_linear_attention, inline_attention
 
 
@@ -22,7 +22,7 @@ def _maps(**tensors: Tensor) -> dict[str, Tensor]:
     return {name: t.flatten(3).permute(0, 3, 1, 2).contiguous() for name, t in tensors.items()}
 
 
-def official_efficient(case: Problem) -> Attend:
+def official_efficient(case: Case) -> Attend:
     """Maps of the channels first; the heads one after the other."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -40,12 +40,12 @@ def official_efficient(case: Problem) -> Attend:
     return attend
 
 
-def _tokens(case: Problem, *tensors: Tensor) -> list[Tensor]:
+def _tokens(case: Case, *tensors: Tensor) -> list[Tensor]:
     """[B, H, W, N, D] -> [B, N, H * W, D]."""
     return [t.flatten(1, 2).transpose(1, 2) for t in tensors]
 
 
-def official_inline(case: Problem) -> Attend:
+def official_inline(case: Case) -> Attend:
     """A product with q for the attention and one for its sum."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def official_inline(case: Problem) -> Attend:
     return attend
 
 
-def official_focused(case: Problem) -> Attend:
+def official_focused(case: Case) -> Attend:
     """Focus on whole tokens, then a product per head and one for the normaliser."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, focus_scale: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def official_focused(case: Problem) -> Attend:
     return attend
 
 
-def official_dynamic_conv(case: Problem) -> Attend:
+def official_dynamic_conv(case: Case) -> Attend:
     """A grouped convolution of all samples' channels at once."""
 
     def attend(x: Tensor, kernels: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def official_dynamic_conv(case: Problem) -> Attend:
 
 
 @dataclass(frozen=True)
-class Linear(Problem):
+class Linear(Case):
     """The arguments of `op` are the inputs and the backend."""
 
     op: ClassVar[Callable[..., Tensor]]
@@ -112,8 +112,8 @@ class Efficient(Linear):
     """Queries normalised over channels, keys over positions."""
 
     op = staticmethod(efficient_attention)
-    peers: ClassVar[Peers] = {"official loop over heads": (official_efficient, None)}
-    cuda_peers: ClassVar[Peers] = peers
+    providers: ClassVar[Providers] = {"official loop over heads": (official_efficient, None)}
+    cuda_providers: ClassVar[Providers] = providers
 
     def work(self) -> tuple[float, float]:
         """Every query and key channel is exponentiated."""
@@ -125,8 +125,8 @@ class InLine(Linear):
     """Weights that sum to 1 and may be negative."""
 
     op = staticmethod(inline_attention)
-    peers: ClassVar[Peers] = {"official formula": (official_inline, None)}
-    cuda_peers: ClassVar[Peers] = peers
+    providers: ClassVar[Providers] = {"official formula": (official_inline, None)}
+    cuda_providers: ClassVar[Providers] = providers
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ class Focused(Linear):
     """Queries and keys of sharpened direction."""
 
     op = staticmethod(focused_linear_attention)
-    peers: ClassVar[Peers] = {"official formula": (official_focused, None)}
-    cuda_peers: ClassVar[Peers] = peers
+    providers: ClassVar[Providers] = {"official formula": (official_focused, None)}
+    cuda_providers: ClassVar[Providers] = providers
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {**super().shapes(), "focus_scale": (self.heads, self.dim)}
@@ -146,7 +146,7 @@ class DynamicConv(Linear):
     """A 3x3 kernel per sample and channel."""
 
     op = staticmethod(dynamic_depthwise_conv)
-    peers: ClassVar[Peers] = {"official grouped convolution": (official_dynamic_conv, None)}
+    providers: ClassVar[Providers] = {"official grouped convolution": (official_dynamic_conv, None)}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         channels = self.heads * self.dim
@@ -154,7 +154,7 @@ class DynamicConv(Linear):
 
 
 # First and third stages at 224 x 224: heads of Swin-T (efficient and focused) and of InLine-PVT; a map of a detector.
-PROBLEMS = [
+CASES = [
     Efficient("efficient_56", 8, (56, 56), 3, 32),
     Efficient("efficient_112", 2, (112, 112), 4, 32),
     InLine("inline_56", 8, (56, 56), 2, 32),
@@ -164,7 +164,7 @@ PROBLEMS = [
 ]
 
 # Eager forms only: what they cost on a GPU.
-CUDA_PROBLEMS = [
+CUDA_CASES = [
     Efficient("efficient_56", 128, (56, 56), 3, 32, **MIXED),
     InLine("inline_56", 128, (56, 56), 2, 32, **MIXED),
     Focused("focused_56", 128, (56, 56), 3, 32, **MIXED),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from op_problems import MIXED, Attend, Peers, Problem, round_up
+from op_cases import MIXED, Attend, Case, Providers, round_up
 from visattn.ops import aggregated_attention
 from visattn.ops.aggregated.reference import log_coordinates
 from visattn.ops.geometry import Pooled
@@ -85,16 +85,16 @@ def official_unfold(case: Aggregated) -> Attend:
 
 
 @dataclass(frozen=True)
-class Aggregated(Problem):
+class Aggregated(Case):
     """Aggregated attention with all its parts, the perceptron of the position bias included."""
 
     pool: tuple[int, int] = (7, 7)
     kernel_size: int = 3
     hidden: int = 512
 
-    peers: ClassVar[Peers] = {"official unfold": (official_unfold, None)}
-    cuda_peers: ClassVar[Peers] = {
-        **peers,
+    providers: ClassVar[Providers] = {"official unfold": (official_unfold, None)}
+    cuda_providers: ClassVar[Providers] = {
+        **providers,
         "FlexAttention compiled": (official_unfold, lambda case, mode: "head_dim 24, and weights beside the softmax"),
     }
     maps: ClassVar[tuple[str, ...]] = ("q", "k", "v", "pool_k", "pool_v")
@@ -137,13 +137,13 @@ class Aggregated(Problem):
         return attend
 
 
-PROBLEMS = [
+CASES = [
     Aggregated("aggregated_56", 2, (56, 56), 3, 24),
     Aggregated("aggregated_28", 2, (28, 28), 6, 24),
 ]
 
 # The stages of TransNeXt-T at 224 x 224, and a detector's map of 800 x 1216.
-CUDA_PROBLEMS = [
+CUDA_CASES = [
     Aggregated("aggregated_56", 128, (56, 56), 3, 24, **MIXED),
     Aggregated("aggregated_28", 128, (28, 28), 6, 24, **MIXED),
     Aggregated("aggregated_14", 128, (14, 14), 12, 24, **MIXED),

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from timm.models.maxxvit import grid_partition, grid_reverse, window_partition, window_reverse
 from torch import Tensor
 
-from op_problems import MIXED, Attend, Peers, Problem, partitioned, round_up
-from op_problems.flex import flex
+from op_cases import MIXED, Attend, Case, Providers, partitioned, round_up
+from op_cases.flex import flex
 from visattn.ops import window_attention
 
 
@@ -59,15 +59,15 @@ def _partition(case: Window) -> tuple[int, bool] | str:
 
 
 @dataclass(frozen=True)
-class Window(Problem):
+class Window(Case):
     """Window or grid attention with a position table."""
 
     window: int
     grid: bool = False
 
-    peers: ClassVar[Peers] = {"timm partition": (timm_partition, None)}
-    cuda_peers: ClassVar[Peers] = {
-        **partitioned.peers(_partition),
+    providers: ClassVar[Providers] = {"timm partition": (timm_partition, None)}
+    cuda_providers: ClassVar[Providers] = {
+        **partitioned.providers(_partition),
         "FlexAttention compiled": (compiled_flex, None),
     }
 
@@ -86,7 +86,7 @@ class Window(Problem):
         return attend
 
 
-PROBLEMS = [
+CASES = [
     Window("window_56", 2, (56, 56), 2, 32, 7),
     Window("grid_56", 2, (56, 56), 2, 32, 7, grid=True),
 ]
@@ -94,7 +94,7 @@ PROBLEMS = [
 _STAGES = [((56, 56), 2), ((28, 28), 4), ((14, 14), 8), ((7, 7), 16)]
 
 # The stages of MaxViT-T at 224 x 224, and a detector's map of 800 x 1216.
-CUDA_PROBLEMS = [
+CUDA_CASES = [
     *(
         Window(f"{'grid' if grid else 'window'}_{size[0]}", 128, size, heads, 32, 7, grid, **MIXED)
         for size, heads in _STAGES

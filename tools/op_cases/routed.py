@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from op_problems import MIXED, Attend, Peers, Problem, round_up
+from op_cases import MIXED, Attend, Case, Providers, round_up
 from visattn.ops import bilevel_routing_attention
 
 
@@ -41,20 +41,20 @@ def official_gather(case: Routed) -> Attend:
     return attend
 
 
-def _official_refusal(case: Routed) -> str | None:
+def _official_can_run(case: Routed) -> str | None:
     return "regions do not divide the map" if any(n % case.n_win for n in case.size) else None
 
 
 @dataclass(frozen=True)
-class Routed(Problem):
+class Routed(Case):
     """Routing of regions, and attention to the `topk` best."""
 
     topk: int
     n_win: int = 7
 
-    peers: ClassVar[Peers] = {"official gather": (official_gather, None)}
-    cuda_peers: ClassVar[Peers] = {
-        "official gather": (official_gather, lambda case, mode: _official_refusal(case)),
+    providers: ClassVar[Providers] = {"official gather": (official_gather, None)}
+    cuda_providers: ClassVar[Providers] = {
+        "official gather": (official_gather, lambda case, mode: _official_can_run(case)),
         "FlexAttention compiled": (official_gather, lambda case, mode: "the mask depends on the content: no fixed one"),
     }
 
@@ -98,14 +98,14 @@ class Routed(Problem):
 
 
 # The three stages of BiFormer-T and -S at 224 x 224.
-PROBLEMS = [
+CASES = [
     Routed("routed_56_topk1", 8, (56, 56), 2, 32, 1),
     Routed("routed_28_topk4", 8, (28, 28), 4, 32, 4),
     Routed("routed_14_topk16", 8, (14, 14), 8, 32, 16),
 ]
 
 # The same at batch 128, and a detector's map of 800 x 1216.
-CUDA_PROBLEMS = [
+CUDA_CASES = [
     Routed("routed_56_topk1", 128, (56, 56), 2, 32, 1, **MIXED),
     Routed("routed_28_topk4", 128, (28, 28), 4, 32, 4, **MIXED),
     Routed("routed_14_topk16", 128, (14, 14), 8, 32, 16, **MIXED),

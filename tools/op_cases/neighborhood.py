@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from op_problems import MIXED, Attend, Peers, Problem, partitioned, round_up
-from op_problems.flex import flex
+from op_cases import MIXED, Attend, Case, Providers, partitioned, round_up
+from op_cases.flex import flex
 from visattn.ops import neighborhood_attention
 from visattn.ops.geometry import Axis, neighbors
 
@@ -89,7 +89,7 @@ def natten(case: Neighborhood) -> Attend:
     return attend
 
 
-def _natten_refusal(case: Neighborhood, mode: str) -> str | None:
+def _natten_can_run(case: Neighborhood, mode: str) -> str | None:
     try:
         import natten  # noqa: F401
     except ImportError:
@@ -108,10 +108,10 @@ def _natten_backend(backend: str) -> tuple[Callable, Callable]:
         window = {"kernel_size": case.kernel_size, "dilation": case.dilation}
         return lambda q, k, v: na2d(q, k, v, **window, backend=backend)
 
-    def refusal(case: Neighborhood, mode: str) -> str | None:
-        return _natten_refusal(case, "forward")
+    def can_run(case: Neighborhood, mode: str) -> str | None:
+        return _natten_can_run(case, "forward")
 
-    return build, refusal
+    return build, can_run
 
 
 def compiled_flex(case: Neighborhood) -> Attend:
@@ -141,23 +141,23 @@ def _partition(case: Neighborhood) -> tuple[int, bool] | str:
 
 
 @dataclass(frozen=True)
-class Neighborhood(Problem):
+class Neighborhood(Case):
     """Neighborhood attention, with a position table if `bias`."""
 
     kernel_size: int
     dilation: int = 1
     bias: bool = False
 
-    peers: ClassVar[Peers] = {
+    providers: ClassVar[Providers] = {
         "gather": (gather, None),
         "unfold": (unfold, lambda case, mode: "no dilation" if case.dilation > 1 else None),
         "dense SDPA": (dense_sdpa, None),
-        "natten": (natten, _natten_refusal),
+        "natten": (natten, _natten_can_run),
     }
-    cuda_peers: ClassVar[Peers] = {
+    cuda_providers: ClassVar[Providers] = {
         **{f"natten {name}": _natten_backend(name) for name in NATTEN},
         "FlexAttention compiled": (compiled_flex, None),
-        **partitioned.peers(_partition),
+        **partitioned.providers(_partition),
     }
 
     def axes(self) -> tuple[Axis, Axis]:
@@ -187,7 +187,7 @@ class Neighborhood(Problem):
         return attend
 
 
-PROBLEMS = [
+CASES = [
     Neighborhood("na2d_56", 2, (56, 56), 2, 32, 7),
     Neighborhood("na2d_56_bias", 2, (56, 56), 2, 32, 7, bias=True),
     Neighborhood("na2d_56_d8", 2, (56, 56), 2, 32, 7, dilation=8),
@@ -196,7 +196,7 @@ PROBLEMS = [
 ]
 
 # DiNAT-T and -B at 224 x 224 (heads 2, 4, 8 and 4, 8), and a detector's map of 800 x 1216.
-CUDA_PROBLEMS = [
+CUDA_CASES = [
     Neighborhood("na2d_56", 128, (56, 56), 2, 32, 7, **MIXED),
     Neighborhood("na2d_28", 128, (28, 28), 4, 32, 7, **MIXED),
     Neighborhood("na2d_14", 128, (14, 14), 8, 32, 7, **MIXED),

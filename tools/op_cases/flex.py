@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from op_problems import Attend, Problem
+from op_cases import Attend, Case
 
 # Of one axis: whether query i sees key j, and the entry of the position table for the pair.
 Sees = Callable[[Any, Any], Any]
@@ -20,7 +20,7 @@ Entry = Callable[[Any, Any], Any]
 _LARGE = 8192
 
 
-def flex(case: Problem, sees: tuple[Sees, Sees], entries: tuple[Entry, Entry], keys: tuple[int, int]) -> Attend:
+def flex(case: Case, sees: tuple[Sees, Sees], entries: tuple[Entry, Entry], keys: tuple[int, int]) -> Attend:
     """Maps [B, H, W, N, D], keys and values on a map of `keys`; bias [N, rows, columns], or [B, N, tokens, rows or
     columns] for each axis.
 
