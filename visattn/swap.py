@@ -58,7 +58,7 @@ class SwapReport:
 class MixerBlock(Block):
     """timm's ViT block around a token mixer. `swap_attention` makes it of a `Block`, which keeps its other modules.
 
-    The grid of tokens is the model's, also after its `set_input_size`; a scripted block keeps that of the swap.
+    The grid of tokens is the model's, also after its `set_input_size`.
     """
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -69,9 +69,7 @@ class MixerBlock(Block):
         """
         if attn_mask is not None or is_causal:
             raise ValueError("expected no attn_mask and is_causal=False: swapped attention attends to all tokens")
-        size = self.grid_size
-        if not torch.jit.is_scripting():
-            size = list(self.patch_embed_of_model[0].grid_size)
+        size = list(self.patch_embed_of_model[0].grid_size)
         _check_tokens(x, self.attn.num_prefix_tokens, size)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), size)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
@@ -294,5 +292,4 @@ def _install(model: nn.Module, site: _Site, mixer: TokenMixer) -> None:
         block.set_input_size(site.feat_size, site.feat_size)
     else:
         block.__class__ = MixerBlock
-        block.grid_size = list(site.feat_size)
         block.patch_embed_of_model = [model.patch_embed]  # in a list, so that it is no submodule of the block

@@ -4,7 +4,7 @@ import pytest
 
 from visattn import layers
 from visattn.layers.create import create_token_mixer
-from visattn.layers.mbconv import create_pool
+from visattn.layers.pool import create_pool
 from visattn.ops.checks import per_axis
 
 LARGE = ("x",) * 9

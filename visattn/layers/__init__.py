@@ -3,7 +3,7 @@
 from visattn.layers.agent import AgentAttention
 from visattn.layers.aggregated import AggregatedAttention, CosineAttention
 from visattn.layers.block import TokenTransformerBlock, TransformerBlock
-from visattn.layers.conv import ConvNorm
+from visattn.layers.conv import ConvNorm, DepthwiseConv
 from visattn.layers.conv_glu import ConvGLU
 from visattn.layers.create import TOKEN_MIXERS, create_token_mixer
 from visattn.layers.efficient import EfficientAttention, EfficientAttention2d
@@ -11,10 +11,11 @@ from visattn.layers.focused import FocusedLinearAttention
 from visattn.layers.halo import HaloAttention
 from visattn.layers.init import init_weights
 from visattn.layers.inline import InLineAttention
-from visattn.layers.lepe import DepthwiseConv, LePEAttention
-from visattn.layers.mbconv import ConvStem, MBConv, create_pool
+from visattn.layers.lepe import LePEAttention
+from visattn.layers.mbconv import ConvStem, MBConv
 from visattn.layers.neighborhood import GlobalAttention, NeighborhoodAttention
 from visattn.layers.patch import ConvDownsampler, ConvTokenizer, PatchMerging, PatchTokenizer, PositionedTokenizer
+from visattn.layers.pool import create_pool
 from visattn.layers.rel_attention import LogRelPos, PooledTransformerBlock
 from visattn.layers.routing import BiLevelRoutingAttention
 from visattn.layers.shifted_window import ShiftedWindowAttention

@@ -7,7 +7,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visattn.layers.lepe import DepthwiseConv
+from visattn.layers.conv import DepthwiseConv
 from visattn.layers.token_mixer import TokenMixer
 from visattn.ops import adaptive_avg_pool, agent_attention, agent_position_bias
 
@@ -89,21 +89,21 @@ class AgentAttention(TokenMixer):
                 trunc_normal_(parameter, std=0.02)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, size: list[int], kv_size: list[int]) -> Tensor:
-        agents = adaptive_avg_pool(self._map(q, size), self.agent_size)
-        agents = agents.flatten(1, 2).unflatten(-1, [self.num_heads, self.head_dim])
+        agents = adaptive_avg_pool(self._map(q, size), self.agent_size)  # [B, ph, pw, C]
+        (agents,) = self._split(agents.flatten(1, 2), 1)  # [B, A, N, D]
         agent_bias = agent_position_bias(
             self.an_bias, self.ah_bias[0, :, :, :, 0], self.aw_bias[0, :, :, 0], kv_size, self.agent_size
-        )
+        )  # [N, A, M]
         query_bias = agent_position_bias(
             self.na_bias, self.ha_bias[0, :, :, 0].mT, self.wa_bias[0, :, 0].mT, size, self.agent_size
-        ).mT
+        ).mT  # [N, L, A]
         if self.ac_bias is not None:
             agent_bias = torch.cat([self.ac_bias[0], agent_bias], 2)
             query_bias = torch.cat([self.ca_bias[0], query_bias], 1)
-        x = agent_attention(q, k, v, agents, agent_bias, query_bias, self.scale)
+        x = agent_attention(q, k, v, agents, agent_bias=agent_bias, query_bias=query_bias, scale=self.scale)
         v = self._map(v, kv_size)
         if self.sr is not None:
-            v = F.interpolate(v.permute(0, 3, 1, 2), size, mode="bilinear").permute(0, 2, 3, 1)
+            v = F.interpolate(v.permute(0, 3, 1, 2), size, mode="bilinear").permute(0, 2, 3, 1)  # [B, H, W, C]
         return self._add_to_map(x, self.dwc(v))
 
     def extra_repr(self) -> str:

@@ -1,20 +1,21 @@
 """TransNeXt's attention modules over `visattn.ops.aggregated_attention`, channels-last, on maps of any size."""
 
 import math
+from typing import Any
 
 import torch
 from timm.layers import to_2tuple, trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visattn.ops import aggregated_attention, avg_pool_grid
-from visattn.ops.aggregated import aggregated_weights
+from visattn.layers.attention import MultiHeadAttention
+from visattn.ops import aggregated_attention, aggregated_weights, avg_pool_grid
 
 torch.fx.wrap("aggregated_attention")
 torch.fx.wrap("avg_pool_grid")
 
 
-class _CosineAttention(nn.Module):
+class _CosineAttention(MultiHeadAttention):
     """What both modules share. Subclasses add projections and, or None, the parameters of the local keys."""
 
     def __init__(
@@ -23,90 +24,40 @@ class _CosineAttention(nn.Module):
         num_heads: int,
         pretrain_size: int | tuple[int, int],
         bias_size: list[int] | None,
-        kernel_size: int,
+        qkv_bias: bool,
         proj_drop: float,
+        fused: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"expected dim divisible by num_heads, got {dim} and {num_heads}")
         dd = {"device": device, "dtype": dtype}
-        self.num_heads = num_heads
-        self.head_dim = dim // num_heads
-        self.kernel_size = kernel_size
+        super().__init__(dim, num_heads, qkv_bias, proj_drop, fused=fused, **dd)
         self.pretrain_size = list(to_2tuple(pretrain_size))
         if min(self.pretrain_size) < 2:
             raise ValueError(f"expected pretrain_size of a map of at least 2 x 2 tokens, got {self.pretrain_size}")
-        self.interpolate = bias_size is not None
-        self.bias_size = bias_size or [0, 0, 0, 0]  # TorchScript wants a list in either case
+        self.bias_size = bias_size or []
         self.temperature = nn.Parameter(torch.empty(num_heads, **dd))
         self.query_embedding = nn.Parameter(torch.empty(num_heads, self.head_dim, **dd))
         self.cpb_fc1 = nn.Linear(2, 512, **dd)
         self.cpb_fc2 = nn.Linear(512, num_heads, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
 
     def reset_parameters(self) -> None:
         """The official initial values; softplus(temperature) is 1 / 0.24."""
         nn.init.constant_(self.temperature, math.log(math.expm1(1 / 0.24)))
         trunc_normal_(self.query_embedding, std=0.02)
-        if self.local_bias is not None:
-            trunc_normal_(self.local_bias, std=0.0004)
-            trunc_normal_(self.tokens, std=0.02)
-            nn.init.zeros_(self.token_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, pool_k, pool_v, k, v = self._project(x)
-        x = aggregated_attention(
-            q,
-            pool_k,
-            pool_v,
-            self.temperature,
-            self.query_embedding,
-            self.cpb_fc1.weight,
-            self.cpb_fc1.bias,
-            self.cpb_fc2.weight,
-            self.cpb_fc2.bias,
-            self.pretrain_size,
-            self.bias_size if self.interpolate else self.bias_size[:0],
-            k,
-            v,
-            self.kernel_size,
-            self.local_bias,
-            self.tokens,
-            self.token_bias,
-        )
-        return self.proj_drop(self.proj(x.flatten(3)))
-
-    @torch.jit.ignore
-    def attended(self, x: Tensor) -> dict[str, Tensor]:
-        """The softmax weights of every query, for the same input as `forward`.
-
-        Args:
-            x: Map [B, H, W, dim].
-
-        Returns:
-            "pooled" [B, H, W, N, PH, PW], the pooled tokens, or all tokens where nothing is pooled; and with local keys
-            "local" [B, H, W, N, kernel_size ** 2], the window row by row, 0 outside the map. The two sum to 1.
-        """
-        q, pool_k, _, k, _ = self._project(x)
-        local, pooled = aggregated_weights(
-            q,
-            pool_k,
-            self.temperature,
-            self.query_embedding,
-            self.cpb_fc1.weight,
-            self.cpb_fc1.bias,
-            self.cpb_fc2.weight,
-            self.cpb_fc2.bias,
-            self.pretrain_size,
-            self.bias_size if self.interpolate else [],
-            k,
-            self.kernel_size,
-            self.local_bias,
-        )
-        return {"pooled": pooled} if local is None else {"local": local, "pooled": pooled}
+    def _position(self) -> dict[str, Any]:
+        """The arguments of the op that scale queries and make the position bias of pooled keys."""
+        return {
+            "temperature": self.temperature,
+            "query_embedding": self.query_embedding,
+            "cpb_weight1": self.cpb_fc1.weight,
+            "cpb_bias1": self.cpb_fc1.bias,
+            "cpb_weight2": self.cpb_fc2.weight,
+            "cpb_bias2": self.cpb_fc2.bias,
+            "pretrain_size": self.pretrain_size,
+            "bias_size": self.bias_size,
+        }
 
 
 class CosineAttention(_CosineAttention):
@@ -144,15 +95,25 @@ class CosineAttention(_CosineAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         sizes = None if bias_size is None else [*to_2tuple(bias_size), *to_2tuple(bias_size)]
-        super().__init__(dim, num_heads, pretrain_size, sizes, 1, proj_drop, device, dtype)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
-        for name in ("local_bias", "tokens", "token_bias"):
-            self.register_parameter(name, None)
+        super().__init__(dim, num_heads, pretrain_size, sizes, qkv_bias, proj_drop, True, device, dtype)
         self.reset_parameters()
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        q, k, v = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]).unbind(3)
-        return q, k, v, None, None
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self._project(x)
+        x = aggregated_attention(q, k, v, **self._position())
+        return self.proj_drop(self.proj(x.flatten(3)))  # [B, H, W, C]
+
+    def attended(self, x: Tensor) -> dict[str, Tensor]:
+        """The softmax weights of every query, for the same input as `forward`.
+
+        Args:
+            x: Map [B, H, W, dim].
+
+        Returns:
+            "pooled" [B, H, W, N, H, W], the weights of all tokens, which sum to 1.
+        """
+        q, k, _ = self._project(x)
+        return {"pooled": aggregated_weights(q, k, **self._position())[1]}
 
 
 class AggregatedAttention(_CosineAttention):
@@ -208,13 +169,11 @@ class AggregatedAttention(_CosineAttention):
         if bias_size is not None:
             size = to_2tuple(bias_size)
             sizes = [*size, *(max(1, n // sr_ratio) if pool_size is None else min(n, pool_size) for n in size)]
-        super().__init__(dim, num_heads, pretrain_size, sizes, kernel_size, proj_drop, device, dtype)
+        super().__init__(dim, num_heads, pretrain_size, sizes, qkv_bias, proj_drop, False, device, dtype)
         dd = {"device": device, "dtype": dtype}
+        self.kernel_size = kernel_size
         self.sr_ratio = [sr_ratio, sr_ratio]
-        self.fixed_pool = pool_size is not None
-        self.pool_size = [pool_size or 0, pool_size or 0]
-        self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
-        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **dd)
+        self.pool_size = [] if pool_size is None else [pool_size, pool_size]
         self.sr = nn.Linear(dim, dim, **dd)
         self.norm = nn.LayerNorm(dim, **dd)
         self.local_bias = nn.Parameter(torch.empty(num_heads, kernel_size**2, **dd))
@@ -222,14 +181,52 @@ class AggregatedAttention(_CosineAttention):
         self.token_bias = nn.Parameter(torch.empty(num_heads, kernel_size**2, **dd))
         self.reset_parameters()
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        pooled = avg_pool_grid(
-            F.gelu(self.sr(x)), self.sr_ratio, self.pool_size if self.fixed_pool else self.pool_size[:0]
+    def reset_parameters(self) -> None:
+        """The official initial values."""
+        super().reset_parameters()
+        trunc_normal_(self.local_bias, std=0.0004)
+        trunc_normal_(self.tokens, std=0.02)
+        nn.init.zeros_(self.token_bias)
+
+    def _project_both(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Project [B, H, W, C] to q [B, H, W, N, D], pooled k and v [B, PH, PW, N, D], and k and v of all tokens."""
+        pooled = avg_pool_grid(F.gelu(self.sr(x)), self.sr_ratio, self.pool_size)  # [B, PH, PW, C]
+        pool_k, pool_v = self._split(self.kv(self.norm(pooled)), 2)
+        k, v = self._split(self.kv(x), 2)
+        (q,) = self._split(self.q(x), 1)
+        return q, pool_k, pool_v, k, v
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, pool_k, pool_v, k, v = self._project_both(x)
+        x = aggregated_attention(
+            q,
+            pool_k,
+            pool_v,
+            **self._position(),
+            k=k,
+            v=v,
+            kernel_size=self.kernel_size,
+            local_bias=self.local_bias,
+            tokens=self.tokens,
+            token_bias=self.token_bias,
         )
-        pool_k, pool_v = self.kv(self.norm(pooled)).unflatten(-1, [2, self.num_heads, self.head_dim]).unbind(3)
-        k, v = self.kv(x).unflatten(-1, [2, self.num_heads, self.head_dim]).unbind(3)
-        return self.q(x).unflatten(-1, [self.num_heads, self.head_dim]), pool_k, pool_v, k, v
+        return self.proj_drop(self.proj(x.flatten(3)))  # [B, H, W, C]
+
+    def attended(self, x: Tensor) -> dict[str, Tensor]:
+        """The softmax weights of every query, for the same input as `forward`.
+
+        Args:
+            x: Map [B, H, W, dim].
+
+        Returns:
+            "local" [B, H, W, N, kernel_size ** 2], the window row by row, 0 outside the map, and "pooled" [B, H, W, N,
+            PH, PW], the pooled tokens. The two sum to 1.
+        """
+        q, pool_k, _, k, _ = self._project_both(x)
+        window = {"k": k, "kernel_size": self.kernel_size, "local_bias": self.local_bias}
+        local, pooled = aggregated_weights(q, pool_k, **self._position(), **window)
+        return {"local": local, "pooled": pooled}
 
     def extra_repr(self) -> str:
-        pool = f"pool_size={self.pool_size[0]}" if self.fixed_pool else f"sr_ratio={self.sr_ratio[0]}"
+        pool = f"pool_size={self.pool_size[0]}" if self.pool_size else f"sr_ratio={self.sr_ratio[0]}"
         return f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, {pool}"

@@ -1,4 +1,4 @@
-"""A convolution with its norm and activation."""
+"""Convolutions: with norm and activation on maps [B, C, H, W], depthwise on maps [B, H, W, C]."""
 
 import torch
 from timm.layers import create_act_layer
@@ -37,3 +37,26 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.bn(self.conv(x)))
+
+
+class DepthwiseConv(nn.Conv2d):
+    """Depthwise convolution of an odd kernel, zero padding, with bias: [B, H, W, dim] -> [B, H, W, dim].
+
+    Raises:
+        ValueError: An even kernel, which would shift the map.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"expected an odd kernel_size, got {kernel_size}")
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias)  # [B, C, H, W]
+        return x.permute(0, 2, 3, 1)  # [B, H, W, C]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from visattn.layers.lepe import DepthwiseConv
+from visattn.layers.conv import DepthwiseConv
 
 
 class ConvGLU(nn.Module):

@@ -73,12 +73,12 @@ class EfficientAttention2d(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """`mask` [B, H, W] boolean, True where there is image: elsewhere x stays as it is, and nothing looks there."""
         q, k, v = self._heads(self.queries(x)), self._heads(self.keys(x)), self._heads(self.values(x))
-        out = efficient_attention(q, k, v, mask).flatten(3).permute(0, 3, 1, 2)
+        out = efficient_attention(q, k, v, mask=mask).flatten(3).permute(0, 3, 1, 2)  # [B, C, H, W]
         out = self.reprojection(out)
         if mask is not None:
             out = out.masked_fill(~mask[:, None], 0.0)
         return x + out
 
     def _heads(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, H, W, N, D], a view."""
-        return x.permute(0, 2, 3, 1).unflatten(-1, [self.head_count, -1])
+        """Split the heads of a map [B, C, H, W] into a view [B, H, W, N, D]."""
+        return x.permute(0, 2, 3, 1).unflatten(-1, [self.head_count, -1])  # [B, H, W, N, D]

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visattn.layers.lepe import DepthwiseConv
+from visattn.layers.conv import DepthwiseConv
 from visattn.layers.token_mixer import TokenMixer
 from visattn.ops import focused_linear_attention, resize_rel_pos
 
@@ -27,11 +27,10 @@ class _SharedConv(DepthwiseConv):
         self.num_heads = num_heads
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.repeat(self.num_heads, 1, 1, 1), self.bias
-        if bias is not None:
-            bias = bias.repeat(self.num_heads)
+        weight, bias = self.weight.repeat(self.num_heads, 1, 1, 1), self.bias.repeat(self.num_heads)
         pad, groups = self.kernel_size[0] // 2, self.num_heads * self.out_channels
-        return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=pad, groups=groups).permute(0, 2, 3, 1)
+        x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=pad, groups=groups)  # [B, C, H, W]
+        return x.permute(0, 2, 3, 1)  # [B, H, W, C]
 
 
 class FocusedLinearAttention(TokenMixer):
@@ -85,15 +84,16 @@ class FocusedLinearAttention(TokenMixer):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, size: list[int], kv_size: list[int]) -> Tensor:
         scale = self.scale.view(self.num_heads, self.head_dim)
         k = k + self._positions(kv_size).to(k.dtype)
-        out = focused_linear_attention(q, k, v, scale, self.focusing_factor)
+        out = focused_linear_attention(q, k, v, focus_scale=scale, factor=self.focusing_factor)
         v = self._map(v, kv_size)
         if self.sr is not None:
-            v = F.interpolate(v.flatten(1, 2).mT, size=size[0] * size[1], mode="linear").mT.unflatten(1, size)
+            v = F.interpolate(v.flatten(1, 2).mT, size=size[0] * size[1], mode="linear").mT  # [B, H * W, C]
+            v = v.unflatten(1, size)  # [B, H, W, C]
         return self._add_to_map(out, self.dwc(v))
 
     def _positions(self, size: list[int]) -> Tensor:
-        """[1, M, N, D]; zero for prefix tokens."""
-        table = resize_rel_pos(self.positional_encoding[0].permute(2, 0, 1), size).flatten(1).T
+        """Resize the table to maps of `size`, zero for prefix tokens: [1, M, N, D]."""
+        table = resize_rel_pos(self.positional_encoding[0].permute(2, 0, 1), size).flatten(1).T  # [H * W, C]
         if self.num_prefix_tokens:
             table = F.pad(table, [0, 0, self.num_prefix_tokens, 0])
-        return table.unflatten(1, [self.num_heads, self.head_dim])[None]
+        return table.unflatten(1, [self.num_heads, self.head_dim])[None]  # [1, M, N, D]

@@ -4,7 +4,7 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from visattn.layers.mbconv import create_pool
+from visattn.layers.pool import create_pool
 from visattn.ops import halo_attention
 
 torch.fx.wrap("halo_attention")
@@ -62,9 +62,9 @@ class HaloAttention(nn.Module):
         dim_head = dim // num_heads if dim_head is None else dim_head
         query_stride = stride if block_size % stride == 0 else 1
         self.num_heads = num_heads
-        self.block_size = [block_size, block_size]
-        self.halo_size = [halo_size, halo_size]
-        self.stride = [query_stride, query_stride]
+        self.block_size = block_size
+        self.halo_size = halo_size
+        self.stride = query_stride
         self.mask_border = mask_border
         self.q = nn.Conv2d(dim, num_heads * dim_head, 1, stride=query_stride, bias=False, **dd)
         self.kv = nn.Conv2d(dim, num_heads * dim_head + dim_out, 1, bias=False, **dd)
@@ -83,8 +83,8 @@ class HaloAttention(nn.Module):
             trunc_normal_(table, std=table.shape[1] ** -0.5)
 
     def _heads(self, x: Tensor) -> Tensor:
-        """[B, N * D, H, W] -> [B, H, W, N, D], a view."""
-        return x.permute(0, 2, 3, 1).unflatten(-1, [self.num_heads, -1])
+        """Split the heads of a map [B, N * D, H, W] into a view [B, H, W, N, D]."""
+        return x.permute(0, 2, 3, 1).unflatten(-1, [self.num_heads, -1])  # [B, H, W, N, D]
 
     def forward(self, x: Tensor) -> Tensor:
         k, v = self.kv(x).split(self.kv_split, dim=1)
@@ -92,17 +92,17 @@ class HaloAttention(nn.Module):
             self._heads(self.q(x)),
             self._heads(k),
             self._heads(v),
-            self.block_size,
-            self.halo_size,
-            self.stride,
-            self.rel_h,
-            self.rel_w,
-            self.mask_border,
+            block_size=self.block_size,
+            halo_size=self.halo_size,
+            stride=self.stride,
+            rel_h=self.rel_h,
+            rel_w=self.rel_w,
+            mask_border=self.mask_border,
         )
-        return self.pool(x.flatten(3).permute(0, 3, 1, 2))
+        return self.pool(x.flatten(3).permute(0, 3, 1, 2))  # [B, dim_out, H', W']
 
     def extra_repr(self) -> str:
         return (
-            f"num_heads={self.num_heads}, block_size={self.block_size[0]}, halo_size={self.halo_size[0]}, "
+            f"num_heads={self.num_heads}, block_size={self.block_size}, halo_size={self.halo_size}, "
             f"mask_border={self.mask_border}"
         )

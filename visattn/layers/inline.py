@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visattn.layers.lepe import DepthwiseConv
+from visattn.layers.conv import DepthwiseConv
 from visattn.layers.token_mixer import TokenMixer
 from visattn.ops import dynamic_depthwise_conv, inline_attention
 
@@ -63,17 +63,18 @@ class InLineAttention(TokenMixer):
 
     def forward(self, x: Tensor, size: list[int] | None = None, source: Tensor | None = None) -> Tensor:
         """`source`, of x's shape: what the kernels are made from, by its mean; default x."""
-        q, k, v, grid, kv_grid = self._project(x, size)
-        mean = (x if source is None else source).flatten(1, -2).mean(1)
-        return self.proj_drop(self.proj(self._mix(q, k, v, mean, grid, kv_grid).reshape(x.shape)))
+        q, k, v, grid, kv_grid = self._project_tokens(x, size)
+        mean = (x if source is None else source).flatten(1, -2).mean(1)  # [B, C]
+        x = self._mix(q, k, v, mean, grid, kv_grid).reshape(x.shape)  # [B, H, W, C] or [B, P + H * W, C]
+        return self.proj_drop(self.proj(x))
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, mean: Tensor, size: list[int], kv_size: list[int]) -> Tensor:
         """q [B, L, N, D], k and v [B, M, N, D], mean [B, C] -> [B, L, N, D]."""
         out = inline_attention(self._kernel(q), self._kernel(k), v)
-        kernels = self.residual(mean[..., None]).unflatten(1, [-1, 9]).squeeze(-1)
+        kernels = self.residual(mean[..., None]).squeeze(-1).unflatten(1, [-1, 9])  # [B, C, 9]
         v = self._map(v, kv_size)
         if self.sr is not None:
-            v = F.interpolate(v.permute(0, 3, 1, 2), size=size, mode="bilinear").permute(0, 2, 3, 1)
+            v = F.interpolate(v.permute(0, 3, 1, 2), size=size, mode="bilinear").permute(0, 2, 3, 1)  # [B, H, W, C]
         local = dynamic_depthwise_conv(v, kernels)
         if self.get_v is not None:
             local = local + self.get_v(v)

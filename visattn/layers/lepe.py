@@ -1,39 +1,17 @@
-"""Depthwise convolutions on channels-last maps, and attention over the whole map with such a position encoding."""
+"""Attention over the whole channels-last map with a depthwise convolution as position encoding."""
 
 import reprlib
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from visattn.layers.neighborhood import _SelfAttention
-from visattn.ops import neighborhood_attention
+from visattn.layers.attention import MultiHeadAttention, attend_globally
+from visattn.layers.conv import DepthwiseConv
 
-torch.fx.wrap("neighborhood_attention")
-
-
-class DepthwiseConv(nn.Conv2d):
-    """Depthwise convolution of an odd kernel, zero padding, with bias: [B, H, W, dim] -> [B, H, W, dim].
-
-    Raises:
-        ValueError: An even kernel, which would shift the map.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        kernel_size: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"expected an odd kernel_size, got {kernel_size}")
-        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias).permute(0, 2, 3, 1)
+torch.fx.wrap("attend_globally")
 
 
-class LePEAttention(_SelfAttention):
+class LePEAttention(MultiHeadAttention):
     """Multi-head attention over the whole map, to which a depthwise convolution adds local position (LePE).
 
     proj(softmax(q k^T / sqrt(head width)) v + dwconv(x or v)); any map size, no position table.
@@ -66,16 +44,15 @@ class LePEAttention(_SelfAttention):
     ) -> None:
         if lepe_on not in ("input", "value"):
             raise ValueError(f"expected lepe_on 'input' or 'value', got {reprlib.repr(lepe_on):.80}")
-        super().__init__(dim, num_heads, None, qkv_bias, 0.0, device, dtype)
+        super().__init__(dim, num_heads, qkv_bias, device=device, dtype=dtype)
         self.lepe_on = lepe_on
         self.lepe = DepthwiseConv(dim, side_dwconv, device=device, dtype=dtype) if side_dwconv else None
 
     def forward(self, x: Tensor) -> Tensor:
-        _, h, w, _ = x.shape
         q, k, v = self._project(x)
-        out = neighborhood_attention(q, k, v, [h, w], [1, 1], [1, 1], [False, False]).flatten(3)
+        out = attend_globally(q, k, v).flatten(3)  # [B, H, W, C]
         if self.lepe is not None:
-            out = out + self.lepe(v.flatten(3) if self.lepe_on == "value" else x)
+            out = out + self.lepe(v.flatten(3) if self.lepe_on == "value" else x)  # [B, H, W, C]
         return self.proj(out)
 
     def extra_repr(self) -> str:

@@ -1,62 +1,20 @@
-"""Self-attention modules over `visattn.ops.neighborhood_attention`, channels-last."""
+"""Attention of every token to its neighbours, or to the whole map, on channels-last maps with a position table."""
 
 import torch
-from timm.layers import to_2tuple, trunc_normal_
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
+from visattn.layers.attention import MultiHeadAttention, attend_globally
 from visattn.ops import fit, neighborhood_attention, pad_to_at_least, resize_rel_pos
 
+torch.fx.wrap("attend_globally")
 torch.fx.wrap("fit")
 torch.fx.wrap("neighborhood_attention")
 torch.fx.wrap("pad_to_at_least")
 torch.fx.wrap("resize_rel_pos")
 
 
-class _SelfAttention(nn.Module):
-    """Projections, heads and position table, named as in the official modules; subclasses attend.
-
-    `table_size` None leaves the table out. `attn_dim`, the width of all heads together, and `out_dim` are `dim` if not
-    given.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        table_size: tuple[int, ...] | None,
-        qkv_bias: bool,
-        proj_drop: float,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-        attn_dim: int | None = None,
-        out_dim: int | None = None,
-    ) -> None:
-        super().__init__()
-        attn_dim = attn_dim or dim
-        if attn_dim % num_heads:
-            raise ValueError(f"expected dim divisible by num_heads, got {attn_dim} and {num_heads}")
-        dd = {"device": device, "dtype": dtype}
-        self.num_heads = num_heads
-        self.head_dim = attn_dim // num_heads
-        self.qkv = nn.Linear(dim, 3 * attn_dim, bias=qkv_bias, **dd)
-        table = None if table_size is None else nn.Parameter(torch.empty(num_heads, *table_size, **dd))
-        self.register_parameter("rpb", table)
-        self.proj = nn.Linear(attn_dim, out_dim or dim, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        if self.rpb is not None:
-            trunc_normal_(self.rpb, std=0.02)
-
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, H, W, C] -> q, k, v [B, H, W, N, D], views of one projection."""
-        b, h, w, _ = x.shape
-        q, k, v = self.qkv(x).reshape(b, h, w, 3, self.num_heads, self.head_dim).unbind(3)
-        return q, k, v
-
-
-class NeighborhoodAttention(_SelfAttention):
+class NeighborhoodAttention(MultiHeadAttention):
     """Multi-head neighborhood attention on maps of any size, with a learned relative position bias.
 
     A map smaller than `kernel_size * dilation` is zero-padded at the bottom and right before the projection and
@@ -80,28 +38,26 @@ class NeighborhoodAttention(_SelfAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         table = tuple(2 * k - 1 for k in to_2tuple(kernel_size))
-        super().__init__(dim, num_heads, table, qkv_bias, proj_drop, device, dtype)
+        super().__init__(dim, num_heads, qkv_bias, proj_drop, table, device=device, dtype=dtype)
         self.kernel_size = list(to_2tuple(kernel_size))
         self.dilation = list(to_2tuple(dilation))
-        self.stride = [1, 1]
-        self.is_causal = [False, False]
         self.min_size = [k * d for k, d in zip(self.kernel_size, self.dilation, strict=True)]
 
     def forward(self, x: Tensor) -> Tensor:
         _, h, w, _ = x.shape
         q, k, v = self._project(pad_to_at_least(x, self.min_size))
-        x = neighborhood_attention(q, k, v, self.kernel_size, self.dilation, self.stride, self.is_causal, self.rpb)
-        x = fit(x.flatten(3), [h, w])
+        x = neighborhood_attention(q, k, v, kernel_size=self.kernel_size, dilation=self.dilation, bias=self.rpb)
+        x = fit(x.flatten(3), [h, w])  # [B, H, W, C]
         return self.proj_drop(self.proj(x))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation}"
 
 
-class GlobalAttention(_SelfAttention):
+class GlobalAttention(MultiHeadAttention):
     """Multi-head attention over the whole map, with a relative position table learned on maps of `feat_size`.
 
-    This is neighborhood attention with a window as large as the map; the table is interpolated for other map sizes.
+    The table is interpolated for maps of other sizes.
 
     Shapes: [B, H, W, dim] -> [B, H, W, out_dim].
 
@@ -132,7 +88,7 @@ class GlobalAttention(_SelfAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         table = tuple(2 * n - 1 for n in to_2tuple(feat_size)) if rel_pos is None else None
-        super().__init__(dim, num_heads, table, qkv_bias, proj_drop, device, dtype, attn_dim, out_dim)
+        super().__init__(dim, num_heads, qkv_bias, proj_drop, table, attn_dim, out_dim, device=device, dtype=dtype)
         self.resize = resize
         self.rel_pos = rel_pos
 
@@ -140,8 +96,8 @@ class GlobalAttention(_SelfAttention):
         _, h, w, _ = x.shape
         q, k, v = self._project(x)
         if self.rel_pos is not None:
-            bias = self.rel_pos(h, w)
+            table = self.rel_pos(h, w)
         else:
-            bias = resize_rel_pos(self.rpb, [2 * h - 1, 2 * w - 1], self.resize)
-        x = neighborhood_attention(q, k, v, [h, w], [1, 1], [1, 1], [False, False], bias)
-        return self.proj_drop(self.proj(x.flatten(3)))
+            table = resize_rel_pos(self.rpb, [2 * h - 1, 2 * w - 1], self.resize)
+        x = attend_globally(q, k, v, table=table)
+        return self.proj_drop(self.proj(x.flatten(3)))  # [B, H, W, out_dim]

@@ -30,7 +30,7 @@ class ConvTokenizer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))  # [B, H/4, W/4, C]
 
 
 class PatchTokenizer(nn.Module):
@@ -57,8 +57,8 @@ class PatchTokenizer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = pad_to_multiple(x.permute(0, 2, 3, 1), self.patch_size)
-        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        x = pad_to_multiple(x.permute(0, 2, 3, 1), self.patch_size)  # [B, H', W', I]
+        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # [B, H/p, W/p, C]
 
 
 class PositionedTokenizer(nn.Module):
@@ -102,11 +102,12 @@ class PositionedTokenizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.channels_first:
-            x = x.permute(0, 2, 3, 1)
+            x = x.permute(0, 2, 3, 1)  # [B, H, W, I]
         x = floor_to_multiple(x, self.patch_size)
-        x = self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        table = resize_rel_pos(self.pos_embed[0].permute(2, 0, 1), [x.shape[1], x.shape[2]], "bilinear")
-        return x + table.permute(1, 2, 0)
+        x = self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # [B, H/p, W/p, C]
+        table = self.pos_embed[0].permute(2, 0, 1)  # [C, h, w]
+        table = resize_rel_pos(table, [x.shape[1], x.shape[2]], "bilinear")  # [C, H/p, W/p]
+        return x + table.permute(1, 2, 0)  # [B, H/p, W/p, C]
 
 
 class ConvDownsampler(nn.Module):
@@ -125,7 +126,7 @@ class ConvDownsampler(nn.Module):
         self.norm = nn.LayerNorm(2 * dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # [B, H/2, W/2, 2C]
 
 
 class PatchMerging(nn.Module):
@@ -148,5 +149,6 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = pad_to_multiple(x, [2, 2])
         b, h, w, c = x.shape
-        x = x.reshape(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        x = x.reshape(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 4, 2, 5)  # [B, H/2, W/2, 2, 2, C]
+        x = x.flatten(3)  # [B, H/2, W/2, 4C]
         return self.reduction(self.norm(x))

@@ -38,7 +38,7 @@ class LogRelPos(nn.Module):
         x = w - weight.new_ones([2 * h - 1, 2 * w - 1], dtype=torch.int64).cumsum(1)
         displacement = torch.stack([y, x], dim=-1).to(torch.float32)
         displacement = displacement.sign() * displacement.abs().log1p()
-        return self.mlp(displacement.to(weight.dtype)).permute(2, 0, 1)
+        return self.mlp(displacement.to(weight.dtype)).permute(2, 0, 1)  # [N, 2H - 1, 2W - 1]
 
 
 class PooledTransformerBlock(TransformerBlock):
@@ -85,9 +85,9 @@ class PooledTransformerBlock(TransformerBlock):
         self.norm2 = norm_layer(out_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.pool(self.norm1(x)).permute(0, 2, 3, 1)
-        x = self.shortcut(self.pool(x).permute(0, 2, 3, 1))
+        y = self.pool(self.norm1(x)).permute(0, 2, 3, 1)  # [B, H', W', dim]
+        x = self.shortcut(self.pool(x).permute(0, 2, 3, 1))  # [B, H', W', out_dim]
         x = x + self.drop_path1(self.ls1(self.attn(y)))
-        y = self.norm2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        y = self.norm2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # [B, H', W', out_dim]
         x = x + self.drop_path2(self.ls2(self.mlp(y)))
-        return x.permute(0, 3, 1, 2)
+        return x.permute(0, 3, 1, 2)  # [B, out_dim, H', W']

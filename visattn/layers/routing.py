@@ -1,14 +1,14 @@
 """Bi-level routing attention over `visattn.ops.bilevel_routing_attention`, channels-last."""
 
 import reprlib
+from typing import Any
 
 import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from visattn import ops
-from visattn.layers.lepe import DepthwiseConv
-from visattn.ops import bilevel_routing_attention, fit, pad_to_multiple
+from visattn.layers.conv import DepthwiseConv
+from visattn.ops import bilevel_routing_attention, fit, pad_to_multiple, region_routing
 
 torch.fx.wrap("bilevel_routing_attention")
 torch.fx.wrap("fit")
@@ -113,41 +113,35 @@ class BiLevelRoutingAttention(nn.Module):
         if self.padding == "project":
             x = pad_to_multiple(x, self.n_win)
         q, k, v = self.qkv(x).split(self.split, dim=-1)
-        heads = [self.num_heads, -1]
-        return q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
+        q, k, v = (t.unflatten(-1, [self.num_heads, -1]) for t in (q, k, v))  # [B, H', W', N, D]
+        return q, k, v
 
-    def _router(self) -> tuple[Tensor | None, Tensor | None]:
+    def _routing(self) -> dict[str, Any]:
+        """The arguments of the op that choose regions."""
+        routing = {"n_win": self.n_win, "topk": self.topk, "rule": self.rule, "scale": self.scale}
         if self.router is not None:
-            return self.router.weight, self.router.bias
-        return None, None
+            routing |= {"router_weight": self.router.weight, "router_bias": self.router.bias}
+        return routing
 
     def forward(self, x: Tensor) -> Tensor:
         _, h, w, _ = x.shape
         q, k, v = self._project(x)
-        weight, bias = self._router()
         out = bilevel_routing_attention(
             q,
             k,
             v,
-            self.n_win,
-            self.topk,
-            self.rule,
-            False,
-            self.soft_routing,
-            self.diff_routing,
-            weight,
-            bias,
-            self.kv_pool,
-            self.kv_size,
-            self.scale,
-        ).flatten(3)
+            **self._routing(),
+            soft=self.soft_routing,
+            diff=self.diff_routing,
+            kv_pool=self.kv_pool,
+            kv_size=self.kv_size,
+        ).flatten(3)  # [B, H', W', C]
         if self.lepe is not None:
-            out = out + self.lepe(v.flatten(3))
+            out = out + self.lepe(v.flatten(3))  # [B, H', W', C]
         if self.padding == "project":
             out = fit(out, [h, w])
         return self.proj(out)
 
-    @torch.jit.ignore
     def attended(self, x: Tensor) -> dict[str, Tensor]:
         """What the queries of `forward(x)` attend to.
 
@@ -156,10 +150,7 @@ class BiLevelRoutingAttention(nn.Module):
             first; "weights", of the same shape: their routing weights, which sum to 1.
         """
         q, k, _ = self._project(x)
-        weight, bias = self._router()
-        index, weights = ops.region_routing(
-            q, k, self.topk, n_win=self.n_win, rule=self.rule, scale=self.scale, router_weight=weight, router_bias=bias
-        )
+        index, weights = region_routing(q, k, **self._routing())
         return {"regions": index, "weights": weights}
 
     def extra_repr(self) -> str:

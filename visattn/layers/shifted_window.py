@@ -5,6 +5,7 @@ from torch import Tensor
 
 from visattn.layers.window import WindowAttention
 from visattn.ops import fit, pad_to_multiple, resize_rel_pos, window_attention
+from visattn.ops.geometry import ceil_div
 
 torch.fx.wrap("fit")
 torch.fx.wrap("pad_to_multiple")
@@ -58,15 +59,14 @@ class ShiftedWindowAttention(WindowAttention):
         _, h, w, _ = x.shape
         window, shift = self.window_size, [0, 0]
         if self.shifted:
-            shift = [window[0] // 2, window[1] // 2]
+            shift = [m // 2 for m in window]
             if not self.always_shift:
-                # 1 - 1 // number of windows: 0 for one window, else 1
-                shift[0] *= 1 - 1 // (-(-h // window[0]))
-                shift[1] *= 1 - 1 // (-(-w // window[1]))
+                # 1 - 1 // number of windows: 0 for one window, else 1, also for a size that is only a symbol
+                shift = [s * (1 - 1 // ceil_div(n, m)) for s, n, m in zip(shift, (h, w), window, strict=True)]
         table = resize_rel_pos(self.rpb, [2 * window[0] - 1, 2 * window[1] - 1], "bicubic")
         q, k, v = self._project(pad_to_multiple(x, window))
-        x = window_attention(q, k, v, window, shift, False, table, self.scale)
-        x = fit(x.flatten(3), [h, w])
+        x = window_attention(q, k, v, window_size=window, shift=shift, bias=table, scale=self.scale)
+        x = fit(x.flatten(3), [h, w])  # [B, H, W, C]
         return self.proj_drop(self.proj(x))
 
     def extra_repr(self) -> str:

@@ -54,10 +54,11 @@ class SplAt(nn.Module):
         x = self.act(self.bn0(self.conv(x)))
         if self.radix == 1:
             return x * self._logits(x.mean((2, 3), keepdim=True)).sigmoid()
-        splits = x.unflatten(1, (self.radix, -1))
+        splits = x.unflatten(1, (self.radix, -1))  # [B, radix, C, H, W]
         logits = self._logits(splits.mean((3, 4), keepdim=True).sum(1))
         # fc2's channels are (cardinal group, split, channel), those of the splits (split, cardinal group, channel)
-        weights = logits.unflatten(1, (self.cardinality, self.radix, -1)).softmax(2).transpose(1, 2).flatten(2, 3)
+        weights = logits.unflatten(1, (self.cardinality, self.radix, -1)).softmax(2)  # [B, groups, radix, C', 1, 1]
+        weights = weights.transpose(1, 2).flatten(2, 3)  # [B, radix, C, 1, 1]
         return (splits * weights).sum(1)
 
     def _logits(self, pooled: Tensor) -> Tensor:

@@ -1,27 +1,35 @@
 """A stage of a hierarchical backbone."""
 
-import torch
+from collections import OrderedDict
+
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 
-class Stage(nn.Module):
+class CheckpointedSequential(nn.Sequential):
+    """`nn.Sequential` that recomputes its modules' activations in the backward pass instead of keeping them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint_seq(self, x)
+
+
+class Stage(nn.Sequential):
     """A downsampler (or nn.Identity), blocks of equal width, then `norm` if given: [B, H, W, C] -> [B, H', W', C'].
 
-    `grad_checkpointing` recomputes the blocks' activations in the backward pass.
+    `grad_checkpointing` recomputes the blocks' activations in the backward pass. It changes the class of `blocks`,
+    which stays the same object with the same hooks: set it before others change that class, as FSDP does.
     """
 
     def __init__(self, downsample: nn.Module, blocks: list[nn.Module], norm: nn.Module | None = None) -> None:
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-        self.norm = nn.Identity() if norm is None else norm
+        norm = nn.Identity() if norm is None else norm
+        super().__init__(OrderedDict(downsample=downsample, blocks=nn.Sequential(*blocks), norm=norm))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return self.norm(x)
+    @property
+    def grad_checkpointing(self) -> bool:
+        """Whether the blocks' activations are recomputed."""
+        return isinstance(self.blocks, CheckpointedSequential)
+
+    @grad_checkpointing.setter
+    def grad_checkpointing(self, enable: bool) -> None:
+        if enable != self.grad_checkpointing:
+            self.blocks.__class__ = CheckpointedSequential if enable else nn.Sequential

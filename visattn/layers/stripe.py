@@ -3,17 +3,18 @@
 import torch
 from torch import Tensor
 
-from visattn.layers.lepe import DepthwiseConv
-from visattn.layers.neighborhood import _SelfAttention
+from visattn.layers.attention import MultiHeadAttention, attend_globally
+from visattn.layers.conv import DepthwiseConv
 from visattn.ops import fit_centered, pad_centered_to_multiple, window_attention, window_conv
 
+torch.fx.wrap("attend_globally")
 torch.fx.wrap("fit_centered")
 torch.fx.wrap("pad_centered_to_multiple")
 torch.fx.wrap("window_attention")
 torch.fx.wrap("window_conv")
 
 
-class CrossShapedAttention(_SelfAttention):
+class CrossShapedAttention(MultiHeadAttention):
     """Multi-head attention within stripes, to which a depthwise convolution of the values adds local position (LePE).
 
     The first half of the heads attends in vertical stripes (all rows, `split_size` columns), the second half in
@@ -52,37 +53,31 @@ class CrossShapedAttention(_SelfAttention):
                 f"expected split_size of at least 1 and an even number of heads, got {split_size} and {num_heads}; try "
                 "split_size=None, which attends over the whole map"
             )
-        super().__init__(dim, num_heads, None, qkv_bias, proj_drop, device, dtype)
+        super().__init__(dim, num_heads, qkv_bias, proj_drop, device=device, dtype=dtype)
         self.lepe = DepthwiseConv(dim, 3, device=device, dtype=dtype)
-        # TorchScript wants an int in either case
-        self.whole = split_size is None
-        self.split_size = split_size or 1
+        self.split_size = split_size
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self._project(x)
-        h, w, s = x.shape[1], x.shape[2], self.split_size
-        if self.whole:
-            x = self._attend(q, k, v, [h, w], [1, 1, 1], 0)
+        if self.split_size is None:
+            x = attend_globally(q, k, v).flatten(3) + self.lepe(v.flatten(3))  # [B, H, W, C]
         else:
-            n = self.num_heads // 2
-            vertical = self._attend(q[..., :n, :], k[..., :n, :], v[..., :n, :], [h, s], [1, s, 1], 0)
-            horizontal = self._attend(q[..., n:, :], k[..., n:, :], v[..., n:, :], [s, w], [s, 1, 1], n)
-            x = torch.cat([vertical, horizontal], -1)
+            h, w, s, n = x.shape[1], x.shape[2], self.split_size, self.num_heads // 2
+            vertical = self._attend(q[..., :n, :], k[..., :n, :], v[..., :n, :], [h, s], [1, s], 0)
+            horizontal = self._attend(q[..., n:, :], k[..., n:, :], v[..., n:, :], [s, w], [s, 1], n)
+            x = torch.cat([vertical, horizontal], -1)  # [B, H, W, C]
         return self.proj_drop(self.proj(x))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, stripe: list[int], multiple: list[int], head: int) -> Tensor:
         """[B, H, W, N, D] -> [B, H, W, N * D], the N heads from `head` on, in stripes of the padded map."""
         size, first = [q.shape[1], q.shape[2]], head * self.head_dim
-        last = first + q.shape[3] * self.head_dim
-        q = pad_centered_to_multiple(q, multiple)
-        k = pad_centered_to_multiple(k, multiple)
-        v = pad_centered_to_multiple(v, multiple)
-        bias = self.lepe.bias
-        if bias is not None:  # as TorchScript sees convolutions
-            bias = bias[first:last]
-        x = window_attention(q, k, v, stripe, [0, 0], False).flatten(3)
-        x = x + window_conv(v.flatten(3), self.lepe.weight[first:last], bias, stripe)
-        return fit_centered(x, size)
+        channels = slice(first, first + self.num_heads // 2 * self.head_dim)
+        # Padding takes the heads for a third axis, on which nothing is to be padded.
+        q, k, v = (pad_centered_to_multiple(t, [*multiple, 1]) for t in (q, k, v))  # [B, H', W', N, D]
+        x = window_attention(q, k, v, window_size=stripe).flatten(3)  # [B, H', W', N * D]
+        weight, bias = self.lepe.weight[channels], self.lepe.bias[channels]
+        x = x + window_conv(v.flatten(3), weight, bias, window=stripe)  # [B, H', W', N * D]
+        return fit_centered(x, size)  # [B, H, W, N * D]
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, split_size={None if self.whole else self.split_size}"
+        return f"num_heads={self.num_heads}, split_size={self.split_size}"

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor, nn
 
+from visattn.layers.attention import MultiHeadAttention, attend_globally
 from visattn.ops import floor_to_multiple
 
+torch.fx.wrap("attend_globally")
 torch.fx.wrap("floor_to_multiple")
 
 
-class TokenMixer(nn.Module):
+class TokenMixer(MultiHeadAttention):
     """Projections of multi-head attention among the tokens of a map and prefix tokens before them (a class token).
 
     Subclasses say how tokens attend: `_attend(q, k, v, size, kv_size)`, where q is [B, L, N, D], k and v [B, M, N, D],
@@ -44,58 +46,46 @@ class TokenMixer(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"expected dim divisible by num_heads, got {dim} and {num_heads}")
         if sr_ratio < 1 or min(feat_size) < 1:
             raise ValueError(f"expected sr_ratio and feat_size of at least 1, got {sr_ratio} and {feat_size}")
         if sr_ratio > 1 and num_prefix_tokens:
             raise ValueError(f"expected no prefix tokens with sr_ratio {sr_ratio}, got {num_prefix_tokens}")
-        dd = {"device": device, "dtype": dtype}
-        self.num_heads = num_heads
-        self.head_dim = dim // num_heads
+        dd, reduces = {"device": device, "dtype": dtype}, sr_ratio > 1
+        super().__init__(dim, num_heads, qkv_bias, proj_drop, fused=not reduces, **dd)
         self.scale = self.head_dim**-0.5
         self.num_prefix_tokens = num_prefix_tokens
         self.sr_ratio = [sr_ratio, sr_ratio]
-        reduces = sr_ratio > 1
-        self.qkv = None if reduces else nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd) if reduces else None
-        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **dd) if reduces else None
         self.sr = nn.Conv2d(dim, dim, sr_ratio, stride=sr_ratio, **dd) if reduces else None
         self.norm = nn.LayerNorm(dim, **dd) if reduces else None
-        self.proj = nn.Linear(dim, dim, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, size: list[int] | None = None) -> Tensor:
-        q, k, v, grid, kv_grid = self._project(x, size)
-        x = self._attend(q, k, v, grid, kv_grid).reshape(x.shape)
+        q, k, v, grid, kv_grid = self._project_tokens(x, size)
+        x = self._attend(q, k, v, grid, kv_grid).reshape(x.shape)  # [B, H, W, C] or [B, P + H * W, C]
         return self.proj_drop(self.proj(x))
 
-    def _project(self, x: Tensor, size: list[int] | None) -> tuple[Tensor, Tensor, Tensor, list[int], list[int]]:
-        """Queries, keys, values, and the maps of queries and of keys."""
+    def _project_tokens(self, x: Tensor, size: list[int] | None) -> tuple[Tensor, Tensor, Tensor, list[int], list[int]]:
+        """Project to q [B, L, N, D], k and v [B, M, N, D]; also the maps of queries and of keys."""
         grid = [x.shape[1], x.shape[2]] if size is None else size
-        kv_grid = grid
         if self.qkv is not None:
-            q, k, v = self.qkv(x.flatten(1, -2)).unflatten(-1, [3, self.num_heads, self.head_dim]).unbind(2)
-        else:
-            x = x.reshape(x.shape[0], grid[0], grid[1], x.shape[-1])
-            y = floor_to_multiple(x, self.sr_ratio)
-            y = self.norm(self.sr(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-            kv_grid = [y.shape[1], y.shape[2]]
-            k, v = self.kv(y).flatten(1, 2).unflatten(-1, [2, self.num_heads, self.head_dim]).unbind(2)
-            q = self.q(x).flatten(1, 2).unflatten(-1, [self.num_heads, self.head_dim])
-        return q, k, v, grid, kv_grid
+            q, k, v = self._project(x.flatten(1, -2))  # [B, L, N, D]
+            return q, k, v, grid, grid
+        x = x.reshape(x.shape[0], grid[0], grid[1], x.shape[-1])  # [B, H, W, C]
+        y = floor_to_multiple(x, self.sr_ratio).permute(0, 3, 1, 2)  # [B, C, H', W']
+        y = self.norm(self.sr(y).permute(0, 2, 3, 1))  # [B, H'', W'', C]
+        k, v = self._split(self.kv(y.flatten(1, 2)), 2)  # [B, M, N, D]
+        (q,) = self._split(self.q(x.flatten(1, 2)), 1)  # [B, L, N, D]
+        return q, k, v, grid, [y.shape[1], y.shape[2]]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, size: list[int], kv_size: list[int]) -> Tensor:
         raise NotImplementedError
 
     def _map(self, x: Tensor, size: list[int]) -> Tensor:
         """[B, P + H * W, N, D] -> [B, H, W, N * D], without the prefix tokens."""
-        return x[:, self.num_prefix_tokens :].flatten(2).unflatten(1, size)
+        return x[:, self.num_prefix_tokens :].flatten(2).unflatten(1, size)  # [B, H, W, C]
 
     def _add_to_map(self, x: Tensor, y: Tensor) -> Tensor:
         """Tokens x [B, P + H * W, N, D] plus a map y [B, H, W, N * D]; prefix tokens stay."""
-        y = y.flatten(1, 2).unflatten(-1, [self.num_heads, self.head_dim])
+        y = y.flatten(1, 2).unflatten(-1, [self.num_heads, self.head_dim])  # [B, H * W, N, D]
         if self.num_prefix_tokens:
             return torch.cat([x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :] + y], 1)
         return x + y
@@ -108,5 +98,4 @@ class SoftmaxAttention(TokenMixer):
     """Ordinary attention, softmax(q k^T / sqrt(head width)) v, without position: the control for the others."""
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, size: list[int], kv_size: list[int]) -> Tensor:
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return attend_globally(q, k, v)

@@ -4,14 +4,15 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor
 
-from visattn.layers.neighborhood import _SelfAttention
+from visattn.layers.attention import MultiHeadAttention
 from visattn.ops import resize_rel_pos, window_attention
+from visattn.ops.geometry import ceil_div
 
 torch.fx.wrap("resize_rel_pos")
 torch.fx.wrap("window_attention")
 
 
-class WindowAttention(_SelfAttention):
+class WindowAttention(MultiHeadAttention):
     """Multi-head attention among the tokens of a window, or of a grid that spans the map, on maps of any size.
 
     Windows that the map does not fill are attended as they are, without padding tokens. The relative position table
@@ -58,32 +59,28 @@ class WindowAttention(_SelfAttention):
         if table_size is None:
             raise ValueError("expected table_size where window_size is None, got neither; try table_size=7")
         table = [2 * n - 1 for n in _checked("table_size", table_size)]
-        super().__init__(dim, num_heads, tuple(table), qkv_bias, proj_drop, device, dtype)
+        super().__init__(dim, num_heads, qkv_bias, proj_drop, tuple(table), device=device, dtype=dtype)
         self.grid = grid
         self.scale = scale
         self.num_windows = _checked("num_windows", num_windows)
-        self.shift = [0, 0]
         self.set_window_size(window_size)
 
-    @torch.jit.ignore
     def set_window_size(self, window_size: int | tuple[int, int] | None) -> None:
         """Attend in other windows from now on; None: in windows that grow with the map. No parameter changes."""
-        self.grows = window_size is None
-        # TorchScript wants a list in either case
-        self.window_size = [0, 0] if window_size is None else _checked("window_size", window_size)
+        self.window_size = None if window_size is None else _checked("window_size", window_size)
 
     def forward(self, x: Tensor) -> Tensor:
         _, h, w, _ = x.shape
         window = self.window_size
-        if self.grows:
-            window = [-(-h // self.num_windows[0]), -(-w // self.num_windows[1])]
+        if window is None:
+            window = [ceil_div(n, windows) for n, windows in zip((h, w), self.num_windows, strict=True)]
         table = resize_rel_pos(self.rpb, [2 * window[0] - 1, 2 * window[1] - 1], "bilinear")
         q, k, v = self._project(x)
-        x = window_attention(q, k, v, window, self.shift, self.grid, table, self.scale)
-        return self.proj_drop(self.proj(x.flatten(3)))
+        x = window_attention(q, k, v, window_size=window, grid=self.grid, bias=table, scale=self.scale)
+        return self.proj_drop(self.proj(x.flatten(3)))  # [B, H, W, C]
 
     def extra_repr(self) -> str:
-        window = f"num_windows={self.num_windows}" if self.grows else f"window_size={self.window_size}"
+        window = f"num_windows={self.num_windows}" if self.window_size is None else f"window_size={self.window_size}"
         return f"num_heads={self.num_heads}, {window}, grid={self.grid}"
 
 

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
-import torch
 from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, get_device_dtype
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -104,28 +104,23 @@ class Backbone(ChecksWeights):
         self.out_norms = nn.ModuleList([norms[out_norm](level["num_chs"], **dd) for level in levels])
         self.init_weights(needs_reset=False)
 
-    @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
         """Initialise all parameters in place; `needs_reset=True` also those that reset themselves on construction."""
         layers.init_weights(self, needs_reset)
 
-    @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
         """Nothing to do: every model takes images of any size. Families with windows to set have more arguments."""
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Groups of parameters from stem to head, for layer-wise learning rates."""
         blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
         return {"stem": r"^patch_embed", "blocks": r"^stages\.(\d+)" if coarse else blocks}
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks' activations in the backward pass instead of keeping them."""
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The final linear layer."""
         return self.head.fc
@@ -148,17 +143,6 @@ class Backbone(ChecksWeights):
     def _number_of_stages(self, level: int) -> int:
         """How many stages feature level `level` needs."""
         return level if self.feature_info[0]["module"] == "patch_embed" else level + 1
-
-    def _forward_levels(self, x: Tensor, last: int) -> list[Tensor]:
-        """The maps of the feature levels up to `last` for an image."""
-        x = self.patch_embed(x)
-        number = self._number_of_stages(last)
-        outputs = [x] if number == last else []
-        for i, stage in enumerate(self.stages):
-            if i < number:
-                x = stage(x)
-                outputs.append(x)
-        return outputs
 
     def forward_intermediates(
         self,
@@ -188,7 +172,8 @@ class Backbone(ChecksWeights):
         if output_fmt not in ("NCHW", "NHWC", "NLC"):
             raise ValueError(f"expected output_fmt 'NCHW', 'NHWC' or 'NLC', got {output_fmt!r}")
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
-        maps = self._forward_levels(x, max_index if stop_early else len(self.feature_info) - 1)
+        maps: list[Tensor] = []
+        x = self.forward_features(x, maps=maps, number=self._number_of_stages(max_index) if stop_early else None)
         taken = []
         for i in take_indices:
             level = maps[i]
@@ -199,13 +184,13 @@ class Backbone(ChecksWeights):
             taken.append(self._to_format(level, output_fmt))
         if intermediates_only:
             return taken
-        return (self.norm(maps[-1]) if self._has_norm_width(len(maps) - 1) else maps[-1]), taken
+        return (self.norm(x) if self._has_norm_width(len(maps) - 1) else x), taken
 
     def _to_format(self, x: Tensor, output_fmt: str) -> Tensor:
         if output_fmt == "NCHW":
-            return x if self.output_fmt == "NCHW" else x.permute(0, 3, 1, 2).contiguous()
-        x = x.permute(0, 2, 3, 1) if self.output_fmt == "NCHW" else x
-        return x.flatten(1, 2) if output_fmt == "NLC" else x
+            return x if self.output_fmt == "NCHW" else x.permute(0, 3, 1, 2).contiguous()  # [B, C, H, W]
+        x = x.permute(0, 2, 3, 1) if self.output_fmt == "NCHW" else x  # [B, H, W, C]
+        return x.flatten(1, 2) if output_fmt == "NLC" else x  # [B, L, C] or [B, H, W, C]
 
     def _has_norm_width(self, level: int) -> bool:
         """The norm is the last level's, and fits levels as wide as that."""
@@ -230,12 +215,25 @@ class Backbone(ChecksWeights):
             self.reset_classifier(0, "", reset_other=True)
         return take_indices
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """[B, in_chans, H, W] -> normalised map of the last stage, [B, H', W', C'] or [B, C', H', W']."""
+    def forward_features(self, x: Tensor, *, maps: list[Tensor] | None = None, number: int | None = None) -> Tensor:
+        """Image to features.
+
+        Args:
+            x: Images [B, in_chans, H, W].
+            maps: The map of every feature level is appended to it.
+            number: Stages to go through; None for all.
+
+        Returns:
+            The last map, [B, H', W', C'] or [B, C', H', W'], normalised unless `maps` is given.
+        """
         x = self.patch_embed(x)
-        for stage in self.stages:
+        if maps is not None and self.feature_info[0]["module"] == "patch_embed":
+            maps.append(x)
+        for stage in islice(self.stages, number):
             x = stage(x)
-        return self.norm(x)
+            if maps is not None:
+                maps.append(x)
+        return self.norm(x) if maps is None else x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify the map of `forward_features`; `pre_logits` stops before the classifier."""
@@ -244,7 +242,10 @@ class Backbone(ChecksWeights):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
-    @torch.jit.ignore
+
+class TellsAttended:
+    """Mixin of families whose attention layers have a method `attended`, which tells what the queries attend to."""
+
     def attended(self, image: Tensor) -> dict[str, dict[str, Tensor]]:
         """What the queries of every attention layer attend to: {layer's name: what its own `attended` returns}.
 
@@ -252,17 +253,9 @@ class Backbone(ChecksWeights):
 
         Args:
             image: Images [B, in_chans, H, W].
-
-        Raises:
-            ValueError: No layer of the model has a method `attended`.
         """
         found = {}
-        tellers = [(n, m) for n, m in self.named_modules() if m is not self and callable(getattr(m, "attended", None))]
-        if not tellers:
-            raise ValueError(
-                f"expected a model whose attention can tell what it attends to, got {type(self).__name__}; "
-                "try one of the families BiFormer and TransNeXt"
-            )
+        tellers = [(n, m) for n, m in self.named_modules() if m is not self and hasattr(m, "attended")]
 
         def ask(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
             found[name] = module.attended(*args)

@@ -28,7 +28,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._backbone import Backbone, convert_checkpoint
+from visattn.models._backbone import Backbone, TellsAttended, convert_checkpoint
 from visattn.models._build import build_model
 from visattn.ops import floor_to_multiple
 
@@ -73,7 +73,7 @@ class PatchConv(nn.Conv2d):
         self.size = [size, size]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = floor_to_multiple(x.permute(0, 2, 3, 1), self.size).permute(0, 3, 1, 2)
+        x = floor_to_multiple(x.permute(0, 2, 3, 1), self.size).permute(0, 3, 1, 2)  # [B, dim, H', W']
         return self._conv_forward(x, self.weight, self.bias)
 
 
@@ -109,7 +109,7 @@ class BiFormerBlock(layers.TransformerBlock):
         self.pre_norm = pre_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)
+        x = x.permute(0, 2, 3, 1)  # [B, H, W, C]
         if self.pos_embed is not None:
             x = x + self.pos_embed(x)
         if self.pre_norm:
@@ -118,7 +118,7 @@ class BiFormerBlock(layers.TransformerBlock):
         else:
             x = self.norm1(x + self.drop_path1(self.ls1(self.attn(x))))
             x = self.norm2(x + self.drop_path2(self.ls2(self.mlp(x))))
-        return x.permute(0, 3, 1, 2)
+        return x.permute(0, 3, 1, 2)  # [B, C, H, W]
 
 
 def _conv_mixer(dim: int, **dd: Any) -> nn.Module:
@@ -144,7 +144,7 @@ def _dwconv_mlp(dim: int, hidden: int, **dd: Any) -> nn.Module:
     )
 
 
-class BiFormer(Backbone):
+class BiFormer(TellsAttended, Backbone):
     """BiFormer, and its "STL" variants in the layout of Swin-T.
 
     Args:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint, plan_stages, unwrap
 from visattn.models._build import NCHW_POOLS, NORM_MLP_POOLS, build_model
+from visattn.ops.geometry import ceil_div
 
 __all__ = ["CoAtNet"]
 
@@ -163,7 +164,7 @@ class CoAtNet(Backbone):
         plan = plan_stages([len(stage) for stage in stages], output_stride, drop_path_rate)
         self.stages = nn.Sequential()
         for i, (stage, (reduction, steps)) in enumerate(zip(stages, plan, strict=True)):
-            feat_size = [-(-size // 2 ** (i + 2)) for size in to_2tuple(img_size)]
+            feat_size = [ceil_div(size, 2 ** (i + 2)) for size in to_2tuple(img_size)]
             blocks = []
             for (kind, out_dim), (stride, dilation, rate) in zip(stage, steps, strict=True):
                 if kind == "C":
@@ -201,7 +202,6 @@ class CoAtNet(Backbone):
             **dd,
         )
 
-    @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
         """Truncated normal (std 0.02) for linear weights, normal by fan-out for convolutions (as EfficientNet)."""
         super().init_weights(needs_reset)
@@ -212,7 +212,6 @@ class CoAtNet(Backbone):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Patterns of parameters that weight decay leaves alone."""
         return {"*.rpb", "*.rel_pos.*"}
@@ -289,9 +288,9 @@ def _from_timm(key: str, value: Tensor, own: dict[str, Tensor], head_dim: int) -
         key = re.sub(pattern, name, key)
     if key.endswith(".rpb"):  # [(2H-1)(2W-1), N] by query - key
         size = own[key].shape[1:] if key in own and len(value) == own[key][0].numel() else [math.isqrt(len(value))] * 2
-        value = value.T.reshape(-1, *size).flip(1, 2)
+        value = value.T.reshape(-1, *size).flip(1, 2)  # [N, 2H-1, 2W-1]
     elif ".attn.qkv." in key:  # rows [N, 3, head_dim]
-        value = value.unflatten(0, (-1, 3, head_dim)).transpose(0, 1).flatten(0, 2)
+        value = value.unflatten(0, (-1, 3, head_dim)).transpose(0, 1).flatten(0, 2)  # [3 * N * head_dim, ...]
     if key in own and value.ndim == 4 and own[key].ndim == 2:
         value = value.flatten(1)
     return key, value

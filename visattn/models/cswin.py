@@ -1,8 +1,8 @@
-"""CSWin as a host: cross-shaped windows, and in the first blocks of a stage any attention over the whole map instead.
+"""CSWin as a token mixer backbone: cross-shaped windows, or in the first blocks of a stage any global attention.
 
 Papers: CSWin (CVPR 2022, arXiv:2107.00652), Agent Attention (ECCV 2024, arXiv:2312.08874), InLine (NeurIPS 2024,
 arXiv:2412.06590), FLatten (ICCV 2023, arXiv:2308.00442), Efficient Attention (WACV 2021, arXiv:1812.01243).
-Official code: https://github.com/microsoft/CSWin-Transformer (MIT) for the host. Where the other attentions go in it:
+Official code: https://github.com/microsoft/CSWin-Transformer (MIT) for the backbone. Where other attentions go in it:
 https://github.com/LeapLabTHU/Agent-Attention and https://github.com/LeapLabTHU/InLine, which state no licence; this
 file is written from the papers.
 
@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint, unwrap
-from visattn.models._hosts import create_host, fit_positions, host_cfg, plan_attention
+from visattn.models._token_mixer import create_token_mixer_backbone, fit_positions, plan_attention, token_mixer_cfg
 from visattn.ops import pad_to_at_least
+from visattn.ops.geometry import ceil_div
 
 torch.fx.wrap("pad_to_at_least")
 
@@ -53,8 +54,8 @@ class Stem(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = pad_to_at_least(x.permute(0, 2, 3, 1), [3, 3])
-        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        x = pad_to_at_least(x.permute(0, 2, 3, 1), [3, 3])  # [B, H, W, I]
+        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # [B, H', W', C]
 
 
 class InLineBlock(layers.TransformerBlock):
@@ -128,7 +129,7 @@ class CSWin(Backbone):
         feat_size = tuple(max(1, (n + 1) // 4) for n in to_2tuple(img_size))
         for i, (heads, split_size) in enumerate(zip(num_heads, split_sizes, strict=True)):
             dim = embed_dim * 2**i
-            feat_size = tuple(-(-n // 2) for n in feat_size) if i else feat_size
+            feat_size = tuple(ceil_div(n, 2) for n in feat_size) if i else feat_size
             if i == number - 1 or feat_size == (split_size, split_size):
                 split_size = None
             blocks = []
@@ -155,7 +156,7 @@ _MICROSOFT = {
 def _release(file: str, size: int = 224, **kwargs: Any) -> dict[str, Any]:
     url = f"https://github.com/microsoft/CSWin-Transformer/releases/download/v0.1.0/cswin_{file}_{size}.pth"
     crop = {} if size == 224 else {"crop_pct": 1.0}
-    return host_cfg("softmax", "", size, url=url, **_MICROSOFT, **crop, **kwargs)
+    return token_mixer_cfg("softmax", "", size, url=url, **_MICROSOFT, **crop, **kwargs)
 
 
 _SIZES = ("tiny", "small", "base")
@@ -169,17 +170,17 @@ default_cfgs = generate_default_cfgs(
         "cswin_large_va.ms_in22k_ft_in1k": _release("large"),
         "cswin_large_va.ms_in22k": _release("large_22k", num_classes=21841),
         "cswin_large_384_va.ms_in22k_ft_in1k": _release("large", 384),
-        "agent_cswin_tiny.in1k": host_cfg("agent", "8c562a74441e46d5902b"),
-        "agent_cswin_small.in1k": host_cfg("agent", "30eb8af675bc4b7a8747"),
-        "agent_cswin_base.in1k": host_cfg("agent", "c8035b0839b2410c8c9f"),
-        "agent_cswin_base_384.in1k": host_cfg("agent", "1239be0df44b47719432", 384),
-        "inline_cswin_tiny.in1k": host_cfg("inline", "49fa2ecc543647c4b970"),
-        "inline_cswin_small.in1k": host_cfg("inline", "59f4e65f776f4052b93c"),
-        "inline_cswin_base.in1k": host_cfg("inline", "91e17121df284ae38521"),
-        **{f"focused_cswin_{size}.untrained": host_cfg("focused") for size in _SIZES},
-        **{f"efficient_cswin_{size}.untrained": host_cfg("efficient") for size in _SIZES},
-        "test_cswin_va.untrained": host_cfg("softmax", "", 160, **_MICROSOFT),
-        "test_efficient_cswin.untrained": host_cfg("efficient", "", 160),
+        "agent_cswin_tiny.in1k": token_mixer_cfg("agent", "8c562a74441e46d5902b"),
+        "agent_cswin_small.in1k": token_mixer_cfg("agent", "30eb8af675bc4b7a8747"),
+        "agent_cswin_base.in1k": token_mixer_cfg("agent", "c8035b0839b2410c8c9f"),
+        "agent_cswin_base_384.in1k": token_mixer_cfg("agent", "1239be0df44b47719432", 384),
+        "inline_cswin_tiny.in1k": token_mixer_cfg("inline", "49fa2ecc543647c4b970"),
+        "inline_cswin_small.in1k": token_mixer_cfg("inline", "59f4e65f776f4052b93c"),
+        "inline_cswin_base.in1k": token_mixer_cfg("inline", "91e17121df284ae38521"),
+        **{f"focused_cswin_{size}.untrained": token_mixer_cfg("focused") for size in _SIZES},
+        **{f"efficient_cswin_{size}.untrained": token_mixer_cfg("efficient") for size in _SIZES},
+        "test_cswin_va.untrained": token_mixer_cfg("softmax", "", 160, **_MICROSOFT),
+        "test_efficient_cswin.untrained": token_mixer_cfg("efficient", "", 160),
     }
 )
 
@@ -218,7 +219,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def _create_cswin(variant: str, pretrained: bool = False, **kwargs: Any) -> CSWin:
-    return create_host(CSWin, variant, pretrained, checkpoint_filter_fn, **kwargs)
+    return create_token_mixer_backbone(CSWin, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 _TINY = {"embed_dim": 64, "depths": (1, 2, 21, 1), "num_heads": (2, 4, 8, 16), "drop_path_rate": 0.2}

@@ -1,8 +1,8 @@
-"""DeiT as a host: a plain vision transformer with a choice of attention, for images of any size.
+"""DeiT as a token mixer backbone: a plain vision transformer with a choice of attention, for images of any size.
 
 Papers: DeiT (ICML 2021, arXiv:2012.12877), Agent Attention (ECCV 2024, arXiv:2312.08874), InLine (NeurIPS 2024,
 arXiv:2412.06590), FLatten (ICCV 2023, arXiv:2308.00442), Efficient Attention (WACV 2021, arXiv:1812.01243).
-The host is timm's. Where the other attentions go in it: https://github.com/LeapLabTHU/Agent-Attention and
+The backbone is timm's. Where the other attentions go in it: https://github.com/LeapLabTHU/Agent-Attention and
 https://github.com/LeapLabTHU/InLine, which state no licence; this file is written from the papers.
 
 What differs from the official code, and why:
@@ -12,6 +12,7 @@ What differs from the official code, and why:
 """
 
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ from torch import Tensor, nn
 from visattn import layers
 from visattn.models._backbone import unwrap
 from visattn.models._build import TOKEN_POOLS, check_classifier
-from visattn.models._hosts import create_host, fit_positions, host_cfg, plan_attention
+from visattn.models._token_mixer import create_token_mixer_backbone, fit_positions, plan_attention, token_mixer_cfg
 from visattn.ops import resize_rel_pos
+from visattn.ops.geometry import ceil_div
 from visattn.weights import ChecksWeights
 
 torch.fx.wrap("resize_rel_pos")
@@ -42,9 +44,9 @@ __all__ = ["DeiT"]
 def _resize_positions(table: Tensor, learned: list[int], size: list[int]) -> Tensor:
     """[1, P + h * w, C] for maps of `learned` (h, w), P prefix tokens first -> [1, P + H * W, C] for maps of `size`."""
     prefix = table.shape[1] - learned[0] * learned[1]
-    grid = table[0, prefix:].transpose(0, 1).unflatten(1, learned)
-    grid = resize_rel_pos(grid, size)
-    return torch.cat([table[:, :prefix], grid.flatten(1).transpose(0, 1)[None]], 1)
+    grid = table[0, prefix:].transpose(0, 1).unflatten(1, learned)  # [C, h, w]
+    grid = resize_rel_pos(grid, size).flatten(1).transpose(0, 1)  # [H * W, C]
+    return torch.cat([table[:, :prefix], grid[None]], 1)  # [1, P + H * W, C]
 
 
 class DeiT(ChecksWeights, vision_transformer.VisionTransformer):
@@ -98,7 +100,7 @@ class DeiT(ChecksWeights, vision_transformer.VisionTransformer):
         check_classifier(num_classes, global_pool, (*TOKEN_POOLS, "map", "prr"))
         numbers = None if attention_depths is None else [attention_depths]
         plan = plan_attention(attention, [depth], numbers, attention_args)[0]
-        feat_size = tuple(-(-n // patch_size) for n in to_2tuple(img_size))
+        feat_size = tuple(ceil_div(n, patch_size) for n in to_2tuple(img_size))
 
         def create_block(dim: int, depth: int, proj_drop: float, drop_path: float, **_: Any) -> nn.Module:
             """Block number `depth`; timm hands over more than is used here."""
@@ -129,9 +131,8 @@ class DeiT(ChecksWeights, vision_transformer.VisionTransformer):
             dtype=dtype,
         )
         self.feat_size = list(feat_size)
-        self.blocks = nn.ModuleList(self.blocks)  # TorchScript would compile a Sequential's forward, which has no size
+        self.blocks = nn.ModuleList(self.blocks)  # whose own forward would hand over no size
 
-    @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
         """Nothing to do: the model takes images of any size."""
 
@@ -145,17 +146,27 @@ class DeiT(ChecksWeights, vision_transformer.VisionTransformer):
         """Tokens of images [B, in_chans, H, W], with positions, and the size of their map."""
         x = self.patch_embed(x)
         size = [x.shape[1], x.shape[2]]
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1)  # [B, 1 + H * W, C]
         return self.pos_drop(x + _resize_positions(self.pos_embed, self.feat_size, size)), size
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """[B, in_chans, H, W] -> normalised tokens [B, 1 + H' * W', C], the class token first."""
+    def forward_features(
+        self, x: Tensor, *, taken: dict[int, Tensor] | None = None, number: int | None = None
+    ) -> Tensor:
+        """Image to tokens.
+
+        Args:
+            x: Images [B, in_chans, H, W].
+            taken: The tokens after every block whose number is among its keys become the values.
+            number: Blocks to go through; None for all.
+
+        Returns:
+            Tokens [B, 1 + H' * W', C], the class token first, normalised.
+        """
         x, size = self._embed(x)
-        for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, size)
-            else:
-                x = block(x, size)
+        for i, block in enumerate(islice(self.blocks, number)):
+            x = checkpoint(block, x, size) if self.grad_checkpointing else block(x, size)
+            if taken is not None and i in taken:
+                taken[i] = x
         return self.norm(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -195,21 +206,20 @@ class DeiT(ChecksWeights, vision_transformer.VisionTransformer):
         if attn_mask is not None:
             raise ValueError("expected no attn_mask, got one; try timm's own vision transformers")
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        x, size = self._embed(x)
-        taken = []
-        for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
-            x = checkpoint(block, x, size) if self.grad_checkpointing else block(x, size)
-            if i in take_indices:
-                y = self.norm(x) if norm else x
-                level = y[:, 1:] if output_fmt == "NLC" else y[:, 1:].unflatten(1, size)
-                if output_fmt == "NCHW":
-                    level = level.permute(0, 3, 1, 2).contiguous()
-                taken.append((level, y[:, :1]) if return_prefix_tokens else level)
-        return taken if intermediates_only else (self.norm(x), taken)
+        tokens: dict[int, Tensor] = dict.fromkeys(take_indices)
+        size = [ceil_div(n, p) for n, p in zip(x.shape[2:], self.patch_embed.patch_size, strict=True)]
+        x = self.forward_features(x, taken=tokens, number=max_index + 1 if stop_early else None)
+        levels = []
+        for y in (self.norm(y) if norm else y for y in tokens.values()):
+            level = y[:, 1:] if output_fmt == "NLC" else y[:, 1:].unflatten(1, size)  # [B, L, C] or [B, H', W', C]
+            if output_fmt == "NCHW":
+                level = level.permute(0, 3, 1, 2).contiguous()  # [B, C, H', W']
+            levels.append((level, y[:, :1]) if return_prefix_tokens else level)
+        return levels if intermediates_only else (x, levels)
 
 
 def _cfg(attention: str, file: str = "", size: int = 224, **kwargs: Any) -> dict[str, Any]:
-    return host_cfg(attention, file, size, **{"pool_size": None, "classifier": "head", **kwargs})
+    return token_mixer_cfg(attention, file, size, **{"pool_size": None, "classifier": "head", **kwargs})
 
 
 _PAPER = {"paper_ids": "arXiv:2012.12877"}
@@ -251,7 +261,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def _create_deit(variant: str, pretrained: bool = False, **kwargs: Any) -> DeiT:
-    return create_host(DeiT, variant, pretrained, checkpoint_filter_fn, levels=3, **kwargs)
+    return create_token_mixer_backbone(DeiT, variant, pretrained, checkpoint_filter_fn, levels=3, **kwargs)
 
 
 # `drop_path_rate` is as published for plain DeiTs and agent attention; InLine takes agent attention's.

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint, plan_stages
 from visattn.models._build import build_model
+from visattn.ops.geometry import ceil_div
 
 __all__ = ["HaloNet"]
 
@@ -216,7 +217,6 @@ class HaloNet(Backbone):
             norm = layers.ConvNorm(in_dim, final_dim, act=act_layer, **dd)
         self._build_head(drop_rate, out_norm, **dd, norm=norm, num_features=final_dim)
 
-    @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
         """He initialisation of the convolutions, as timm; attention as its module does."""
         for module in self.modules():
@@ -233,7 +233,6 @@ class HaloNet(Backbone):
             elif isinstance(module, Bottleneck) and self.zero_init_last:
                 nn.init.zeros_(module.conv3.bn.weight)
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Patterns of parameters that weight decay leaves alone."""
         return {"*.rel_h", "*.rel_w"}
@@ -244,7 +243,7 @@ def _cfg(size: int = 256, **kwargs: Any) -> dict[str, Any]:
         "url": "",
         "num_classes": 1000,
         "input_size": (3, size, size),
-        "pool_size": (-(-size // 32), -(-size // 32)),
+        "pool_size": (ceil_div(size, 32), ceil_div(size, 32)),
         "crop_pct": 0.875,
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,

@@ -16,6 +16,7 @@ What differs from the official code, and why:
 
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint, plan_stages
 from visattn.models._build import NORM_MLP_POOLS, build_model
+from visattn.ops.geometry import ceil_div
 
 __all__ = ["MaxViT"]
 
@@ -47,7 +49,7 @@ def resolve_window(img_size: tuple[int, int], window_size: int | tuple[int, int]
     if len(img_size) != 2 or min(img_size) < 1:
         raise ValueError(f"expected img_size of one int or two, at least 1, got {img_size}")
     if window_size == "image":
-        return -(-img_size[0] // _IMAGE_PER_WINDOW), -(-img_size[1] // _IMAGE_PER_WINDOW)
+        return ceil_div(img_size[0], _IMAGE_PER_WINDOW), ceil_div(img_size[1], _IMAGE_PER_WINDOW)
     if window_size == "grow":
         return None
     if isinstance(window_size, str) or min(to_2tuple(window_size)) < 1:
@@ -55,7 +57,21 @@ def resolve_window(img_size: tuple[int, int], window_size: int | tuple[int, int]
     return to_2tuple(window_size)
 
 
-class MaxViTBlock(nn.Module):
+class Permute(nn.Module):
+    """x.permute(*dims), to bring maps from one layout to another."""
+
+    def __init__(self, *dims: int) -> None:
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(self.dims)
+
+    def extra_repr(self) -> str:
+        return f"{self.dims}"
+
+
+class MaxViTBlock(nn.Sequential):
     """MBConv, then attention within windows and within grids, each with an MLP: [B, C, H, W] -> [B, C', H', W'].
 
     Args:
@@ -66,13 +82,16 @@ class MaxViTBlock(nn.Module):
     """
 
     def __init__(self, conv: nn.Module, attentions: Sequence[nn.Module], dim: int, **block: Any) -> None:
-        super().__init__()
-        self.conv = conv
-        self.attn_block, self.attn_grid = (layers.TransformerBlock(dim, attn, **block) for attn in attentions)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x).permute(0, 2, 3, 1)
-        return self.attn_grid(self.attn_block(x)).permute(0, 3, 1, 2)
+        attn_block, attn_grid = (layers.TransformerBlock(dim, attn, **block) for attn in attentions)
+        super().__init__(
+            OrderedDict(
+                conv=conv,
+                to_channels_last=Permute(0, 2, 3, 1),
+                attn_block=attn_block,
+                attn_grid=attn_grid,
+                to_channels_first=Permute(0, 3, 1, 2),
+            )
+        )
 
 
 class MaxViT(Backbone):
@@ -180,7 +199,6 @@ class MaxViT(Backbone):
         if not self.is_google and self.num_classes > 0:
             self.head.fc.register_parameter("bias", None)
 
-    @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
         """Normal (std 0.02) for all linear and convolution weights and tables, as in the official code."""
         for module in self.modules():
@@ -191,7 +209,6 @@ class MaxViT(Backbone):
             elif needs_reset and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
 
-    @torch.jit.ignore
     def set_input_size(
         self,
         img_size: int | tuple[int, int] | None = None,
@@ -221,7 +238,6 @@ class MaxViT(Backbone):
         super().reset_classifier(num_classes, global_pool, reset_other)
         self._drop_classifier_bias()
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Patterns of parameters that weight decay leaves alone."""
         return {"*.rpb"}
@@ -331,7 +347,7 @@ def _convert(key: str, value: Tensor) -> tuple[str, Tensor]:
         key = re.sub(pattern, name, key)
     if key.endswith(".rpb") and value.ndim == 2:  # torchvision: [(2P - 1)^2, N], by query - key
         side = math.isqrt(len(value))
-        value = value.reshape(side, side, -1).permute(2, 0, 1).flip(1, 2)
+        value = value.reshape(side, side, -1).permute(2, 0, 1).flip(1, 2)  # [N, side, side]
     return key, value
 
 

@@ -137,7 +137,6 @@ class NAT(Backbone):
             self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
         self._build_head(drop_rate, out_norm, **dd)
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Patterns of parameters that weight decay leaves alone."""
         return {"*.rpb"}

@@ -102,7 +102,6 @@ class IsotropicNAT(Backbone):
             self.feature_info.append({"num_chs": embed_dim, "reduction": patch_size, "module": f"stages.{i}"})
         self._build_head(drop_rate, out_norm, **dd)
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Patterns of parameters that weight decay leaves alone."""
         return {"*.rpb"}

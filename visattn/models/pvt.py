@@ -1,8 +1,8 @@
-"""PVT as a host: a pyramid of plain transformer stages with a choice of attention, for images of any size.
+"""PVT as a token mixer backbone: a pyramid of plain transformer stages with a choice of attention, for any image size.
 
 Papers: PVT (ICCV 2021, arXiv:2102.12122), Agent Attention (ECCV 2024, arXiv:2312.08874), InLine (NeurIPS 2024,
 arXiv:2412.06590), FLatten (ICCV 2023, arXiv:2308.00442), Efficient Attention (WACV 2021, arXiv:1812.01243).
-Official code: https://github.com/whai362/PVT (Apache-2.0) for the host. Where the other attentions go in it:
+Official code: https://github.com/whai362/PVT (Apache-2.0) for the backbone. Where the other attentions go in it:
 https://github.com/LeapLabTHU/Agent-Attention and https://github.com/LeapLabTHU/InLine, which state no licence; this
 file is written from the papers.
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint, unwrap
 from visattn.models._build import NHWC_POOLS, TOKEN_POOLS
-from visattn.models._hosts import create_host, fit_positions, host_cfg, plan_attention
+from visattn.models._token_mixer import create_token_mixer_backbone, fit_positions, plan_attention, token_mixer_cfg
 
 __all__ = ["PVT"]
 
@@ -68,12 +68,9 @@ class ClassTokenStage(nn.Module):
         x = self.downsample(x)
         size = [x.shape[1], x.shape[2]]
         token = (self.cls_token + self.cls_pos_embed).expand(x.shape[0], -1, -1)
-        x = torch.cat([token, x.flatten(1, 2)], 1)
+        x = torch.cat([token, x.flatten(1, 2)], 1)  # [B, 1 + H' * W', C']
         for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, size)
-            else:
-                x = block(x, size)
+            x = checkpoint(block, x, size) if self.grad_checkpointing else block(x, size)
         return x
 
 
@@ -200,12 +197,10 @@ class PVT(Backbone):
         head = TokenHead(dim, num_classes, global_pool, drop_rate, **dd) if class_token else None
         self._build_head(drop_rate, out_norm, norm=norm, head=head, **dd)
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Patterns of parameters that weight decay leaves alone; as in the official code, positions decay."""
         return {"*.cls_token"}
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Groups of parameters from stem to head, for layer-wise learning rates; a class token with its patches."""
         groups = super().group_matcher(coarse)
@@ -213,16 +208,13 @@ class PVT(Backbone):
             groups["blocks"] = [(r"^stages\.(\d+)\.cls_", (0,)), *groups["blocks"]]
         return groups
 
-    def _forward_levels(self, x: Tensor, last: int) -> list[Tensor]:
-        """The maps of the levels, and behind that of a class token's stage the tokens themselves."""
-        levels = super()._forward_levels(x, last)
-        if last == self.class_level:
-            size = [torch.sym_max(1, n // 2) for n in levels[-2].shape[1:3]]
-            levels.insert(last, levels[last][:, 1:].unflatten(1, size))
-        return levels
-
-    def _has_norm_width(self, level: int) -> bool:
-        return super()._has_norm_width(min(level, len(self.feature_info) - 1))
+    def forward_features(self, x: Tensor, *, maps: list[Tensor] | None = None, number: int | None = None) -> Tensor:
+        """See `Backbone`; with a class token the result is tokens [B, 1 + H' * W', C'], and `maps` gets their map."""
+        x = super().forward_features(x, maps=maps, number=number)
+        if maps is not None and len(maps) - 1 == self.class_level:
+            size = [torch.sym_max(1, n // 2) for n in maps[-2].shape[1:3]]
+            maps[-1] = x[:, 1:].unflatten(1, size)  # [B, H', W', C']
+        return x
 
 
 def _grids(img_size: int | tuple[int, int], patch_size: int, number: int) -> list[tuple[int, int]]:
@@ -239,7 +231,7 @@ _PVT = {"pool_size": None, "crop_pct": 0.875, "paper_ids": "arXiv:2102.12122"}
 def _official(size: str) -> dict[str, Any]:
     origin = "https://github.com/whai362/PVT"
     url = f"{origin}/releases/download/v2/pvt_{size}.pth"
-    return host_cfg("softmax", url=url, license="apache-2.0", origin_url=origin, **_PVT)
+    return token_mixer_cfg("softmax", url=url, license="apache-2.0", origin_url=origin, **_PVT)
 
 
 _SIZES = ("tiny", "small", "medium", "large")
@@ -247,19 +239,19 @@ _SIZES = ("tiny", "small", "medium", "large")
 default_cfgs = generate_default_cfgs(
     {
         **{f"pvt_{size}_va.in1k": _official(size) for size in _SIZES},
-        "agent_pvt_tiny.in1k": host_cfg("agent", "13fdf0e0a7c5498c934f"),
-        "agent_pvt_small.in1k": host_cfg("agent", "36b8be9a8863456685a3"),
-        "agent_pvt_medium.in1k": host_cfg("agent", "4d00ecacf18b45f9b88c"),
-        "agent_pvt_medium_256.in1k": host_cfg("agent", "654df734121643b19c52", 256),
-        "agent_pvt_large.in1k": host_cfg("agent", "040cfe0cfbbe4762ad09"),
-        "inline_pvt_tiny.in1k": host_cfg("inline", "90ac52b1555b401eb5e6"),
-        "inline_pvt_small.in1k": host_cfg("inline", "1ab953b2479d433080a3"),
-        "inline_pvt_medium.in1k": host_cfg("inline", "a72aec31e6084bc0a280"),
-        "inline_pvt_large.in1k": host_cfg("inline", "efd91318ba964f01b288"),
-        **{f"focused_pvt_{size}.untrained": host_cfg("focused") for size in _SIZES},
-        **{f"efficient_pvt_{size}.untrained": host_cfg("efficient") for size in _SIZES},
-        "test_pvt_va.untrained": host_cfg("softmax", "", 160, **_PVT),
-        "test_inline_pvt.untrained": host_cfg("inline", "", 160, pool_size=(10, 10)),
+        "agent_pvt_tiny.in1k": token_mixer_cfg("agent", "13fdf0e0a7c5498c934f"),
+        "agent_pvt_small.in1k": token_mixer_cfg("agent", "36b8be9a8863456685a3"),
+        "agent_pvt_medium.in1k": token_mixer_cfg("agent", "4d00ecacf18b45f9b88c"),
+        "agent_pvt_medium_256.in1k": token_mixer_cfg("agent", "654df734121643b19c52", 256),
+        "agent_pvt_large.in1k": token_mixer_cfg("agent", "040cfe0cfbbe4762ad09"),
+        "inline_pvt_tiny.in1k": token_mixer_cfg("inline", "90ac52b1555b401eb5e6"),
+        "inline_pvt_small.in1k": token_mixer_cfg("inline", "1ab953b2479d433080a3"),
+        "inline_pvt_medium.in1k": token_mixer_cfg("inline", "a72aec31e6084bc0a280"),
+        "inline_pvt_large.in1k": token_mixer_cfg("inline", "efd91318ba964f01b288"),
+        **{f"focused_pvt_{size}.untrained": token_mixer_cfg("focused") for size in _SIZES},
+        **{f"efficient_pvt_{size}.untrained": token_mixer_cfg("efficient") for size in _SIZES},
+        "test_pvt_va.untrained": token_mixer_cfg("softmax", "", 160, **_PVT),
+        "test_inline_pvt.untrained": token_mixer_cfg("inline", "", 160, pool_size=(10, 10)),
     }
 )
 
@@ -307,7 +299,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def _create_pvt(variant: str, pretrained: bool = False, **kwargs: Any) -> PVT:
-    return create_host(PVT, variant, pretrained, checkpoint_filter_fn, **kwargs)
+    return create_token_mixer_backbone(PVT, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 _TINY = {"depths": (2, 2, 2, 2), "drop_path_rate": 0.1}

@@ -200,7 +200,6 @@ class ResNeSt(Backbone):
             self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
         self._build_head(drop_rate, out_norm, **dd, norm=nn.Identity())
 
-    @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
         """He initialisation by fan-out for convolutions; other modules, and biases, as they reset themselves."""
         for module in self.modules():

@@ -79,7 +79,6 @@ class ResNetEA(ChecksWeights, ResNet):
             )
             self.get_submodule(f"layer{number}").append(attention)
 
-    @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:
         """timm's for the ResNet, after every module reset itself; the attention as it resets itself."""
         for module in self.modules():
@@ -114,9 +113,9 @@ class ResNetEA(ChecksWeights, ResNet):
             raise ValueError(f"expected output_fmt 'NCHW', 'NHWC' or 'NLC', got {output_fmt!r}")
         x, maps = super().forward_intermediates(x, indices, norm, stop_early)
         if output_fmt != "NCHW":
-            maps = [y.permute(0, 2, 3, 1) for y in maps]
+            maps = [y.permute(0, 2, 3, 1) for y in maps]  # [B, H, W, C] each
         if output_fmt == "NLC":
-            maps = [y.flatten(1, 2) for y in maps]
+            maps = [y.flatten(1, 2) for y in maps]  # [B, L, C] each
         return maps if intermediates_only else (x, maps)
 
 

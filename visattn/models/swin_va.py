@@ -1,8 +1,8 @@
-"""Swin as a host: shifted windows, and in the first blocks of a stage any attention over the whole map instead.
+"""Swin as a token mixer backbone: shifted windows, or in the first blocks of a stage any global attention.
 
 Papers: Swin (ICCV 2021, arXiv:2103.14030), Agent Attention (ECCV 2024, arXiv:2312.08874), InLine (NeurIPS 2024,
 arXiv:2412.06590), FLatten (ICCV 2023, arXiv:2308.00442), Efficient Attention (WACV 2021, arXiv:1812.01243).
-Official code: https://github.com/microsoft/Swin-Transformer (MIT) for the host. Where the other attentions go in it:
+Official code: https://github.com/microsoft/Swin-Transformer (MIT) for the backbone. Where other attentions go in it:
 https://github.com/LeapLabTHU/Agent-Attention and https://github.com/LeapLabTHU/InLine, which state no licence; this
 file is written from the papers.
 
@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint, unwrap
-from visattn.models._hosts import create_host, fit_positions, host_cfg, plan_attention
+from visattn.models._token_mixer import create_token_mixer_backbone, fit_positions, plan_attention, token_mixer_cfg
+from visattn.ops.geometry import ceil_div
 
 __all__ = ["Swin"]
 
@@ -91,14 +92,14 @@ class Swin(Backbone):
         plan = plan_attention(attention, depths, attention_depths, attention_args)
         height, width = to_2tuple(img_size)
         if window_size is None:
-            window_size = (-(-height // 32), -(-width // 32))
+            window_size = (ceil_div(height, 32), ceil_div(width, 32))
         shared = {"qkv_bias": qkv_bias, "proj_drop": proj_drop_rate, **dd}
         self.patch_embed = layers.PatchTokenizer(in_chans, embed_dim, 4, **dd)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.stages = nn.Sequential()
         for i, heads in enumerate(num_heads):
             dim, stride = embed_dim * 2**i, 2 ** (i + 2)
-            feat_size = (-(-height // stride), -(-width // stride))
+            feat_size = (ceil_div(height, stride), ceil_div(width, stride))
             blocks = []
             for j, (rate, args) in enumerate(zip(rates[i], plan[i], strict=True)):
                 if args is None:
@@ -111,7 +112,6 @@ class Swin(Backbone):
             self.feature_info.append({"num_chs": dim, "reduction": stride, "module": f"stages.{i}"})
         self._build_head(drop_rate, out_norm, **dd)
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Patterns of parameters that weight decay leaves alone; as in the official code, agents' biases decay."""
         return {"*.rpb"}
@@ -127,7 +127,7 @@ _MICROSOFT = {
 def _hub(size: str, tag: str, pixels: int = 224, **kwargs: Any) -> dict[str, Any]:
     crop = {} if pixels == 224 else {"crop_pct": 1.0}
     hub = f"timm/swin_{size}_patch4_window{pixels // 32}_{pixels}.{tag}"
-    return host_cfg("softmax", "", pixels, hf_hub_id=hub, **_MICROSOFT, **crop, **kwargs)
+    return token_mixer_cfg("softmax", "", pixels, hf_hub_id=hub, **_MICROSOFT, **crop, **kwargs)
 
 
 def _controls(size: str, pixels: Sequence[int]) -> dict[str, dict[str, Any]]:
@@ -145,19 +145,19 @@ default_cfgs = generate_default_cfgs(
         **_controls("tiny", (224,)),
         **_controls("small", (224,)),
         **_controls("base", (224, 384)),
-        "agent_swin_tiny.in1k": host_cfg("agent", "a2ddc1190c224f768a41"),
-        "agent_swin_small.in1k": host_cfg("agent", "f607172c9fea4d6e99bb"),
-        "agent_swin_small_288.in1k": host_cfg("agent", "09760394e93b4046a25e", 288, crop_pct=1.0),
-        "agent_swin_base.in1k": host_cfg("agent", "4fcd2d0114bb490483c3"),
-        "agent_swin_base_384.in1k": host_cfg("agent", "bb84ee9058954706a557", 384, crop_pct=1.0),
-        "inline_swin_tiny.in1k": host_cfg("inline", "32810869fcc34410966b"),
-        "inline_swin_small.in1k": host_cfg("inline", "e9657fd247c04c7cb1a1"),
-        "inline_swin_base.in1k": host_cfg("inline", "bf23564bb64c420aafe1"),
-        **{f"focused_swin_{size}.untrained": host_cfg("focused") for size in ("tiny", "small", "base")},
-        **{f"efficient_swin_{size}.untrained": host_cfg("efficient") for size in ("tiny", "small", "base")},
-        "test_swin_va.untrained": host_cfg("softmax", "", 160, **_MICROSOFT),
-        "test_agent_swin.untrained": host_cfg("agent", "", 160),
-        "test_focused_swin.untrained": host_cfg("focused", "", 160),
+        "agent_swin_tiny.in1k": token_mixer_cfg("agent", "a2ddc1190c224f768a41"),
+        "agent_swin_small.in1k": token_mixer_cfg("agent", "f607172c9fea4d6e99bb"),
+        "agent_swin_small_288.in1k": token_mixer_cfg("agent", "09760394e93b4046a25e", 288, crop_pct=1.0),
+        "agent_swin_base.in1k": token_mixer_cfg("agent", "4fcd2d0114bb490483c3"),
+        "agent_swin_base_384.in1k": token_mixer_cfg("agent", "bb84ee9058954706a557", 384, crop_pct=1.0),
+        "inline_swin_tiny.in1k": token_mixer_cfg("inline", "32810869fcc34410966b"),
+        "inline_swin_small.in1k": token_mixer_cfg("inline", "e9657fd247c04c7cb1a1"),
+        "inline_swin_base.in1k": token_mixer_cfg("inline", "bf23564bb64c420aafe1"),
+        **{f"focused_swin_{size}.untrained": token_mixer_cfg("focused") for size in ("tiny", "small", "base")},
+        **{f"efficient_swin_{size}.untrained": token_mixer_cfg("efficient") for size in ("tiny", "small", "base")},
+        "test_swin_va.untrained": token_mixer_cfg("softmax", "", 160, **_MICROSOFT),
+        "test_agent_swin.untrained": token_mixer_cfg("agent", "", 160),
+        "test_focused_swin.untrained": token_mixer_cfg("focused", "", 160),
     }
 )
 
@@ -173,7 +173,7 @@ def _convert(key: str, value: Tensor, merges_last: bool, own: dict[str, Tensor])
         key = key.replace(".relative_position_bias_table", ".rpb")
         side = math.isqrt(len(value))
         size = own[key].shape[1:] if key in own and side * side != len(value) else (side, side)
-        value = value.reshape(*size, -1).permute(2, 0, 1).flip(1, 2)
+        value = value.reshape(*size, -1).permute(2, 0, 1).flip(1, 2)  # [N, *size]
     return key, value
 
 
@@ -191,7 +191,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def _create_swin(variant: str, pretrained: bool = False, **kwargs: Any) -> Swin:
-    return create_host(Swin, variant, pretrained, checkpoint_filter_fn, **kwargs)
+    return create_token_mixer_backbone(Swin, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 _TINY = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.2}

@@ -23,13 +23,13 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._backbone import Backbone, convert_checkpoint
+from visattn.models._backbone import Backbone, TellsAttended, convert_checkpoint
 from visattn.models._build import build_model
 
 __all__ = ["TransNeXt"]
 
 
-class TransNeXt(Backbone):
+class TransNeXt(TellsAttended, Backbone):
     """TransNeXt for images of any size.
 
     `forward_intermediates(norm=True)` gives the maps of the official dense backbones: all but the last are normalised
@@ -127,7 +127,6 @@ class TransNeXt(Backbone):
             self.feature_info.append({"num_chs": dim, "reduction": stride, "module": f"stages.{i}"})
         self._build_head(drop_rate, out_norm, norm=nn.LayerNorm(dim, eps=1e-6, **dd), **dd)
 
-    @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
         """As every family's; convolutions are normal with variance 2 / (kernel area * outputs per group), zero biases.
 
@@ -140,7 +139,6 @@ class TransNeXt(Backbone):
                 nn.init.normal_(module.weight, std=math.sqrt(2 / (outputs * module.weight[0, 0].numel())))
                 nn.init.zeros_(module.bias)
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Groups of parameters from stem to head, for layer-wise learning rates; stage norms go with the last block."""
         groups = super().group_matcher(coarse)
@@ -149,7 +147,6 @@ class TransNeXt(Backbone):
             groups["blocks"] = norms + groups["blocks"]
         return groups
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Patterns of parameters that weight decay leaves alone."""
         return {"*.temperature", "*.query_embedding", "*.local_bias", "*.cpb_fc*"}

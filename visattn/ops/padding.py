@@ -56,7 +56,7 @@ def fit_centered(x: Tensor, size: Sequence[int]) -> Tensor:
 
     CSWin's rule: half of the padding lies before the map, the odd one after it. Cropping to the old size undoes it.
     """
-    size = [int(n) for n in size] if torch.jit.is_tracing() else size
+    size = [int(n) for n in size] if torch.jit.is_tracing() else size  # of another map, perhaps
     more = [new - old for old, new in zip(spatial_sizes(x), size, strict=True)]
     return _move(x, size, [sym_max(n, 0) // 2 - sym_max(-n, 0) // 2 for n in more])
 

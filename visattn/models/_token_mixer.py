@@ -1,4 +1,4 @@
-"""What the hosts of interchangeable attention share: which block has which, configurations, other image sizes."""
+"""What backbones of interchangeable token mixers share: which block has which, configurations, other image sizes."""
 
 import math
 import re
@@ -22,7 +22,7 @@ def plan_attention(
     attention_depths: Sequence[int] | None = None,
     attention_args: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
 ) -> list[list[dict[str, Any] | None]]:
-    """Per stage and block, the arguments of the attention called `attention`; None where the host's own is used.
+    """Per stage and block, the arguments of the attention called `attention`; None where the backbone's own is used.
 
     Args:
         attention: A name of `layers.TOKEN_MIXERS`.
@@ -49,7 +49,7 @@ def plan_attention(
 
 
 def fit_positions(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Position parameters of the layers and hosts, resized to the image size of the model; others as they are.
+    """Position parameters of layers and backbones, resized to the image size of the model; others as they are.
 
     Agents' biases of rows and columns linear, positions of tokens bicubic. Where these lie in a row, as official ones
     do, they are of a square map.
@@ -64,8 +64,8 @@ def _fit(key: str, value: Tensor, shape: torch.Size) -> Tensor:
         return F.interpolate(value, shape[2:], mode="trilinear", align_corners=False)
     if name in ("pos_embed", "positional_encoding") and len(shape) == 4:
         side = math.isqrt(value.shape[1])
-        table = value.unflatten(1, (side, side)) if value.ndim == 3 else value
-        return resize_rel_pos(table[0].permute(2, 0, 1), shape[1:3]).permute(1, 2, 0)[None]
+        table = value.unflatten(1, (side, side)) if value.ndim == 3 else value  # [1, h, w, C]
+        return resize_rel_pos(table[0].permute(2, 0, 1), shape[1:3]).permute(1, 2, 0)[None]  # [1, H, W, C]
     return value
 
 
@@ -81,8 +81,8 @@ _SOURCES = {
 }
 
 
-def host_cfg(attention: str, file: str = "", size: int = 224, **kwargs: Any) -> dict[str, Any]:
-    """Pretrained configuration of a host with this attention; `file` is the id of one that its authors share."""
+def token_mixer_cfg(attention: str, file: str = "", size: int = 224, **kwargs: Any) -> dict[str, Any]:
+    """Pretrained configuration of a backbone with this attention; `file` is the id of one that its authors share."""
     # no slash before the question mark: torch.hub names the file after what is between them
     shared = {"url": f"https://cloud.tsinghua.edu.cn/f/{file}?dl=1"} if file else {}
     return {
@@ -101,8 +101,8 @@ def host_cfg(attention: str, file: str = "", size: int = 224, **kwargs: Any) -> 
     }
 
 
-def create_host(
-    host: type[nn.Module],
+def create_token_mixer_backbone(
+    cls: type[nn.Module],
     variant: str,
     pretrained: bool,
     filter_fn: Callable[[dict[str, Any], nn.Module], dict[str, Tensor]],
@@ -113,4 +113,4 @@ def create_host(
     if "img_size" not in kwargs:
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         kwargs["img_size"] = cfg.input_size[-2:]
-    return build_model(host, variant, pretrained, filter_fn, levels, **kwargs)
+    return build_model(cls, variant, pretrained, filter_fn, levels, **kwargs)

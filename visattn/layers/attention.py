@@ -1,0 +1,114 @@
+"""What attention modules on tokens share: projections, heads and position table, and attention to the whole map."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from visattn.ops.autocast import to_autocast, without_autocast
+from visattn.ops.geometry import is_symbolic, read_table
+from visattn.ops.registration import traced_as_one
+
+
+class MultiHeadAttention(nn.Module):
+    """Projections, heads and position table, named as in the official modules; subclasses attend.
+
+    Args:
+        dim: Channels of the input.
+        num_heads: Heads.
+        qkv_bias: Bias of the query, key and value projections.
+        proj_drop: Dropout after the output projection.
+        table_size: Entries per axis of the position table `rpb` [N, *table_size]; None leaves it out.
+        attn_dim: Channels of all heads together; default `dim`.
+        out_dim: Channels of the output; default `dim`.
+        fused: One projection `qkv`; False: `q`, and `kv` for other tokens.
+
+    Raises:
+        ValueError: Heads that do not divide the channels.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        table_size: tuple[int, ...] | None = None,
+        attn_dim: int | None = None,
+        out_dim: int | None = None,
+        fused: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        attn_dim = attn_dim or dim
+        if attn_dim % num_heads:
+            raise ValueError(f"expected dim divisible by num_heads, got {attn_dim} and {num_heads}")
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.head_dim = attn_dim // num_heads
+        self.qkv = nn.Linear(dim, 3 * attn_dim, bias=qkv_bias, **dd) if fused else None
+        self.q = None if fused else nn.Linear(dim, attn_dim, bias=qkv_bias, **dd)
+        self.kv = None if fused else nn.Linear(dim, 2 * attn_dim, bias=qkv_bias, **dd)
+        table = None if table_size is None else nn.Parameter(torch.empty(num_heads, *table_size, **dd))
+        self.register_parameter("rpb", table)
+        self.proj = nn.Linear(attn_dim, out_dim or dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        MultiHeadAttention.reset_parameters(self)  # subclasses reset what they add
+
+    def reset_parameters(self) -> None:
+        """Truncated normal (std 0.02) for the position table."""
+        if self.rpb is not None:
+            trunc_normal_(self.rpb, std=0.02)
+
+    def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """Split [..., parts * N * D] into `parts` views [..., N, D]."""
+        return x.unflatten(-1, [parts, self.num_heads, self.head_dim]).unbind(-3)  # [..., N, D] each
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project [..., C] to q, k, v [..., N, D], views of one projection."""
+        q, k, v = self._split(self.qkv(x), 3)
+        return q, k, v
+
+
+@traced_as_one
+def attend_globally(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Attend to all keys: q [B, *spatial, N, D], k and v [B, *others, N, D] -> [B, *spatial, N, D].
+
+    Args:
+        q: Queries of a map or of a sequence.
+        k: Keys.
+        v: Values.
+        table: Relative position table [N, 2H - 1, 2W - 1] of a map (H, W), which queries and keys are then of; entry
+            (H - 1, W - 1) is displacement 0 (key - query).
+        scale: Factor of q k^T. Default: D ** -0.5.
+    """
+    size = [int(n) if torch.jit.is_tracing() else n for n in q.shape[1:-2]]
+    # In a graph for every size SDPA would tie the batch to more than one image; a bias that trains would push it off
+    # its flash path on a CPU, where explicit products are then faster.
+    explicit = is_symbolic(*size) or (
+        table is not None and table.requires_grad and torch.is_grad_enabled() and q.device.type == "cpu"
+    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = to_autocast(q, k, v)
+    with without_autocast(q.device):
+        dtype = torch.promote_types(q.dtype, torch.float32) if explicit else q.dtype
+        bias = None if table is None else _read_bias(table.to(dtype), size)  # [N, L, L]
+        query, key, value = (x.flatten(1, -3).transpose(1, 2) for x in (q, k, v))  # [B, N, L, D]
+        if explicit:
+            scores = (query * scale @ key.mT).to(dtype)  # [B, N, L, M]
+            if bias is not None:
+                scores = scores + bias if is_symbolic(*size) else scores.add_(bias)
+            out = scores.softmax(-1).to(value.dtype) @ value  # [B, N, L, D]
+        else:
+            added = None if bias is None else bias[None]  # [1, N, L, L]
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale)  # [B, N, L, D]
+    return out.transpose(1, 2).reshape(q.shape[0], *size, *v.shape[-2:])  # [B, *spatial, N, D]
+
+
+def _read_bias(table: Tensor, size: list[int]) -> Tensor:
+    """Read a table [N, 2H - 1, 2W - 1] for all pairs of queries and keys of a map of `size`: [N, L, L]."""
+    ranks = [torch.arange(n, device=table.device) for n in size]
+    return read_table(table, [r - r[:, None] + n - 1 for r, n in zip(ranks, size, strict=True)])  # [N, L, L]
