@@ -225,9 +225,13 @@ def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPro
     known = hasattr(config, "backed_size_oblivious")
     # pyrefly: ignore[missing-attribute]: PyTorch gives its config modules their methods when they are imported
     oblivious = config.patch(backed_size_oblivious=True) if known else None
+    guards = getattr(program, "_guards_code", None)
     with oblivious or contextlib.nullcontext():
         program = program.run_decompositions(decompositions)
-    # What it defers to run time are cases of strides that make no difference to the result, such as batch != 1.
+    # What it adds as guards and defers to run time are cases of strides that make no difference to the result, such as
+    # batch != 1.
+    if guards is not None:
+        program._guards_code = guards
     graph = program.graph_module.graph
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_scalar.default):
         graph.erase_node(node)
