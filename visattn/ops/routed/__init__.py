@@ -82,7 +82,7 @@ class RoutedProblem(AttentionProblem):
             raise ValueError(f"expected index of at least one int64 region, got {index.shape[3]} of {index.dtype}")
         if weight is not None and weight.shape != index.shape:
             raise ValueError(f"expected weight like index {tuple(index.shape)}, got {tuple(weight.shape)}")
-        if index.numel() and _has_values(index):
+        if _has_values(index) and index.numel():
             low, high = (int(n) for n in index.aminmax())
             if low < 0 or high >= keys:
                 raise ValueError(f"expected index of key regions from 0 to {keys - 1}, got {low} to {high}")
