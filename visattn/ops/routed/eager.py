@@ -219,7 +219,7 @@ def _dense(problem: RoutedProblem) -> Tensor:
         rows, columns = (Partition(axis.length + n, axis.window) for axis, n in zip(k_axes, more, strict=True))
     # How often a query region lists a key region is a factor of exp(logits).
     number = rows.layout()[0] * columns.layout()[0]
-    listed = q.new_zeros(*index.shape[:3], number).scatter_add_(3, index, q.new_ones(()).expand(index.shape))
+    listed = q.new_zeros(*index.shape[:3], number).scatter_add(3, index, q.new_ones(()).expand(index.shape))
     queries, keys = region_of(problem.q_axes, q.device), region_of((rows, columns), q.device)
     mask = listed.log().index_select(3, keys).index_select(2, queries)  # [B, 1 or N, H W, keys]
     query, key, value = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # [B, N, tokens, D]
