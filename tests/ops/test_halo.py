@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from tests import tolerances
 from tests.golden import fill
-from tests.ops.gradients import check, leaves
+from tests.ops.gradients import Recorder, check, leaves
 from tests.tolerances import relative_error
 from visattn.ops import BackendError, explain, halo_attention
 from visattn.ops.geometry import Halo
 from visattn.ops.halo import eager
+from visattn.ops.registration import decompose
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "op_halo.npz")
 BACKENDS = ["eager", "reference"]  # Triton has tests of its own: no float64
@@ -223,3 +224,90 @@ def test_backend_is_explained():
     with explain() as decisions:
         halo_attention(q, k, v, 3, 1)
     assert [(d.op, d.backend) for d in decisions] == [("halo_attention", "eager")]
+
+
+@pytest.mark.parametrize("mask_border", [False, True])
+@pytest.mark.parametrize(
+    ("block", "halo", "stride"),
+    [((1, 1000), 0, 1), ((1, 1000), (1, 5), 1), ((3, 2), (40, 300), 1), ((2, 1000), (1, 0), (1, 2)), (40, 30, (4, 5))],
+)
+@pytest.mark.parametrize("with_tables", [False, True])
+def test_windows_larger_than_the_map_cost_no_more_than_it(with_tables, block, halo, stride, mask_border):
+    """Slots that never hold a key are left out where they take no part, else counted without being made."""
+    (bh, bw), (h, w), (sh, sw) = (x if isinstance(x, tuple) else (x, x) for x in (block, halo, stride))
+    shapes = {"q": (2, -(-6 // sh), -(-5 // sw), 2, 4), "k": (2, 6, 5, 2, 4), "v": (2, 6, 5, 2, 3)}
+    if with_tables:
+        shapes |= {"rel_h": (2 * (bh + 2 * h) - 1, 4), "rel_w": (2 * (bw + 2 * w) - 1, 4)}
+    call = {"block_size": (bh, bw), "halo_size": (h, w), "stride": (sh, sw), "mask_border": mask_border}
+    check(halo_attention, (shapes, call, False, 0), "eager")
+    with Recorder() as recorder:
+        halo_attention(**leaves(shapes, 0), **call)
+    # Every query against all slots of windows of the map's size, and what is linear in the window.
+    assert recorder.largest <= 8 * 4 * (9 * 16 * 9 * 16 + 30 * 2 * (bh + bw + 2 * h + 2 * w))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("with_tables", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_casts_queries_keys_and_values(backend, with_tables, dtype):
+    shapes, call, _, seed = PLAIN
+    inputs = {n: t.requires_grad_() for n, t in leaves(shapes, seed, dtype).items() if with_tables or "rel" not in n}
+    with torch.autocast("cpu", torch.bfloat16):
+        out = halo_attention(**inputs, **call, backend=backend)
+    grads = torch.autograd.grad(out.float().square().sum(), list(inputs.values()))
+    assert out.dtype == torch.bfloat16
+    assert [g.dtype for g in grads] == [dtype] * len(inputs)
+    cast = {n: t.bfloat16() if n in ("q", "k", "v") else t for n, t in inputs.items()}
+    assert torch.equal(out, halo_attention(**cast, **call, backend=backend))
+
+
+@pytest.mark.parametrize("mask_border", [False, True])
+@pytest.mark.parametrize("halo", [1, 50])
+def test_one_nan_key_stays_in_its_image_and_head(halo, mask_border):
+    q, k, v = torch.randn(3, 2, 9, 7, 3, 4)
+    k[1, 4, 4, 2] = float("nan")
+    found = halo_attention(q, k, v, 4, halo, mask_border=mask_border).isnan().flatten(1, 2).any(-1).any(1)  # [B, N]
+    assert found.tolist() == [[False, False, False], [False, False, True]]
+
+
+@pytest.mark.parametrize("halo", [1, 50])
+@pytest.mark.parametrize("mask_border", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_images(backend, mask_border, halo):
+    shapes = {"q": (0, 9, 7, 2, 4), "k": (0, 9, 7, 2, 4), "v": (0, 9, 7, 2, 3), "rel_h": (2 * (4 + 2 * halo) - 1, 4)}
+    inputs = {n: t.requires_grad_() for n, t in leaves(shapes, 0).items()}
+    out = halo_attention(**inputs, block_size=4, halo_size=halo, mask_border=mask_border, backend=backend)
+    assert out.shape == (0, 9, 7, 2, 3)
+    assert not torch.autograd.grad(out.sum(), inputs["rel_h"])[0].any()
+
+
+@pytest.mark.parametrize("change", [{"q": None}, {"k": [1.0]}, {"rel_h": torch.zeros(11, 4).long()}, {"rel_w": 1.0}])
+def test_what_is_no_floating_tensor_is_refused(change):
+    q, k, v = torch.zeros(3, 1, 8, 9, 2, 4)
+    with pytest.raises(TypeError, match=f"expected {next(iter(change))} "):
+        halo_attention(**{"q": q, "k": k, "v": v, "block_size": 4, "halo_size": 1, **change})
+
+
+class _Halo(torch.nn.Module):
+    def __init__(self, mask_border):
+        super().__init__()
+        self.mask_border = mask_border
+
+    def forward(self, q, k, v, rel_h, rel_w):
+        return halo_attention(q, k, v, 4, (2, 1), 2, rel_h, rel_w, self.mask_border)
+
+
+@pytest.mark.parametrize("mask_border", [False, True])
+def test_decomposition_is_right_for_every_size(mask_border):
+    def inputs(b, h, w):
+        shapes = {"q": (b, -(-h // 2), -(-w // 2), 2, 4), "k": (b, h, w, 2, 4), "v": (b, h, w, 2, 3)}
+        return tuple(leaves({**shapes, "rel_h": (15, 4), "rel_w": (11, 4)}, 0).values())
+
+    module = _Halo(mask_border)
+    sizes = dict.fromkeys(range(3), torch.export.Dim.AUTO)
+    program = torch.export.export(module, inputs(2, 9, 7), dynamic_shapes=(sizes, sizes, sizes, None, None))
+    assert any("visattn" in str(node.target) for node in program.graph.nodes)
+    program = decompose(program)
+    assert not any("visattn" in str(node.target) for node in program.graph.nodes)
+    for size in ((2, 9, 7), (1, 3, 5), (3, 33, 47)):
+        assert relative_error(program.module()(*inputs(*size)), module(*inputs(*size))) <= tolerances.OP[torch.float64]

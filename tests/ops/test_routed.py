@@ -5,9 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import tolerances
 from tests.ops.gradients import check, leaves
+from tests.tolerances import relative_error
 from visattn.ops import BackendError, bilevel_routing_attention, explain, routed_attention
 from visattn.ops.geometry import Partition
+from visattn.ops.registration import decompose
 from visattn.ops.routed import eager
 
 BACKENDS = ["eager", "reference"]  # Triton has tests of its own: no float64
@@ -150,3 +153,98 @@ def test_backend_is_explained():
     with explain() as decisions:
         bilevel_routing_attention(q, k, v, 2, 1)
     assert [(d.op, d.backend) for d in decisions] == [("bilevel_routing_attention", "eager")]
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("wrong", [-1, 6, 10**12])
+@pytest.mark.usefixtures("form")
+def test_a_list_of_what_is_no_region_is_refused(wrong, backend):
+    q, k, v = torch.zeros(3, 1, 4, 6, 2, 4)
+    index = torch.zeros(1, 1, 6, 2).long()
+    index[0, 0, 3, 1] = wrong
+    with pytest.raises(ValueError, match="expected index of key regions from 0 to 5, got"):
+        routed_attention(q, k, v, index, 2, backend=backend)
+
+
+def test_lists_are_not_looked_at_where_they_have_no_values():
+    q, k, v = torch.zeros(3, 1, 4, 6, 2, 4, device="meta")
+    index = torch.zeros(1, 1, 6, 2, device="meta").long()
+    assert routed_attention(q, k, v, index, 2).shape == q.shape
+    q, k, v, index = (torch.zeros_like(x, device="cpu") for x in (q, k, v, index))
+    assert torch.func.vmap(lambda i: routed_attention(q, k, v, i, 2))(index.expand(3, *index.shape)).shape[0] == 3
+    torch.compile(routed_attention, backend="aot_eager", fullgraph=True)(q, k, v, index, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("form")
+def test_autocast_casts_queries_keys_and_values(backend, weighted, dtype):
+    shapes, call, _, seed = PLAIN
+    inputs = {n: t.requires_grad_() for n, t in leaves(shapes, seed, dtype).items() if weighted or n != "weight"}
+    with torch.autocast("cpu", torch.bfloat16):
+        out = routed_attention(**inputs, **call, backend=backend)
+    grads = torch.autograd.grad(out.float().square().sum(), list(inputs.values()))
+    assert out.dtype == torch.bfloat16
+    assert [g.dtype for g in grads] == [dtype] * len(inputs)
+    cast = {n: t.bfloat16() if n in ("q", "k", "v") else t for n, t in inputs.items()}
+    assert torch.equal(out, routed_attention(**cast, **call, backend=backend))
+
+
+@pytest.mark.parametrize("mask_border", [False, True])
+@pytest.mark.parametrize("lists", [1, 3])
+@pytest.mark.usefixtures("form")
+def test_one_nan_key_stays_in_its_image_and_head(lists, mask_border):
+    q, k, v = torch.randn(3, 2, 9, 7, 3, 4)
+    k[1, 4, 4, 2] = float("nan")
+    index = torch.arange(12).expand(2, lists, 12, 12)
+    found = routed_attention(q, k, v, index, (3, 2), mask_border=mask_border).isnan().any(-1).flatten(1, 2).any(1)
+    assert found.tolist() == [[False, False, False], [False, False, True]]
+
+
+@pytest.mark.parametrize("lists", [1, 2])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("form")
+def test_no_images(backend, lists):
+    q, k, v = (torch.randn(0, 9, 7, 2, d, requires_grad=True) for d in (4, 4, 3))
+    weight = torch.zeros(0, lists, 12, 2, requires_grad=True)
+    index = weight.detach().long()
+    for factors in (None, weight):
+        out = routed_attention(q, k, v, index, (3, 2), weight=factors, backend=backend)
+        assert out.shape == (0, 9, 7, 2, 3)
+        assert torch.autograd.grad(out.sum(), k)[0].shape == k.shape
+
+
+@pytest.mark.parametrize("change", [{"k": None}, {"index": None}, {"index": [[0]]}, {"weight": torch.zeros(1).bool()}])
+def test_what_is_no_fitting_tensor_is_refused(change):
+    q, k, v = torch.zeros(3, 1, 4, 6, 2, 4)
+    call = {"q": q, "k": k, "v": v, "index": torch.zeros(1, 1, 6, 2).long(), "region_size": 2, **change}
+    with pytest.raises(TypeError, match=f"expected {next(iter(change))} "):
+        routed_attention(**call)
+
+
+class _Routed(torch.nn.Module):
+    def __init__(self, mask_border):
+        super().__init__()
+        self.mask_border = mask_border
+
+    def forward(self, q, k, v, index, weight):
+        return routed_attention(q, k, v, index, (3, 2), (2, 2), weight, self.mask_border)
+
+
+@pytest.mark.parametrize(("mask_border", "lists"), [(True, 1), (False, 2)])
+def test_decomposition_is_right_for_every_size(mask_border, lists):
+    def inputs(b, h, w, hk, wk):
+        number, kv_number = -(-h // 3) * -(-w // 2), -(-hk // 2) * -(-wk // 2)
+        shapes = {"q": (b, h, w, 2, 4), "k": (b, hk, wk, 2, 4), "v": (b, hk, wk, 2, 3), "w": (b, lists, number, 2)}
+        q, k, v, weight = leaves(shapes, 0).values()
+        return q, k, v, torch.arange(weight.numel()).view(weight.shape) % kv_number, weight
+
+    module, auto = _Routed(mask_border), torch.export.Dim.AUTO
+    sizes, index = dict.fromkeys(range(3), auto), dict.fromkeys((0, 2), auto)
+    program = torch.export.export(module, inputs(2, 10, 9, 7, 8), dynamic_shapes=(sizes, sizes, sizes, index, index))
+    assert any("visattn" in str(node.target) for node in program.graph.nodes)
+    program = decompose(program)
+    assert not any("visattn" in str(node.target) for node in program.graph.nodes)
+    for size in ((2, 10, 9, 7, 8), (1, 3, 4, 5, 6), (3, 33, 47, 3, 9)):
+        assert relative_error(program.module()(*inputs(*size)), module(*inputs(*size))) <= tolerances.OP[torch.float64]

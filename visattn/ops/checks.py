@@ -87,6 +87,5 @@ def check_table(q: Tensor, bias: Tensor | None, window: Sequence[int]) -> None:
 
 def default_scale(q: Tensor, scale: float | None) -> float:
     """`scale`, or D ** -0.5 for queries [..., D]."""
-    if scale is not None:
-        return float(scale)
-    return (int(q.shape[-1]) if torch.jit.is_tracing() else q.shape[-1]) ** -0.5
+    dim = int(q.shape[-1]) if torch.jit.is_tracing() else q.shape[-1]  # a trace holds sizes as tensors
+    return dim**-0.5 if scale is None else float(scale)

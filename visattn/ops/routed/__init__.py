@@ -82,7 +82,7 @@ class RoutedProblem(AttentionProblem):
             raise ValueError(f"expected index of at least one int64 region, got {index.shape[3]} of {index.dtype}")
         if weight is not None and weight.shape != index.shape:
             raise ValueError(f"expected weight like index {tuple(index.shape)}, got {tuple(weight.shape)}")
-        if index.numel() and _has_values(index):
+        if _has_values(index) and index.numel():
             low, high = (int(n) for n in index.aminmax())
             if low < 0 or high >= keys:
                 raise ValueError(f"expected index of key regions from 0 to {keys - 1}, got {low} to {high}")
@@ -287,7 +287,7 @@ def region_routing(
     regions = _count(k_axes)
     if topk < 1 or (n_win is None and topk > regions):
         raise ValueError(f"expected topk from 1 to the number of key regions {regions}, got {topk}")
-    scale = (q.shape[3] * q.shape[4]) ** -0.5 if scale is None else scale
+    scale = default_scale(q.flatten(3), scale)
     return route(q, k, q_axes, k_axes, topk, scale, per_head, diff, router_weight, router_bias)
 
 
@@ -345,7 +345,7 @@ def bilevel_routing_attention(
     _check_maps(q, k)
     check_tensors(v=v)
     q, k, v = to_autocast(q, k, v)
-    scale = (q.shape[3] * q.shape[4]) ** -0.5 if scale is None else float(scale)
+    scale = default_scale(q.flatten(3), scale)
     windows, router = per_axis("n_win", n_win, int, 2), (router_weight, router_bias)
     problem = BilevelProblem(q, k, v, windows, topk, rule, per_head, soft, diff, *router, kv_pool, kv_size, scale)
     with without_autocast(q.device):

@@ -219,7 +219,7 @@ def _dense(problem: RoutedProblem) -> Tensor:
         rows, columns = (Partition(axis.length + n, axis.window) for axis, n in zip(k_axes, more, strict=True))
     # How often a query region lists a key region is a factor of exp(logits).
     number = rows.layout()[0] * columns.layout()[0]
-    listed = q.new_zeros(*index.shape[:3], number).scatter_add_(3, index, q.new_ones(()).expand(index.shape))
+    listed = q.new_zeros(*index.shape[:3], number).scatter_add(3, index, q.new_ones(()).expand(index.shape))
     queries, keys = region_of(problem.q_axes, q.device), region_of((rows, columns), q.device)
     mask = listed.log().index_select(3, keys).index_select(2, queries)  # [B, 1 or N, H W, keys]
     query, key, value = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # [B, N, tokens, D]
@@ -241,7 +241,8 @@ class _Cut(NamedTuple):
 
 def _regions(x: Tensor, cut: list[_Cut]) -> Tensor:
     """Cut [B, H, W, N, D] -> [B, N, R, t, D], zero where there is no token."""
-    return cut_blocks(x, [c.places(x.device) for c in cut]).flatten(1, 2).transpose(1, 2)  # [B, N, R, t, D]
+    x = cut_blocks(x, [c.places(x.device) for c in cut]).flatten(1, 2).transpose(1, 2)
+    return x.clone(memory_format=torch.contiguous_format)  # [B, N, R, t, D]
 
 
 def _tokens(cut: list[_Cut], device: torch.device) -> Tensor:
@@ -259,7 +260,7 @@ def _attend_regions(
     keys, values = (x[image, head, index] for x in (key, value))  # [B, N, R, topk, u, D]
     if weight is not None:
         factor = weight.to(query.dtype)[..., None, None]  # [B, 1 or N, R, topk, 1, 1]
-        keys, values = keys * factor, values * factor
+        keys, values = keys * factor, values * factor  # [B, N, R, topk, u, D]
     hidden = ~takes_part[index].flatten(3)[..., None, :]  # [B, 1 or N, R, 1, topk u]
     scores = (query * scale) @ keys.flatten(3, 4).mT  # [B, N, R, t, topk u]
     scores = scores.to(torch.promote_types(query.dtype, torch.float32)).masked_fill(hidden, float("-inf"))
