@@ -130,9 +130,9 @@ class Sized(Traced):
         return aggregated_attention(x, pooled, pooled, *parameters, **(local if self.kernel else {})).flatten(3)
 
 
-@pytest.mark.parametrize("kernel", [False, True])
-@pytest.mark.parametrize("bias_size", [[], [8, 8, 2, 2]], ids=str)
-@pytest.mark.parametrize("pool_size", [[], [2, 2]], ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "bias_size", "pool_size"), [(True, [], []), (True, [8, 8, 2, 2], []), (False, [], [2, 2])], ids=str
+)
 def test_decomposition_is_right_for_every_size(kernel, bias_size, pool_size):
     """Exported with symbolic batch, height and width; plain PyTorch; also one image, and one pooled key."""
     module = Sized(kernel, bias_size, pool_size)
