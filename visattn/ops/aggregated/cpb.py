@@ -43,9 +43,8 @@ class _Grid(torch.autograd.Function):
 
     @staticmethod
     def forward(rows: Tensor, columns: Tensor, weight: Tensor) -> Tensor:
-        found = [
-            weight @ (rows[part, None] + columns).relu_().flatten(0, 1).mT for part in _Grid._chunks(rows, columns)
-        ]
+        parts = _Grid._chunks(rows, columns)
+        found = [weight @ (rows[p, None] + columns).relu_().flatten(0, 1).mT for p in parts]  # [N, u V]
         return torch.cat(found, dim=1).unflatten(1, (rows.shape[0], columns.shape[0]))  # [N, U, V]
 
     @staticmethod
