@@ -11,6 +11,7 @@ from tests import tolerances
 from tests.ops.gradients import Recorder, check, leaves
 from tests.tolerances import relative_error
 from visattn.ops import BackendError, agent_attention, agent_position_bias, explain
+from visattn.ops.registration import decompose
 
 BACKENDS = ["eager", "reference"]  # Triton has tests of its own: no float64
 TOLERANCE = tolerances.OP[torch.float64]
@@ -259,3 +260,103 @@ def test_mistakes_of_position_bias_are_named(change, message):
     call = {n: torch.zeros(s) for n, s in TABLES.items()}
     with pytest.raises(ValueError, match=message):
         agent_position_bias(**{**call, "size": (8, 10), "agent_size": (3, 3), **change})
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "agents"])
+def test_none_is_no_tensor(name):
+    tensors = {n: torch.zeros(s) for n, s in CALL.items()}
+    with pytest.raises(TypeError, match=f"expected {name} to be a tensor, got NoneType"):
+        agent_attention(**{**tensors, name: None})
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("name", ["agent_bias", "query_bias"])
+def test_biases_are_floating_point(name, dtype):
+    tensors = {n: torch.zeros(s) for n, s in CALL.items()}
+    with pytest.raises(TypeError, match=f"expected {name} of a floating dtype, got {dtype}"):
+        agent_attention(**{**tensors, name: tensors[name].to(dtype)})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"rows": None}, TypeError, "expected rows to be a tensor, got NoneType"),
+        ({"table": torch.zeros(2, 9, 7, 7, dtype=torch.int64)}, TypeError, "expected table of a floating dtype"),
+        ({"columns": torch.zeros(2, 9, 10, dtype=torch.complex64)}, TypeError, "expected columns of a floating dtype"),
+        ({"size": (8.0, 10)}, ValueError, r"expected size of one int or 2 .*, got \(8.0, 10\)"),
+    ],
+)
+def test_tables_of_the_position_bias_are_floating_point(change, error, message):
+    call = {n: torch.zeros(s) for n, s in TABLES.items()}
+    with pytest.raises(error, match=message):
+        agent_position_bias(**{**call, "size": (8, 10), "agent_size": (3, 3), **change})
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("agents", [9, 49])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch(backend, agents, trains):
+    tensors = {n: torch.zeros(s) for n, s in shapes_of((3, 5), (7,), 2, 4, 3, agents, batch=0).items()}
+    tensors = {n: t.requires_grad_(trains) for n, t in tensors.items()}
+    out = agent_attention(**tensors, backend=backend)
+    assert out.shape == (0, 3, 5, 2, 3)
+    if trains:
+        out.sum().backward()
+        assert all(t.grad.shape == t.shape for t in tensors.values())
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("agents", [9, 49])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_casts_what_is_multiplied_and_nothing_inside(backend, agents, given):
+    """Result and gradients are those of tensors cast by hand; biases stay in float32, forward and backward."""
+    tensors = leaves(shapes_of((5, 4), (7,), 2, 8, 8, agents), 0, torch.float32)
+    tensors = {n: (t if n.endswith("bias") else t.to(given)).requires_grad_() for n, t in tensors.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        out = agent_attention(**tensors, backend=backend)
+    cast = {n: t if n.endswith("bias") else t.bfloat16() for n, t in tensors.items()}
+    expected = agent_attention(**cast, backend=backend)
+    assert out.dtype == torch.bfloat16
+    grads = [torch.autograd.grad(x.float().square().sum(), list(tensors.values())) for x in (out, expected)]
+    for a, b in zip((out, *grads[0]), (expected, *grads[1]), strict=True):
+        assert torch.equal(a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert agent_attention(**{n: t.double() for n, t in tensors.items()}, backend=backend).dtype == torch.float64
+
+
+@pytest.mark.parametrize("agents", [9, 49])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_key_stays_in_its_image_and_head(backend, agents):
+    tensors = leaves(shapes_of((5, 4), (7,), 2, 8, 8, agents), 0)
+    expected = agent_attention(**tensors, backend=backend)
+    tensors["k"][1, 3, 0] = float("nan")
+    out = agent_attention(**tensors, backend=backend)
+    assert out[1, :, :, 0].isnan().all()
+    expected[1, :, :, 0] = out[1, :, :, 0] = 0
+    torch.testing.assert_close(out, expected)
+
+
+class DynamicAgents(torch.nn.Module):
+    """Biases of the map at hand, as the layer makes them."""
+
+    def forward(self, q, k, v, agents, table, rows, columns):
+        size = list(q.shape[1:3])
+        bias = agent_position_bias(table, rows, columns, size, [2, 2])
+        return agent_attention(q, k, v, agents, bias, bias.mT).flatten(3)
+
+
+def test_decomposition_is_right_for_every_size():
+    """Exported with symbolic batch, height and width; plain PyTorch; also one image, and a map of one column."""
+
+    def inputs(batch, h, w):
+        shapes = shapes_of((h, w), (h, w), 2, 4, 3, 4, (False, False), batch)
+        shapes |= {"table": (2, 4, 7, 7), "rows": (2, 4, 8), "columns": (2, 4, 10)}
+        return tuple(leaves(shapes, 0).values())
+
+    b, h, w = (torch.export.Dim(name, min=1, max=64) for name in "bhw")
+    maps = ({0: b, 1: h, 2: w},) * 3
+    program = torch.export.export(DynamicAgents(), inputs(3, 9, 5), dynamic_shapes=(*maps, {0: b}, None, None, None))
+    program = decompose(program)
+    assert not [node for node in program.graph.nodes if "visattn" in str(node.target)]
+    for size in ((3, 9, 5), (1, 8, 10), (2, 33, 47), (1, 7, 1), (5, 4, 4)):
+        assert relative_error(program.module()(*inputs(*size)), DynamicAgents()(*inputs(*size))) <= TOLERANCE

@@ -272,3 +272,85 @@ def test_backend_is_explained():
     with explain() as decisions:
         aggregated_attention(**tensors, pretrain_size=7)
     assert [(d.op, d.backend) for d in decisions] == [("aggregated_attention", "eager")]
+
+
+@pytest.mark.parametrize("name", ["q", "pool_k", "pool_v", "temperature", "cpb_weight1", "cpb_bias2"])
+def test_none_is_no_tensor(name):
+    tensors = {n: torch.zeros(s) for n, s in PLAIN[0].items()}
+    with pytest.raises(TypeError, match=f"expected {name} to be a tensor, got NoneType"):
+        aggregated_attention(**{**tensors, name: None}, pretrain_size=7)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("name", ["temperature", "query_embedding", "cpb_bias1", "local_bias", "tokens", "token_bias"])
+def test_parameters_are_floating_point(name, dtype):
+    tensors = {n: torch.zeros(s) for n, s in PLAIN[0].items()}
+    with pytest.raises(TypeError, match=f"expected {name} of a floating dtype, got {dtype}"):
+        aggregated_attention(**{**tensors, name: tensors[name].to(dtype)}, pretrain_size=7)
+
+
+def test_sizes_may_be_those_of_numpy():
+    tensors = leaves(PLAIN[0], 0)
+    expected = aggregated_attention(**tensors, pretrain_size=7, kernel_size=3, **BASE)
+    sizes = {"pretrain_size": np.int64(7), "kernel_size": np.int64(3), "bias_size": np.array(BASE["bias_size"])}
+    assert torch.equal(aggregated_attention(**tensors, **sizes), expected)
+
+
+@pytest.mark.parametrize(
+    "change", [{"kernel_size": 3.0}, {"bias_size": [8.0, 8, 2, 2]}, {"pretrain_size": 7.0}], ids=str
+)
+def test_sizes_are_ints(change):
+    tensors = leaves(PLAIN[0], 0)
+    with pytest.raises(ValueError, match=f"expected {next(iter(change))} of one int or"):
+        aggregated_attention(**tensors, **{"pretrain_size": 7, **change})
+
+
+@pytest.mark.parametrize("kernel", [None, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch(backend, kernel):
+    shapes = shapes_of(0, (5, 4), (2, 2), 2, 4, width=3, kernel=kernel)
+    tensors = {n: torch.zeros(s, requires_grad=True) for n, s in shapes.items()}
+    out = aggregated_attention(**tensors, pretrain_size=7, backend=backend)
+    assert out.shape == (0, 5, 4, 2, 3)
+    out.sum().backward()
+    assert all(t.grad.shape == t.shape and (t.grad == 0).all() for t in tensors.values())
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_casts_what_is_multiplied(backend, given):
+    """Result and gradients are those of maps cast by hand; float64 stays."""
+    tensors = leaves(PLAIN[0], 0, torch.float32)
+    tensors = {n: (t.to(given) if n in MAPS else t).requires_grad_() for n, t in tensors.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        out = aggregated_attention(**tensors, pretrain_size=7, backend=backend)
+    cast = {n: t.bfloat16() if n in MAPS else t for n, t in tensors.items()}
+    expected = aggregated_attention(**cast, pretrain_size=7, backend=backend)
+    assert out.dtype == torch.bfloat16
+    grads = [torch.autograd.grad(x.float().square().sum(), list(tensors.values())) for x in (out, expected)]
+    for a, b in zip((out, *grads[0]), (expected, *grads[1]), strict=True):
+        assert torch.equal(a, b)
+    double = {n: t.double() for n, t in tensors.items()}
+    weights = {n: t for n, t in tensors.items() if n not in ("v", "pool_v", "tokens", "token_bias")}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert aggregated_attention(**double, pretrain_size=7, backend=backend).dtype == torch.float64
+        found = aggregated_weights(**weights, pretrain_size=7)
+    for a, b in zip(found, aggregated_weights(**{n: cast[n] for n in weights}, pretrain_size=7), strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 18])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_key_stays_in_its_image_and_head(monkeypatch, backend, chunk):
+    """That of a neighbour stays in its window too."""
+    monkeypatch.setattr(cpb, "_CHUNK", chunk)
+    clean = leaves(PLAIN[0], 0)
+    for name, rows, columns in (("k", slice(4, 7), slice(1, 4)), ("pool_k", slice(None), slice(None))):
+        tensors = {n: t.clone() for n, t in clean.items()}
+        tensors[name][1, (5, 2)[name == "pool_k"], (2, 1)[name == "pool_k"], 0] = float("nan")
+        expected = aggregated_attention(**clean, pretrain_size=7, backend=backend)
+        out = aggregated_attention(**tensors, pretrain_size=7, backend=backend)
+        assert out[1, rows, columns, 0].isnan().all()
+        out[1, rows, columns, 0] = expected[1, rows, columns, 0] = 0
+        torch.testing.assert_close(out, expected)

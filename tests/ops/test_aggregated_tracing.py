@@ -4,6 +4,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch.fx.experimental import _config as config
 
 from tests import tolerances
 from tests.ops.gradients import leaves
@@ -11,6 +12,7 @@ from tests.ops.test_aggregated import MAPS, shapes_of
 from tests.tolerances import relative_error
 from visattn.ops import aggregated_attention, avg_pool_grid
 from visattn.ops.geometry import Pooled
+from visattn.ops.registration import decompose
 
 
 def traced(q, pool_k, pool_v, temperature, embedding, w1, b1, w2, b2, k, v, bias, tokens, token_bias):
@@ -112,3 +114,53 @@ def test_flops_count_what_takes_part():
     pairs = (8 + 7 + 7) * (5 + 4 + 4) + 8 * 5 * 4
     bias = len(Pooled(8, 2).distances) * len(Pooled(5, 2).distances) * 6 * (2 + 3)
     assert counter.get_total_flops() == 2 * (2 * 3 * (pairs * (4 + 7) + 8 * 5 * 9 * 4) + bias)
+
+
+class Sized(Traced):
+    """With the position bias computed for another map, or for a fixed number of pooled keys."""
+
+    def __init__(self, kernel, bias_size, pool_size):
+        super().__init__()
+        self.kernel, self.bias_size, self.pool_size = kernel, bias_size, pool_size
+
+    def forward(self, x, temperature, embedding, w1, b1, w2, b2, bias, tokens, token_bias):
+        pooled = avg_pool_grid(x.flatten(3), [4, 4], self.pool_size).unflatten(-1, x.shape[3:])
+        local = {"k": x, "v": x, "local_bias": bias, "tokens": tokens, "token_bias": token_bias}
+        parameters = (temperature, embedding, w1, b1, w2, b2, [7, 7], self.bias_size)
+        return aggregated_attention(x, pooled, pooled, *parameters, **(local if self.kernel else {})).flatten(3)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "bias_size", "pool_size"), [(True, [], []), (True, [8, 8, 2, 2], []), (False, [], [2, 2])], ids=str
+)
+def test_decomposition_is_right_for_every_size(kernel, bias_size, pool_size):
+    """Exported with symbolic batch, height and width; plain PyTorch; also one image, and one pooled key."""
+    module = Sized(kernel, bias_size, pool_size)
+
+    def inputs(batch, *size):
+        return tuple(t.detach().double() for t in traced_inputs(*size, batch=batch))
+
+    b, h, w = (torch.export.Dim(name, min=low, max=64) for name, low in (("b", 1), ("h", 2), ("w", 2)))
+    example = inputs(3, 9, 17)
+    shapes = ({0: b, 1: h, 2: w}, *(None,) * (len(example) - 1))
+    with config.patch(backed_size_oblivious=True):
+        program = torch.export.export(
+            module, example, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
+        )
+    program = decompose(program)
+    assert not [node for node in program.graph.nodes if "visattn" in str(node.target)]
+    for size in ((3, 9, 17), (1, 33, 47), (2, 8, 8), (1, 4, 7), (2, 2, 3)):
+        assert relative_error(program.module()(*inputs(*size)), module(*inputs(*size))) <= tolerances.OP[torch.float64]
+
+
+@pytest.mark.parametrize("bias_size", [[], [8, 8, 2, 2]], ids=str)
+def test_a_dynamic_batch_leaves_plain_pytorch(bias_size):
+    module = Sized(True, bias_size, [])
+    shapes = ({0: torch.export.Dim("b", min=1, max=64)}, *(None,) * 9)
+    program = torch.export.export(module, tuple(traced_inputs(9, 7)), dynamic_shapes=shapes)
+    assert not [node for node in program.graph.nodes if "visattn" in str(node.target)]
+    traced = torch.jit.trace(module, tuple(traced_inputs(9, 7)), check_trace=False)
+    for batch in (1, 3):
+        inputs = traced_inputs(9, 7, batch=batch)
+        assert torch.equal(program.module()(*inputs), module(*inputs))
+        assert torch.equal(traced(*inputs), module(*inputs))

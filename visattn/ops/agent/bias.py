@@ -75,9 +75,11 @@ def agent_position_bias(
     (height, width), agents = per_axis("size", size, int, 2), per_axis("agent_size", agent_size, int, 2)
     with without_autocast(table.device):
         wide = torch.promote_types(dtype, torch.float32)
-        table, rows, columns = (t.to(wide).unflatten(1, (side, side)) for t in (table, rows, columns))
+        tables = (t.to(wide).unflatten(1, (side, side)) for t in (table, rows, columns))
+        table, rows, columns = tables  # [N, p, p, ...]
         # The agents first: axes are interpolated one by one in any order, and the tables are smaller than the map.
-        table, rows, columns = (_resize(_resize(t, 1, agents[0]), 2, agents[1]) for t in (table, rows, columns))
+        tables = (_resize(_resize(t, 1, agents[0]), 2, agents[1]) for t in (table, rows, columns))
+        table, rows, columns = tables  # [N, ph, pw, ...]
         bias = _resize(_resize(table, 3, height), 4, width)  # [N, ph, pw, H, W]
         bias = bias + _resize(rows, 3, height)[..., None] + _resize(columns, 3, width)[..., None, :]
         return bias.flatten(3).flatten(1, 2).to(dtype)  # [N, ph pw, H W]

@@ -20,11 +20,13 @@ _MANY = 16
 def _logits(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     """Add bias [N, t, U] to q k^T for q [B, N, t, D] and k [B, N, U, D]: [B, N, t, U], in float32 at least."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    k = k.clone(memory_format=torch.contiguous_format) if is_symbolic(k.shape[2]) else k.contiguous()
-    logits = (q @ k.mT).to(dtype)  # matmul would copy k^T in the order of k^T, slowly
-    if bias is None or is_symbolic(*logits.shape[2:]):  # where nothing may be written to
-        return logits if bias is None else logits + bias
-    return logits.add_(bias)
+    copy = torch.Tensor.clone if is_symbolic(k.shape[2]) else torch.Tensor.contiguous
+    # Matmul would copy k^T in the order of k^T, slowly.
+    logits = (q @ copy(k, memory_format=torch.contiguous_format).mT).to(dtype)
+    if bias is None:
+        return logits
+    # With symbolic sizes nothing may be written to.
+    return logits + bias if is_symbolic(*logits.shape[2:]) else logits.add_(bias)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -45,14 +47,16 @@ def attend(problem: AgentProblem) -> Tensor:
     q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in maps)  # [B, N, L or M, D]
     agents = problem.agents.transpose(1, 2)  # [B, N, A, D]
     scaled = agents * scale  # for both products: queries are many
-    trains = [torch.is_grad_enabled() and bias is not None and bias.requires_grad for bias in (agent_bias, query_bias)]
+    biases, has_grad = (agent_bias, query_bias), torch.is_grad_enabled()
+    trains = [has_grad and bias is not None and bias.requires_grad for bias in biases]
     if trains[0] or symbolic:
         gathered = _logits(scaled, k, agent_bias).softmax(dim=-1).to(v.dtype) @ v  # [B, N, A, Dv]
     else:
         gathered = _attend(agents, k, v, agent_bias, scale)
     if not is_symbolic(agents.shape[2]) and agents.shape[2] < _MANY:
         # [B, N, A, L]: the softmax goes along the short axis, many queries at a time.
-        weights = _logits(scaled, q, None if query_bias is None else query_bias.mT).softmax(dim=-2).mT
+        bias = None if query_bias is None else query_bias.mT  # [N, A, L]
+        weights = _logits(scaled, q, bias).softmax(dim=-2).mT  # [B, N, L, A]
         out = weights.to(v.dtype) @ gathered
     elif trains[1] or symbolic:
         out = _logits(q, scaled, query_bias).softmax(dim=-1).to(v.dtype) @ gathered

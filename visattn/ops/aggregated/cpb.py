@@ -43,9 +43,8 @@ class _Grid(torch.autograd.Function):
 
     @staticmethod
     def forward(rows: Tensor, columns: Tensor, weight: Tensor) -> Tensor:
-        found = [
-            weight @ (rows[part, None] + columns).relu_().flatten(0, 1).mT for part in _Grid._chunks(rows, columns)
-        ]
+        parts = _Grid._chunks(rows, columns)
+        found = [weight @ (rows[p, None] + columns).relu_().flatten(0, 1).mT for p in parts]  # [N, u V]
         return torch.cat(found, dim=1).unflatten(1, (rows.shape[0], columns.shape[0]))  # [N, U, V]
 
     @staticmethod
@@ -76,8 +75,8 @@ def position_table(problem: AggregatedProblem) -> Tensor:
         for axis, n, w in zip(problem.axes, problem.pretrain_size, w1.unbind(1), strict=True)
     )
     rows = rows + problem.cpb_bias1  # [U, F]; columns [V, F]
-    if is_symbolic(rows.shape[0], columns.shape[0]):
-        # How many rows make a chunk is not known, but hidden units are as many for every size.
+    if is_symbolic(*problem.size, *problem.pooled):
+        # How many rows make a chunk may not be known, but hidden units are as many for every size.
         parts = zip(*(x.split(_HIDDEN, dim=1) for x in (rows, columns, w2)), strict=True)
         found = [(w @ (r[:, None] + c).relu().flatten(0, 1).mT) for r, c, w in parts]  # [N, U V]
         table = torch.stack(found).sum(0).unflatten(1, (rows.shape[0], columns.shape[0]))  # [N, U, V]

@@ -128,7 +128,8 @@ class _Attention:
         row = n * self.layout.pitch * (self.slots + math.prod(self.pool))
         limit = chunk_size(self.q.device)
         # No more than CHUNKS while a chunk is no larger than the queries: memory stays linear in tokens.
-        limit = max(limit, h * row // CHUNKS if whole else min(b * h * row // CHUNKS, self.q.numel()))
+        most = h * row // CHUNKS if whole else min(b * h * row // CHUNKS, self.q.numel())
+        limit = max(limit, most)
         r = ceil_div(h, ceil_div(h, max(1, limit // row)))
         images = max(1, limit // (row * r))
         batch = [slice(None)] if whole else [slice(i, min(i + images, b)) for i in range(0, b, images)]
@@ -161,7 +162,8 @@ class _Attention:
         out = self.pool_v[images] @ weights[:, :, self.slots :]
         if self.slots:
             mixing = self.mixing(unit, weights)[:, :, :, None]
-            for weight, value in zip(mixing.unbind(2), self.layout.neighbours(self.v[images], rows), strict=True):
+            values = self.layout.neighbours(self.v[images], rows)
+            for weight, value in zip(mixing.unbind(2), values, strict=True):
                 out.addcmul_(weight, value)
         return self.layout.map(out)
 
@@ -204,7 +206,8 @@ class _Gradients(_Attention):
             for key, line, part in zip(keys, lines, local[:, :, :, None].unbind(2), strict=True):
                 grad_query.addcmul_(part, key)
                 line.addcmul_(part, query)
-        grad_query = grad_query * self.length[rows.start * self.layout.pitch : rows.stop * self.layout.pitch]
+        pitch = self.layout.pitch
+        grad_query = grad_query * self.length[rows.start * pitch : rows.stop * pitch]
         self.grad_scale += (grad_query * (unit + self.embedding)).sum((0, 2, 3))
         grad_unit = grad_query * self.scale
         self.grad_embedding += grad_unit.sum((0, 3))
@@ -313,7 +316,8 @@ def _attend_to_any_size(problem: AggregatedProblem, table: Tensor) -> Tensor:
             for row, column, _ in places
         ]
         near = [heads_first(x) for x in near]  # [B, N, S, D], clamped to the map
-        local = torch.stack([(query * F.normalize(x, dim=-1)).sum(-1) for x in near[: len(places)]], -1)  # [B, N, S, j]
+        local = [(query * F.normalize(x, dim=-1)).sum(-1) for x in near[: len(places)]]
+        local = torch.stack(local, -1)  # [B, N, S, j]
         there = torch.stack([there for *_, there in places], -1)  # [S, j]
         if problem.local_bias is not None:
             local = local + problem.local_bias[:, None]
@@ -337,8 +341,10 @@ def attend(problem: AggregatedProblem) -> Tensor:
     table = position_table(problem)
     if is_symbolic(*problem.size, *problem.pooled):
         return _attend_to_any_size(problem, table)
-    local = (problem.local_k, problem.local_v, problem.local_bias, problem.tokens, problem.token_bias)
-    tensors = (problem.q, problem.pool_k, problem.pool_v, problem.scale, problem.query_embedding, table, *local)
+    maps = (problem.q, problem.pool_k, problem.pool_v)
+    shared = (problem.scale, problem.query_embedding, table)
+    local = (problem.local_bias, problem.tokens, problem.token_bias)
+    tensors = (*maps, *shared, problem.local_k, problem.local_v, *local)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     run = _AggregatedAttention.apply if trains else _forward
     return run(*tensors, problem.axes, problem.size, problem.pooled, problem.kernel_size)

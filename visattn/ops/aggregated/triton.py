@@ -83,10 +83,10 @@ def attend(problem: AggregatedProblem) -> Tensor:
     def unit(x: Tensor) -> Tensor:
         return F.normalize(x.to(dtype), dim=-1)
 
-    axes = zip(problem.axes, size, pooled, strict=True)
-    bias = _read_positions(position_table(problem), [n for a, s, p in axes for n in (a.length, a.pooled, s, p)]).to(
-        q.dtype
-    )
+    sizes = []
+    for axis, queries, keys in zip(problem.axes, size, pooled, strict=True):
+        sizes += [axis.length, axis.pooled, queries, keys]
+    bias = _read_positions(position_table(problem), sizes).to(q.dtype)  # [N, H W, P]
     count, unit_q, scale = math.prod(pooled), unit(q), problem.scale[:, None]
     pool_k, pool_v = flat(unit(problem.pool_k).to(q.dtype)), flat(problem.pool_v)
     if k is None or v is None:
@@ -113,5 +113,9 @@ def attend(problem: AggregatedProblem) -> Tensor:
     out = out.view(v.shape)  # [B, H, W, N, Dv]
     if tokens is None and token_bias is None:
         return out
-    mixing = unit_q.new_zeros(*q.shape[:-1], 1) if tokens is None else torch.einsum("bhwnd,ndj->bhwnj", unit_q, tokens)
-    return (out + mix_neighbours(v, mixing if token_bias is None else mixing + token_bias)).to(v.dtype)
+    mixing = unit_q.new_zeros(*q.shape[:-1], 1)
+    if tokens is not None:
+        mixing = torch.einsum("bhwnd,ndj->bhwnj", unit_q, tokens)
+    if token_bias is not None:
+        mixing = mixing + token_bias
+    return (out + mix_neighbours(v, mixing)).to(v.dtype)
