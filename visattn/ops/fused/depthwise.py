@@ -1,4 +1,4 @@
-"""Dynamic depthwise convolutions of channels-last maps: kernels of K x K weights made of the input, zero padding, K odd.
+"""Dynamic depthwise convolutions of channels-last maps: K x K weights made of the input, zero padding, K odd.
 
 One primitive serves both uses: S(x, w)[p] = sum_j w[p, j] x[p + d_j], with weights per position and head, or per sample
 and channel. Its derivatives are its transpose S'(x, w)[p] = sum_j w[p - d_j, j] x[p - d_j] and the weights' gradient

@@ -22,7 +22,7 @@ def ceil_div(n: N, d: int) -> N:
 
 def is_symbolic(*sizes: Any) -> bool:
     """True if one of the ints is not known while a graph is traced."""
-    return any(isinstance(n, torch.SymInt) for n in sizes)
+    return torch.SymInt in map(type, sizes)
 
 
 def outer_index(per_axis: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:

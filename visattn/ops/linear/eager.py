@@ -40,18 +40,20 @@ def _products(q: Tensor, k: Tensor, v: Tensor, scale: float, quadratic: bool) ->
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, N, L, D], [B, N, M, D], [B, N, M, Dv]
     if v.dtype == torch.float16 and scale != 1:  # sums over positions may leave its range
         k, v, scale = k * scale**0.5, v * scale**0.5, 1.0
-    k = k.clone(memory_format=torch.contiguous_format) if is_symbolic(*k.stride()) else k
-    out = (q @ k.mT * scale) @ v if quadratic else q @ (k.contiguous().mT @ v * scale)
-    return out.transpose(1, 2)  # [B, L, N, Dv]
+    if quadratic:
+        return ((q @ k.mT * scale) @ v).transpose(1, 2)  # [B, L, N, Dv]
+    # Whether this copies is not asked of symbolic sizes.
+    k = k.clone(memory_format=torch.contiguous_format) if is_symbolic(*k.shape) else k.contiguous()
+    return (q @ (k.mT @ v * scale)).transpose(1, 2)  # [B, L, N, Dv]
 
 
 def _streams(problem: LinearProblem) -> bool:
     q, k, v = problem.q, problem.k, problem.v
-    if q.device.type != "cpu" or is_symbolic(*q.shape, *k.shape):
+    if q.device.type != "cpu" or is_symbolic(*q.shape, *k.shape) or math.prod(v.shape[1:]) < _STREAMED:
         return False
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in problem.tensors())
-    return not traced and not trained and math.prod(v.shape[1:]) >= _STREAMED and not problem.is_quadratic
+    return not traced and not trained and not problem.is_quadratic
 
 
 def _stream(
@@ -161,7 +163,7 @@ def focused_pair(problem: FocusedProblem) -> tuple[Tensor, Tensor, float]:
 
 def attend_focused(problem: FocusedProblem) -> Tensor:
     """See `visattn.ops.focused_linear_attention`."""
-    (q, k, v), positions = problem.flat(), math.prod(problem.key_size)
+    positions = math.prod(problem.key_size)
 
     def keys_of(key: Tensor) -> Map:
         return lambda key: _focus(key, scale, problem.factor)
@@ -176,10 +178,10 @@ def attend_focused(problem: FocusedProblem) -> Tensor:
         return read
 
     if _streams(problem):
-        scale = F.softplus(problem.focus_scale.to(_wide(v)))
-        return problem.unflat(_stream(q, k, v, keys_of, reader_of))
+        scale = F.softplus(problem.focus_scale.to(_wide(problem.v)))
+        return problem.unflat(_stream(*problem.flat(), keys_of, reader_of))
     q, k, factor = focused_pair(problem)
-    return problem.unflat(_products(q, k, v, factor, problem.is_quadratic))
+    return problem.unflat(_products(q, k, problem.v.flatten(1, -3), factor, problem.is_quadratic))
 
 
 def _convolve_by_taps(problem: DynamicConvProblem) -> Tensor:
