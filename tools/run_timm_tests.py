@@ -27,8 +27,8 @@ TOOLS = Path(__file__).resolve().parent
 
 # timm's marks. The prune contract has none: timm leaves it out of its CI for time; "all" includes it.
 MARKS = ("forward", "backward", "cfg", "features", "fxforward", "fxbackward")
-# PyTorch calls TorchScript deprecated, and the models do not promise it: tests that script them are left out, those with
-# timm's mark and, by what a test's name says, those without.
+# PyTorch calls TorchScript deprecated, and the models do not promise it: tests that script them are left out, by timm's
+# mark and, where a test has none, by its name.
 LEFT_OUT = "torchscript"
 NO_TESTS_COLLECTED = 5  # pytest's exit status
 
