@@ -59,13 +59,13 @@ CASES = {
     "stripes": Case(lambda: layers.CrossShapedAttention(12, 2, 3)),
     "no stripes": Case(lambda: layers.CrossShapedAttention(12, 2, None)),
     "lepe": Case(lambda: layers.LePEAttention(12, 2, 3)),
-    "routing": Case(lambda: layers.BiLevelRoutingAttention(12, 2, 2, 2), waits="e0"),
-    "routing, padded": Case(lambda: layers.BiLevelRoutingAttention(12, 2, 2, 2, padding="project"), waits="e0"),
+    "routing": Case(lambda: layers.BiLevelRoutingAttention(12, 2, 2, 2), waits="e"),
+    "routing, padded": Case(lambda: layers.BiLevelRoutingAttention(12, 2, 2, 2, padding="project"), waits="e"),
     "aggregated": Case(lambda: layers.AggregatedAttention(12, 2, 3, 2, 8), waits="e"),
     "cosine": Case(lambda: layers.CosineAttention(12, 2, 8, 4), waits="e"),
     "halo": Case(lambda: layers.HaloAttention(12, num_heads=2, block_size=4, halo_size=1), True, waits="e"),
     "halo, pooled": Case(lambda: layers.HaloAttention(12, 16, 2, None, 5, 1, 2), True, 2, 16, waits="e"),
-    "efficient, module": Case(lambda: layers.EfficientAttention2d(12, 8, 2, 4), True, waits="e"),
+    "efficient, module": Case(lambda: nn.Sequential(layers.EfficientAttention2d(12, 8, 2, 4)), True, waits="e"),
     "split": Case(lambda: layers.SplAt(12), True),
     "conv glu": Case(lambda: layers.ConvGLU(12, 8)),
     "merging": Case(lambda: layers.PatchMerging(12), stride=2, dim=24),
@@ -74,7 +74,8 @@ CASES = {
     "mbconv, max3": Case(lambda: net(pool="max3"), True, 8, 16, 9),
     "softmax, reduced keys": Case(lambda: Tokens("softmax", sr_ratio=2)),
     "agent": Case(lambda: Tokens("agent", num_agents=9), waits="et"),
-    "agent, prefix": Case(lambda: Tokens("agent", num_agents=4, num_prefix_tokens=2, agent_size=(3, 5)), waits="et"),
+    "agent, prefix": Case(lambda: Tokens("agent", num_agents=4, num_prefix_tokens=2), waits="et"),
+    "agent, other agents": Case(lambda: Tokens("agent", num_agents=4, agent_size=(3, 5)), waits="et"),
     "agent, reduced keys": Case(lambda: Tokens("agent", num_agents=9, sr_ratio=2), waits="et"),
     "inline": Case(lambda: Tokens("inline", kernel_func="exp", lepe=True, num_prefix_tokens=2), waits="e0"),
     "inline, reduced keys": Case(lambda: Tokens("inline", sr_ratio=2, lepe=True), waits="e0"),
@@ -139,7 +140,7 @@ def test_fx_and_export_with_dynamic_sizes(request, case, layer):
     shapes = dict(zip((0, 2, 3) if case.first else (0, 1, 2), dims, strict=True))
     program = torch.export.export(layer, (maps(case, 2, 16, 20),), dynamic_shapes=(shapes,)).module()
     traced = torch.fx.symbolic_trace(layer)
-    for size in ((1, 8, 6 + case.smallest), (3, case.smallest, 13), (2, 33, 47)):
+    for size in ((1, 9, 2 * case.smallest), (3, case.smallest, 13), (2, 33, 47)):
         x = maps(case, *size)
         for run in (traced, program):
             assert relative_error(run(x), layer(x)) <= SAME_MODEL
@@ -209,6 +210,10 @@ REFUSALS = [
     (lambda: Tokens("agent", num_agents=8), "expected num_agents to be a square, got 8; try 4"),
     (lambda: Tokens("agent", num_agents=0), "expected num_agents to be a square, got 0; try 1"),
     (lambda: Tokens("agent", agent_size=(3, 0)), r"expected agent_size of 2 ints >= 1, got \(3, 0\)"),
+    (
+        lambda: Tokens("agent", num_agents=4, num_prefix_tokens=1, agent_size=(3, 5)),
+        "expected agent_size of 4 agents with prefix tokens, .* got",
+    ),
     (lambda: layers.create_token_mixer("agent", 12, 5, (7, 7)), "expected dim divisible by num_heads"),
     (lambda: Tokens("agent", num_prefix_tokens=1, sr_ratio=2), "expected no prefix tokens with sr_ratio 2, got 1"),
     (lambda: Tokens("inline", kernel_func="gelu"), "expected kernel_func 'identity', .* or 'exp', got 'gelu'"),

@@ -73,7 +73,7 @@ def test_only_families_that_can_tell_have_it():
 def test_checkpointing_changes_no_module_and_no_gradient():
     model = timm.create_model("test_dinat")
     modules, image, grads, calls = list(model.modules()), torch.randn(1, 3, 64, 64), [], []
-    model.stages[0].blocks[1].register_forward_hook(lambda *_: calls.append(1))
+    model.stages[0].blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
         assert {stage.grad_checkpointing for stage in model.stages} == {enable}
