@@ -38,8 +38,8 @@ class AgentAttention(TokenMixer):
             of `num_agents`, for both.
 
     Raises:
-        ValueError: What `TokenMixer` refuses, a number of agents that is not a square, or an `agent_size` below 1 or, with
-            prefix tokens, of another number of agents.
+        ValueError: What `TokenMixer` refuses, a number of agents that is not a square, or an `agent_size` below 1 or,
+            with prefix tokens, of another number of agents.
 
     Source: Agent Attention (arXiv:2312.08874), section 4.
     """
