@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models.maxvit import MBConv as TorchvisionMBConv
 
 from tests.tolerances import SAME_MODEL, relative_error
-from visattn.layers import ConvStem, MBConv, create_pool
+from visattn.layers import ConvStem, MBConv
 
 # Name: options of timm's block, and of ours.
 TIMM = {
@@ -148,34 +148,3 @@ def test_a_dropped_block_is_its_shortcut():
     out = block(x)
     assert torch.equal(out, block.shortcut(x))
     assert out.abs().sum() > 0
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("options", [{"same_pad": True}, {"stride_mode": "pool"}, {"pool": "max3"}], ids=str)
-def test_script_fx_compile_and_export_with_dynamic_size(options):
-    net = nn.Sequential(ConvStem(3, 8, same_pad=True), MBConv(8, 16, 2, **options), MBConv(16, 16, 2, **options)).eval()
-    x = torch.randn(2, 3, 33, 40)
-    for run in (
-        torch.jit.script(net),
-        torch.jit.script(torch.fx.symbolic_trace(net)),
-        torch.compile(net, fullgraph=True, dynamic=True, backend="aot_eager"),
-    ):
-        assert relative_error(run(x), net(x)) <= SAME_MODEL
-    sizes = {2: torch.export.Dim("h", min=9, max=256), 3: torch.export.Dim("w", min=9, max=256)}
-    program = torch.export.export(net, (torch.randn(2, 3, 64, 48),), dynamic_shapes=(sizes,))
-    for size in ((9, 17), (31, 40), (64, 64)):
-        x = torch.randn(2, 3, *size)
-        assert relative_error(program.module()(x), net(x)) <= SAME_MODEL
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: MBConv(8, stride=3), "expected stride 1 or 2, got 3"),
-        (lambda: MBConv(8, stride_mode="conv2"), "expected stride_mode 'dw', 'conv1' or 'pool', got 'conv2'"),
-        (lambda: create_pool("avg"), "expected a pool of 'avg2', 'avg3', 'max2' or 'max3', got 'avg'"),
-    ],
-)
-def test_errors(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()

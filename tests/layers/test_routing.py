@@ -268,8 +268,6 @@ def test_options_that_do_not_fit(options, error, message):
         randomized(**options)
 
 
-def test_other_options_that_do_not_fit():
-    with pytest.raises(ValueError, match="expected lepe_on 'input' or 'value', got 'v'"):
-        LePEAttention(12, 3, lepe_on="v")
+def test_regions_that_do_not_fill_the_map_cannot_be_pooled():
     with pytest.raises(ValueError, match="regions that fill the map"):
         randomized(kv_downsample_mode="avgpool", kv_downsample_ratio=2)(torch.randn(1, 7, 11, 12, dtype=torch.float64))

@@ -82,24 +82,3 @@ def test_windows_change_and_tables_are_resized():
     assert relative_error(module(x), by_definition(module, x, (0, 3), table)) <= tolerances.OP[torch.float64]
     module.set_window_size(5)
     assert torch.equal(module(x), before)
-
-
-def test_scripted_at_several_sizes():
-    module = randomized(8, 2, 4, shifted=True)
-    scripted = torch.jit.script(module)
-    for size in ((4, 4), (5, 4), (8, 12), (1, 9)):
-        x = torch.randn(1, *size, 8, dtype=torch.float64)
-        assert torch.equal(scripted(x), module(x))
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ((10, 3), "expected dim divisible by num_heads, got 10 and 3"),
-        ((8, 2, 0), "expected window_size of one int or two, at least 1, got 0"),
-        ((8, 2, (3, 3, 3)), "expected window_size of one int or two"),
-    ],
-)
-def test_arguments_that_do_not_fit(args, message):
-    with pytest.raises(ValueError, match=message):
-        ShiftedWindowAttention(*args)

@@ -52,9 +52,3 @@ def test_values_and_gradients(radix, cardinality, dilation):
     grads, wanted = (torch.autograd.grad(y, inputs, upstream) for y in (out, expected))
     for grad, want in zip(grads, wanted, strict=True):
         assert relative_error(grad, want) <= tolerances.OP[torch.float64]
-
-
-@pytest.mark.parametrize("args", [(48, 5, 1), (48, 2, 5), (48, 0, 1), (60, 1, 12)])
-def test_groups_that_do_not_divide(args):
-    with pytest.raises(ValueError, match=r"expected channels and hidden channels in groups of equal width, got \d+"):
-        SplAt(*args)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests import tolerances
-from tests.tolerances import SAME_MODEL, relative_error
+from tests.tolerances import relative_error
 from visattn.layers import CrossShapedAttention
 
 
@@ -92,32 +92,3 @@ def test_one_branch_has_the_same_parameters():
     assert relative_error(stripes(x), whole(x)) <= tolerances.OP[torch.float64]
     x = torch.randn(1, 4, 4, 8, dtype=torch.float64)
     assert relative_error(stripes(x), whole(x)) > 0.1
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("split_size", [1, 3, None])
-def test_script_trace_and_export(split_size):
-    module = CrossShapedAttention(8, 2, split_size).eval()
-    x = torch.randn(2, 7, 10, 8)
-    dims = {i: torch.export.Dim(f"d{i}", min=2, max=64) for i in (0, 1, 2)}
-    program = torch.export.export(module, (x,), dynamic_shapes={"x": dims}).module()
-    scripted = torch.jit.script(module)
-    traced = torch.fx.symbolic_trace(module)
-    for other in (x, torch.randn(3, 9, 4, 8)):
-        for run in (program, scripted, traced):
-            assert relative_error(run(other), module(other)) <= SAME_MODEL
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
-    assert relative_error(compiled(x), module(x)) <= SAME_MODEL
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ({"split_size": 0}, "expected split_size of at least 1 .* got 0 and 2; try split_size=None"),
-        ({"num_heads": 1}, "an even number of heads, got 7 and 1"),
-        ({"num_heads": 3, "split_size": None}, "expected dim divisible by num_heads, got 8 and 3"),
-    ],
-)
-def test_arguments_that_do_not_fit(args, message):
-    with pytest.raises(ValueError, match=message):
-        CrossShapedAttention(8, **{"num_heads": 2, **args})

@@ -84,18 +84,3 @@ def test_windows_change_and_parameters_stay():
     module.set_window_size(5)
     assert torch.equal(module(x), before)
     assert all(a is b for a, b in zip(module.parameters(), parameters, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ({"window_size": 0}, "expected window_size of one int or two, at least 1, got 0"),
-        ({"window_size": (7, 7, 7)}, "expected window_size of one int or two"),
-        ({"window_size": None}, "expected table_size where window_size is None.*try table_size=7"),
-        ({"window_size": None, "table_size": 7, "num_windows": 0}, "expected num_windows .* got 0"),
-        ({"num_heads": 3}, "expected dim divisible by num_heads, got 8 and 3"),
-    ],
-)
-def test_arguments_that_do_not_fit(args, message):
-    with pytest.raises(ValueError, match=message):
-        WindowAttention(8, **{"num_heads": 2, **args})

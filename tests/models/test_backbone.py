@@ -1,18 +1,27 @@
 """The base class of all families: attention on request, and a projection behind the last level."""
 
+import copy
+
 import pytest
 import timm
 import torch
 
 import visattn  # noqa: F401
+from visattn.models._backbone import TellsAttended
+from visattn.models.nat import NAT
 
 NAMES = ["stages.0.blocks.1.attn", "stages.3.blocks.0.attn"]
+
+
+class TellingNAT(TellsAttended, NAT):
+    """NAT as a family whose layers can tell."""
 
 
 @pytest.fixture
 def model():
     """Two of its layers tell their input."""
     model = timm.create_model("test_dinat")
+    model.__class__ = TellingNAT
     for name in NAMES:
         model.get_submodule(name).attended = lambda x: {"input": x, "sum": x.sum()}
     return model
@@ -55,9 +64,24 @@ def test_nothing_stays_behind_an_error(model):
     assert model(torch.randn(1, 3, 64, 64)).isfinite().all()
 
 
-def test_a_model_that_cannot_tell_says_so():
-    with pytest.raises(ValueError, match=r"expected a model whose attention can tell .* got NAT; try"):
-        timm.create_model("test_dinat").attended(torch.randn(1, 3, 64, 64))
+def test_only_families_that_can_tell_have_it():
+    models = [timm.create_model(name) for name in ("test_dinat", "test_biformer", "test_transnext")]
+    tell = [model.pretrained_cfg["architecture"] for model in models if hasattr(model, "attended")]
+    assert tell == ["test_biformer", "test_transnext"]
+
+
+def test_checkpointing_changes_no_module_and_no_gradient():
+    model = timm.create_model("test_dinat")
+    modules, image, grads, calls = list(model.modules()), torch.randn(1, 3, 64, 64), [], []
+    model.stages[0].blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        assert {stage.grad_checkpointing for stage in model.stages} == {enable}
+        assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+        grads.append(torch.autograd.grad(model(image).square().sum(), list(model.parameters())))
+        assert len(calls) == 1 + 2 * enable
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert copy.deepcopy(model).stages[0].grad_checkpointing
 
 
 @torch.no_grad()

@@ -183,12 +183,10 @@ def test_options_run_and_train(options):
 
 @torch.no_grad()
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_options_script_trace_and_export(options):
+def test_options_trace_and_export(options):
     model = timm.create_model("test_biformer", **options).eval()
     image = torch.randn(1, 3, 96, 128)
-    scripted = torch.jit.script(torch.fx.symbolic_trace(model))
-    for run in (torch.jit.script(model), scripted):
-        assert relative_error(run(image), model(image)) <= SAME_MODEL
+    assert relative_error(torch.fx.symbolic_trace(model)(image), model(image)) <= SAME_MODEL
     sides = {i: torch.export.Dim(n, min=64, max=1024) for i, n in ((2, "height"), (3, "width"))}
     program = torch.export.export(model, (torch.randn(1, 3, 128, 160),), dynamic_shapes={"x": sides})
     for size in ((96, 128), (97, 131)):

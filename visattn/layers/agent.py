@@ -38,7 +38,8 @@ class AgentAttention(TokenMixer):
             of `num_agents`, for both.
 
     Raises:
-        ValueError: What `TokenMixer` refuses, a number of agents that is not a square, or an `agent_size` below 1.
+        ValueError: What `TokenMixer` refuses, a number of agents that is not a square, or an `agent_size` below 1 or,
+            with prefix tokens, of another number of agents.
 
     Source: Agent Attention (arXiv:2312.08874), section 4.
     """
@@ -64,6 +65,11 @@ class AgentAttention(TokenMixer):
             raise ValueError(f"expected num_agents to be a square, got {num_agents}; try {max(side, 1) ** 2}")
         if agent_size is not None and (len(agent_size) != 2 or min(agent_size) < 1):
             raise ValueError(f"expected agent_size of 2 ints >= 1, got {agent_size}")
+        if num_prefix_tokens and agent_size is not None and math.prod(agent_size) != num_agents:
+            raise ValueError(
+                f"expected agent_size of {num_agents} agents with prefix tokens, whose biases cannot be resized, got "
+                f"{agent_size}; try agent_size=None"
+            )
         self.num_agents = num_agents
         self.agent_size = [side, side] if agent_size is None else list(agent_size)
         (h, w), (kh, kw) = feat_size, (max(1, n // sr_ratio) for n in feat_size)

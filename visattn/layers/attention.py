@@ -111,4 +111,8 @@ def attend_globally(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None = None
 def _read_bias(table: Tensor, size: list[int]) -> Tensor:
     """Read a table [N, 2H - 1, 2W - 1] for all pairs of queries and keys of a map of `size`: [N, L, L]."""
     ranks = [torch.arange(n, device=table.device) for n in size]
-    return read_table(table, [r - r[:, None] + n - 1 for r, n in zip(ranks, size, strict=True)])  # [N, L, L]
+    rows, columns = (r - r[:, None] + n - 1 for r, n in zip(ranks, size, strict=True))  # [H, H], [W, W]
+    if is_symbolic(*size):  # where splitting an axis would compare its size with that of the parts
+        table = table[:, rows[:, None, :, None], columns[None, :, None]]  # [N, H, W, H, W]
+        return table.flatten(3).flatten(1, 2)  # [N, L, L]
+    return read_table(table, [rows, columns])  # [N, L, L]
