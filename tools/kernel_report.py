@@ -1,7 +1,7 @@
 """Compile the Triton kernels for GPUs that need not be here, and list what a program of each takes of a GPU.
 
     python tools/kernel_report.py                                    # compute capabilities 8.0, 9.0 and 10.0
-    python tools/kernel_report.py --capabilities 90 --dtypes bfloat16 --problems "window" "halo"
+    python tools/kernel_report.py --capabilities 90 --dtypes bfloat16 --cases "window" "halo"
     python tools/kernel_report.py --out tools/results/kernels        # also kernels_sm80.json, kernels_sm80.md, ...
 
 Launches are those of one forward and backward pass with the default configs; equal ones are listed once. Registers and
@@ -36,7 +36,7 @@ CAPABILITIES = (80, 90, 100)
 # Of a streaming multiprocessor: bytes of shared memory; all have 65536 registers and room for 64 warps of 32 threads.
 SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 COLUMNS = (
-    "problem",
+    "case",
     "kernel",
     "dtype",
     "tile",
@@ -52,7 +52,7 @@ COLUMNS = (
 TEXT = """# What the Triton kernels take of a GPU of compute capability {capability}
 
 Compiled without a GPU by `{command}` ({setting}). One row per distinct launch of a forward and backward pass with the
-default config, under the first problem that needs it. *tile*: rows that a program holds x columns that it streams per
+default config, under the first case that needs it. *tile*: rows that a program holds x columns that it streams per
 step, or positions x channels. *registers* and *stack* (bytes; all that is not 0 is spilled to memory) are of a thread,
 *shared* memory (bytes) of a program; from these follow the warps that fit on a multiprocessor at once, of 64. *products
 on*: the tensor core instruction of the compiled products. *16-byte copies*: asynchronous copies to shared memory that
@@ -71,7 +71,7 @@ class Result:
         copies: Asynchronous copies to shared memory; `wide_copies` of them move 16 bytes.
     """
 
-    problem: str
+    case: str
     kernel: str
     dtype: str
     capability: int
@@ -148,7 +148,7 @@ def agents(dtype: torch.dtype, gather: bool) -> tuple:
 
 
 # Published layers: NAT and DiNAT, Swin and MaxViT, HaloNet, BiFormer, TransNeXt, Agent-Swin.
-PROBLEMS: dict[str, Callable[[torch.dtype], tuple]] = {
+CASES: dict[str, Callable[[torch.dtype], tuple]] = {
     "neighborhood": sliding(56, 2, 32),
     "neighborhood, bias": sliding(56, 2, 32, bias=True),
     "neighborhood, dilated": sliding(56, 2, 32, bias=True, dilation=8),
@@ -200,7 +200,7 @@ def launches_of(name: str, dtype: torch.dtype) -> list[Launch]:
         with record() as launches:
             torch.stack([x.sum() for x in OTHERS[name](dtype)]).sum().backward()
         return launches
-    (q, k, v), axes, more = PROBLEMS[name](dtype)
+    (q, k, v), axes, more = CASES[name](dtype)
     leaves = [x for x in (q, k, v, *more.values()) if isinstance(x, Tensor) and x.requires_grad]
     with record() as launches:
         out, lse = fused_attention(q, k, v, axes, q.shape[-1] ** -0.5, **more)
@@ -240,7 +240,7 @@ def warps_per_sm(registers: int | None, shared: int, warps: int, capability: int
     return programs * warps
 
 
-def compiled(problem: str, dtype: str, launch: Launch, capability: int) -> Result:
+def compiled(case: str, dtype: str, launch: Launch, capability: int) -> Result:
     program = launch.compile(capability)
     cubin, ptx = program.asm["cubin"], program.asm["ptx"]
     registers, stack = resources(cubin)
@@ -248,7 +248,7 @@ def compiled(problem: str, dtype: str, launch: Launch, capability: int) -> Resul
     wanted = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
     constants = {n: x if isinstance(x, str) else int(x) for n, x in launch.constants.items() if x and n.isupper()}
     return Result(
-        problem,
+        case,
         launch.kernel.__name__.removesuffix("_kernel"),
         dtype,
         capability,
@@ -272,7 +272,7 @@ def row(result: Result) -> list[str]:
     kinds = [name.lower() for name in ("TRANSPOSED", "PER_CHANNEL", "WIDE") if constants.get(name)]
     numbers = (result.num_warps, result.num_stages, result.registers, result.stack, result.shared, result.warps_per_sm)
     return [
-        result.problem,
+        result.case,
         ", ".join([result.kernel, *kinds]).replace("_", " "),
         result.dtype,
         "x".join(tile),
@@ -284,9 +284,9 @@ def row(result: Result) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = (*PROBLEMS, *OTHERS)
+    names = (*CASES, *OTHERS)
     parser.add_argument("--capabilities", nargs="+", type=int, default=CAPABILITIES, choices=CAPABILITIES)
-    parser.add_argument("--problems", nargs="+", default=names, choices=names)
+    parser.add_argument("--cases", nargs="+", default=names, choices=names)
     parser.add_argument("--dtypes", nargs="+", default=tuple(DTYPES), choices=tuple(DTYPES))
     parser.add_argument("--out", type=Path, help="write OUT_sm<capability>.json and .md")
     args = parser.parse_args(argv)
@@ -296,9 +296,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["VISATTN_TUNE"] = "off"
     found: dict[tuple, tuple[str, str, Launch]] = {}
     for dtype in args.dtypes:
-        for problem in args.problems:
-            for launch in launches_of(problem, DTYPES[dtype]):
-                found.setdefault(key(launch), (problem, dtype, launch))
+        for case in args.cases:
+            for launch in launches_of(case, DTYPES[dtype]):
+                found.setdefault(key(launch), (case, dtype, launch))
     for capability in args.capabilities:
         results = [compiled(*launch, capability) for launch in found.values()]
         show(results, COLUMNS, row, f"compute capability {capability / 10}")

@@ -61,6 +61,10 @@ class MixerBlock(Block):
     The grid of tokens is the model's, also after its `set_input_size`.
     """
 
+    attn: Any  # a token mixer
+    grid_size: list[int]
+    patch_embed_of_model: list[Any]
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """[B, P + H * W, C] -> the same.
 
@@ -82,6 +86,7 @@ class MapBlock(SwinTransformerBlock):
         self, feat_size: tuple[int, int], window_size: tuple[int, int], always_partition: bool | None = None
     ) -> None:
         """Note the size of the map, which is the window; the attention takes any."""
+        # pyrefly: ignore[bad-override-mutable-attribute]: what timm has there is a pair too
         self.input_resolution = self.window_size = tuple(feat_size)
         self.window_area = feat_size[0] * feat_size[1]
 
@@ -104,7 +109,7 @@ class _Site(NamedTuple):
     """A block to change, and the map that its attention is made for."""
 
     name: str
-    block: nn.Module
+    block: Any  # one of timm, or of those above
     feat_size: tuple[int, int]
     num_prefix_tokens: int
 
@@ -213,14 +218,15 @@ def _vit_sites(model: VisionTransformer, depth: int | Sequence[int] | None) -> t
 
 
 def _swin_sites(model: SwinTransformer, depth: int | Sequence[int] | None) -> tuple[list[_Site], list[str]]:
-    numbers = [len(stage.blocks) for stage in model.layers]
+    stages: Any = model.layers
+    numbers = [len(stage.blocks) for stage in stages]
     depths = numbers if depth is None else depth
     fits = isinstance(depths, Sequence) and len(depths) == len(numbers) and all(isinstance(d, int) for d in depths)
     if not fits or not any(depths) or not all(0 <= d <= n for d, n in zip(depths, numbers, strict=True)):
         raise ValueError(f"expected depth of at most {numbers} for a SwinTransformer, per stage, got {depth}")
     sites = [
         _Site(f"layers.{i}.blocks.{j}", block, tuple(block.input_resolution), 0)
-        for i, stage in enumerate(model.layers)
+        for i, stage in enumerate(stages)
         for j, block in enumerate(stage.blocks[: depths[i]])
     ]
     for site in sites:
@@ -268,7 +274,7 @@ def _make_mixer(site: _Site, attention: str, attention_args: dict[str, Any]) -> 
     return mixer.train(old.training)
 
 
-def _losses(old: nn.Module) -> list[str]:
+def _losses(old: Any) -> list[str]:
     """What the old attention did that no new one does, and that the names of its parameters do not tell."""
     notes = []
     if not isinstance(getattr(old, "q_norm", None), (nn.Identity, type(None))):
@@ -284,7 +290,6 @@ def _install(model: nn.Module, site: _Site, mixer: TokenMixer) -> None:
     So the block is the same object with the same other modules, hooks and names of parameters.
     """
     block = site.block
-    block.attn = mixer
     if isinstance(block, SwinTransformerBlock):
         block.__class__ = MapBlock
         block.shift_size = block.target_shift_size = (0, 0)
@@ -293,3 +298,4 @@ def _install(model: nn.Module, site: _Site, mixer: TokenMixer) -> None:
     else:
         block.__class__ = MixerBlock
         block.patch_embed_of_model = [model.patch_embed]  # in a list, so that it is no submodule of the block
+    block.attn = mixer

@@ -30,13 +30,13 @@ def compiled(folder, *argv):
 def check(results):
     assert results
     for result in results:
-        name, constants = (result["problem"], result["kernel"], result["dtype"]), result["constants"]
+        name, constants = (result["case"], result["kernel"], result["dtype"]), result["constants"]
         assert result["cubin"] > 1000, name
         if result["dtype"] == "float32":
             assert not result["products"], f"{name}: rounded to tf32"
         elif constants.get("BLOCK_M", 0) >= 64:
             assert set(result["products"]) == {PRODUCTS[result["capability"]]}, name
-        elif result["problem"] != "depthwise":
+        elif result["case"] != "depthwise":
             assert result["products"], name
         if result["stack"] is not None:
             assert result["stack"] <= SPILLED, name
@@ -46,8 +46,8 @@ def check(results):
 def bfloat16(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bfloat16")
     found = []
-    for capability, problems in EVERY.items():
-        chosen = [] if problems is None else ["--problems", *problems]
+    for capability, cases in EVERY.items():
+        chosen = [] if cases is None else ["--cases", *cases]
         found = compiled(folder, "--dtypes", "bfloat16", "--capabilities", str(capability), *chosen)
     return found
 
@@ -61,13 +61,13 @@ def test_bfloat16(bfloat16):
 
 
 def test_float16_and_float32(tmp_path):
-    argv = ["--dtypes", "float16", "float32", "--capabilities", "90", "--problems"]
+    argv = ["--dtypes", "float16", "float32", "--capabilities", "90", "--cases"]
     check(compiled(tmp_path, *argv, "neighborhood, bias", "linear"))
 
 
 def test_heads_of_24_channels_are_copied_16_bytes_at_once(bfloat16):
     """As those of 32 are: what else is copied, lists of numbers, has 4 bytes."""
-    found = {(x["problem"], x["kernel"]): x for x in bfloat16 if x["capability"] == 90}
+    found = {(x["case"], x["kernel"]): x for x in bfloat16 if x["capability"] == 90}
     for kernel in ("queries_forward", "queries_backward", "keys_backward", "extra_backward"):
         narrow = found["aggregated", kernel]
         assert narrow["constants"]["D"] == 24
@@ -78,7 +78,7 @@ def test_heads_of_24_channels_are_copied_16_bytes_at_once(bfloat16):
 
 
 def test_options_of_the_kernels_are_among_them(bfloat16):
-    """So that no change of the problems leaves one out."""
+    """So that no change of the cases leaves one out."""
     ran = [result["constants"] for result in bfloat16 if "BLOCK_M" in result["constants"]]
     for option in ("WIDE", "WEIGHTED", "SEGMENT", "EXTRA", "EXTRA_BIASED", "REL_POS", "BIASED", "HAS_LSE"):
         assert {option in constants for constants in ran} == {True, False}, option

@@ -3,13 +3,13 @@
 from visattn.layers.agent import AgentAttention
 from visattn.layers.aggregated import AggregatedAttention, CosineAttention
 from visattn.layers.block import TokenTransformerBlock, TransformerBlock
-from visattn.layers.conv import ConvNorm, DepthwiseConv
+from visattn.layers.conv import ConvNorm, DepthwiseConv, create_act
 from visattn.layers.conv_glu import ConvGLU
 from visattn.layers.create import TOKEN_MIXERS, create_token_mixer
 from visattn.layers.efficient import EfficientAttention, EfficientAttention2d
 from visattn.layers.focused import FocusedLinearAttention
 from visattn.layers.halo import HaloAttention
-from visattn.layers.init import init_weights
+from visattn.layers.init import init_weights, reset_parameters
 from visattn.layers.inline import InLineAttention
 from visattn.layers.lepe import LePEAttention
 from visattn.layers.mbconv import ConvStem, MBConv
@@ -60,7 +60,9 @@ __all__ = [
     "TokenTransformerBlock",
     "TransformerBlock",
     "WindowAttention",
+    "create_act",
     "create_pool",
     "create_token_mixer",
     "init_weights",
+    "reset_parameters",
 ]

@@ -44,6 +44,15 @@ class AgentAttention(TokenMixer):
     Source: Agent Attention (arXiv:2312.08874), section 4.
     """
 
+    an_bias: nn.Parameter
+    na_bias: nn.Parameter
+    ah_bias: nn.Parameter
+    aw_bias: nn.Parameter
+    ha_bias: nn.Parameter
+    wa_bias: nn.Parameter
+    ac_bias: nn.Parameter | None
+    ca_bias: nn.Parameter | None
+
     def __init__(
         self,
         dim: int,
@@ -103,7 +112,7 @@ class AgentAttention(TokenMixer):
         query_bias = agent_position_bias(
             self.na_bias, self.ha_bias[0, :, :, 0].mT, self.wa_bias[0, :, 0].mT, size, self.agent_size
         ).mT  # [N, L, A]
-        if self.ac_bias is not None:
+        if self.ac_bias is not None and self.ca_bias is not None:
             agent_bias = torch.cat([self.ac_bias[0], agent_bias], 2)
             query_bias = torch.cat([self.ca_bias[0], query_bias], 1)
         x = agent_attention(q, k, v, agents, agent_bias=agent_bias, query_bias=query_bias, scale=self.scale)

@@ -1,7 +1,7 @@
 """TransNeXt's attention modules over `visattn.ops.aggregated_attention`, channels-last, on maps of any size."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import to_2tuple, trunc_normal_
@@ -225,7 +225,7 @@ class AggregatedAttention(_CosineAttention):
         q, pool_k, _, k, _ = self._project_both(x)
         window = {"k": k, "kernel_size": self.kernel_size, "local_bias": self.local_bias}
         local, pooled = aggregated_weights(q, pool_k, **self._position(), **window)
-        return {"local": local, "pooled": pooled}
+        return {"local": cast(Tensor, local), "pooled": pooled}
 
     def extra_repr(self) -> str:
         pool = f"pool_size={self.pool_size[0]}" if self.pool_size else f"sr_ratio={self.sr_ratio[0]}"

@@ -29,6 +29,11 @@ class MultiHeadAttention(nn.Module):
         ValueError: Heads that do not divide the channels.
     """
 
+    qkv: nn.Linear  # if fused, else
+    q: nn.Linear
+    kv: nn.Linear
+    rpb: nn.Parameter  # where there is a table
+
     def __init__(
         self,
         dim: int,
@@ -49,9 +54,9 @@ class MultiHeadAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.head_dim = attn_dim // num_heads
-        self.qkv = nn.Linear(dim, 3 * attn_dim, bias=qkv_bias, **dd) if fused else None
-        self.q = None if fused else nn.Linear(dim, attn_dim, bias=qkv_bias, **dd)
-        self.kv = None if fused else nn.Linear(dim, 2 * attn_dim, bias=qkv_bias, **dd)
+        self.register_module("qkv", nn.Linear(dim, 3 * attn_dim, bias=qkv_bias, **dd) if fused else None)
+        self.register_module("q", None if fused else nn.Linear(dim, attn_dim, bias=qkv_bias, **dd))
+        self.register_module("kv", None if fused else nn.Linear(dim, 2 * attn_dim, bias=qkv_bias, **dd))
         table = None if table_size is None else nn.Parameter(torch.empty(num_heads, *table_size, **dd))
         self.register_parameter("rpb", table)
         self.proj = nn.Linear(attn_dim, out_dim or dim, **dd)

@@ -38,11 +38,11 @@ class TransformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.norm1 = nn.LayerNorm(dim, eps=eps, **dd)
+        self.norm1: nn.Module = nn.LayerNorm(dim, eps=eps, **dd)
         self.attn = attn
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=eps, **dd)
+        self.norm2: nn.Module = nn.LayerNorm(dim, eps=eps, **dd)
         if mlp is None:
             mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=get_act_layer(act), drop=proj_drop, **dd)
         self.mlp = mlp
@@ -57,6 +57,7 @@ class TransformerBlock(nn.Module):
 class TokenTransformerBlock(TransformerBlock):
     """`TransformerBlock` for tokens [B, P + H * W, dim] and the size [H, W] of their map, both given to `attn`."""
 
+    # pyrefly: ignore[bad-override]: tokens come with the size of their map
     def forward(self, x: Tensor, size: list[int]) -> Tensor:
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), size)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

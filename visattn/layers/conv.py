@@ -5,6 +5,11 @@ from timm.layers import create_act_layer
 from torch import Tensor, nn
 
 
+def create_act(name: str | None) -> nn.Module:
+    """Build the activation that timm calls `name`; None: the identity."""
+    return create_act_layer(name, inplace=True) or nn.Identity()
+
+
 class ConvNorm(nn.Module):
     """Convolution without bias, BatchNorm, activation: [B, in_dim, H, W] -> [B, dim, H/stride, W/stride], rounded up.
 
@@ -33,7 +38,7 @@ class ConvNorm(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride, padding=kernel_size // 2, bias=False, **dd)
         self.bn = nn.BatchNorm2d(dim, **dd)
-        self.act = nn.Identity() if act is None else create_act_layer(act, inplace=True)
+        self.act = create_act(act)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.bn(self.conv(x)))
@@ -46,6 +51,9 @@ class DepthwiseConv(nn.Conv2d):
         ValueError: An even kernel, which would shift the map.
     """
 
+    # pyrefly: ignore[bad-override-mutable-attribute]: there always is one
+    bias: nn.Parameter
+
     def __init__(
         self,
         dim: int,
@@ -57,6 +65,6 @@ class DepthwiseConv(nn.Conv2d):
             raise ValueError(f"expected an odd kernel_size, got {kernel_size}")
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias)  # [B, C, H, W]
+    def forward(self, input: Tensor) -> Tensor:
+        x = self._conv_forward(input.permute(0, 3, 1, 2), self.weight, self.bias)  # [B, C, H, W]
         return x.permute(0, 2, 3, 1)  # [B, H, W, C]

@@ -67,8 +67,8 @@ class EfficientAttention2d(nn.Module):
 
     def reset_parameters(self) -> None:
         if self.zero_init:
-            nn.init.zeros_(self.reprojection.weight)
-            nn.init.zeros_(self.reprojection.bias)
+            for parameter in self.reprojection.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """`mask` [B, H, W] boolean, True where there is image: elsewhere x stays as it is, and nothing looks there."""

@@ -26,10 +26,10 @@ class _SharedConv(DepthwiseConv):
         super().__init__(head_dim, kernel_size, device, dtype)
         self.num_heads = num_heads
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight.repeat(self.num_heads, 1, 1, 1), self.bias.repeat(self.num_heads)
         pad, groups = self.kernel_size[0] // 2, self.num_heads * self.out_channels
-        x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=pad, groups=groups)  # [B, C, H, W]
+        x = F.conv2d(input.permute(0, 3, 1, 2), weight, bias, padding=pad, groups=groups)  # [B, C, H, W]
         return x.permute(0, 2, 3, 1)  # [B, H, W, C]
 
 

@@ -1,5 +1,7 @@
 """Weight initialisation shared by the transformer families."""
 
+from typing import Any
+
 from timm.layers import trunc_normal_
 from torch import nn
 
@@ -17,5 +19,12 @@ def init_weights(model: nn.Module, needs_reset: bool = True) -> None:
             trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif needs_reset and hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        elif needs_reset:
+            reset_parameters(module)
+
+
+def reset_parameters(module: nn.Module) -> None:
+    """Call `reset_parameters` where the module has it."""
+    call: Any = getattr(module, "reset_parameters", None)
+    if call is not None:
+        call()

@@ -3,9 +3,10 @@
 import reprlib
 
 import torch
-from timm.layers import DropPath, SqueezeExcite, create_act_layer, to_2tuple
+from timm.layers import DropPath, SqueezeExcite, to_2tuple
 from torch import Tensor, nn
 
+from visattn.layers.conv import create_act
 from visattn.layers.pool import PadSame, create_pool
 
 
@@ -41,7 +42,7 @@ class ConvStem(nn.Module):
         self.pad = PadSame(3, 2) if same_pad else nn.Identity()
         self.conv1 = nn.Conv2d(in_chans, inner, 3, stride=2, padding=0 if same_pad else 1, bias=bias1, **dd)
         self.norm1 = nn.BatchNorm2d(inner, norm_eps, norm_momentum, **dd)
-        self.act = create_act_layer(act, inplace=True)
+        self.act = create_act(act)
         self.conv2 = nn.Conv2d(inner, outer, 3, padding=1, bias=bias2, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,9 +126,9 @@ class MBConv(nn.Module):
             self.shortcut.add_module("pool", create_pool(pool))
         if dim != out_dim or (strided and project_strided):
             self.shortcut.add_module("proj", nn.Conv2d(dim, out_dim, 1, bias=bias, **dd))
-        self.act = create_act_layer(act, inplace=True)
+        self.act = create_act(act)
         self.pre_norm = nn.BatchNorm2d(dim, **norm)
-        self.pre_act = create_act_layer(act, inplace=True) if pre_act else nn.Identity()
+        self.pre_act = create_act(act if pre_act else None)
         self.down = create_pool("avg2") if strided and stride_mode == "pool" else nn.Identity()
         self.conv1 = nn.Conv2d(dim, hidden, 1, stride=stride if stride_mode == "conv1" else 1, bias=False, **dd)
         self.norm1 = nn.BatchNorm2d(hidden, **norm)
@@ -145,6 +146,7 @@ class MBConv(nn.Module):
             **dd,
         )
         squeezed = int(se_ratio * (hidden if expand_input else out_dim))
+        # pyrefly: ignore[bad-argument-type]: timm takes the name of an activation too
         squeeze = SqueezeExcite(hidden, rd_channels=squeezed, act_layer=se_act, **dd)
         self.se_early = squeeze if se_early else nn.Identity()
         self.norm2 = nn.BatchNorm2d(hidden, **norm)

@@ -1,5 +1,7 @@
 """Swin's attention within windows, shifted by half a window in every other block, on maps of any size."""
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,7 @@ class ShiftedWindowAttention(WindowAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         _, h, w, _ = x.shape
-        window, shift = self.window_size, [0, 0]
+        window, shift = cast("list[int]", self.window_size), [0, 0]
         if self.shifted:
             shift = [m // 2 for m in window]
             if not self.always_shift:

@@ -1,6 +1,7 @@
 """A stage of a hierarchical backbone."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 class CheckpointedSequential(nn.Sequential):
     """`nn.Sequential` that recomputes its modules' activations in the backward pass instead of keeping them."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint_seq(self, x)
+    def forward(self, input: Tensor) -> Tensor:
+        return checkpoint_seq(self, input)
 
 
 class Stage(nn.Sequential):
@@ -20,9 +21,11 @@ class Stage(nn.Sequential):
     which stays the same object with the same hooks: set it before others change that class, as FSDP does.
     """
 
-    def __init__(self, downsample: nn.Module, blocks: list[nn.Module], norm: nn.Module | None = None) -> None:
+    blocks: nn.Sequential
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], norm: nn.Module | None = None) -> None:
         norm = nn.Identity() if norm is None else norm
-        super().__init__(OrderedDict(downsample=downsample, blocks=nn.Sequential(*blocks), norm=norm))
+        super().__init__(OrderedDict[str, nn.Module](downsample=downsample, blocks=nn.Sequential(*blocks), norm=norm))
 
     @property
     def grad_checkpointing(self) -> bool:

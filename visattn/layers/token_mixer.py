@@ -34,6 +34,10 @@ class TokenMixer(MultiHeadAttention):
     Sources: PVT (arXiv:2102.12122, section 3.3) for the reduction.
     """
 
+    # Where keys and values are reduced:
+    sr: nn.Conv2d
+    norm: nn.LayerNorm
+
     def __init__(
         self,
         dim: int,
@@ -55,8 +59,8 @@ class TokenMixer(MultiHeadAttention):
         self.scale = self.head_dim**-0.5
         self.num_prefix_tokens = num_prefix_tokens
         self.sr_ratio = [sr_ratio, sr_ratio]
-        self.sr = nn.Conv2d(dim, dim, sr_ratio, stride=sr_ratio, **dd) if reduces else None
-        self.norm = nn.LayerNorm(dim, **dd) if reduces else None
+        self.register_module("sr", nn.Conv2d(dim, dim, sr_ratio, stride=sr_ratio, **dd) if reduces else None)
+        self.register_module("norm", nn.LayerNorm(dim, **dd) if reduces else None)
 
     def forward(self, x: Tensor, size: list[int] | None = None) -> Tensor:
         q, k, v, grid, kv_grid = self._project_tokens(x, size)

@@ -53,12 +53,11 @@ class WindowAttention(MultiHeadAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if window_size is not None:
-            window_size = _checked("window_size", window_size)
-        table_size = window_size if table_size is None else table_size
-        if table_size is None:
+        sizes = None if window_size is None else _checked("window_size", window_size)
+        sizes = sizes if table_size is None else _checked("table_size", table_size)
+        if sizes is None:
             raise ValueError("expected table_size where window_size is None, got neither; try table_size=7")
-        table = [2 * n - 1 for n in _checked("table_size", table_size)]
+        table = [2 * n - 1 for n in sizes]
         super().__init__(dim, num_heads, qkv_bias, proj_drop, tuple(table), device=device, dtype=dtype)
         self.grid = grid
         self.scale = scale

@@ -1,10 +1,10 @@
 """What timm asks of every model, written once for networks of a stem, stages, a norm and a head."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, get_device_dtype
 from timm.models._features import feature_take_indices
@@ -41,6 +41,11 @@ class Backbone(ChecksWeights):
     Raises:
         ValueError: A classifier that would fail in forward; by `reset_classifier` too.
     """
+
+    patch_embed: nn.Module
+    stages: nn.Sequential
+    norm: nn.Module
+    head: Any  # with the interface of timm's heads
 
     def __init__(
         self,
@@ -100,8 +105,9 @@ class Backbone(ChecksWeights):
             )
         self.head = head
         self.head_hidden_size = self.head.num_features
-        levels = self.feature_info if out_norm else []
-        self.out_norms = nn.ModuleList([norms[out_norm](level["num_chs"], **dd) for level in levels])
+        self.out_norms = nn.ModuleList()
+        if out_norm is not None:
+            self.out_norms.extend(norms[out_norm](level["num_chs"], **dd) for level in self.feature_info)
         self.init_weights(needs_reset=False)
 
     def init_weights(self, needs_reset: bool = True) -> None:
@@ -118,7 +124,7 @@ class Backbone(ChecksWeights):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks' activations in the backward pass instead of keeping them."""
-        for stage in self.stages:
+        for stage in cast("Iterable[layers.Stage]", self.stages):
             stage.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
@@ -246,7 +252,7 @@ class Backbone(ChecksWeights):
 class TellsAttended:
     """Mixin of families whose attention layers have a method `attended`, which tells what the queries attend to."""
 
-    def attended(self, image: Tensor) -> dict[str, dict[str, Tensor]]:
+    def attended(self: Any, image: Tensor) -> dict[str, dict[str, Tensor]]:
         """What the queries of every attention layer attend to: {layer's name: what its own `attended` returns}.
 
         One pass up to `forward_features`, with gradients as usual.
@@ -258,7 +264,7 @@ class TellsAttended:
         tellers = [(n, m) for n, m in self.named_modules() if m is not self and hasattr(m, "attended")]
 
         def ask(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-            found[name] = module.attended(*args)
+            found[name] = cast(Any, module).attended(*args)
 
         handles = [module.register_forward_pre_hook(partial(ask, name)) for name, module in tellers]
         try:
@@ -267,6 +273,11 @@ class TellsAttended:
             for handle in handles:
                 handle.remove()
         return found
+
+
+def drop_path_rates(last: float, depths: Sequence[int]) -> list[list[float]]:
+    """Per stage and block the rate of stochastic depth, growing linearly from 0 to `last`."""
+    return cast("list[list[float]]", calculate_drop_path_rates(last, list(depths), stagewise=True))
 
 
 def plan_stages(
@@ -287,7 +298,7 @@ def plan_stages(
     if output_stride not in (8, 16, 32):
         raise ValueError(f"expected output_stride 8, 16 or 32, got {output_stride}")
     reduction, dilation, plan = 2, 1, []
-    for rates in calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True):
+    for rates in drop_path_rates(drop_path_rate, depths):
         stride = 2 if reduction < output_stride else 1
         before, dilation = dilation, dilation * 2 // stride
         reduction *= stride

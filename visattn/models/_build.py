@@ -8,13 +8,15 @@ from inspect import signature
 from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from timm.models import _factory, build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from visattn.weights import ChecksWeights, WeightsError, check_file, first_line, load_fitting, load_weights
+
+M = TypeVar("M", bound=nn.Module)
 
 # Words for `global_pool`. Without any, a linear layer classifies every position, where its channels come last.
 NCHW_POOLS = ("avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax")
@@ -45,14 +47,14 @@ def check_classifier(num_classes: int, global_pool: str | None, pools: Sequence[
 
 
 def build_model(
-    cls: type[nn.Module],
+    cls: type[M],
     variant: str,
     pretrained: bool,
-    filter_fn: Callable[[dict[str, Any], nn.Module], dict[str, Tensor]],
+    filter_fn: Callable[[dict[str, Any], M], dict[str, Tensor]],
     levels: int | tuple[int, ...],
     features: Mapping[str, Any] | None = None,
     **kwargs: Any,
-) -> nn.Module:
+) -> M:
     """timm's `build_model_with_cfg` for a family; `levels` are those of `features_only`.
 
     Raises:
@@ -65,11 +67,11 @@ def build_model(
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
         if cfg.file and not cfg.source:  # a file of the caller's, which timm would read without its checksums
             kwargs["pretrained_cfg_overlay"] = {**overlay, "state_dict": load_weights(Path(cfg.file))}
-        elif cfg.source == "local-dir":
+        elif cfg.source == "local-dir" and cfg.file:
             for file in Path(cfg.file).glob("*.[bp]*"):  # .bin, .pt, .pth
                 check_file(file, f"weights of {variant}", "another copy")
     try:
-        model = build_model_with_cfg(
+        model: Any = build_model_with_cfg(
             partial(_construct, cls),
             variant,
             pretrained,
@@ -187,6 +189,7 @@ def _read_checkpoints_safely() -> None:
         weights = load_weights(Path(checkpoint_path))
         return load_fitting(model, weights, f"weights of {type(model).__name__}", str(checkpoint_path))
 
+    # pyrefly: ignore[bad-assignment]: the names of timm's further arguments do not matter here
     _factory.load_checkpoint = load_checkpoint
 
 

@@ -12,7 +12,7 @@ from timm.models import resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from visattn.layers import TOKEN_MIXERS
-from visattn.models._build import build_model
+from visattn.models._build import M, build_model
 from visattn.ops import resize_rel_pos
 
 
@@ -102,13 +102,13 @@ def token_mixer_cfg(attention: str, file: str = "", size: int = 224, **kwargs: A
 
 
 def create_token_mixer_backbone(
-    cls: type[nn.Module],
+    cls: type[M],
     variant: str,
     pretrained: bool,
-    filter_fn: Callable[[dict[str, Any], nn.Module], dict[str, Tensor]],
+    filter_fn: Callable[[dict[str, Any], M], dict[str, Tensor]],
     levels: int | tuple[int, ...] = (0, 1, 2, 3),
     **kwargs: Any,
-) -> nn.Module:
+) -> M:
     """The model, made for the image size of its pretrained tag unless `img_size` is given; `levels` as features."""
     if "img_size" not in kwargs:
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))

@@ -23,12 +23,11 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._backbone import Backbone, TellsAttended, convert_checkpoint
+from visattn.models._backbone import Backbone, TellsAttended, convert_checkpoint, drop_path_rates
 from visattn.models._build import build_model
 from visattn.ops import floor_to_multiple
 
@@ -72,8 +71,8 @@ class PatchConv(nn.Conv2d):
         super().__init__(dim, out_dim, size, stride=size, **dd)
         self.size = [size, size]
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = floor_to_multiple(x.permute(0, 2, 3, 1), self.size).permute(0, 3, 1, 2)  # [B, dim, H', W']
+    def forward(self, input: Tensor) -> Tensor:
+        x = floor_to_multiple(input.permute(0, 2, 3, 1), self.size).permute(0, 3, 1, 2)  # [B, dim, H', W']
         return self._conv_forward(x, self.weight, self.bias)
 
 
@@ -124,7 +123,7 @@ class BiFormerBlock(layers.TransformerBlock):
 def _conv_mixer(dim: int, **dd: Any) -> nn.Module:
     """The stand-in for attention of topk 0: depthwise 5x5 convolution between two linear layers."""
     return nn.Sequential(
-        OrderedDict(
+        OrderedDict[str, nn.Module](
             proj_in=nn.Linear(dim, dim, **dd),
             dwconv=layers.DepthwiseConv(dim, 5, **dd),
             proj_out=nn.Linear(dim, dim, **dd),
@@ -135,7 +134,7 @@ def _conv_mixer(dim: int, **dd: Any) -> nn.Module:
 def _dwconv_mlp(dim: int, hidden: int, **dd: Any) -> nn.Module:
     """MLP with a depthwise 3x3 convolution of the hidden channels, before the activation."""
     return nn.Sequential(
-        OrderedDict(
+        OrderedDict[str, nn.Module](
             fc1=nn.Linear(dim, hidden, **dd),
             dwconv=layers.DepthwiseConv(hidden, 3, **dd),
             act=nn.GELU(),
@@ -262,7 +261,7 @@ class BiFormer(TellsAttended, Backbone):
 
         self.patch_embed = Stem(*_create_stem(layout, in_chans, embed_dims[0], **dd))
         self.stages = nn.Sequential()
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates = drop_path_rates(drop_path_rate, depths)
         for i, dim in enumerate(embed_dims):
             downsample = _create_downsampler(layout, embed_dims[i - 1], dim, **dd) if i else nn.Identity()
             blocks = []
@@ -274,7 +273,8 @@ class BiFormer(TellsAttended, Backbone):
             self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
         self._build_head(drop_rate, out_norm, **dd, norm=nn.BatchNorm2d(embed_dims[-1], **dd))
         for norm in self.out_norms:
-            norm.eps = 1e-6 if out_norm == "layer" else norm.eps  # as the official dense models
+            if isinstance(norm, nn.LayerNorm):
+                norm.eps = 1e-6  # as the official dense models
 
 
 def _create_stem(layout: str, in_chans: int, dim: int, **dd: Any) -> list[nn.Module]:

@@ -154,7 +154,8 @@ class CoAtNet(Backbone):
         dd = {"device": device, "dtype": dtype}
         self.head_dim, self.expand_first, self.rel_pos_dim = head_dim, expand_first, rel_pos_dim
         norm_layer = partial(_NORMS[norm], eps=norm_eps)
-        conv_args = {"act": act, "norm_eps": bn_eps, "norm_momentum": bn_momentum, **dd}
+        options: dict[str, Any]
+        conv_args: dict[str, Any] = {"act": act, "norm_eps": bn_eps, "norm_momentum": bn_momentum, **dd}
         block_args = {"norm_layer": norm_layer, "layer_scale": layer_scale, "shortcut_bias": shortcut_bias, **dd}
 
         self.patch_embed = layers.ConvStem(in_chans, stem_width, **conv_args)
@@ -164,14 +165,14 @@ class CoAtNet(Backbone):
         plan = plan_stages([len(stage) for stage in stages], output_stride, drop_path_rate)
         self.stages = nn.Sequential()
         for i, (stage, (reduction, steps)) in enumerate(zip(stages, plan, strict=True)):
-            feat_size = [ceil_div(size, 2 ** (i + 2)) for size in to_2tuple(img_size)]
-            blocks = []
+            height, width = (ceil_div(size, 2 ** (i + 2)) for size in to_2tuple(img_size))
+            blocks: list[nn.Module] = []
             for (kind, out_dim), (stride, dilation, rate) in zip(stage, steps, strict=True):
                 if kind == "C":
                     options = {"stride_mode": stride_mode, "pool": pool, **(conv_options or {}), **conv_args}
                     block = layers.MBConv(dim, out_dim, stride, dilation, drop_path=rate, **options)
                 else:
-                    attn = self._attention(dim, out_dim, feat_size, proj_drop_rate, **dd)
+                    attn = self._attention(dim, out_dim, (height, width), proj_drop_rate, **dd)
                     down = layers.create_pool(pool) if stride == 2 else None
                     block = layers.PooledTransformerBlock(
                         dim, out_dim, attn, down, proj_drop=proj_drop_rate, drop_path=rate, **block_args
@@ -186,14 +187,14 @@ class CoAtNet(Backbone):
             head = NormMlpClassifierHead(dim, num_classes, head_hidden_size, global_pool, drop_rate, norm_layer, **dd)
             self._build_head(drop_rate, out_norm, **dd, norm=nn.Identity(), head=head)
 
-    def _attention(self, dim: int, out_dim: int, feat_size: list[int], proj_drop: float, **dd: Any) -> nn.Module:
+    def _attention(self, dim: int, out_dim: int, feat_size: tuple[int, int], proj_drop: float, **dd: Any) -> nn.Module:
         attn_dim = out_dim if self.expand_first else dim
         num_heads = attn_dim // self.head_dim
         rel_pos = None if self.rel_pos_dim is None else layers.LogRelPos(num_heads, self.rel_pos_dim, **dd)
         return layers.GlobalAttention(
             dim,
             num_heads,
-            tuple(feat_size),
+            feat_size,
             proj_drop=proj_drop,
             attn_dim=attn_dim,
             out_dim=out_dim,
@@ -296,7 +297,7 @@ def _from_timm(key: str, value: Tensor, own: dict[str, Tensor], head_dim: int) -
     return key, value
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: CoAtNet) -> dict[str, Tensor]:
     """Bring timm's keys and layouts into ours and fit position tables to the model; native keys pass unchanged."""
     own = model.state_dict()
     is_timm = any(key.startswith("stem.") for key in unwrap(state_dict))

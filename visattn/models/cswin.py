@@ -20,12 +20,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import calculate_drop_path_rates, to_2tuple
+from timm.layers import to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._backbone import Backbone, convert_checkpoint, unwrap
+from visattn.models._backbone import Backbone, convert_checkpoint, drop_path_rates, unwrap
 from visattn.models._token_mixer import create_token_mixer_backbone, fit_positions, plan_attention, token_mixer_cfg
 from visattn.ops import pad_to_at_least
 from visattn.ops.geometry import ceil_div
@@ -124,20 +124,20 @@ class CSWin(Backbone):
         plan = plan_attention(attention, depths, attention_depths, attention_args)
         shared = {"qkv_bias": qkv_bias, "proj_drop": proj_drop_rate, **dd}
         self.patch_embed = Stem(in_chans, embed_dim, **dd)
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates = drop_path_rates(drop_path_rate, depths)
         self.stages = nn.Sequential()
-        feat_size = tuple(max(1, (n + 1) // 4) for n in to_2tuple(img_size))
+        height, width = (max(1, (n + 1) // 4) for n in to_2tuple(img_size))
         for i, (heads, split_size) in enumerate(zip(num_heads, split_sizes, strict=True)):
             dim = embed_dim * 2**i
-            feat_size = tuple(ceil_div(n, 2) for n in feat_size) if i else feat_size
-            if i == number - 1 or feat_size == (split_size, split_size):
+            height, width = (ceil_div(n, 2) if i else n for n in (height, width))
+            if i == number - 1 or (height, width) == (split_size, split_size):
                 split_size = None
-            blocks = []
+            blocks: list[nn.Module] = []
             for rate, args in zip(rates[i], plan[i], strict=True):
                 if args is None:
                     attn = layers.CrossShapedAttention(dim, heads, split_size, **shared)
                 else:
-                    attn = layers.create_token_mixer(attention, dim, heads, feat_size, **args, **shared)
+                    attn = layers.create_token_mixer(attention, dim, heads, (height, width), **args, **shared)
                 block = InLineBlock if isinstance(attn, layers.InLineAttention) else layers.TransformerBlock
                 blocks.append(block(dim, attn, mlp_ratio, proj_drop_rate, rate, **dd))
             downsample = layers.ConvDownsampler(dim // 2, bias=True, **dd) if i else nn.Identity()

@@ -13,7 +13,7 @@ What differs from the official code, and why:
 
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import to_2tuple
@@ -105,9 +105,10 @@ class DeiT(ChecksWeights, vision_transformer.VisionTransformer):
         def create_block(dim: int, depth: int, proj_drop: float, drop_path: float, **_: Any) -> nn.Module:
             """Block number `depth`; timm hands over more than is used here."""
             dd = {"device": device, "dtype": dtype}
-            name, args = ("softmax", {}) if plan[depth] is None else (attention, plan[depth])
+            args = plan[depth]
+            name = "softmax" if args is None else attention
             shared = {"num_prefix_tokens": 1, "qkv_bias": qkv_bias, "proj_drop": proj_drop}
-            attn = layers.create_token_mixer(name, dim, num_heads, feat_size, **shared, **args, **dd)
+            attn = layers.create_token_mixer(name, dim, num_heads, feat_size, **shared, **(args or {}), **dd)
             return layers.TokenTransformerBlock(dim, attn, mlp_ratio, proj_drop, drop_path, eps=1e-6, **dd)
 
         super().__init__(
@@ -115,7 +116,7 @@ class DeiT(ChecksWeights, vision_transformer.VisionTransformer):
             patch_size=patch_size,
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
+            global_pool=cast(Any, global_pool),
             embed_dim=embed_dim,
             depth=depth,
             num_heads=num_heads,
@@ -126,13 +127,15 @@ class DeiT(ChecksWeights, vision_transformer.VisionTransformer):
             proj_drop_rate=proj_drop_rate,
             drop_path_rate=drop_path_rate,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            block_fn=create_block,
+            block_fn=cast(Any, create_block),
             device=device,
             dtype=dtype,
         )
         self.feat_size = list(feat_size)
+        # pyrefly: ignore[bad-assignment]: timm runs a Sequential, this class each block with the size
         self.blocks = nn.ModuleList(self.blocks)  # whose own forward would hand over no size
 
+    # pyrefly: ignore[bad-override]: there is no patch size to set
     def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
         """Nothing to do: the model takes images of any size."""
 
@@ -146,9 +149,11 @@ class DeiT(ChecksWeights, vision_transformer.VisionTransformer):
         """Tokens of images [B, in_chans, H, W], with positions, and the size of their map."""
         x = self.patch_embed(x)
         size = [x.shape[1], x.shape[2]]
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1)  # [B, 1 + H * W, C]
-        return self.pos_drop(x + _resize_positions(self.pos_embed, self.feat_size, size)), size
+        token, positions = cast(Tensor, self.cls_token), cast(Tensor, self.pos_embed)
+        x = torch.cat([token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1)  # [B, 1 + H * W, C]
+        return self.pos_drop(x + _resize_positions(positions, self.feat_size, size)), size
 
+    # pyrefly: ignore[bad-override]: no masks
     def forward_features(
         self, x: Tensor, *, taken: dict[int, Tensor] | None = None, number: int | None = None
     ) -> Tensor:
@@ -169,9 +174,11 @@ class DeiT(ChecksWeights, vision_transformer.VisionTransformer):
                 taken[i] = x
         return self.norm(x)
 
+    # pyrefly: ignore[bad-override]: no masks
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
+    # pyrefly: ignore[bad-override]: no masks, and the class token has a place of its own
     def forward_intermediates(
         self,
         x: Tensor,
@@ -206,7 +213,7 @@ class DeiT(ChecksWeights, vision_transformer.VisionTransformer):
         if attn_mask is not None:
             raise ValueError("expected no attn_mask, got one; try timm's own vision transformers")
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        tokens: dict[int, Tensor] = dict.fromkeys(take_indices)
+        tokens: dict[int, Any] = dict.fromkeys(take_indices)
         size = [ceil_div(n, p) for n, p in zip(x.shape[2:], self.patch_embed.patch_size, strict=True)]
         x = self.forward_features(x, taken=tokens, number=max_index + 1 if stop_early else None)
         levels = []
@@ -251,7 +258,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: DeiT) -> dict[str, Tensor]:
     """Official and timm's classifiers; native keys pass unchanged.
 
     Position parameters learned for another image size are resized to the model's: positions of tokens bicubic, agents'

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, create_act_layer
+from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -111,7 +111,7 @@ class Bottleneck(nn.Module):
         self.norm = nn.BatchNorm2d(mixed_dim, **dd)
         self.conv3 = layers.ConvNorm(mixed_dim, out_dim, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.act = create_act_layer(act_layer, inplace=True)
+        self.act = layers.create_act(act_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self.conv3(self.act(self.norm(self.mixer(self.conv1(x)))))
@@ -225,8 +225,8 @@ class HaloNet(Backbone):
             elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.01)
                 nn.init.zeros_(module.bias)
-            elif needs_reset and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            elif needs_reset:
+                layers.reset_parameters(module)
         for module in self.modules():
             if isinstance(module, layers.HaloAttention):
                 module.reset_parameters()
@@ -302,7 +302,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     """Rename timm's keys and sort its keys and values, which alternate head by head; native keys pass unchanged."""
     converted = convert_checkpoint(state_dict, model, lambda key, value: (_rename(key), value))
     for name in [name for name in converted if name.endswith(".kv_per_head.weight")]:
-        attn = model.get_submodule(name.removesuffix(".kv_per_head.weight"))
+        attn: Any = model.get_submodule(name.removesuffix(".kv_per_head.weight"))
         weight = converted.pop(name).unflatten(0, (attn.num_heads, -1))
         k, v = weight.split([width // attn.num_heads for width in attn.kv_split], dim=1)
         converted[name.replace(".kv_per_head", ".kv")] = torch.cat([k.flatten(0, 1), v.flatten(0, 1)])

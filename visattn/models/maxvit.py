@@ -165,7 +165,7 @@ class MaxViT(Backbone):
         act = "gelu_tanh" if self.is_google else "gelu"
         conv_args = {"act": act, "same_pad": self.is_google, "norm_eps": 1e-3, "norm_momentum": 0.01, **dd}
         block_args = {"mlp_ratio": mlp_ratio, "proj_drop": proj_drop_rate, "act": act, **dd}
-        shortcut = {"pool": "avg2"} if self.is_google else {"pool": "avg3", "project_strided": True}
+        shortcut: dict[str, Any] = {"pool": "avg2"} if self.is_google else {"pool": "avg3", "project_strided": True}
         self.patch_embed = layers.ConvStem(in_chans, stem_width, bias=(self.is_google, True), **conv_args)
         self.feature_info.append({"num_chs": stem_width, "reduction": 2, "module": "patch_embed"})
         self.stages = nn.Sequential()
@@ -206,8 +206,8 @@ class MaxViT(Backbone):
                 nn.init.normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif needs_reset and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            elif needs_reset:
+                layers.reset_parameters(module)
 
     def set_input_size(
         self,

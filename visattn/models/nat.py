@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._backbone import Backbone, convert_checkpoint
+from visattn.models._backbone import Backbone, convert_checkpoint, drop_path_rates
 from visattn.models._build import build_model
 
 __all__ = ["NAT"]
@@ -123,7 +122,7 @@ class NAT(Backbone):
         else:
             self.patch_embed = layers.PatchTokenizer(in_chans, embed_dim, 4, **dd)
         downsampler = layers.ConvDownsampler if overlapped else layers.PatchMerging
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates = drop_path_rates(drop_path_rate, depths)
         self.stages = nn.Sequential()
         for i, stage_dilations in enumerate(resolve_dilations(dilations, depths)):
             dim = embed_dim * 2**i

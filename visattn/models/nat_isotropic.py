@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._backbone import Backbone, convert_checkpoint
+from visattn.models._backbone import Backbone, convert_checkpoint, drop_path_rates
 from visattn.models._build import build_model
 
 __all__ = ["IsotropicNAT"]
@@ -88,7 +87,7 @@ class IsotropicNAT(Backbone):
 
         self.patch_embed = layers.PatchTokenizer(in_chans, embed_dim, patch_size, **dd)
         self.stages = nn.Sequential()
-        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        rates = drop_path_rates(drop_path_rate, [depth])[0]
         for i, (dilation, rate) in enumerate(zip(steps, rates, strict=True)):
             attn: nn.Module
             if kernel_size is None:

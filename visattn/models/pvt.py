@@ -22,13 +22,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import to_2tuple, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._backbone import Backbone, convert_checkpoint, unwrap
+from visattn.models._backbone import Backbone, convert_checkpoint, drop_path_rates, unwrap
 from visattn.models._build import NHWC_POOLS, TOKEN_POOLS
 from visattn.models._token_mixer import create_token_mixer_backbone, fit_positions, plan_attention, token_mixer_cfg
 
@@ -176,7 +176,7 @@ class PVT(Backbone):
             raise ValueError(f"expected at least 2 stages with a class token, got {len(depths)}")
         self.class_level = len(depths) - 1 if class_token else None
         grids = _grids(img_size, patch_size, len(depths))
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates = drop_path_rates(drop_path_rate, depths)
         self.patch_embed = layers.PositionedTokenizer(in_chans, embed_dims[0], patch_size, grids[0], "NCHW", **dd)
         projections = {"qkv_bias": qkv_bias, "proj_drop": proj_drop_rate, **dd}
         self.stages = nn.Sequential()
@@ -185,7 +185,7 @@ class PVT(Backbone):
             has_token = i == self.class_level
             shared = {"num_prefix_tokens": int(has_token), "sr_ratio": sr_ratios[i], **projections}
             block_type = layers.TokenTransformerBlock if has_token else layers.TransformerBlock
-            blocks = []
+            blocks: list[nn.Module] = []
             for rate, args in zip(rates[i], plan[i], strict=True):
                 name = "softmax" if args is None else attention
                 attn = layers.create_token_mixer(name, dim, num_heads[i], grids[i], **shared, **(args or {}))
@@ -219,10 +219,8 @@ class PVT(Backbone):
 
 def _grids(img_size: int | tuple[int, int], patch_size: int, number: int) -> list[tuple[int, int]]:
     """Maps (H, W) of the stages."""
-    grids = [tuple(max(1, n // patch_size) for n in to_2tuple(img_size))]
-    while len(grids) < number:
-        grids.append(tuple(max(1, n // 2) for n in grids[-1]))
-    return grids
+    height, width = (max(1, n // patch_size) for n in to_2tuple(img_size))
+    return [(max(1, height >> i), max(1, width >> i)) for i in range(number)]
 
 
 _PVT = {"pool_size": None, "crop_pct": 0.875, "paper_ids": "arXiv:2102.12122"}
@@ -287,7 +285,7 @@ def _rearrange(state_dict: dict[str, Tensor], number: int) -> dict[str, Tensor]:
     return state_dict
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: PVT) -> dict[str, Tensor]:
     """Official classifiers, and the backbones of official detectors; native keys pass unchanged.
 
     Position parameters learned for another image size are resized to the model's: positions of tokens bicubic, agents'

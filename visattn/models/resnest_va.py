@@ -203,8 +203,8 @@ class ResNeSt(Backbone):
     def init_weights(self, needs_reset: bool = True) -> None:
         """He initialisation by fan-out for convolutions; other modules, and biases, as they reset themselves."""
         for module in self.modules():
-            if needs_reset and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            if needs_reset:
+                layers.reset_parameters(module)
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if self.zero_init_last:

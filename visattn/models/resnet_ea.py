@@ -13,7 +13,7 @@ What is ours, and why:
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -21,7 +21,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
-from visattn.layers import EfficientAttention2d
+from visattn.layers import EfficientAttention2d, reset_parameters
 from visattn.models._backbone import unwrap
 from visattn.models._build import NCHW_POOLS, build_model, check_classifier
 from visattn.weights import ChecksWeights
@@ -62,7 +62,9 @@ class ResNetEA(ChecksWeights, ResNet):
         **kwargs: Any,
     ) -> None:
         check_classifier(kwargs.get("num_classes", 1000), kwargs.get("global_pool", "avg"), NCHW_POOLS)
-        super().__init__(block, layers, zero_init_last=zero_init_last, device=device, dtype=dtype, **kwargs)
+        super().__init__(
+            cast(Any, block), tuple(layers), zero_init_last=zero_init_last, device=device, dtype=dtype, **kwargs
+        )
         levels = self.feature_info[1:]
         if len(set(ea_stages)) < len(ea_stages) or not set(ea_stages) <= set(range(1, len(levels) + 1)):
             raise ValueError(f"expected ea_stages of 1 to {len(levels)}, each at most once, got {tuple(ea_stages)}")
@@ -77,18 +79,17 @@ class ResNetEA(ChecksWeights, ResNet):
                 device=device,
                 dtype=dtype,
             )
-            self.get_submodule(f"layer{number}").append(attention)
+            cast(nn.Sequential, self.get_submodule(f"layer{number}")).append(attention)
 
     def init_weights(self, zero_init_last: bool = True) -> None:
         """timm's for the ResNet, after every module reset itself; the attention as it resets itself."""
         for module in self.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset_parameters(module)
         super().init_weights(zero_init_last)
         for module in self.modules():
             if isinstance(module, EfficientAttention2d):
                 for part in [*module.children(), module]:
-                    part.reset_parameters()
+                    reset_parameters(part)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """timm's, which refuses what would fail in forward."""
@@ -111,7 +112,8 @@ class ResNetEA(ChecksWeights, ResNet):
         """
         if output_fmt not in ("NCHW", "NHWC", "NLC"):
             raise ValueError(f"expected output_fmt 'NCHW', 'NHWC' or 'NLC', got {output_fmt!r}")
-        x, maps = super().forward_intermediates(x, indices, norm, stop_early)
+        result: Any = super().forward_intermediates(x, indices, norm, stop_early)
+        x, maps = result
         if output_fmt != "NCHW":
             maps = [y.permute(0, 2, 3, 1) for y in maps]  # [B, H, W, C] each
         if output_fmt == "NLC":

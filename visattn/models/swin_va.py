@@ -20,12 +20,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import calculate_drop_path_rates, to_2tuple
+from timm.layers import to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._backbone import Backbone, convert_checkpoint, unwrap
+from visattn.models._backbone import Backbone, convert_checkpoint, drop_path_rates, unwrap
 from visattn.models._token_mixer import create_token_mixer_backbone, fit_positions, plan_attention, token_mixer_cfg
 from visattn.ops.geometry import ceil_div
 
@@ -95,7 +95,7 @@ class Swin(Backbone):
             window_size = (ceil_div(height, 32), ceil_div(width, 32))
         shared = {"qkv_bias": qkv_bias, "proj_drop": proj_drop_rate, **dd}
         self.patch_embed = layers.PatchTokenizer(in_chans, embed_dim, 4, **dd)
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates = drop_path_rates(drop_path_rate, depths)
         self.stages = nn.Sequential()
         for i, heads in enumerate(num_heads):
             dim, stride = embed_dim * 2**i, 2 ** (i + 2)

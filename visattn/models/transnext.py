@@ -13,17 +13,16 @@ What differs from the official code, and why:
 
 import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._backbone import Backbone, TellsAttended, convert_checkpoint
+from visattn.models._backbone import Backbone, TellsAttended, convert_checkpoint, drop_path_rates
 from visattn.models._build import build_model
 
 __all__ = ["TransNeXt"]
@@ -104,13 +103,13 @@ class TransNeXt(TellsAttended, Backbone):
                 f"{number} stages, got {pretrain_size} and {bias_img_size}"
             )
         self.patch_embed = layers.PatchTokenizer(in_chans, embed_dim, 4, kernel_size=7, **dd)
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates = drop_path_rates(drop_path_rate, depths)
         self.stages = nn.Sequential()
         for i, (ratio, sr_ratio) in enumerate(zip(mlp_ratios, sr_ratios, strict=True)):
             dim, stride = embed_dim * 2**i, 2 ** (i + 2)
             # the official rounding, in two steps
             hidden_dim = int(2 * int(dim * ratio) / 3)
-            sizes = [pretrain_size // stride, None if bias_img_size is None else bias_img_size // stride]
+            sizes = pretrain_size // stride, None if bias_img_size is None else bias_img_size // stride
             blocks = []
             for rate in rates[i]:
                 if sr_ratio == 1:
@@ -125,7 +124,7 @@ class TransNeXt(TellsAttended, Backbone):
             norm = nn.LayerNorm(dim, eps=1e-6, **dd) if i < number - 1 else None
             self.stages.append(layers.Stage(downsample, blocks, norm))
             self.feature_info.append({"num_chs": dim, "reduction": stride, "module": f"stages.{i}"})
-        self._build_head(drop_rate, out_norm, norm=nn.LayerNorm(dim, eps=1e-6, **dd), **dd)
+        self._build_head(drop_rate, out_norm, norm=nn.LayerNorm(embed_dim * 2 ** (number - 1), eps=1e-6, **dd), **dd)
 
     def init_weights(self, needs_reset: bool = True) -> None:
         """As every family's; convolutions are normal with variance 2 / (kernel area * outputs per group), zero biases.
@@ -134,16 +133,18 @@ class TransNeXt(TellsAttended, Backbone):
         """
         super().init_weights(needs_reset)
         for name, module in self.named_modules():
-            if isinstance(module, nn.Conv2d) or name.endswith(".sr"):
+            if isinstance(module, nn.Conv2d) or (isinstance(module, nn.Linear) and name.endswith(".sr")):
                 outputs = len(module.weight) // getattr(module, "groups", 1)
                 nn.init.normal_(module.weight, std=math.sqrt(2 / (outputs * module.weight[0, 0].numel())))
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Groups of parameters from stem to head, for layer-wise learning rates; stage norms go with the last block."""
         groups = super().group_matcher(coarse)
         if not coarse:
-            norms = [(rf"^stages\.({i})\.norm", (len(stage.blocks) - 1,)) for i, stage in enumerate(self.stages)]
+            stages = cast("Iterable[layers.Stage]", self.stages)
+            norms = [(rf"^stages\.({i})\.norm", (len(stage.blocks) - 1,)) for i, stage in enumerate(stages)]
             groups["blocks"] = norms + groups["blocks"]
         return groups
 
@@ -211,7 +212,7 @@ def _convert(key: str, value: Tensor, number: int) -> tuple[str, Tensor]:
     return f"stages.{stage}.blocks.{rest}", value
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: TransNeXt) -> dict[str, Tensor]:
     """Official classifiers, and the backbones of official detectors and segmenters; native keys pass unchanged."""
     number = len(model.stages)
     return convert_checkpoint(state_dict, model, lambda key, value: _convert(key, value, number))

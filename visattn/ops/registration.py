@@ -177,7 +177,7 @@ def register(
         ctx.save_for_backward(*(inputs[i] for i in positions))
         ctx.others = [None if i in positions else x for i, x in enumerate(inputs)]
 
-    def differentiate(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    def differentiate(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
         args = list(ctx.others)
         for i, x in zip(positions, ctx.saved_tensors, strict=True):
             args[i] = x

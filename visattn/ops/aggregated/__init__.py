@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -154,15 +155,16 @@ def _pairs(length: int, kernel_size: int) -> int:
 
 def _problem(
     q: Tensor,
-    maps: Sequence[Tensor | None],
-    parameters: Sequence[Tensor | None],
+    maps: Sequence[Any],
+    parameters: Sequence[Any],
     pretrain_size: int | Sequence[int],
     bias_size: Sequence[int],
     kernel_size: int,
 ) -> AggregatedProblem:
     """Normalise arguments; maps are (pool_k, pool_v, k, v), parameters the other tensors in their order."""
     check_tensors(q=q)
-    q, pool_k, pool_v, k, v = to_autocast(q, *maps)
+    pool_k, pool_v, k, v = maps
+    q, pool_k, pool_v, k, v = to_autocast(q, pool_k, pool_v, k, v)
     dtype = torch.promote_types(q.dtype, torch.float32)
     wide = [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in parameters]
     pretrain_size, (kernel,) = (
@@ -170,7 +172,9 @@ def _problem(
         per_axis("kernel_size", kernel_size, int, 1),
     )
     bias_size = per_axis("bias_size", bias_size, int, len(bias_size))
-    return AggregatedProblem(q, pool_k, pool_v, *wide[:6], pretrain_size, bias_size, k, v, kernel, *wide[6:])
+    temperature, embedding, w1, b1, w2, b2, *local = wide
+    how: Any = (temperature, embedding, w1, b1, w2, b2, pretrain_size, bias_size, k, v, kernel, *local)
+    return AggregatedProblem(q, pool_k, pool_v, *how)
 
 
 _backends = Backends(

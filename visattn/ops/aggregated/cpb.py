@@ -52,6 +52,7 @@ class _Grid(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
+    # pyrefly: ignore[bad-override]: as many gradients as forward has results
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         """All three from the gradient summed over the columns, and over the rows, where a hidden unit is active."""
         rows, columns, weight = ctx.saved_tensors

@@ -111,7 +111,7 @@ class _Attention:
         self.slots = 0 if k is None else kernel_size**2
         self.layout = _Layout(size, kernel_size if self.slots else 1)
         count = math.prod(self.pool)
-        if self.slots:
+        if k is not None and v is not None:
             self.k, self.k_factor = _unit(self.layout.line(k, dtype))
             self.v = self.layout.line(v, dtype)
             outside = self.layout.outside(q.device)
@@ -186,7 +186,7 @@ class _Gradients(_Attention):
         """Add a chunk to all gradients but the table's; returns the gradient of `bias`."""
         grad_out = self.layout.rows(grad_out[images, rows], self.scale.dtype)
         unit, factor, query, weights = self.weights(images, rows, bias)
-        grad = self.pool_v[images].mT @ grad_out
+        grad = grad_mixing = self.pool_v[images].mT @ grad_out
         if self.slots:
             values = self.layout.neighbours(self.v[images], rows)
             grad_mixing = torch.stack([(grad_out * value).sum(2) for value in values], dim=2)
@@ -216,7 +216,7 @@ class _Gradients(_Attention):
             grad_bias += local.sum((0, 3))
         if grad_token_bias is not None:
             grad_token_bias += grad_mixing.sum((0, 3))
-        if grad_tokens is not None:
+        if grad_tokens is not None and self.tokens is not None:
             grad_tokens += (unit @ grad_mixing.mT).sum(0)
             grad_unit = grad_unit + self.tokens @ grad_mixing
         self.grad_q[images, rows] = self.layout.map(_unit_gradient(grad_unit, unit, factor))
@@ -265,6 +265,7 @@ class _AggregatedAttention(torch.autograd.Function):
         ctx.sizes = inputs[-4:]
 
     @staticmethod
+    # pyrefly: ignore[bad-override]: as many gradients as forward has results
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         call = _Gradients(*ctx.saved_tensors, *ctx.sizes)
         for rows, batch in call.chunks():

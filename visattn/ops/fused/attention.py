@@ -89,6 +89,7 @@ class _Gradients(torch.autograd.Function):
         pass
 
     @staticmethod
+    # pyrefly: ignore[bad-override]: as many gradients as forward has results
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError("the Triton backend can be differentiated only once; try backend='eager'")
 
@@ -109,6 +110,7 @@ class _Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    # pyrefly: ignore[bad-override]: as many gradients as forward has results
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         out, lse, *tensors = ctx.saved_tensors
         if do is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -197,7 +197,7 @@ def run_forward(call: Call) -> tuple[Tensor, Tensor]:
 
     rows, columns, kind, tiles, codes, m, u = _tables(call, False)
     listed = call.kv_indices is not None
-    topk = call.kv_indices.shape[3] if listed else 0
+    topk = 0 if call.kv_indices is None else call.kv_indices.shape[3]
     extra = _block(min(call.extra, 64)) if call.extra else 0
 
     def run(config: Config) -> tuple[Tensor, ...]:
@@ -231,7 +231,7 @@ def _run_backward_queries(call: Call, do: Tensor, out: Tensor, lse: Tensor, dlse
 
     rows, columns, kind, tiles, codes, m, u = _tables(call, False)
     listed = call.kv_indices is not None
-    topk = call.kv_indices.shape[3] if listed else 0
+    topk = 0 if call.kv_indices is None else call.kv_indices.shape[3]
     extra = _block(min(call.extra, 64)) if call.extra else 0
     total = topk * u if listed else u
 
@@ -239,7 +239,7 @@ def _run_backward_queries(call: Call, do: Tensor, out: Tensor, lse: Tensor, dlse
         blocks = ceil_div(m, config.block_m)
         delta = torch.empty_like(lse)
         dq = call.empty(*call.q.shape)
-        drel_pos = call.empty(*call.rel_pos.shape) if call.width else None
+        drel_pos = None if call.rel_pos is None else call.empty(*call.rel_pos.shape)
         dweight = None
         if call.weight is not None:
             shape = (call.images, call.heads, len(rows), blocks, total)
@@ -256,7 +256,7 @@ def _run_backward_queries(call: Call, do: Tensor, out: Tensor, lse: Tensor, dlse
             WEIGHTED=call.weight is not None, LOWEST=call.lowest, CHECKED=call.checked, EXTRA=extra,
             EXTRA_BIASED=call.extra_bias is not None, HAS_LSE=dlse is not None, **call.options(), BLOCKS=blocks,
         )  # fmt: skip
-        if dweight is not None:
+        if call.weight is not None and dweight is not None:
             dweight = dweight.sum(3).unflatten(3, (topk, u)).sum(4)
             if call.weight.shape[1] == 1:
                 dweight = dweight.sum(1, keepdim=True)
@@ -266,19 +266,19 @@ def _run_backward_queries(call: Call, do: Tensor, out: Tensor, lse: Tensor, dlse
     return run_tuned("attention_backward_queries", (*call.shape_class, m, total), call.q.device, candidates, run)
 
 
-def _q_indices(call: Call, number: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def _q_indices(kv_indices: Tensor, weight: Tensor | None, number: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Turn kv_indices round: per key region the query regions that list it.
 
     Returns:
         q_indices int32 [B, heads or 1, query regions * topk] query regions in the order of the key regions they list,
         first int32 [B, heads or 1, number + 1] where those of each key region begin, and their factors.
     """
-    kv_indices = call.kv_indices.flatten(2)
+    topk, kv_indices = kv_indices.shape[3], kv_indices.flatten(2)
     ordered, order = kv_indices.sort(dim=-1, stable=True)
     edges = torch.arange(number + 1, device=kv_indices.device).expand(*kv_indices.shape[:2], -1).contiguous()
     first = torch.searchsorted(ordered, edges)
-    weight = None if call.weight is None else call.weight.flatten(2).gather(2, order)
-    return (order // call.kv_indices.shape[3]).to(torch.int32), first.to(torch.int32), weight
+    weight = None if weight is None else weight.flatten(2).gather(2, order)
+    return (order // topk).to(torch.int32), first.to(torch.int32), weight
 
 
 def _run_backward_keys(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -287,7 +287,7 @@ def _run_backward_keys(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> tu
     rows, columns, kind, tiles, codes, m, u = _tables(call, True)
     q_indices, weight, first = None, None, None
     if call.kv_indices is not None:
-        q_indices, first, weight = _q_indices(call, len(rows))
+        q_indices, first, weight = _q_indices(call.kv_indices, call.weight, len(rows))
     entries = 0 if q_indices is None else q_indices.shape[2]
 
     def run(config: Config) -> tuple[Tensor, ...]:
@@ -335,9 +335,10 @@ def _run_backward_tiles(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> T
 
     candidates = _configs(call, m, u, sums=2)
     (summed,) = run_tuned("attention_backward_tiles", (*call.shape_class, m, u), call.q.device, candidates, run)
-    if call.is_full(call.bias):
-        return summed[:, 0, :, : call.bias.shape[2]].to(call.bias.dtype)
-    return found.position_gradient(summed).to(call.bias.dtype)
+    bias = cast(Tensor, call.bias)
+    if call.is_full(bias):
+        return summed[:, 0, :, : bias.shape[2]].to(bias.dtype)
+    return found.position_gradient(summed).to(bias.dtype)
 
 
 def _run_backward_extra(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -368,7 +369,8 @@ def _run_backward_extra(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> t
 def _run_backward_extra_bias(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     from visattn.ops.fused.attention_kernels import extra_bias_backward_kernel
 
-    shared = [a for a, n in enumerate(call.extra_bias.shape) if n == 1]
+    bias = cast(Tensor, call.extra_bias)
+    shared = [a for a, n in enumerate(bias.shape) if n == 1]
 
     def run(config: Config) -> tuple[Tensor, ...]:
         blocks = ceil_div(call.queries, config.block_m) * ceil_div(call.extra, config.block_n) * call.heads
@@ -387,7 +389,7 @@ def _run_backward_extra_bias(call: Call, do: Tensor, lse: Tensor, delta: Tensor)
     candidates = _configs(call, call.queries, call.extra, sums=2)
     shape_class = (*call.shape_class, call.queries, call.extra)
     (found,) = run_tuned("attention_backward_extra_bias", shape_class, call.q.device, candidates, run)
-    return found.to(call.extra_bias.dtype)
+    return found.to(bias.dtype)
 
 
 def run_backward(

@@ -154,6 +154,7 @@ class _Depthwise(torch.autograd.Function):
         ctx.transposed = inputs[2]
 
     @staticmethod
+    # pyrefly: ignore[bad-override]: as many gradients as forward has results
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weights = ctx.saved_tensors
         dx = dw = None
@@ -177,6 +178,7 @@ class _DepthwiseWeights(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
+    # pyrefly: ignore[bad-override]: as many gradients as forward has results
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
         grad, x = ctx.saved_tensors
         dgrad = _Depthwise.apply(x, weights, False) if ctx.needs_input_grad[0] else None

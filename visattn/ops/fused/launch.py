@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import torch
@@ -88,7 +88,7 @@ _recorded: list[list[Launch]] = []
 
 
 @contextlib.contextmanager
-def record() -> Iterator[list[Launch]]:
+def record() -> Generator[list[Launch]]:
     """Collect the launches of this context instead of launching; what the kernels would have written is undefined."""
     launches: list[Launch] = []
     _recorded.append(launches)

@@ -151,6 +151,7 @@ class _Outer(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
+    # pyrefly: ignore[bad-override]: as many gradients as forward has results
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         k, v = ctx.saved_tensors
         dk = _Apply.apply(v, grad.mT) if ctx.needs_input_grad[0] else None
@@ -168,6 +169,7 @@ class _Apply(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
+    # pyrefly: ignore[bad-override]: as many gradients as forward has results
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, context = ctx.saved_tensors
         dq = _Apply.apply(grad, context.mT) if ctx.needs_input_grad[0] else None

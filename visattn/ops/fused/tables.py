@@ -45,7 +45,8 @@ def decode(code: Sequence[int]) -> tuple[AnyAxis, ...]:
     axes, rest = [], list(code)
     while rest:
         (kind, number), rest = rest[:2], rest[2:]
-        axes.append(_KINDS[kind](*rest[:number]))
+        make: Any = _KINDS[kind]
+        axes.append(make(*rest[:number]))
         rest = rest[number:]
     return tuple(axes)
 
@@ -193,6 +194,7 @@ class _Select(torch.autograd.Function):
         ctx.lookup = inputs[1]
 
     @staticmethod
+    # pyrefly: ignore[bad-override]: as many gradients as forward has results
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.lookup.add(grad), None
 
@@ -202,7 +204,7 @@ def select(x: Tensor, lookup: Lookup) -> Tensor:
     return _Select.apply(x, lookup)
 
 
-def _codes(axes: Sequence[AnyAxis], positions: Sequence[Tensor]) -> Tensor:
+def _codes(axes: Sequence[Halo], positions: Sequence[Tensor]) -> Tensor:
     """[T, n] of two axes of halos."""
     rows, columns = (p % axis.window for p, axis in zip(positions, axes, strict=True))
     return (rows[:, None, :, None] + (columns << 16)[None, :, None, :]).flatten(2).flatten(0, 1)
@@ -226,16 +228,21 @@ def block_mask(axes: tuple[AnyAxis, ...], keys_hold: bool, device: torch.device,
             kind = (kind[:, None] * len(cut.pattern) + cut.kind).flatten()
             kinds *= len(cut.pattern)
         codes = None
-        if all(isinstance(axis, Halo) for axis in axes):
-            codes = _codes(axes, [cut.query_position if keys_hold else cut.key_position for cut in cuts])
+        halos = [axis for axis in axes if isinstance(axis, Halo)]
+        if len(halos) == len(axes):
+            codes = _codes(halos, [cut.query_position if keys_hold else cut.key_position for cut in cuts])
         more = -columns.shape[1] % STEP
         columns = F.pad(columns, (0, more), value=NONE)
         if codes is not None and not keys_hold:
             codes = F.pad(codes, (0, more))
         members = torch.sort(kind, stable=True).indices
-        tables = (rows, columns, kind, members, codes)
+        rows, columns, kind, members = (x.to(device, torch.int32) for x in (rows, columns, kind, members))
         return BlockMask(
-            *(None if x is None else x.to(device, torch.int32) for x in tables),
+            rows,
+            columns,
+            kind,
+            members,
+            None if codes is None else codes.to(device, torch.int32),
             patterns=tuple(cut.pattern.to(device, torch.int32) for cut in cuts),
             entries=tuple(s.entries for s in relation),
             counts=tuple(torch.bincount(kind, minlength=kinds).tolist()),

@@ -21,7 +21,7 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -183,13 +183,15 @@ def _search(known: Choice, key: _Key, candidates: Sequence[Config], run: Run) ->
         return None
     for config, reason in found.dropped.items():
         _logger.debug("%s %s: dropped %s: %s", kernel, shape_class, config, reason)
-    times = [round(found.median_ms[config], 5) for config in (found.best, candidates[0])]
-    tuning_cache.add(known.device, (kernel, shape_class), tuning_cache.Entry(dict(vars(found.best)), *times))
-    return Choice(kernel, shape_class, known.device, found.best, candidates[0], "search", *times, found.dropped)
+    median, default = (round(found.median_ms[config], 5) for config in (found.best, candidates[0]))
+    tuning_cache.add(known.device, (kernel, shape_class), tuning_cache.Entry(dict(vars(found.best)), median, default))
+    return Choice(
+        kernel, shape_class, known.device, found.best, candidates[0], "search", median, default, found.dropped
+    )
 
 
 @contextlib.contextmanager
-def tune(again: bool = False) -> Iterator[list[Choice]]:
+def tune(again: bool = False) -> Generator[list[Choice]]:
     """Search the best launch of every Triton kernel that runs in this context, for the shapes that it runs with.
 
         with visattn.ops.tune() as report:

@@ -122,7 +122,8 @@ class _Relative:
     def gradients(self, q: Tensor, grad_terms: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Find the gradients of the queries [T, N, t, D] and of both tables, from those of `widen`'s terms."""
         parts = grad_terms.unflatten(2, [a.queries_per_block for a in self.axes]).split(self.windows, dim=-1)
-        grad_q, grad_tables = 0, []
+        grad_q: Any = 0
+        grad_tables: list[Tensor] = []
         for table, part, place in zip(self.tables, parts, self._places(*q.shape[:2]), strict=True):
             products = q.new_zeros(*q.shape[:-1], len(table))
             if torch.is_grad_enabled():  # a backward pass that is differentiated itself
@@ -159,7 +160,7 @@ def _forward(
     terms = None if relative is None else torch.cat(relative.terms(query), dim=-1).flatten(2, 3)  # [T, N, t, w_h + w_w]
     found = []
     for tiles in _chunks(query, key.shape[-2]):
-        added = None if terms is None else terms[tiles] @ relative.spread
+        added = None if relative is None or terms is None else terms[tiles] @ relative.spread
         part, keys, values = query[tiles], key[tiles], value[tiles]
         found.append(F.scaled_dot_product_attention(part, keys, values, attn_mask=added, scale=scale))
     return _join_queries(torch.cat(found), axes, q.shape[0])
@@ -195,12 +196,13 @@ class _HaloAttention(torch.autograd.Function):
         ctx.how = inputs[5:]
 
     @staticmethod
+    # pyrefly: ignore[bad-override]: as many gradients as forward has results
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *tables = ctx.saved_tensors
+        q, k, v, rel_h, rel_w = ctx.saved_tensors
         axes, mask_border, scale = ctx.how
         query, grad = _cut_queries(q, axes), _cut_queries(grad_out, axes)
         key, value = _windows(k, axes), _windows(v, axes)
-        relative, dim = _Relative(q, axes, *tables, mask_border), q.shape[-1]
+        relative, dim = _Relative(q, axes, rel_h, rel_w, mask_border), q.shape[-1]
         wide = relative.widen(query, scale)
         found = [
             _chunk_gradients(wide[tiles], key[tiles], value[tiles], grad[tiles], relative.spread)
@@ -213,7 +215,7 @@ class _HaloAttention(torch.autograd.Function):
             _add_windows(grad_key, axes, q.shape[0]),
             _add_windows(grad_value, axes, q.shape[0]),
         )
-        grad_tables = [None if t is None else g.to(t.dtype) for t, g in zip(tables, grad_tables, strict=True)]
+        grad_tables = [None if t is None else g.to(t.dtype) for t, g in zip((rel_h, rel_w), grad_tables, strict=True)]
         return (*grads, *grad_tables, None, None, None)
 
 

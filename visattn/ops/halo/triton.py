@@ -44,7 +44,5 @@ def attend(problem: HaloProblem) -> Tensor:
     if problem.rel_h is not None or problem.rel_w is not None:
         rel_pos = flat(_rel_pos(q, axes, problem.rel_h, problem.rel_w))  # [B, S, N, R]
     zero_keys = not problem.mask_border
-    out, _ = fused_attention(
-        flat(q), flat(k), flat(v), axes, problem.scale, rel_pos=rel_pos, zero_keys=zero_keys
-    )
+    out, _ = fused_attention(flat(q), flat(k), flat(v), axes, problem.scale, rel_pos=rel_pos, zero_keys=zero_keys)
     return out.view(*q.shape[:-1], v.shape[-1])  # [B, H', W', N, Dv]

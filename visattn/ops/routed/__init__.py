@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from visattn.ops.autocast import to_autocast, without_autocast
 from visattn.ops.checks import check_dtypes, check_floating, check_tensors, default_scale, per_axis
 from visattn.ops.dispatch import AttentionProblem, Backends
-from visattn.ops.geometry import Partition, ceil_div, is_symbolic
+from visattn.ops.geometry import Partition, ceil_div, is_symbolic, sym_max
 from visattn.ops.registration import traced_as_one
 from visattn.ops.routed import eager, reference, triton
 from visattn.ops.routed.routing import Axes, pool_regions, route
@@ -44,7 +44,9 @@ def _check_maps(q: Tensor, k: Tensor) -> None:
 
 def _has_values(x: Tensor) -> bool:
     """Whether they can be looked at without waiting for a device: not in graphs, nor in transforms."""
-    is_plain = type(x) is Tensor and x.device.type == "cpu" and not _get_current_dispatch_mode_stack()
+    is_plain = (
+        type(x) is Tensor and x.device.type == "cpu" and not _get_current_dispatch_mode_stack()
+    )
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return is_plain and not is_traced and torch._C._functorch.peek_interpreter_stack() is None
 
@@ -71,21 +73,38 @@ class RoutedProblem(AttentionProblem):
         check_tensors(v=v, index=index)
         check_floating(weight=weight)
         if v.shape[:-1] != k.shape[:-1]:
-            raise ValueError(f"expected v [B, Hk, Wk, N, Dv], got {tuple(v.shape)} for k {tuple(k.shape)}")
+            raise ValueError(
+                f"expected v [B, Hk, Wk, N, Dv], got {tuple(v.shape)} for k {tuple(k.shape)}"
+            )
         check_dtypes(q, k, v)
-        batch, heads, regions, keys = q.shape[0], q.shape[3], _count(self.q_axes), _count(self.k_axes)
+        batch, heads, regions, keys = (
+            q.shape[0],
+            q.shape[3],
+            _count(self.q_axes),
+            _count(self.k_axes),
+        )
         lists = index.shape[2:3] if is_symbolic(*index.shape[2:], regions) else [regions]
-        if index.ndim != 4 or tuple(index.shape[:3]) not in [(batch, n, *lists) for n in (1, heads)]:
+        if index.ndim != 4 or tuple(index.shape[:3]) not in [
+            (batch, n, *lists) for n in (1, heads)
+        ]:
             expected = (batch, f"1 or {heads}", regions, "topk")
-            raise ValueError(f"expected index {expected} (a list per query region), got {tuple(index.shape)}")
+            raise ValueError(
+                f"expected index {expected} (a list per query region), got {tuple(index.shape)}"
+            )
         if not index.shape[3] or index.dtype != torch.int64:
-            raise ValueError(f"expected index of at least one int64 region, got {index.shape[3]} of {index.dtype}")
+            raise ValueError(
+                f"expected index of at least one int64 region, got {index.shape[3]} of {index.dtype}"
+            )
         if weight is not None and weight.shape != index.shape:
-            raise ValueError(f"expected weight like index {tuple(index.shape)}, got {tuple(weight.shape)}")
+            raise ValueError(
+                f"expected weight like index {tuple(index.shape)}, got {tuple(weight.shape)}"
+            )
         if _has_values(index) and index.numel():
             low, high = (int(n) for n in index.aminmax())
             if low < 0 or high >= keys:
-                raise ValueError(f"expected index of key regions from 0 to {keys - 1}, got {low} to {high}")
+                raise ValueError(
+                    f"expected index of key regions from 0 to {keys - 1}, got {low} to {high}"
+                )
 
     @property
     def q_axes(self) -> Axes:
@@ -99,22 +118,30 @@ class RoutedProblem(AttentionProblem):
 
     def flops(self) -> int:
         """Those of full regions."""
-        tokens = math.prod(min(n, s) for n, s in zip(self.k.shape[1:3], self.kv_region_size, strict=True))
+        tokens = math.prod(
+            min(n, s) for n, s in zip(self.k.shape[1:3], self.kv_region_size, strict=True)
+        )
         return _attention_flops(self.q, self.v, self.index.shape[-1] * tokens)
 
 
 _routed = Backends(
-    "routed_attention", RoutedProblem, triton=triton.attend, eager=eager.attend, reference=reference.attend
+    "routed_attention",
+    RoutedProblem,
+    triton=triton.attend,
+    eager=eager.attend,
+    reference=reference.attend,
 )
 
 
 def _region_sizes(spatial: Sequence[int], n_win: Sequence[int], rule: str) -> list[int]:
     """Tokens of a region per axis, for a wished number of regions."""
     if rule not in ("mask", "zero") or len(n_win) != 2 or any(n < 1 for n in n_win):
-        raise ValueError(f"expected n_win of two ints from 1 and rule 'mask' or 'zero', got {list(n_win)} and {rule!r}")
+        raise ValueError(
+            f"expected n_win of two ints from 1 and rule 'mask' or 'zero', got {list(n_win)} and {rule!r}"
+        )
     if rule == "mask":
         return [ceil_div(n, w) for n, w in zip(spatial, n_win, strict=True)]
-    return [torch.sym_max(1, n // w) for n, w in zip(spatial, n_win, strict=True)]
+    return [sym_max(1, n // w) for n, w in zip(spatial, n_win, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +169,9 @@ class BilevelProblem(AttentionProblem):
                 f"expected k like q and topk >= 1, got q {tuple(q.shape)}, k {tuple(k.shape)}, topk {self.topk}"
             )
         if v.shape[:-1] != k.shape[:-1]:
-            raise ValueError(f"expected v [B, H, W, N, Dv], got {tuple(v.shape)} for k {tuple(k.shape)}")
+            raise ValueError(
+                f"expected v [B, H, W, N, Dv], got {tuple(v.shape)} for k {tuple(k.shape)}"
+            )
         check_dtypes(q, k, v)
         _region_sizes(q.shape[1:3], self.n_win, self.rule)
 
@@ -155,19 +184,25 @@ class BilevelProblem(AttentionProblem):
         """Routed attention to the regions that were found best."""
         q, k, v, axes = self.q, self.k, self.v, self.axes
         router = self.router_weight, self.router_bias
-        index, weight = route(q, k, axes, axes, self.topk, self.scale, self.per_head, self.diff, *router)
+        index, weight = route(
+            q, k, axes, axes, self.topk, self.scale, self.per_head, self.diff, *router
+        )
         k_axes = axes
         if self.kv_pool != "none":
             k, k_axes = pool_regions(k, axes, self.kv_pool, self.kv_size)
             v, _ = pool_regions(v, axes, self.kv_pool, self.kv_size)
         sizes = [axis.window for axis in axes], [axis.window for axis in k_axes]
-        return RoutedProblem(q, k, v, index, *sizes, weight if self.soft else None, self.rule == "mask", self.scale)
+        return RoutedProblem(
+            q, k, v, index, *sizes, weight if self.soft else None, self.rule == "mask", self.scale
+        )
 
     def flops(self) -> int:
         """Those of attention with full regions; routing is left out."""
         size, topk = [axis.window for axis in self.axes], min(self.topk, _count(self.axes))
         if self.kv_pool != "none":
-            size = [self.kv_size if self.kv_pool.startswith("ada_") else s // self.kv_size for s in size]
+            size = [
+                self.kv_size if self.kv_pool.startswith("ada_") else s // self.kv_size for s in size
+            ]
         return _attention_flops(self.q, self.v, topk * math.prod(size))
 
 
@@ -347,6 +382,8 @@ def bilevel_routing_attention(
     q, k, v = to_autocast(q, k, v)
     scale = default_scale(q.flatten(3), scale)
     windows, router = per_axis("n_win", n_win, int, 2), (router_weight, router_bias)
-    problem = BilevelProblem(q, k, v, windows, topk, rule, per_head, soft, diff, *router, kv_pool, kv_size, scale)
+    problem = BilevelProblem(
+        q, k, v, windows, topk, rule, per_head, soft, diff, *router, kv_pool, kv_size, scale
+    )
     with without_autocast(q.device):
         return _bilevel.choose(problem, backend)(problem)

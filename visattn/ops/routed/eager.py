@@ -169,6 +169,7 @@ class _Listed(torch.autograd.Function):
         ctx.how = inputs[5:]
 
     @staticmethod
+    # pyrefly: ignore[bad-override]: as many gradients as forward has results
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, index, weight = ctx.saved_tensors
         q_axes, k_axes, mask_border, scale = ctx.how
@@ -185,7 +186,7 @@ class _Listed(torch.autograd.Function):
             plain = [call.take(x, call.k_rows, part).contiguous() for x in (call.k, call.v)]
             query, mask = query * scale, call.take_mask(part)
             factors = None if weight is None else call.factors(weight, part)
-            key, value = plain if weight is None else (x * factors for x in plain)
+            key, value = plain if factors is None else (x * factors for x in plain)
             logits = query @ key.mT
             weights = (logits if mask is None else logits + mask).to(dtype).softmax(dim=-1)
             # The derivative of softmax: weights * (grad - sum of weights * grad).
@@ -193,9 +194,12 @@ class _Listed(torch.autograd.Function):
             grad_logits = torch.ops.aten._softmax_backward_data(grad_logits, weights, -1, dtype).to(q.dtype)
             grad_q[part] = (grad_logits @ key).transpose(1, 2) * scale
             grads = grad_logits.mT @ query, weights.to(q.dtype).mT @ grad
-            if weight is not None:
-                products = sum((g * x).sum((1, 3)) for g, x in zip(grads, plain, strict=True))
-                grad_weight[part] = products.unflatten(1, (shape[2], call.k_map.table.shape[1])).sum(2).to(weight.dtype)
+            if factors is not None and grad_weight is not None:
+                of_keys, of_values = ((g * x).sum((1, 3)) for g, x in zip(grads, plain, strict=True))
+                products = of_keys + of_values
+                grad_weight[part] = (
+                    products.unflatten(1, (shape[2], call.k_map.table.shape[1])).sum(2).to(grad_weight.dtype)
+                )
                 grads = [g * factors for g in grads]
             call.add(grad_k, part, grads[0])
             call.add(grad_v, part, grads[1])
@@ -204,7 +208,7 @@ class _Listed(torch.autograd.Function):
             call.k_map.map(grad_k.to(k.dtype), call.heads),
             call.k_map.map(grad_v.to(v.dtype), call.heads),
             None,
-            None if weight is None else grad_weight.view(shape),
+            None if grad_weight is None else grad_weight.view(shape),
             *(None,) * 4,
         )
 
