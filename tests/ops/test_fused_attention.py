@@ -169,3 +169,14 @@ def test_allocates_nothing_larger_than_qkv(monkeypatch):
 def test_matches_reference_long(name, data):
     op, problems = OPS[name]
     check(op, data.draw(problems.filter(is_small)))
+
+
+def test_no_extra_key_at_all():
+    shapes = {"q": (2, 5, 6, 2, 4), "extra_k": (2, 0, 2, 4), "extra_v": (2, 0, 2, 4), "extra_bias": (2, 5, 6, 2, 0)}
+    tensors = {n: t.to(DEVICE).requires_grad_() for n, t in leaves(shapes, 0, torch.float32).items()}
+    q, *extra = tensors.values()
+    out = ops.neighborhood_attention(q, q, q, 3, 1, 1, False, None, *extra, backend="triton")
+    expected = ops.neighborhood_attention(q, q, q, 3, backend="reference")
+    assert relative_error(out, expected) <= tolerances.OP[torch.float32]
+    grads = torch.autograd.grad(out.square().sum(), list(tensors.values()), allow_unused=True)
+    assert relative_error(grads[0], torch.autograd.grad(expected.square().sum(), q)[0]) <= tolerances.OP[torch.float32]
