@@ -172,7 +172,7 @@ def test_lists_are_not_looked_at_where_they_have_no_values():
     assert routed_attention(q, k, v, index, 2).shape == q.shape
     q, k, v, index = (torch.zeros_like(x, device="cpu") for x in (q, k, v, index))
     assert torch.func.vmap(lambda i: routed_attention(q, k, v, i, 2))(index.expand(3, *index.shape)).shape[0] == 3
-    torch.compile(routed_attention, backend="aot_eager", fullgraph=True)(q, k, v, index, 2)
+    torch.compile(lambda *x: routed_attention(*x, 2), backend="aot_eager", fullgraph=True)(q, k, v, index)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
