@@ -1,16 +1,15 @@
-"""Aggregated attention: backends against the reference; the position bias; memory; mistakes."""
+"""Aggregated attention: its parts, the position bias, precision, memory."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests import tolerances
+from tests.ops.cases import aggregated_shapes
 from tests.ops.gradients import Recorder, check, leaves
 from tests.tolerances import relative_error
-from visattn.ops import BackendError, aggregated_attention, aggregated_weights, explain
+from visattn.ops import aggregated_attention, aggregated_weights
 from visattn.ops.aggregated import cpb, eager
 from visattn.ops.geometry import Pooled, interpolated
 
@@ -18,72 +17,8 @@ BACKENDS = ["eager", "reference"]  # Triton has tests of its own: no float64
 MAPS = ("q", "pool_k", "pool_v", "k", "v")
 
 
-def shapes_of(
-    batch, size, pool, heads, dim, hidden=16, width=None, kernel=None, local=("bias", "tokens", "token_bias")
-):
-    """Shapes of all tensors; without a kernel size, no neighbours."""
-    width = dim if width is None else width
-    shapes = {"q": (batch, *size, heads, dim), "pool_k": (batch, *pool, heads, dim)}
-    shapes |= {"pool_v": (batch, *pool, heads, width), "temperature": (heads,), "query_embedding": (heads, dim)}
-    shapes |= {
-        "cpb_weight1": (hidden, 2),
-        "cpb_bias1": (hidden,),
-        "cpb_weight2": (heads, hidden),
-        "cpb_bias2": (heads,),
-    }
-    if kernel is not None:
-        shapes |= {"k": (batch, *size, heads, dim), "v": (batch, *size, heads, width)}
-        slots = kernel**2
-        given = {"bias": (heads, slots), "tokens": (heads, dim, slots), "token_bias": (heads, slots)}
-        shapes |= {"local_bias" if n == "bias" else n: given[n] for n in local}
-    return shapes
-
-
-@st.composite
-def problems(draw):
-    """Any call the op accepts: pools that do not divide, maps smaller than the window, all optional parts on or off."""
-    size = [draw(st.integers(1, 11)) for _ in range(2)]
-    pool = [draw(st.integers(1, n)) for n in size]
-    call = {"pretrain_size": [draw(st.integers(1, 12)) for _ in range(2)]}
-    if draw(st.booleans()):
-        base = [draw(st.integers(1, 9)) for _ in range(2)]
-        call["bias_size"] = [*base, *(draw(st.integers(1, n)) for n in base)]
-    kernel = draw(st.sampled_from([None, 1, 3, 3, 5]))
-    if kernel is not None:
-        call["kernel_size"] = kernel
-    dim = draw(st.sampled_from([2, 4, 24]))  # with 1, gradients of what is normalised are zero but for rounding
-    local = [n for n in ("bias", "tokens", "token_bias") if draw(st.booleans())]
-    args = (draw(st.integers(1, 2)), size, pool, draw(st.integers(1, 3)), dim, draw(st.sampled_from([1, 7])))
-    shapes = shapes_of(*args, draw(st.sampled_from([dim, 3])), kernel, local)
-    return shapes, call, kernel is not None and draw(st.booleans()), draw(st.integers(0, 2**31))
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(problem=problems(), chunk=st.sampled_from([1, 500, 1 << 18]))
-def test_matches_reference(problem, chunk):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpb, "_CHUNK", chunk)
-        patch.setattr(eager, "CHUNKS", 1000)
-        check(aggregated_attention, problem, "eager")
-
-
-@pytest.mark.slow
-@settings(max_examples=4000, deadline=None)
-@given(problem=problems())
-def test_matches_reference_long(problem):
-    check(aggregated_attention, problem, "eager")
-
-
-PLAIN = (shapes_of(2, (12, 9), (3, 2), 2, 24, kernel=3), {"pretrain_size": [7, 7]}, True, 0)
+PLAIN = (aggregated_shapes(2, (12, 9), (3, 2), 2, 24, kernel=3), {"pretrain_size": [7, 7]}, True, 0)
 BASE = {"bias_size": [8, 8, 2, 2]}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("change", [{}, BASE], ids=["extrapolated", "interpolated"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_low_precision(backend, change, dtype, poisoned_empty):
-    shapes, call, strided, seed = PLAIN
-    check(aggregated_attention, (shapes, {**call, **change}, strided, seed), backend, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -103,20 +38,6 @@ def test_autocast_changes_nothing_inside(backend, dtype):
     assert [g.dtype for g in results[0][1:]] == [t.dtype for t in tensors.values()]
 
 
-@pytest.mark.parametrize("kernel", [None, 3])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_gradcheck(backend, kernel):
-    shapes = shapes_of(1, (2, 3), (1, 2), 1, 2, hidden=2, width=1, kernel=kernel)
-    tensors = [t.requires_grad_() for t in leaves(shapes, 0).values()]
-
-    def op(*given):
-        tensors = dict(zip(shapes, given, strict=True))
-        return aggregated_attention(**tensors, pretrain_size=4, bias_size=[3, 3, 2, 2], backend=backend)
-
-    assert torch.autograd.gradcheck(op, tensors)
-    assert torch.autograd.gradgradcheck(op, tensors)
-
-
 @pytest.mark.parametrize("change", [{}, BASE], ids=["extrapolated", "interpolated"])
 def test_gradients_that_are_differentiated_are_the_same(change):
     shapes, call, _, seed = PLAIN
@@ -133,7 +54,7 @@ def test_chunks_do_not_change_the_result(monkeypatch, chunk, kernel):
     monkeypatch.setattr(cpb, "_CHUNK", chunk)
     monkeypatch.setattr(eager, "CHUNKS", 1000)
     _, call, _, seed = PLAIN
-    shapes = shapes_of(2, (12, 9), (3, 2), 2, 24, kernel=kernel)
+    shapes = aggregated_shapes(2, (12, 9), (3, 2), 2, 24, kernel=kernel)
     check(aggregated_attention, (shapes, call, kernel is not None, seed), "eager")
 
 
@@ -214,7 +135,7 @@ def test_weights_are_those_of_the_softmax():
 
 def measure(size):
     """Bytes per token: the largest tensor that forward and backward make, and what is kept between them."""
-    shapes = shapes_of(1, (size, size), (size // 8, size // 8), 2, 24, hidden=64, kernel=3)
+    shapes = aggregated_shapes(1, (size, size), (size // 8, size // 8), 2, 24, hidden=64, kernel=3)
     tensors = {n: t.requires_grad_() for n, t in leaves(shapes, 0, torch.float32).items()}
     kept = {}
 
@@ -236,39 +157,3 @@ def test_memory_is_linear_in_tokens(monkeypatch):
     assert (large <= 1.05 * small).all()
     assert large[0] < 2 * 16**2 * 4  # of a dense bias
     assert not [n for n in names if "scatter" in n or "index_put" in n]
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"q": torch.zeros(8, 4)}, ValueError, r"expected q \[B, H, W, N, D\]"),
-        ({"pool_k": torch.zeros(1, 3, 3, 2, 5)}, ValueError, r"expected pool_k \(1, 3, 3, 2, 4\)"),
-        ({"pool_v": torch.zeros(1, 3, 2, 2, 4)}, ValueError, r"expected pool_v \(1, 3, 3, 2, 4\)"),
-        ({"temperature": torch.zeros(2, 1)}, ValueError, r"expected temperature \(2,\)"),
-        ({"cpb_weight2": torch.zeros(2, 7)}, ValueError, r"expected cpb_weight2 \(2, 16\)"),
-        ({"pretrain_size": 0}, ValueError, "pretrain_size of 2 ints >= 1"),
-        ({"pretrain_size": (7, 7, 7)}, ValueError, "expected pretrain_size of one int or 2"),
-        ({"bias_size": [8, 8]}, ValueError, "bias_size of no or 4 ints"),
-        ({"bias_size": [8, 8, 9, 1]}, ValueError, "at most as many pooled keys"),
-        ({**dict.fromkeys("qkv", torch.zeros(1, 2, 9, 2, 4)), **BASE}, ValueError, "at most as many pooled keys"),
-        ({"v": None}, ValueError, "expected k and v together"),
-        ({"k": None, "v": None}, ValueError, "expected k and v together"),
-        ({"kernel_size": 4}, ValueError, "odd kernel_size"),
-        ({"kernel_size": 5}, ValueError, r"expected local_bias \(2, 25\)"),
-        ({"tokens": torch.zeros(2, 9, 4)}, ValueError, r"expected tokens \(2, 4, 9\)"),
-        ({"k": torch.zeros(1, 8, 8, 2, 4)}, ValueError, r"expected k \(1, 8, 9, 2, 4\)"),
-        ({"v": torch.zeros(1, 8, 9, 2, 4).double()}, TypeError, "one floating dtype"),
-        ({"backend": "cuda"}, BackendError, "expected backend 'auto', 'triton', 'eager', 'reference'; got 'cuda'"),
-    ],
-)
-def test_mistakes_are_named(change, error, message):
-    tensors = {n: torch.zeros(s) for n, s in shapes_of(1, (8, 9), (3, 3), 2, 4, kernel=3).items()}
-    with pytest.raises(error, match=message):
-        aggregated_attention(**{**tensors, "pretrain_size": 7, **change})
-
-
-def test_backend_is_explained():
-    tensors = {n: torch.zeros(s) for n, s in PLAIN[0].items()}
-    with explain() as decisions:
-        aggregated_attention(**tensors, pretrain_size=7)
-    assert [(d.op, d.backend) for d in decisions] == [("aggregated_attention", "eager")]

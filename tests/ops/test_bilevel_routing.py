@@ -148,19 +148,3 @@ def test_training_is_deterministic():
 def test_mistakes_of_routing_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         region_routing(torch.zeros(1, 6, 6, 1, 4), torch.zeros(1, 6, 6, 1, 4), **call)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        ({"topk": 0}, "topk >= 1"),
-        ({"n_win": 0}, "expected n_win of two ints from 1"),
-        ({"kv_pool": "avg", "kv_size": 4}, r"kv_size from 1 to the size of a region \[3, 3\], got 'avg' and 4"),
-        ({"kv_pool": "mean"}, "expected kv_pool 'none'"),
-        ({"kv_pool": "avg"}, "expected regions that fill the map to pool keys"),
-    ],
-)
-def test_mistakes_of_bilevel_routing_are_named(call, message):
-    q, k, v = torch.zeros(3, 1, 7, 7, 1, 4)
-    with pytest.raises(ValueError, match=message):
-        bilevel_routing_attention(q, k, v, **{"n_win": 3, "topk": 1, **call})

@@ -2,55 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from tests.ops.gradients import check, leaves
-from visattn.ops import BackendError, bilevel_routing_attention, explain, routed_attention
+from tests.ops.gradients import check
+from visattn.ops import routed_attention
 from visattn.ops.geometry import Partition
 from visattn.ops.routed import eager
 
 BACKENDS = ["eager", "reference"]  # Triton has tests of its own: no float64
-
-
-@st.composite
-def problems(draw):
-    """Any call of `routed_attention`: lists with repetitions, per head or not, maps of different sizes, factors."""
-    heads, dim, batch = draw(st.integers(1, 3)), draw(st.sampled_from([1, 4, 24])), draw(st.integers(1, 2))
-    size, kv_size, region, kv_region = ([draw(st.integers(1, n)) for _ in range(2)] for n in (9, 9, 4, 4))
-    regions = [-(-h // a) * -(-w // b) for (h, w), (a, b) in ((size, region), (kv_size, kv_region))]
-    lists = (batch, draw(st.sampled_from([1, heads])), regions[0], draw(st.integers(1, min(5, regions[1]) + 1)))
-    seed = draw(st.integers(0, 2**31))
-    shapes = {
-        "q": (batch, *size, heads, dim),
-        "k": (batch, *kv_size, heads, dim),
-        "v": (batch, *kv_size, heads, draw(st.sampled_from([dim, 3]))),
-    }
-    if draw(st.booleans()):
-        shapes["weight"] = lists
-    call = {
-        "index": torch.randint(regions[1], lists, generator=torch.Generator().manual_seed(seed)),
-        "region_size": region,
-        "kv_region_size": kv_region,
-        "mask_border": draw(st.booleans()),
-        "scale": draw(st.sampled_from([None, 0.7])),
-    }
-    return shapes, call, draw(st.booleans()), seed
-
-
-@pytest.mark.usefixtures("form")
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(problem=problems())
-def test_matches_reference(problem):
-    check(routed_attention, problem, "eager")
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("form")
-@settings(max_examples=4000, deadline=None)
-@given(problem=problems())
-def test_matches_reference_long(problem):
-    check(routed_attention, problem, "eager")
 
 
 PLAIN = (
@@ -59,32 +17,6 @@ PLAIN = (
     True,
     0,
 )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("mask_border", [False, True])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.usefixtures("form", "poisoned_empty")
-def test_low_precision(weighted, mask_border, dtype):
-    shapes, call, *rest = PLAIN
-    shapes = {n: s for n, s in shapes.items() if weighted or n != "weight"}
-    check(routed_attention, (shapes, {**call, "mask_border": mask_border}, *rest), "eager", dtype)
-
-
-@pytest.mark.parametrize("mask_border", [False, True])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.usefixtures("form")
-def test_gradcheck(backend, weighted, mask_border):
-    shapes = {"q": (1, 2, 3, 2, 2), "k": (1, 3, 2, 2, 2), "v": (1, 3, 2, 2, 1), "weight": (1, 1, 2, 2)}
-    tensors = [t.requires_grad_() for t in leaves(shapes, 0).values()][: None if weighted else 3]
-    index = torch.tensor([[[[0, 1], [1, 1]]]])
-
-    def op(q, k, v, weight=None):
-        return routed_attention(q, k, v, index, [2, 2], [2, 2], weight, mask_border, backend=backend)
-
-    assert torch.autograd.gradcheck(op, tensors)
-    assert torch.autograd.gradgradcheck(op, tensors)
 
 
 def test_gradients_are_added_up_in_one_order_everywhere():
@@ -121,32 +53,3 @@ def test_only_the_inputs_are_kept_for_the_backward_pass(monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         routed_attention(*inputs, index, 4)
     assert sum(kept.values()) == sum(t.untyped_storage().nbytes() for t in [*inputs, index])
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"region_size": 0}, ValueError, r"expected region_size of two ints from 1, got \[0, 0\]"),
-        ({"region_size": (2, 2, 2)}, ValueError, "expected region_size of one int or 2"),
-        ({"index": torch.zeros(1, 1, 8, 2).long()}, ValueError, r"expected index \(1, '1 or 2', 6, 'topk'\)"),
-        ({"index": torch.zeros(1, 1, 6, 0).long()}, ValueError, "at least one"),
-        ({"index": torch.zeros(1, 1, 6, 2)}, ValueError, "int64"),
-        ({"weight": torch.zeros(1, 1, 6, 3)}, ValueError, r"expected weight like index \(1, 1, 6, 2\)"),
-        ({"k": torch.zeros(1, 4, 6, 2, 5)}, ValueError, "expected q"),
-        ({"v": torch.zeros(1, 4, 5, 2, 4)}, ValueError, r"expected v \[B, Hk, Wk, N, Dv\]"),
-        ({"v": torch.zeros(1, 4, 6, 2, 4, dtype=torch.float64)}, TypeError, "one floating dtype"),
-        ({"backend": "cuda"}, BackendError, "expected backend 'auto', 'triton', 'eager', 'reference'; got 'cuda'"),
-    ],
-)  # fmt: skip
-def test_mistakes_are_named(change, error, message):
-    q, k, v = torch.zeros(3, 1, 4, 6, 2, 4)
-    index = torch.zeros(1, 1, 6, 2).long()
-    with pytest.raises(error, match=message):
-        routed_attention(**{"q": q, "k": k, "v": v, "index": index, "region_size": 2, **change})
-
-
-def test_backend_is_explained():
-    q, k, v = torch.randn(3, 1, 4, 4, 1, 4)
-    with explain() as decisions:
-        bilevel_routing_attention(q, k, v, 2, 1)
-    assert [(d.op, d.backend) for d in decisions] == [("routed_attention", "eager")]
