@@ -220,6 +220,7 @@ class Case:
         small: Numbers for numerical derivatives.
         heads: Heads have nothing to do with one another.
         smooth: No kink where tensors are zero.
+        traced: It is one of those that tracers are tried on.
         twice: Derivatives have derivatives; those of PyTorch's fused attention have none.
     """
 
@@ -234,6 +235,7 @@ class Case:
     small: tuple[int, ...] = (1, 3, 3, 1, 2)
     heads: bool = True
     smooth: bool = True
+    traced: bool = True
     twice: bool = True
 
     def tensors(self, numbers=SIZE, dtype=torch.float64, seed=0):
@@ -289,7 +291,8 @@ _ROUTED = "visattn.ops.routed.eager._DENSE"
 _LINEAR = ("visattn.ops.linear.eager._STREAMED", "visattn.ops.linear.eager._CHUNK")
 ROUTED_FORMS = {"masked": {_ROUTED: 10**9}, "listed": {_ROUTED: 0}}
 LINEAR_FORMS = {"whole": {_LINEAR[0]: 10**9, _LINEAR[1]: 100}, "chunks": {_LINEAR[0]: 0, _LINEAR[1]: 100}}
-CHUNKS = {"": {"visattn.ops.aggregated.cpb._CHUNK": 500, "visattn.ops.aggregated.eager.CHUNKS": 1000}}
+_CHUNKS = ("visattn.ops.aggregated.cpb._CHUNK", "visattn.ops.aggregated.eager.CHUNKS")
+CHUNKS = {f"chunks of {n}": {_CHUNKS[0]: n, _CHUNKS[1]: 1000} for n in (500, 1 << 18)}
 
 ATTENTIONS = {
     "neighborhood": Case(
@@ -298,7 +301,7 @@ ATTENTIONS = {
             **maps(b, h, w, n, d), "bias": (n, 5, 5), "extra_k": (b, 3, n, d), "extra_v": (b, 3, n, d),
             "extra_bias": (n, 3),
         },
-        WINDOW, problems=neighborhood_problems(), examples=400, small=(1, 6, 3, 1, 2),
+        WINDOW, problems=neighborhood_problems(), small=(1, 6, 3, 1, 2),
     ),
     "window": Case(
         ops.window_attention, lambda b, h, w, n, d: {**maps(b, h, w, n, d), "bias": (n, 7, 7)},
@@ -314,7 +317,7 @@ ATTENTIONS = {
     ),
     "halo of zeros": Case(
         ops.halo_attention, lambda b, h, w, n, d: {**maps(b, h, w, n, d), "rel_h": (11, d), "rel_w": (11, d)},
-        {**HALO, "mask_border": False}, derive=strided_queries, small=(1, 2, 3, 1, 2),
+        {**HALO, "mask_border": False}, derive=strided_queries, small=(1, 2, 3, 1, 2), traced=False,
     ),
     "routed": Case(
         ops.routed_attention,
@@ -336,17 +339,18 @@ ATTENTIONS = {
     ),
     "many agents": Case(
         ops.agent_attention, lambda b, h, w, n, d: agent_shapes((h, w), (h, w), n, d, d, 17, batch=b),
-        small=(1, 2, 2, 1, 2),
+        small=(1, 2, 2, 1, 2), traced=False,
     ),
     "aggregated": Case(
         ops.aggregated_attention,
         lambda b, h, w, n, d: aggregated_shapes(b, (h, w), (h, w), n, d, hidden=3, kernel=3),
-        {"pretrain_size": [7, 7]}, derive=pooled, problems=aggregated_problems(), forms=CHUNKS, small=(1, 2, 3, 1, 2),
+        {"pretrain_size": [7, 7]}, derive=pooled, problems=aggregated_problems(), examples=100, forms=CHUNKS, small=(1, 2, 3, 1, 2),
     ),
     "interpolated": Case(
         ops.aggregated_attention,
         lambda b, h, w, n, d: aggregated_shapes(b, (h, w), (h, w), n, d, hidden=3),
         {"pretrain_size": [7, 7], "bias_size": [3, 3, 2, 2]}, derive=pooled, small=(1, 2, 3, 1, 2),
+        traced=False,
     ),
     "efficient": Case(
         ops.efficient_attention, maps, fixed=tokens_of_images, problems=linear_problems("efficient_attention"),

@@ -49,11 +49,14 @@ PENDING = {
 REFUSED = {
     ("routed", "export_with_dynamic_sizes"): "its lists of regions are inputs, as many as the map has regions",
 }
+# In graphs for every batch, sums are taken in another order.
+REORDERED = ["convolution"]
 BACKENDS = ["eager", "reference"]
 FLOAT64 = tolerances.OP[torch.float64]
 ATTEND = pytest.mark.parametrize("name", ATTENTIONS)
 EVERY = pytest.mark.parametrize("name", CASES)
-ON_MAPS = pytest.mark.parametrize("name", [*ATTENTIONS, *MAPS])
+ON_MAPS = pytest.mark.parametrize("name", [name for name in (*ATTENTIONS, *MAPS) if CASES[name].traced])
+TRACED = pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.traced])
 EACH_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 LOW = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 
@@ -440,9 +443,11 @@ def test_export_with_a_dynamic_batch(name):
     """Plain PyTorch, the same for every batch."""
     module, program, inputs = exported(name, (0,))
     assert not nodes(program)
+    plain = program.module()
     for batch in (1, 3):
         given = inputs(batch, 9, 7)
-        assert torch.equal(program.module()(*given), module(*given))
+        difference = relative_error(plain(*given), module(*given))
+        assert difference <= (FLOAT64 if name in REORDERED else 0)
 
 
 @ON_MAPS
@@ -452,11 +457,12 @@ def test_export_with_dynamic_sizes(name):
     assert nodes(program)
     plain = decompose(program)
     assert not nodes(plain)
+    runs = [p.module() for p in (program, plain)]
     for size in ((3, 9, 7), (1, 6, 6), (2, 33, 16)):
         given = inputs(*size)
         expected = module(*given)
-        for run in (program, plain):
-            assert relative_error(run.module()(*given), expected) <= FLOAT64
+        for run in runs:
+            assert relative_error(run(*given), expected) <= FLOAT64
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
@@ -471,7 +477,7 @@ def test_trace(name):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@EVERY
+@TRACED
 def test_compile(name, dynamic):
     """The whole graph, and training with it."""
     case = CASES[name]
