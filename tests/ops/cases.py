@@ -344,7 +344,8 @@ ATTENTIONS = {
     "aggregated": Case(
         ops.aggregated_attention,
         lambda b, h, w, n, d: aggregated_shapes(b, (h, w), (h, w), n, d, hidden=3, kernel=3),
-        {"pretrain_size": [7, 7]}, derive=pooled, problems=aggregated_problems(), examples=100, forms=CHUNKS, small=(1, 2, 3, 1, 2),
+        {"pretrain_size": [7, 7]}, derive=pooled, problems=aggregated_problems(), examples=100, forms=CHUNKS,
+        small=(1, 2, 3, 1, 2),
     ),
     "interpolated": Case(
         ops.aggregated_attention,
