@@ -69,6 +69,19 @@ def check(op, problem, backend, dtype=torch.float64):
     compare(run, reference, leaves(shapes, seed, dtype), strided)
 
 
+def kept_bytes(op, **tensors):
+    """Bytes of what the op keeps for its backward pass, and its result."""
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = op(**tensors)
+    return sum(kept.values()), out
+
+
 class Recorder(TorchDispatchMode):
     """Names of the operations that ran, and the size of the largest tensor that they made."""
 

@@ -28,7 +28,7 @@ from tests.ops.cases import (
     aggregated_shapes,
     settled,
 )
-from tests.ops.gradients import check, compare, leaves, results_and_gradients
+from tests.ops.gradients import check, compare, kept_bytes, leaves, results_and_gradients
 from tests.tolerances import relative_error
 from visattn import ops
 from visattn.ops import BackendError, dispatch, explain, registration
@@ -122,6 +122,33 @@ def test_heads_and_channels(name, heads, dim):
             compare(*runs, case.inputs((*SIZE[:3], heads, dim)))
 
 
+WHOLE = {
+    "neighborhood": {"kernel_size": (5, 6)},
+    "window": {"window_size": (5, 6)},
+    "halo": {"block_size": 6, "halo_size": 6},
+    "bilevel": {"n_win": (2, 3), "topk": 10**6, "scale": 8**-0.5},
+}
+
+
+@EACH_BACKEND
+@pytest.mark.parametrize("name", WHOLE)
+def test_of_the_whole_map_is_attention(name, backend):
+    q, k, v = torch.randn(3, 2, 5, 6, 2, 8, dtype=torch.float64)
+    flat = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(*flat).transpose(1, 2).reshape(q.shape)
+    assert relative_error(CASES[name].op(q, k, v, **WHOLE[name], backend=backend), expected) <= FLOAT64
+
+
+@pytest.mark.parametrize("name", ["halo", "routed"])
+def test_only_the_inputs_are_kept_for_the_backward_pass(name):
+    """Not copies of the keys and values of every window or list."""
+    case = CASES[name]
+    inputs = {n: t.detach() for n, t in case.derive(**case.inputs((1, 36, 36, 2, 8), torch.float32)).items()}
+    inputs = {n: t.clone().requires_grad_(t.is_floating_point()) for n, t in inputs.items()}
+    kept, _ = kept_bytes(partial(case.op, **case.call), **inputs)
+    assert kept == sum(t.untyped_storage().nbytes() for t in inputs.values())
+
+
 @LOW
 @ATTEND
 def test_low_precision(name, dtype, poisoned_empty):
@@ -157,6 +184,17 @@ def test_gradcheck(name):
             with settled(form):
                 assert torch.autograd.gradcheck(op, inputs, fast_mode=True)
                 assert not case.twice or torch.autograd.gradgradcheck(op, inputs, fast_mode=True)
+
+
+@ATTEND
+def test_gradients_that_are_differentiated_are_the_same(name):
+    """A backward pass may then be made in another way."""
+    inputs = {n: t.requires_grad_(t.is_floating_point()) for n, t in CASES[name].inputs().items()}
+    leaves = [t for t in inputs.values() if t.requires_grad]
+    out = CASES[name].run(**inputs).square().sum()
+    plain = torch.autograd.grad(out, leaves, retain_graph=True)
+    for a, b in zip(torch.autograd.grad(out, leaves, create_graph=True), plain, strict=True):
+        assert relative_error(a, b) <= FLOAT64
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from tests import tolerances
 from tests.ops.gradients import Recorder
@@ -30,15 +29,6 @@ def test_golden(path, backend, poisoned_empty):
     for name, tensor in tensors.items():
         expected = torch.from_numpy(data[f"grad_{name}"])
         assert relative_error(tensor.grad, expected) <= tolerances.OP_GOLDEN_GRADIENT, name
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_window_of_the_whole_map_is_attention(backend):
-    q, k, v = torch.randn(3, 2, 5, 6, 2, 8, dtype=torch.float64)
-    out = neighborhood_attention(q, k, v, (5, 6), backend=backend)
-    flat = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
-    expected = F.scaled_dot_product_attention(*flat).transpose(1, 2).reshape(q.shape)
-    assert relative_error(out, expected) <= tolerances.OP[torch.float64]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
