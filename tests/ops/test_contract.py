@@ -529,19 +529,22 @@ def test_compile(name, dynamic):
         assert_same(found, expected)
 
 
+@EVERY
+def test_meta_tensors(name):
+    """Shapes without values."""
+    case = CASES[name]
+    assert case.run(**{n: t.to("meta") for n, t in case.inputs().items()}).shape == case.run(**case.inputs()).shape
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @EVERY
-def test_meta_tensors_and_vmap(name):
-    """Shapes without values; a further axis in front of all tensors."""
+def test_vmap(name):
+    """A further axis in front of all tensors."""
     case = CASES[name]
-    tensors, fixed = case.tensors(), case.fixed(*SIZE)
-    expected = case.run(**case.inputs())
-    assert case.run(**{n: t.to("meta") for n, t in case.inputs().items()}).shape == expected.shape
-    more = {n: torch.stack([t, t.flip(0)]) for n, t in tensors.items()}
-    found = torch.func.vmap(lambda given: case.run(**given, **fixed))(more)
+    tensors, fixed = {n: torch.stack([t, t.flip(0)]) for n, t in case.tensors().items()}, case.fixed(*SIZE)
+    found = torch.func.vmap(lambda given: case.run(**given, **fixed))(tensors)
     for i, result in enumerate(found):
-        given = {n: t[i] for n, t in more.items()}
-        torch.testing.assert_close(result, case.run(**given, **fixed))
+        torch.testing.assert_close(result, case.run(**{n: t[i] for n, t in tensors.items()}, **fixed))
 
 
 class Calls(TorchDispatchMode):
