@@ -230,7 +230,7 @@ class Case:
     fixed: Callable[..., dict[str, torch.Tensor]] = lambda *numbers: {}
     derive: Callable[..., dict[str, torch.Tensor]] = lambda **tensors: tensors
     problems: Any = None
-    examples: int = 200
+    examples: int = 100
     forms: dict[str, dict[str, int]] = field(default_factory=lambda: {"": {}})
     small: tuple[int, ...] = (1, 3, 3, 1, 2)
     heads: bool = True
@@ -344,7 +344,7 @@ ATTENTIONS = {
     "aggregated": Case(
         ops.aggregated_attention,
         lambda b, h, w, n, d: aggregated_shapes(b, (h, w), (h, w), n, d, hidden=3, kernel=3),
-        {"pretrain_size": [7, 7]}, derive=pooled, problems=aggregated_problems(), examples=100, forms=CHUNKS,
+        {"pretrain_size": [7, 7]}, derive=pooled, problems=aggregated_problems(), forms=CHUNKS,
         small=(1, 2, 3, 1, 2),
     ),
     "interpolated": Case(
@@ -355,15 +355,15 @@ ATTENTIONS = {
     ),
     "efficient": Case(
         ops.efficient_attention, maps, fixed=tokens_of_images, problems=linear_problems("efficient_attention"),
-        examples=100, forms=LINEAR_FORMS,
+        forms=LINEAR_FORMS,
     ),
     "inline": Case(
         ops.inline_attention, maps, problems=linear_problems("inline_attention", scale=[None, 0.7]),
-        examples=100, forms=LINEAR_FORMS,
+        forms=LINEAR_FORMS,
     ),
     "focused": Case(
         ops.focused_linear_attention, lambda b, h, w, n, d: {**maps(b, h, w, n, d), "focus_scale": (n, d)},
-        problems=linear_problems("focused_linear_attention", factor=[3.0, 1.0, 4.5]), examples=100,
+        problems=linear_problems("focused_linear_attention", factor=[3.0, 1.0, 4.5]),
         forms=LINEAR_FORMS, heads=False, smooth=False,
     ),
     "convolution": Case(

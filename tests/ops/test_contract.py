@@ -659,8 +659,9 @@ def test_backend_is_explained(name):
     case = CASES[name]
     with explain() as decisions:
         case.run(**case.inputs())
-    named = "routed_attention" if case.op is ops.bilevel_routing_attention else case.op.__name__
-    assert [(d.op, d.backend) for d in decisions] == [(named, "eager")]
+    names = {case.op.__name__, case.op.__name__.replace("bilevel_routing", "routed")}
+    assert [d.backend for d in decisions] == ["eager"]
+    assert decisions[0].op in names
     assert set(decisions[0].refusals) == {"triton"}
 
 
