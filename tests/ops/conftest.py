@@ -2,15 +2,16 @@
 
 import pytest
 
+from tests.ops.cases import ROUTED_FORMS, settled
 from tests.ops.launches import Kernel
 from visattn.ops.fused import tuning, tuning_cache, tuning_search
-from visattn.ops.routed import eager
 
 
-@pytest.fixture(params=["masked", "listed"])
-def form(request, monkeypatch):
+@pytest.fixture(params=ROUTED_FORMS)
+def form(request):
     """Both forms of the eager backend, whatever the map's size."""
-    monkeypatch.setattr(eager, "_DENSE", {"masked": 10**9, "listed": 0}[request.param])
+    with settled(ROUTED_FORMS[request.param]):
+        yield
 
 
 @pytest.fixture

@@ -27,11 +27,11 @@ def results_and_gradients(op, tensors, strided=False):
 
     With `strided`, maps [B, *spatial, N, D] are given as slices of a wider tensor that lies heads before tokens.
     """
-    inputs = {n: t.detach().clone().requires_grad_() for n, t in tensors.items()}
-    views = dict(inputs)
+    inputs = {n: t.detach().clone().requires_grad_() for n, t in tensors.items() if t.is_floating_point()}
+    views = {**tensors, **inputs}
     if strided:
-        views = {n: F.pad(t, (1, 2))[..., 1:-2] for n, t in inputs.items()}
-        for n in ("q", "k", "v"):
+        views |= {n: F.pad(t, (1, 2))[..., 1:-2] for n, t in inputs.items()}
+        for n in {"q", "k", "v"} & views.keys():
             views[n] = views[n].transpose(1, -2).contiguous().transpose(1, -2)
     results = results_of(op, views, "result")
     cotangents = leaves({n: r.shape for n, r in results.items()}, 1)
@@ -44,7 +44,8 @@ def results_and_gradients(op, tensors, strided=False):
 def compare(op, reference, tensors, strided=False):
     """The op against the reference in float64 on the same (rounded) tensors; also without gradients."""
     dtype = next(iter(tensors.values())).dtype
-    expected = results_and_gradients(reference, {n: t.double() for n, t in tensors.items()}, strided)
+    exact = {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
+    expected = results_and_gradients(reference, exact, strided)
     got = results_and_gradients(op, tensors, strided)
     with torch.no_grad():
         got.update(results_of(op, tensors, "inference: result"))
@@ -66,6 +67,19 @@ def check(op, problem, backend, dtype=torch.float64):
     shapes, call, strided, seed = problem
     run, reference = (partial(op, **call, backend=b) for b in (backend, "reference"))
     compare(run, reference, leaves(shapes, seed, dtype), strided)
+
+
+def kept_bytes(op, **tensors):
+    """Bytes of what the op keeps for its backward pass, and its result."""
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = op(**tensors)
+    return sum(kept.values()), out
 
 
 class Recorder(TorchDispatchMode):

@@ -10,7 +10,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tests import tolerances
-from tests.ops import test_agent, test_aggregated, test_halo, test_neighborhood, test_routed, test_window
+from tests.ops import test_aggregated, test_routed
+from tests.ops.cases import PROBLEMS, agent_shapes, neighborhood
 from tests.ops.gradients import compare, leaves, results_and_gradients
 from tests.tolerances import relative_error
 from visattn import ops
@@ -19,12 +20,8 @@ from visattn.ops.fused import attention_launch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)  # shrinking takes minutes in the interpreter
 OPS = {
-    "neighborhood": (ops.neighborhood_attention, test_neighborhood.problems()),
-    "window": (ops.window_attention, test_window.problems()),
-    "halo": (ops.halo_attention, test_halo.problems()),
-    "routed": (ops.routed_attention, test_routed.problems()),
-    "aggregated": (ops.aggregated_attention, test_aggregated.problems()),
-    "agent": (ops.agent_attention, test_agent.problems()),
+    name: (getattr(ops, f"{name}_attention"), PROBLEMS[name])
+    for name in ("neighborhood", "window", "halo", "routed", "aggregated", "agent")
 }
 
 
@@ -63,17 +60,15 @@ CASES = {
     "neighborhood without phases": ("neighborhood", (TABLE, {**ARGS, "dilation": [1, 1]}, False, 0)),
     "neighborhood causal stride": (
         "neighborhood",
-        test_neighborhood.make(
-            ([4, 4], [2, 1], [2, 3], [True, False]), (1, 13, 9, 1, 40), bias=False, lse=True, extra_bias=None
-        ),
+        neighborhood(([4, 4], [2, 1], [2, 3], [True, False]), (1, 13, 9, 1, 40), bias=False, lse=True, extra_bias=None),
     ),
     "neighborhood 1d": (
         "neighborhood",
-        test_neighborhood.make(([6], [3], [1], [False]), (2, 61, 2, 24), extra=70, extra_bias="image"),
+        neighborhood(([6], [3], [1], [False]), (2, 61, 2, 24), extra=70, extra_bias="image"),
     ),
     "neighborhood 3d": (
         "neighborhood",
-        test_neighborhood.make(([2, 3, 3], [1, 1, 2], [1, 1, 1], [False] * 3), (1, 3, 5, 7, 2, 8), extra_bias="head"),
+        neighborhood(([2, 3, 3], [1, 1, 2], [1, 1, 1], [False] * 3), (1, 3, 5, 7, 2, 8), extra_bias="head"),
     ),
     "window": ("window", ({**TABLE, "bias": (2, 9, 9)}, {"window_size": 5, "shift": 3}, True, 0)),
     "grid": ("window", ({**TABLE, "bias": (2, 13, 13)}, {"window_size": 7, "grid": True}, True, 0)),
@@ -89,7 +84,7 @@ CASES = {
     ),
     "routed": ("routed", test_routed.PLAIN),
     "aggregated": ("aggregated", test_aggregated.PLAIN),
-    "agent": ("agent", (test_agent.shapes_of((9, 11), (7, 8), 2, 24, 16, 49), {}, True, 0)),
+    "agent": ("agent", (agent_shapes((9, 11), (7, 8), 2, 24, 16, 49), {}, True, 0)),
 }
 
 
@@ -121,7 +116,7 @@ def test_runs_are_bit_equal(case, dtype):
 
 def test_wide_offsets(monkeypatch):
     monkeypatch.setattr(attention_launch, "_WIDE", 0)
-    check(ops.neighborhood_attention, test_neighborhood.make(([3, 3], [1, 1], [1, 1], [False] * 2), (2, 7, 9, 2, 24)))
+    check(ops.neighborhood_attention, neighborhood(([3, 3], [1, 1], [1, 1], [False] * 2), (2, 7, 9, 2, 24)))
 
 
 def test_a_view_of_a_larger_map_and_one_of_transposed_channels():

@@ -7,8 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests import tolerances
+from tests.ops.cases import linear_shapes as shapes_of
 from tests.ops.gradients import Recorder, compare, leaves, results_and_gradients
-from tests.ops.test_linear import ATTEND, ATTENTIONS, masked_problem, shapes_of
+from tests.ops.test_linear import ATTEND, ATTENTIONS, masked_problem
 from tests.tolerances import relative_error
 from visattn.ops import BackendError, efficient_attention, explain, focused_linear_attention, inline_attention
 from visattn.ops.fused import linear

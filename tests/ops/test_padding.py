@@ -67,13 +67,6 @@ def test_pad_same_needs_a_kernel_of_at_least_the_stride():
         ops.pad_same(torch.randn(1, 4, 4, 1), [3, 1], [2, 2])
 
 
-@pytest.mark.parametrize("size", [(6, 9), (7, 8)], ids=str)
-def test_opaque_pad_same(size):
-    x = torch.randn(2, *size, 3, requires_grad=True)
-    torch.library.opcheck(torch.ops.visattn.pad_same_opaque.default, (x, [3, 3], [2, 2]))
-    assert torch.equal(torch.ops.visattn.pad_same_opaque(x, [3, 3], [2, 2]), ops.pad_same(x, [3, 3], [2, 2]))
-
-
 @pytest.mark.parametrize("multiple", [(1, 7), (4, 3), (7, 2)], ids=str)
 @pytest.mark.parametrize("size", [(6, 9), (1, 1), (8, 21)], ids=str)
 def test_centered_padding_and_its_undoing(size, multiple):
@@ -94,13 +87,6 @@ def test_centered_padding_and_its_undoing(size, multiple):
 def test_centered_padding_of_nothing_copies_nothing():
     x = torch.randn(1, 4, 6, 2)
     assert ops.pad_centered_to_multiple(x, [2, 3]).data_ptr() == x.data_ptr()
-
-
-@pytest.mark.parametrize("size", [(9, 6), (4, 9)], ids=str)
-def test_opaque_fit_centered(size):
-    x = torch.randn(2, 6, 9, 3, requires_grad=True)
-    torch.library.opcheck(torch.ops.visattn.fit_centered_opaque.default, (x, size))
-    assert torch.equal(torch.ops.visattn.fit_centered_opaque(x, size), ops.fit_centered(x, size))
 
 
 def test_padding_that_the_range_of_a_size_rules_out_leaves_no_maximum_in_its_size():

@@ -25,25 +25,6 @@ def test_channels_last_maps_are_not_copied():
     assert ops.pool2x2(x, "avg").is_contiguous()
 
 
-@pytest.mark.parametrize("kind", ["avg", "max"])
-def test_opaque(kind):
-    x = torch.randn(2, 5, 6, 3, requires_grad=True)
-    torch.library.opcheck(torch.ops.visattn.pool2x2_opaque.default, (x, kind))
-    assert torch.equal(torch.ops.visattn.pool2x2_opaque(x, kind), ops.pool2x2(x, kind))
-
-
-def test_export_does_not_depend_on_parity():
-    class Pool(torch.nn.Module):
-        def forward(self, x):
-            return ops.pool2x2(ops.pool2x2(x, "max"), "avg")
-
-    shapes = {"x": {i: torch.export.Dim(n, min=5, max=64) for i, n in ((1, "h"), (2, "w"))}}
-    program = torch.export.export(Pool(), (torch.randn(1, 12, 16, 3),), dynamic_shapes=shapes)
-    for size in ((12, 16), (13, 14), (7, 9)):
-        x = torch.randn(1, *size, 3)
-        assert torch.equal(program.module()(x), Pool()(x))
-
-
 def test_unknown_kind():
     with pytest.raises(ValueError, match="expected kind 'avg' or 'max', got 'min'"):
         ops.pool2x2(torch.randn(1, 2, 2, 1), "min")
@@ -64,13 +45,6 @@ def test_grid_is_adaptive_pooling(map_size, ratio, size):
     torch.testing.assert_close(*grads)
 
 
-def test_opaque_grid():
-    x = torch.randn(2, 7, 6, 3, requires_grad=True)
-    torch.library.opcheck(torch.ops.visattn.avg_pool_grid_opaque.default, (x, [2, 2], []))
-    with pytest.raises(ValueError, match="expected ratio of 2 ints"):
-        ops.avg_pool_grid(x, [2], [])
-
-
 @pytest.mark.parametrize("size", [(3, 3), (7, 7), (1, 4), (8, 12)], ids=str)
 @pytest.mark.parametrize("map_size", [(8, 12), (7, 5), (3, 1)], ids=str)
 def test_adaptive_pooling_to_any_size(map_size, size):
@@ -81,23 +55,3 @@ def test_adaptive_pooling_to_any_size(map_size, size):
     torch.testing.assert_close(got, expected)
     grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in (got, expected)]
     torch.testing.assert_close(*grads)
-
-
-def test_opaque_adaptive_pooling():
-    x = torch.randn(2, 4, 6, 3, requires_grad=True)
-    torch.library.opcheck(torch.ops.visattn.adaptive_avg_pool_opaque.default, (x, [5, 2]))
-    for call in ((x, [2]), (x, [0, 2]), (x[0], [2, 2])):
-        with pytest.raises(ValueError, match=r"expected a map \[B, H, W, C\] and size of 2 ints >= 1"):
-            ops.adaptive_avg_pool(*call)
-
-
-def test_export_of_adaptive_pooling_to_more_or_fewer_bins():
-    class Pool(torch.nn.Module):
-        def forward(self, x):
-            return ops.adaptive_avg_pool(x, [5, 6])
-
-    shapes = {"x": {i: torch.export.Dim(n, min=1, max=64) for i, n in ((1, "h"), (2, "w"))}}
-    program = torch.export.export(Pool(), (torch.randn(1, 10, 12, 3),), dynamic_shapes=shapes)
-    for size in ((10, 12), (5, 6), (3, 17)):
-        x = torch.randn(1, *size, 3)
-        assert torch.equal(program.module()(x), Pool()(x))

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests import tolerances
 from tests.ops.gradients import compare
 from visattn import ops
 
@@ -32,14 +31,6 @@ def test_is_the_convolution_of_each_window(window, kernel, dtype):
         lambda x, weight, bias: by_definition(x, weight, bias, window),
         tensors,
     )
-
-
-def test_without_bias_and_opaque():
-    x, weight = torch.randn(2, 5, 7, 3, requires_grad=True), torch.randn(3, 1, 3, 3, requires_grad=True)
-    torch.library.opcheck(torch.ops.visattn.window_conv_opaque.default, (x, weight, None, [5, 2]))
-    expected = by_definition(x, weight, None, (5, 2))
-    for op in (ops.window_conv, torch.ops.visattn.window_conv_opaque):
-        assert tolerances.relative_error(op(x, weight, None, [5, 2]), expected) <= tolerances.OP[torch.float32]
 
 
 @pytest.mark.parametrize(("shape", "window"), [((3, 1, 3, 3), [0, 2]), ((3, 1, 2, 3), [2, 2]), ((4, 1, 3, 3), [2, 2])])
