@@ -23,14 +23,20 @@ def spatial_axes(q: Any) -> int:
     check_tensors(q=q)
     axes = q.ndim - 3
     if axes not in (1, 2, 3):
-        raise ValueError(f"expected q of shape [B, *spatial, N, D] with 1 to 3 spatial axes, got {tuple(q.shape)}")
+        raise ValueError(
+            f"expected q of shape [B, *spatial, N, D] with 1 to 3 spatial axes, got {tuple(q.shape)}"
+        )
     return axes
 
 
 def _as(kind: type, value: Any) -> Any:
     """The int or bool that `value` is; NumPy's are welcome, floats and, as ints, bools are not."""
     if kind is bool:
-        return bool(value) if isinstance(value, (bool, torch.SymBool)) or type(value).__name__ == "bool_" else None
+        return (
+            bool(value)
+            if isinstance(value, (bool, torch.SymBool)) or type(value).__name__ == "bool_"
+            else None
+        )
     if isinstance(value, torch.SymInt):
         return value
     try:
@@ -42,12 +48,23 @@ def _as(kind: type, value: Any) -> Any:
 def per_axis(name: str, value: Any, kind: type, axes: int) -> list[Any]:
     """A value, or one value per axis, as a list of one per axis."""
     is_sequence = isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1
-    values = [_as(kind, x) for x in (value if is_sequence and not isinstance(value, str) else [value] * axes)]
+    values = [
+        _as(kind, x)
+        for x in (value if is_sequence and not isinstance(value, str) else [value] * axes)
+    ]
     if len(values) != axes or any(x is None for x in values):
         raise ValueError(
             f"expected {name} of one {kind.__name__} or {axes} (one per spatial axis), got {reprlib.repr(value):.80}"
         )
     return values
+
+
+def one_int(name: str, value: Any) -> int:
+    """A value that is an int, NumPy's too."""
+    found = _as(int, value)
+    if found is None:
+        raise ValueError(f"expected {name} of one int, got {reprlib.repr(value):.80}")
+    return found
 
 
 def check_dtypes(*tensors: Tensor | None) -> None:
@@ -81,11 +98,14 @@ def check_floating(**tensors: Tensor | None) -> None:
 def check_table(q: Tensor, bias: Tensor | None, window: Sequence[int]) -> None:
     """A relative position table [N, 2 * window - 1 per axis]."""
     check_floating(bias=bias)
-    if bias is not None and tuple(bias.shape) != (table := (q.shape[-2], *(2 * w - 1 for w in window))):
-        raise ValueError(f"expected bias {table} ([N, 2 * window - 1 per axis]), got {tuple(bias.shape)}")
+    if bias is not None and tuple(bias.shape) != (
+        table := (q.shape[-2], *(2 * w - 1 for w in window))
+    ):
+        raise ValueError(
+            f"expected bias {table} ([N, 2 * window - 1 per axis]), got {tuple(bias.shape)}"
+        )
 
 
-def default_scale(q: Tensor, scale: float | None) -> float:
-    """`scale`, or D ** -0.5 for queries [..., D]."""
-    dim = int(q.shape[-1]) if torch.jit.is_tracing() else q.shape[-1]  # a trace holds sizes as tensors
-    return dim**-0.5 if scale is None else float(scale)
+def default_scale(dim: int, scale: float | None) -> float:
+    """`scale`, or `dim` ** -0.5; `dim` is a tensor while `torch.jit.trace` runs."""
+    return int(dim) ** -0.5 if scale is None else float(scale)

@@ -10,7 +10,13 @@ from torch import Tensor
 from visattn.ops.agent import eager, reference, triton
 from visattn.ops.agent.bias import agent_position_bias as agent_position_bias
 from visattn.ops.autocast import to_autocast, without_autocast
-from visattn.ops.checks import check_dtypes, check_floating, check_tensors, default_scale, spatial_axes
+from visattn.ops.checks import (
+    check_dtypes,
+    check_floating,
+    check_tensors,
+    default_scale,
+    spatial_axes,
+)
 from visattn.ops.dispatch import AttentionProblem, Backends
 from visattn.ops.registration import traced_as_one
 
@@ -32,17 +38,27 @@ class AgentProblem(AttentionProblem):
         check_tensors(q=q, k=k, v=v, agents=agents)
         check_floating(agent_bias=self.agent_bias, query_bias=self.query_bias)
         b, (n, d) = q.shape[0], q.shape[-2:]
-        fits = k.ndim >= 4 and k.shape[0] == b and k.shape[-2:] == (n, d) and v.shape[:-1] == k.shape[:-1]
+        fits = (
+            k.ndim >= 4
+            and k.shape[0] == b
+            and k.shape[-2:] == (n, d)
+            and v.shape[:-1] == k.shape[:-1]
+        )
         if not fits or (agents.shape[0], *agents.shape[2:]) != (b, n, d):
             raise ValueError(
                 f"expected q [B, *spatial, N, D], k [B, *other, N, D], v [B, *other, N, Dv] and agents [B, A, N, D], "
                 f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, agents {tuple(agents.shape)}"
             )
         number, queries, keys = agents.shape[1], math.prod(q.shape[1:-2]), math.prod(k.shape[1:-2])
-        for name, shape in (("agent_bias", (n, number, keys)), ("query_bias", (n, queries, number))):
+        for name, shape in (
+            ("agent_bias", (n, number, keys)),
+            ("query_bias", (n, queries, number)),
+        ):
             bias = getattr(self, name)
             if bias is not None and tuple(bias.shape) != shape:
-                raise ValueError(f"expected {name} {shape} without a batch axis, got {tuple(bias.shape)}")
+                raise ValueError(
+                    f"expected {name} {shape} without a batch axis, got {tuple(bias.shape)}"
+                )
         check_dtypes(q, k, v, agents)
 
     def flops(self) -> int:
@@ -53,7 +69,11 @@ class AgentProblem(AttentionProblem):
 
 
 _backends = Backends(
-    "agent_attention", AgentProblem, triton=triton.attend, eager=eager.attend, reference=reference.attend
+    "agent_attention",
+    AgentProblem,
+    triton=triton.attend,
+    eager=eager.attend,
+    reference=reference.attend,
 )
 
 
@@ -96,6 +116,8 @@ def agent_attention(
     """
     spatial_axes(q)
     q, k, v, agents = to_autocast(q, k, v, agents)
-    problem = AgentProblem(q, k, v, agents, agent_bias, query_bias, default_scale(q, scale))
+    problem = AgentProblem(
+        q, k, v, agents, agent_bias, query_bias, default_scale(q.shape[-1], scale)
+    )
     with without_autocast(q.device):
         return _backends.choose(problem, backend)(problem)

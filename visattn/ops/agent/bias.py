@@ -15,21 +15,29 @@ from visattn.ops.geometry import is_symbolic
 from visattn.ops.registration import custom_op
 
 
-def _check(table: Tensor, rows: Tensor, columns: Tensor, size: Sequence[int], agent_size: Sequence[int]) -> int:
+def _check(
+    table: Tensor, rows: Tensor, columns: Tensor, size: Sequence[int], agent_size: Sequence[int]
+) -> int:
     """Agents per axis of the tables."""
     check_tensors(table=table, rows=rows, columns=columns)
     check_floating(table=table, rows=rows, columns=columns)
     lead = tuple(table.shape[:2])
-    if (table.ndim, rows.ndim, columns.ndim) != (4, 3, 3) or any(tuple(t.shape[:2]) != lead for t in (rows, columns)):
+    if (table.ndim, rows.ndim, columns.ndim) != (4, 3, 3) or any(
+        tuple(t.shape[:2]) != lead for t in (rows, columns)
+    ):
         raise ValueError(
             f"expected table [N, A, h, w], rows [N, A, H] and columns [N, A, W], got {tuple(table.shape)}, "
             f"{tuple(rows.shape)} and {tuple(columns.shape)}"
         )
     side = math.isqrt(table.shape[1])
     if side * side != table.shape[1]:
-        raise ValueError(f"expected a square number of agents, got {table.shape[1]}; try {max(1, side) ** 2}")
+        raise ValueError(
+            f"expected a square number of agents, got {table.shape[1]}; try {max(1, side) ** 2}"
+        )
     if len(size) != 2 or len(agent_size) != 2 or any(n < 1 for n in (*size, *agent_size)):
-        raise ValueError(f"expected size and agent_size of 2 ints >= 1, got {list(size)} and {list(agent_size)}")
+        raise ValueError(
+            f"expected size and agent_size of 2 ints >= 1, got {list(size)} and {list(agent_size)}"
+        )
     return side
 
 
@@ -38,11 +46,15 @@ def _resize(x: Tensor, axis: int, size: int) -> Tensor:
     if not is_symbolic(size) and x.shape[axis] == size:
         return x
     identity = torch.eye(x.shape[axis], dtype=x.dtype, device=x.device)
-    weight = F.interpolate(identity[None], size=size, mode="linear", align_corners=False)[0]  # [old, size]
+    weight = F.interpolate(identity[None], size=size, mode="linear", align_corners=False)[
+        0
+    ]  # [old, size]
     return (x.movedim(axis, -1) @ weight).movedim(-1, axis)  # [..., size, ...]
 
 
-def _empty(table: Tensor, rows: Tensor, columns: Tensor, size: Sequence[int], agent_size: Sequence[int]) -> Tensor:
+def _empty(
+    table: Tensor, rows: Tensor, columns: Tensor, size: Sequence[int], agent_size: Sequence[int]
+) -> Tensor:
     return table.new_empty((table.shape[0], agent_size[0] * agent_size[1], size[0] * size[1]))
 
 
@@ -72,7 +84,10 @@ def agent_position_bias(
     Source: arXiv:2312.08874, section 4.3; the resizing is that of the official detection backbones.
     """
     side, dtype = _check(table, rows, columns, size, agent_size), table.dtype
-    (height, width), agents = per_axis("size", size, int, 2), per_axis("agent_size", agent_size, int, 2)
+    (height, width), agents = (
+        per_axis("size", size, int, 2),
+        per_axis("agent_size", agent_size, int, 2),
+    )
     with without_autocast(table.device):
         wide = torch.promote_types(dtype, torch.float32)
         tables = (t.to(wide).unflatten(1, (side, side)) for t in (table, rows, columns))

@@ -63,18 +63,29 @@ class AggregatedProblem(Problem):
             )
         (b, _, _, n, d), pool, dv = q.shape, pool_k.shape[1:3], pool_v.shape[4]
         _check_shapes({"pool_k": (pool_k, (b, *pool, n, d)), "pool_v": (pool_v, (b, *pool, n, dv))})
-        names = ("temperature", "query_embedding", "cpb_weight1", "cpb_bias1", "cpb_weight2", "cpb_bias2")
+        names = (
+            "temperature",
+            "query_embedding",
+            "cpb_weight1",
+            "cpb_bias1",
+            "cpb_weight2",
+            "cpb_bias2",
+        )
         check_tensors(**{name: getattr(self, name) for name in names})
         hidden = self.cpb_weight1.shape[0] if self.cpb_weight1.ndim else 0
         shapes = ((n,), (n, d), (hidden, 2), (hidden,), (n, hidden), (n,))
-        _check_shapes({name: (getattr(self, name), shape) for name, shape in zip(names, shapes, strict=True)})
+        _check_shapes(
+            {name: (getattr(self, name), shape) for name, shape in zip(names, shapes, strict=True)}
+        )
         self._check_local()
         check_dtypes(q, pool_k, pool_v, self.local_k, self.local_v)
         self._check_sizes()
 
     def _check_local(self) -> None:
         local = (self.local_k, self.local_v, self.local_bias, self.tokens, self.token_bias)
-        if (local[0] is None) != (local[1] is None) or (local[0] is None and any(x is not None for x in local)):
+        if (local[0] is None) != (local[1] is None) or (
+            local[0] is None and any(x is not None for x in local)
+        ):
             raise ValueError(
                 "expected k and v together, and local_bias, tokens or token_bias only with them, got "
                 + ", ".join("no" if x is None else "a" for x in local)
@@ -85,14 +96,24 @@ class AggregatedProblem(Problem):
                 raise ValueError(f"expected an odd kernel_size >= 1, got {self.kernel_size}")
             (*lead, n, d), slots = self.q.shape, self.kernel_size**2
             names = ("k", "v", "local_bias", "tokens", "token_bias")
-            shapes = ((*lead, n, d), (*lead, n, self.v.shape[-1]), (n, slots), (n, d, slots), (n, slots))
+            shapes = (
+                (*lead, n, d),
+                (*lead, n, self.v.shape[-1]),
+                (n, slots),
+                (n, d, slots),
+                (n, slots),
+            )
             _check_shapes(dict(zip(names, zip(local, shapes, strict=True), strict=True)))
 
     def _check_sizes(self) -> None:
         if min(self.pretrain_size) < 1:
-            raise ValueError(f"expected pretrain_size of 2 ints >= 1, got {list(self.pretrain_size)}")
+            raise ValueError(
+                f"expected pretrain_size of 2 ints >= 1, got {list(self.pretrain_size)}"
+            )
         if len(self.bias_size) not in (0, 4):
-            raise ValueError(f"expected bias_size of no or 4 ints (H, W, PH, PW), got {list(self.bias_size)}")
+            raise ValueError(
+                f"expected bias_size of no or 4 ints (H, W, PH, PW), got {list(self.bias_size)}"
+            )
         size = (*self.size, *self.pooled)
         for h, w, ph, pw in (size, self.bias_size or size):
             if not is_symbolic(h, w, ph, pw) and not (1 <= ph <= h and 1 <= pw <= w):
@@ -150,7 +171,9 @@ class AggregatedProblem(Problem):
 
 def _pairs(length: int, kernel_size: int) -> int:
     """How many pairs of tokens of an axis lie in one another's window."""
-    return sum(max(length - abs(step), 0) for step in range(-(kernel_size // 2), kernel_size // 2 + 1))
+    return sum(
+        max(length - abs(step), 0) for step in range(-(kernel_size // 2), kernel_size // 2 + 1)
+    )
 
 
 def _problem(
@@ -166,14 +189,29 @@ def _problem(
     pool_k, pool_v, k, v = maps
     q, pool_k, pool_v, k, v = to_autocast(q, pool_k, pool_v, k, v)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    wide = [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in parameters]
+    wide = [
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in parameters
+    ]
     pretrain_size, (kernel,) = (
         per_axis("pretrain_size", pretrain_size, int, 2),
         per_axis("kernel_size", kernel_size, int, 1),
     )
     bias_size = per_axis("bias_size", bias_size, int, len(bias_size))
     temperature, embedding, w1, b1, w2, b2, *local = wide
-    how: Any = (temperature, embedding, w1, b1, w2, b2, pretrain_size, bias_size, k, v, kernel, *local)
+    how: Any = (
+        temperature,
+        embedding,
+        w1,
+        b1,
+        w2,
+        b2,
+        pretrain_size,
+        bias_size,
+        k,
+        v,
+        kernel,
+        *local,
+    )
     return AggregatedProblem(q, pool_k, pool_v, *how)
 
 

@@ -35,6 +35,8 @@ def chunk_size(device: torch.device) -> int:
 class _Grid(torch.autograd.Function):
     """Sum weight[n, f] * relu(rows[u, f] + columns[v, f]) over f: [U, F], [V, F], [N, F] -> [N, U, V]."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def _chunks(rows: Tensor, columns: Tensor) -> list[slice]:
         number, width = int(rows.shape[0]), max(1, int(columns.numel()))
@@ -44,7 +46,9 @@ class _Grid(torch.autograd.Function):
     @staticmethod
     def forward(rows: Tensor, columns: Tensor, weight: Tensor) -> Tensor:
         parts = _Grid._chunks(rows, columns)
-        found = [weight @ (rows[p, None] + columns).relu_().flatten(0, 1).mT for p in parts]  # [N, u V]
+        found = [
+            weight @ (rows[p, None] + columns).relu_().flatten(0, 1).mT for p in parts
+        ]  # [N, u V]
         return torch.cat(found, dim=1).unflatten(1, (rows.shape[0], columns.shape[0]))  # [N, U, V]
 
     @staticmethod
@@ -60,7 +64,9 @@ class _Grid(torch.autograd.Function):
         by_row, by_column = (grad.permute(*order).contiguous() for order in ((1, 0, 2), (2, 0, 1)))
         found, over_rows = [], grad.new_zeros(columns.shape[0], *weight.shape)
         for part in _Grid._chunks(rows, columns):
-            active = (rows.detach()[part, None] + columns.detach()).gt_(0)  # [u, V, F] of ones and zeros
+            active = (rows.detach()[part, None] + columns.detach()).gt_(
+                0
+            )  # [u, V, F] of ones and zeros
             found.append(by_row[part] @ active)
             over_rows.baddbmm_(by_column[..., part], active.transpose(0, 1))
         over_columns = torch.cat(found)  # [U, N, F]; over_rows [V, N, F]
@@ -80,7 +86,9 @@ def position_table(problem: AggregatedProblem) -> Tensor:
         # How many rows make a chunk may not be known, but hidden units are as many for every size.
         parts = zip(*(x.split(_HIDDEN, dim=1) for x in (rows, columns, w2)), strict=True)
         found = [(w @ (r[:, None] + c).relu().flatten(0, 1).mT) for r, c, w in parts]  # [N, U V]
-        table = torch.stack(found).sum(0).unflatten(1, (rows.shape[0], columns.shape[0]))  # [N, U, V]
+        table = (
+            torch.stack(found).sum(0).unflatten(1, (rows.shape[0], columns.shape[0]))
+        )  # [N, U, V]
     else:
         table = _Grid.apply(rows, columns, w2)
     return table + problem.cpb_bias2[:, None, None]
@@ -89,9 +97,12 @@ def position_table(problem: AggregatedProblem) -> Tensor:
 class PositionBias:
     """Reads a table [N, U, V] for some rows of queries and all pooled keys: at one entry, or as a mean of 4 x 4."""
 
-    def __init__(self, axes: Sequence[Pooled], size: Sequence[int], pooled: Sequence[int], table: Tensor) -> None:
+    def __init__(
+        self, axes: Sequence[Pooled], size: Sequence[int], pooled: Sequence[int], table: Tensor
+    ) -> None:
         self.rows, self.columns = (
-            interpolated(axis, n, p, table.device) for axis, n, p in zip(axes, size, pooled, strict=True)
+            interpolated(axis, n, p, table.device)
+            for axis, n, p in zip(axes, size, pooled, strict=True)
         )
         self.table = table
         self.grid = table.permute(1, 2, 0).clone(memory_format=torch.contiguous_format)  # [U, V, N]
@@ -99,11 +110,17 @@ class PositionBias:
     @staticmethod
     def _read(x: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
         """Read x [U, ...] at index [queries, keys, m] with weights like it: [keys, queries, ...]."""
-        index = index.transpose(0, 1).clone(memory_format=torch.contiguous_format)  # [keys, queries, m]
-        found = x.index_select(0, index.flatten()).unflatten(0, index.shape)  # [keys, queries, m, ...]
+        index = index.transpose(0, 1).clone(
+            memory_format=torch.contiguous_format
+        )  # [keys, queries, m]
+        found = x.index_select(0, index.flatten()).unflatten(
+            0, index.shape
+        )  # [keys, queries, m, ...]
         if weight is None:
             return found.squeeze(2)
-        return (found * weight.transpose(0, 1).to(x.dtype).view(*index.shape, *[1] * (x.ndim - 1))).sum(2)
+        return (
+            found * weight.transpose(0, 1).to(x.dtype).view(*index.shape, *[1] * (x.ndim - 1))
+        ).sum(2)
 
     @staticmethod
     def _add(x: Tensor, index: Tensor, weight: Tensor | None, size: int) -> Tensor:
@@ -130,6 +147,10 @@ class PositionBias:
 
     def add(self, rows: slice, grad: Tensor) -> Tensor:
         """Transpose `read`: the part [N, U, V] of the table's gradient."""
-        by_row = self._add(grad.permute(2, 4, 0, 1, 3), *self.columns, self.table.shape[2])  # [V, N, PH, rows]
+        by_row = self._add(
+            grad.permute(2, 4, 0, 1, 3), *self.columns, self.table.shape[2]
+        )  # [V, N, PH, rows]
         by_row = by_row.permute(2, 3, 0, 1).contiguous()  # [PH, rows, V, N]
-        return self._add(by_row, *self._part(rows), self.table.shape[1]).permute(2, 0, 1)  # [N, U, V]
+        return self._add(by_row, *self._part(rows), self.table.shape[1]).permute(
+            2, 0, 1
+        )  # [N, U, V]

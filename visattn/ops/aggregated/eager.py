@@ -54,11 +54,15 @@ class _Layout:
 
     def rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Lay out rows [B, r, W, N, D] as [B, N, D, r * pitch]."""
-        return F.pad(x.permute(0, 3, 4, 1, 2).to(dtype), (0, self.reach)).flatten(3)  # [B, N, D, r * pitch]
+        return F.pad(x.permute(0, 3, 4, 1, 2).to(dtype), (0, self.reach)).flatten(
+            3
+        )  # [B, N, D, r * pitch]
 
     def map(self, rows: Tensor) -> Tensor:
         """Invert `rows`, a view."""
-        rows = rows.unflatten(-1, (int(rows.shape[-1]) // self.pitch, self.pitch))[..., : self.size[1]]
+        rows = rows.unflatten(-1, (int(rows.shape[-1]) // self.pitch, self.pitch))[
+            ..., : self.size[1]
+        ]
         return rows.permute(0, 3, 4, 1, 2)  # [B, r, W, N, D]
 
     def neighbours(self, line: Tensor, rows: slice) -> Iterator[Tensor]:
@@ -75,7 +79,9 @@ class _Layout:
     def outside(self, device: torch.device) -> Tensor:
         """Tell, as [K * K, H * pitch], whether a neighbour does not lie on the map."""
         step = torch.arange(-self.reach, self.reach + 1, device=device)[:, None]
-        places = (torch.arange(length, device=device) + step for length in (self.size[0], self.pitch))
+        places = (
+            torch.arange(length, device=device) + step for length in (self.size[0], self.pitch)
+        )
         row, column = ((x < 0) | (x >= n) for x, n in zip(places, self.size, strict=True))
         outside = row[:, None, :, None] | column[None, :, None, :]  # [K, K, H, pitch]
         return outside.flatten(2).flatten(0, 1)
@@ -106,7 +112,9 @@ class _Attention:
         self.q, self.scale, self.embedding = q, scale[:, None, None], embedding[..., None]
         self.local_bias, self.tokens, self.token_bias = local_bias, tokens, token_bias
         self.bias = PositionBias(axes, size, self.pool, table)
-        keys, self.pool_v = (x.flatten(1, 2).permute(0, 2, 3, 1).to(dtype) for x in (pool_k, pool_v))  # [B, N, D, P]
+        keys, self.pool_v = (
+            x.flatten(1, 2).permute(0, 2, 3, 1).to(dtype) for x in (pool_k, pool_v)
+        )  # [B, N, D, P]
         self.pool_k, self.pool_factor = _unit(keys)
         self.slots = 0 if k is None else kernel_size**2
         self.layout = _Layout(size, kernel_size if self.slots else 1)
@@ -124,7 +132,9 @@ class _Attention:
     def chunks(self) -> list[tuple[slice, list[slice]]]:
         """Rows of the map, and for each the parts of the batch."""
         b, h, n = self.q.shape[0], self.layout.size[0], int(self.q.shape[3])
-        whole = is_symbolic(b) or torch.jit.is_tracing()  # a graph for any number of images cannot hold its parts
+        whole = (
+            is_symbolic(b) or torch.jit.is_tracing()
+        )  # a graph for any number of images cannot hold its parts
         row = n * self.layout.pitch * (self.slots + math.prod(self.pool))
         limit = chunk_size(self.q.device)
         # No more than CHUNKS while a chunk is no larger than the queries: memory stays linear in tokens.
@@ -132,14 +142,20 @@ class _Attention:
         limit = max(limit, most)
         r = ceil_div(h, ceil_div(h, max(1, limit // row)))
         images = max(1, limit // (row * r))
-        batch = [slice(None)] if whole else [slice(i, min(i + images, b)) for i in range(0, b, images)]
+        batch = (
+            [slice(None)] if whole else [slice(i, min(i + images, b)) for i in range(0, b, images)]
+        )
         return [(slice(i, min(i + r, h)), batch) for i in range(0, h, r)]
 
     def read_bias(self, rows: slice) -> Tensor:
         """Read the bias [N, P, T] of some rows."""
-        return F.pad(self.bias.read(rows), (0, self.layout.reach)).flatten(3).flatten(1, 2)  # [N, P, T]
+        return (
+            F.pad(self.bias.read(rows), (0, self.layout.reach)).flatten(3).flatten(1, 2)
+        )  # [N, P, T]
 
-    def weights(self, images: slice, rows: slice, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def weights(
+        self, images: slice, rows: slice, bias: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Compute unit queries, their factor, the queries that meet the keys, and the softmax [B, N, K * K + P, T]."""
         unit, factor = _unit(self.layout.rows(self.q[images, rows], self.scale.dtype))
         places = slice(rows.start * self.layout.pitch, rows.stop * self.layout.pitch)
@@ -147,7 +163,9 @@ class _Attention:
         logits = (self.pool_k[images].mT @ query).add_(bias)
         if self.slots:
             local = [(query * key).sum(2) for key in self.layout.neighbours(self.k[images], rows)]
-            logits = torch.cat([torch.stack(local, dim=2).add_(self.hidden[..., places]), logits], dim=2)
+            logits = torch.cat(
+                [torch.stack(local, dim=2).add_(self.hidden[..., places]), logits], dim=2
+            )
         return unit, factor, query, logits.softmax(2)
 
     def mixing(self, unit: Tensor, weights: Tensor) -> Tensor:
@@ -174,7 +192,10 @@ class _Gradients(_Attention):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.grad_q = self.q.new_empty(self.q.shape)
-        self.grad_pool_k, self.grad_pool_v = torch.zeros_like(self.pool_k), torch.zeros_like(self.pool_v)
+        self.grad_pool_k, self.grad_pool_v = (
+            torch.zeros_like(self.pool_k),
+            torch.zeros_like(self.pool_v),
+        )
         self.grad_scale, self.grad_embedding = torch.zeros_like(args[3]), torch.zeros_like(args[4])
         self.grad_table = torch.zeros_like(self.bias.table)
         if self.slots:
@@ -225,20 +246,36 @@ class _Gradients(_Attention):
     def add_bias(self, rows: slice, grad: Tensor) -> None:
         """Add the gradient [N, P, T] of the bias of some rows to the table's."""
         rows_here = rows.stop - rows.start
-        grad = grad.unflatten(1, self.pool).unflatten(-1, (rows_here, self.layout.pitch))  # [N, PH, PW, r, pitch]
+        grad = grad.unflatten(1, self.pool).unflatten(
+            -1, (rows_here, self.layout.pitch)
+        )  # [N, PH, PW, r, pitch]
         self.grad_table += self.bias.add(rows, grad[..., : self.layout.size[1]])
 
     def all(self) -> tuple[Tensor | None, ...]:
         """Return them in the order of the arguments."""
         dtype, margin = self.q.dtype, self.layout.margin
         pool = (_unit_gradient(self.grad_pool_k, self.pool_k, self.pool_factor), self.grad_pool_v)
-        grad_pool = (x.permute(0, 3, 1, 2).unflatten(1, self.pool).to(dtype) for x in pool)  # [B, PH, PW, N, D]
+        grad_pool = (
+            x.permute(0, 3, 1, 2).unflatten(1, self.pool).to(dtype) for x in pool
+        )  # [B, PH, PW, N, D]
         grad_maps = (None, None)
         if self.slots:
             lines = (_unit_gradient(self.grad_k, self.k, self.k_factor), self.grad_v)
-            grad_maps = (self.layout.map(x[..., margin : x.shape[-1] - margin]).to(dtype) for x in lines)
+            grad_maps = (
+                self.layout.map(x[..., margin : x.shape[-1] - margin]).to(dtype) for x in lines
+            )
         shared = (self.grad_scale, self.grad_embedding, self.grad_table)
-        return (self.grad_q, *grad_pool, *shared, *grad_maps, *self.grads_local, None, None, None, None)
+        return (
+            self.grad_q,
+            *grad_pool,
+            *shared,
+            *grad_maps,
+            *self.grads_local,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _forward(*args: Any) -> Tensor:
@@ -254,6 +291,8 @@ def _forward(*args: Any) -> Tensor:
 
 class _AggregatedAttention(torch.autograd.Function):
     """`_forward`, keeping only its inputs for the backward pass."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
@@ -289,7 +328,9 @@ def _attend_to_any_size(problem: AggregatedProblem, table: Tensor) -> Tensor:
         x = x.to(dtype).permute(0, 3, 1, 2, 4)  # [B, N, H, W, D]
         return x.clone(memory_format=torch.contiguous_format).flatten(2, 3)
 
-    unit, keys = (F.normalize(heads_first(x), dim=-1) for x in (problem.q, problem.pool_k))  # [B, N, S or P, D]
+    unit, keys = (
+        F.normalize(heads_first(x), dim=-1) for x in (problem.q, problem.pool_k)
+    )  # [B, N, S or P, D]
     values = heads_first(problem.pool_v)
     length = unit.new_zeros(size) + math.prod(problem.pooled)  # [H, W]
     places = []  # of the window: where its rows and columns lie [H], [W], and whether that is on the map [S]
@@ -305,7 +346,9 @@ def _attend_to_any_size(problem: AggregatedProblem, table: Tensor) -> Tensor:
                 length = length + there
                 places.append((row, column, there.flatten()))
     length = length.log().flatten()[:, None]  # [S, 1]
-    query = (unit + problem.query_embedding[:, None]) * (problem.scale[:, None, None] * length)  # [B, N, S, D]
+    query = (unit + problem.query_embedding[:, None]) * (
+        problem.scale[:, None, None] * length
+    )  # [B, N, S, D]
     bias = PositionBias(problem.axes, size, problem.pooled, table).all()  # [N, S, P]
     pooled = query @ keys.mT + bias  # [B, N, S, P]
     if problem.local_k is None or problem.local_v is None:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from visattn.ops.aggregated import AggregatedProblem
 
 
-def log_coordinates(axis: Pooled, pretrain: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def log_coordinates(
+    axis: Pooled, pretrain: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """Compute [U] log8(1 + distance) with the sign of the distance, in units in which `pretrain` - 1 tokens are 8."""
     distance = torch.arange(*axis.bounds, device=device).to(dtype)
     distance = distance / 2 / max(pretrain - 1, 1) * 8
@@ -33,13 +35,19 @@ def _position_bias(problem: AggregatedProblem) -> Tensor:
         for axis, n in zip(axes, problem.pretrain_size, strict=True)
     )
     shape = (h, w, ph, pw)
-    pairs = torch.stack([rows[:, None, :, None].expand(shape), columns[None, :, None, :].expand(shape)], dim=-1)
+    pairs = torch.stack(
+        [rows[:, None, :, None].expand(shape), columns[None, :, None, :].expand(shape)], dim=-1
+    )
     bias = F.linear(F.linear(pairs, w1, b1).relu(), w2, b2)  # [H0, W0, PH0, PW0, N]
     if (*size, *bins) != shape:
         heads = bias.shape[-1]
-        bias = bias.permute(4, 0, 1, 2, 3).reshape(1, heads * h * w, ph, pw)  # [1, N H0 W0, PH0, PW0]
+        bias = bias.permute(4, 0, 1, 2, 3).reshape(
+            1, heads * h * w, ph, pw
+        )  # [1, N H0 W0, PH0, PW0]
         bias = F.interpolate(bias, bins, mode="bilinear")
-        bias = bias.reshape(heads, h * w, -1).transpose(1, 2).reshape(1, -1, h, w)  # [1, N PH PW, H0, W0]
+        bias = (
+            bias.reshape(heads, h * w, -1).transpose(1, 2).reshape(1, -1, h, w)
+        )  # [1, N PH PW, H0, W0]
         bias = F.interpolate(bias, size, mode="bilinear")
         return bias.reshape(heads, -1, size[0] * size[1]).transpose(1, 2)  # [N, H W, PH PW]
     return bias.flatten(2, 3).flatten(0, 1).permute(2, 0, 1)  # [N, H W, PH PW]
@@ -49,7 +57,9 @@ def neighbours(x: Tensor, kernel_size: int) -> Tensor:
     """Gather the neighbours, zero outside the map, row by row: [B, H, W, N, D] -> [B, H, W, K * K, N, D]."""
     h, w, r = *x.shape[1:3], kernel_size // 2
     x = F.pad(x, (0, 0, 0, 0, r, r, r, r))
-    return torch.stack([x[:, i : i + h, j : j + w] for i in range(kernel_size) for j in range(kernel_size)], dim=3)
+    return torch.stack(
+        [x[:, i : i + h, j : j + w] for i in range(kernel_size) for j in range(kernel_size)], dim=3
+    )
 
 
 def visible(size: Sequence[int], kernel_size: int, device: torch.device | None = None) -> Tensor:

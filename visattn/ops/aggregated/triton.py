@@ -37,7 +37,9 @@ def can_run(problem: AggregatedProblem) -> str | None:
 
 
 @functools.lru_cache(maxsize=64)
-def _reader(length: int, pooled: int, size: int, bins: int, device: torch.device) -> tuple[Lookup, Tensor | None]:
+def _reader(
+    length: int, pooled: int, size: int, bins: int, device: torch.device
+) -> tuple[Lookup, Tensor | None]:
     axis = Pooled(length, pooled)
     with torch.inference_mode(False):
         index, weight = interpolated(axis, size, bins, device)
@@ -54,7 +56,9 @@ def _read(table: Tensor, sizes: Sequence[int]) -> Tensor:
         lookup, weight = _reader(*axis, table.device)
         table = select(table, lookup)
         table = table.squeeze(-1) if weight is None else (table * weight.to(table)).sum(-1)
-        table = table.movedim(1, -1) if table.ndim == 4 else table  # [N, H, PH, V], then [N, H, PH, W, PW]
+        table = (
+            table.movedim(1, -1) if table.ndim == 4 else table
+        )  # [N, H, PH, V], then [N, H, PH, W, PW]
     return table.transpose(2, 3).flatten(3).flatten(1, 2)  # [N, H * W, PH * PW]
 
 
@@ -67,7 +71,9 @@ def _read_any_size(table: Tensor, sizes: Sequence[int]) -> Tensor:
 _read_positions = register(
     "aggregated_positions",
     _read,
-    fake=lambda table, sizes: table.new_empty((table.shape[0], sizes[2] * sizes[6], sizes[3] * sizes[7])),
+    fake=lambda table, sizes: table.new_empty(
+        (table.shape[0], sizes[2] * sizes[6], sizes[3] * sizes[7])
+    ),
     decomposition=_read_any_size,
 )
 
@@ -105,7 +111,9 @@ def attend(problem: AggregatedProblem) -> Tensor:
         flat(v),
         [Clipped(n, kernel_size) for n in size],
         1.0,
-        bias=None if local_bias is None else local_bias.unflatten(1, (kernel_size, kernel_size)),  # [N, K, K]
+        bias=None
+        if local_bias is None
+        else local_bias.unflatten(1, (kernel_size, kernel_size)),  # [N, K, K]
         extra_k=pool_k,
         extra_v=pool_v,
         extra_bias=bias.transpose(0, 1)[None],  # [1, H W, N, P]

@@ -24,7 +24,9 @@ _INPUTS = (
 )
 
 
-@torch.library.custom_op("visattn::fused_forward", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
+@torch.library.custom_op(
+    "visattn::fused_forward", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)"
+)
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     call = Call(*args)
     if not (call.q.numel() and call.v.numel()):
@@ -43,7 +45,9 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, 
     mutates_args=(),
     schema=f"(Tensor do, Tensor? dlse, Tensor out, Tensor lse, {_INPUTS}, bool[] needs) -> Tensor[]",
 )
-def _backward(do: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> list[Tensor]:
+def _backward(
+    do: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
+) -> list[Tensor]:
     *inputs, needs = args
     call = Call(*inputs)
     if not (call.q.numel() and call.v.numel()):
@@ -64,7 +68,14 @@ def _one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any, op: Any) -> tup
     """`torch.vmap` of an op: calls for each element, stacked."""
     found = []
     for i in range(info.batch_size):
-        found.append(op(*(x.select(d, i) if isinstance(d, int) else x for x, d in zip(args, in_dims, strict=True))))
+        found.append(
+            op(
+                *(
+                    x.select(d, i) if isinstance(d, int) else x
+                    for x, d in zip(args, in_dims, strict=True)
+                )
+            )
+        )
     stacked = [torch.stack(x) for x in zip(*found, strict=True)]
     if op is torch.ops.visattn.fused_backward:
         return stacked, [0] * len(stacked)
@@ -91,7 +102,9 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     # pyrefly: ignore[bad-override]: as many gradients as forward has results
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError("the Triton backend can be differentiated only once; try backend='eager'")
+        raise RuntimeError(
+            "the Triton backend can be differentiated only once; try backend='eager'"
+        )
 
 
 class _Attention(torch.autograd.Function):
@@ -161,7 +174,19 @@ def fused_attention(
         out [B, Sq, N, Dv] of q's dtype and lse [B, Sq, N] in float32.
     """
     return _Attention.apply(
-        q, k, v, bias, rel_pos, extra_k, extra_v, extra_bias, weight, kv_indices, encode(axes), zero_keys, scale
+        q,
+        k,
+        v,
+        bias,
+        rel_pos,
+        extra_k,
+        extra_v,
+        extra_bias,
+        weight,
+        kv_indices,
+        encode(axes),
+        zero_keys,
+        scale,
     )
 
 

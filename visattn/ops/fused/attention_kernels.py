@@ -48,7 +48,16 @@ def take(
 
 
 @triton.jit
-def put(base, token, stride, x, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr):
+def put(
+    base,
+    token,
+    stride,
+    x,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """Write [rows, BLOCK] to the tokens."""
     channel = tl.arange(0, BLOCK)
     keep = (token >= 0)[:, None]
@@ -68,7 +77,16 @@ def take_number(base, token, stride, other, WIDE: tl.constexpr):
 
 @triton.jit
 def columns_of(
-    table, indices, weight, tile, first, step, total, SEGMENT: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
+    table,
+    indices,
+    weight,
+    tile,
+    first,
+    step,
+    total,
+    SEGMENT: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Tokens [BLOCK] of the columns from `step` on, -2 past the end, and the factors of their regions.
 
@@ -92,7 +110,9 @@ def columns_of(
 def spread_of(codes, REL_POS: tl.constexpr, dtype: tl.constexpr):
     """[slots, REL_POS] ones and zeros: which two relative positions a key's pairs get, its row's and its column's."""
     rel_pos_i = tl.arange(0, REL_POS)[None, :]
-    hit = (rel_pos_i == (codes & 65535)[:, None]) | (rel_pos_i == REL_POS // 2 + (codes >> 16)[:, None])
+    hit = (rel_pos_i == (codes & 65535)[:, None]) | (
+        rel_pos_i == REL_POS // 2 + (codes >> 16)[:, None]
+    )
     return hit.to(dtype)
 
 
@@ -102,7 +122,9 @@ def add_tile(s, tiles, base, row, M, U, step, BIASED: tl.constexpr, BLOCK_N: tl.
     if BIASED:
         u = step + tl.arange(0, BLOCK_N)
         keep = (row < M)[:, None] & (u < U)[None, :]
-        s += tl.load(tiles + base + row[:, None] * U + u[None, :], mask=keep, other=float("-inf")).to(tl.float32)
+        s += tl.load(
+            tiles + base + row[:, None] * U + u[None, :], mask=keep, other=float("-inf")
+        ).to(tl.float32)
     return s
 
 
@@ -126,7 +148,9 @@ def add_positions(
     spread = s
     if REL_POS > 0:
         u = step + tl.arange(0, BLOCK_N)
-        spread = spread_of(tl.load(codes + tile * U + u, mask=u < U, other=0), REL_POS, rel_pos_i.dtype)
+        spread = spread_of(
+            tl.load(codes + tile * U + u, mask=u < U, other=0), REL_POS, rel_pos_i.dtype
+        )
         s += tl.dot(rel_pos_i, tl.trans(spread), input_precision=PRECISION) * LOG2E
     if CHECKED:
         s = tl.where((key_token >= LOWEST)[None, :], s, float("-inf"))
@@ -178,7 +202,9 @@ def queries_forward_kernel(
     line = b * queries * heads + head
     rel_pos_i = query  # stands for none
     if REL_POS > 0:
-        rel_pos_i = take(rel_pos + line * REL_POS, token, heads * REL_POS, REL_POS, REL_POS, UNIT, WIDE, UPCAST)
+        rel_pos_i = take(
+            rel_pos + line * REL_POS, token, heads * REL_POS, REL_POS, REL_POS, UNIT, WIDE, UPCAST
+        )
     base = head * tiles_n + tl.load(kind + tile).to(tl.int64) * (M * U) if BIASED else 0
     first = b * indices_b + head * indices_n + tile * topk
     total = U if SEGMENT == 0 else topk * SEGMENT
@@ -187,7 +213,9 @@ def queries_forward_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BDV], tl.float32)
     for step in range(0, total, BLOCK_N):
-        other, factor = columns_of(columns, kv_indices, weight, tile, first, step, total, SEGMENT, WEIGHTED, BLOCK_N)
+        other, factor = columns_of(
+            columns, kv_indices, weight, tile, first, step, total, SEGMENT, WEIGHTED, BLOCK_N
+        )
         key = take(at_head(k, b, head, k_b, k_n, UNIT), other, k_t, D, BD, UNIT, WIDE, UPCAST)
         value = take(at_head(v, b, head, v_b, v_n, UNIT), other, v_t, DV, BDV, UNIT, WIDE, UPCAST)
         s = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
@@ -203,8 +231,19 @@ def queries_forward_kernel(
         for step in range(0, extra, EXTRA):
             e = step + tl.arange(0, EXTRA)
             other = tl.where(e < extra, e, -2)
-            key = take(at_head(extra_k, b, head, ek_b, ek_n, UNIT), other, ek_t, D, BD, UNIT, WIDE, UPCAST)
-            value = take(at_head(extra_v, b, head, ev_b, ev_n, UNIT), other, ev_t, DV, BDV, UNIT, WIDE, UPCAST)
+            key = take(
+                at_head(extra_k, b, head, ek_b, ek_n, UNIT), other, ek_t, D, BD, UNIT, WIDE, UPCAST
+            )
+            value = take(
+                at_head(extra_v, b, head, ev_b, ev_n, UNIT),
+                other,
+                ev_t,
+                DV,
+                BDV,
+                UNIT,
+                WIDE,
+                UPCAST,
+            )
             s = extra_logits(
                 query, key, extra_bias, b * eb_b + head * eb_n, token, e, eb_t, eb_e, extra, scale,
                 EXTRA_BIASED, WIDE, PRECISION,
@@ -250,7 +289,9 @@ def queries_backward_kernel(
     lse_i = take_number(lse + line, token, heads, float("inf"), WIDE) * LOG2E
     rel_pos_i = query  # stands for none
     if REL_POS > 0:
-        rel_pos_i = take(rel_pos + line * REL_POS, token, heads * REL_POS, REL_POS, REL_POS, UNIT, WIDE, UPCAST)
+        rel_pos_i = take(
+            rel_pos + line * REL_POS, token, heads * REL_POS, REL_POS, REL_POS, UNIT, WIDE, UPCAST
+        )
         acc_rel_pos = tl.zeros([BLOCK_M, REL_POS], tl.float32)
     base = head * tiles_n + tl.load(kind + tile).to(tl.int64) * (M * U) if BIASED else 0
     first = b * indices_b + head * indices_n + tile * topk
@@ -258,7 +299,9 @@ def queries_backward_kernel(
 
     acc = tl.zeros([BLOCK_M, BD], tl.float32)
     for step in range(0, total, BLOCK_N):
-        other, factor = columns_of(columns, kv_indices, weight, tile, first, step, total, SEGMENT, WEIGHTED, BLOCK_N)
+        other, factor = columns_of(
+            columns, kv_indices, weight, tile, first, step, total, SEGMENT, WEIGHTED, BLOCK_N
+        )
         key = take(at_head(k, b, head, k_b, k_n, UNIT), other, k_t, D, BD, UNIT, WIDE, UPCAST)
         value = take(at_head(v, b, head, v_b, v_n, UNIT), other, v_t, DV, BDV, UNIT, WIDE, UPCAST)
         qk = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
@@ -284,18 +327,40 @@ def queries_backward_kernel(
         for step in range(0, extra, EXTRA):
             e = step + tl.arange(0, EXTRA)
             other = tl.where(e < extra, e, -2)
-            key = take(at_head(extra_k, b, head, ek_b, ek_n, UNIT), other, ek_t, D, BD, UNIT, WIDE, UPCAST)
-            value = take(at_head(extra_v, b, head, ev_b, ev_n, UNIT), other, ev_t, DV, BDV, UNIT, WIDE, UPCAST)
+            key = take(
+                at_head(extra_k, b, head, ek_b, ek_n, UNIT), other, ek_t, D, BD, UNIT, WIDE, UPCAST
+            )
+            value = take(
+                at_head(extra_v, b, head, ev_b, ev_n, UNIT),
+                other,
+                ev_t,
+                DV,
+                BDV,
+                UNIT,
+                WIDE,
+                UPCAST,
+            )
             s = extra_logits(
                 query, key, extra_bias, b * eb_b + head * eb_n, token, e, eb_t, eb_e, extra, scale,
                 EXTRA_BIASED, WIDE, PRECISION,
             )  # fmt: skip
             p = tl.exp2(s - lse_i[:, None])
             dp = tl.dot(do_i, tl.trans(value), input_precision=PRECISION)
-            acc += tl.dot((p * (dp - delta_i[:, None])).to(key.dtype), key, input_precision=PRECISION)
+            acc += tl.dot(
+                (p * (dp - delta_i[:, None])).to(key.dtype), key, input_precision=PRECISION
+            )
     put(dq + line * D, token, heads * D, acc * scale, D, BD, UNIT, WIDE)
     if REL_POS > 0:
-        put(drel_pos + line * REL_POS, token, heads * REL_POS, acc_rel_pos, REL_POS, REL_POS, UNIT, WIDE)
+        put(
+            drel_pos + line * REL_POS,
+            token,
+            heads * REL_POS,
+            acc_rel_pos,
+            REL_POS,
+            REL_POS,
+            UNIT,
+            WIDE,
+        )
 
 
 @triton.jit
@@ -323,7 +388,9 @@ def keys_backward_kernel(
     value = take(at_head(v, b, head, v_b, v_n, UNIT), token, v_t, DV, BDV, UNIT, WIDE, UPCAST)
     line = b * queries * heads + head
     if REL_POS > 0:
-        spread = spread_of(tl.load(codes + tile * M + row, mask=row < M, other=0), REL_POS, key.dtype)
+        spread = spread_of(
+            tl.load(codes + tile * M + row, mask=row < M, other=0), REL_POS, key.dtype
+        )
     base = head * tiles_n + tl.load(kind + tile).to(tl.int64) * (M * U) if BIASED else 0
     first = b * 0
     total = U
@@ -336,9 +403,13 @@ def keys_backward_kernel(
     acc_dk = tl.zeros([BLOCK_M, BD], tl.float32)
     acc_dv = tl.zeros([BLOCK_M, BDV], tl.float32)
     for step in range(0, total, BLOCK_N):
-        other, factor = columns_of(columns, q_indices, weight, tile, first, step, total, SEGMENT, WEIGHTED, BLOCK_N)
+        other, factor = columns_of(
+            columns, q_indices, weight, tile, first, step, total, SEGMENT, WEIGHTED, BLOCK_N
+        )
         query = take(at_head(q, b, head, q_b, q_n, UNIT), other, q_t, D, BD, UNIT, WIDE, UPCAST)
-        do_i = take(at_head(do, b, head, do_b, do_n, UNIT), other, do_t, DV, BDV, UNIT, WIDE, UPCAST)
+        do_i = take(
+            at_head(do, b, head, do_b, do_n, UNIT), other, do_t, DV, BDV, UNIT, WIDE, UPCAST
+        )
         lse_i = take_number(lse + line, other, heads, float("inf"), WIDE) * LOG2E
         delta_i = take_number(delta + line, other, heads, 0.0, WIDE)
         s = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (scale * LOG2E)
@@ -346,7 +417,16 @@ def keys_backward_kernel(
             s = s * factor[None, :]
         s = add_tile(s, tiles, base, row, M, U, step, BIASED, BLOCK_N)
         if REL_POS > 0:
-            rel_pos_i = take(rel_pos + line * REL_POS, other, heads * REL_POS, REL_POS, REL_POS, UNIT, WIDE, UPCAST)
+            rel_pos_i = take(
+                rel_pos + line * REL_POS,
+                other,
+                heads * REL_POS,
+                REL_POS,
+                REL_POS,
+                UNIT,
+                WIDE,
+                UPCAST,
+            )
             s += tl.dot(spread, tl.trans(rel_pos_i), input_precision=PRECISION) * LOG2E
         p = tl.exp2(s - lse_i[None, :])
         dp = tl.dot(value, tl.trans(do_i), input_precision=PRECISION)
@@ -384,7 +464,12 @@ def tiles_backward_kernel(
     head = pid % heads
     pid = pid // heads
     part = parts + pid * 4
-    which, first, start, stop = tl.load(part), tl.load(part + 1), tl.load(part + 2), tl.load(part + 3)
+    which, first, start, stop = (
+        tl.load(part),
+        tl.load(part + 1),
+        tl.load(part + 2),
+        tl.load(part + 3),
+    )
     nothing = pid.to(tl.int64) * 0  # makes the numbers of images 64 bits wide
     base = (head * kinds + which).to(tl.int64) * (M * U)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -396,7 +481,9 @@ def tiles_backward_kernel(
         u = step + tl.arange(0, BLOCK_N)
         other = tl.load(columns + tile * U + u, mask=u < U, other=-2)
         query = take(at_head(q, b, head, q_b, q_n, UNIT), token, q_t, D, BD, UNIT, WIDE, UPCAST)
-        do_i = take(at_head(do, b, head, do_b, do_n, UNIT), token, do_t, DV, BDV, UNIT, WIDE, UPCAST)
+        do_i = take(
+            at_head(do, b, head, do_b, do_n, UNIT), token, do_t, DV, BDV, UNIT, WIDE, UPCAST
+        )
         key = take(at_head(k, b, head, k_b, k_n, UNIT), other, k_t, D, BD, UNIT, WIDE, UPCAST)
         value = take(at_head(v, b, head, v_b, v_n, UNIT), other, v_t, DV, BDV, UNIT, WIDE, UPCAST)
         line = b * queries * heads + head
@@ -434,7 +521,9 @@ def extra_backward_kernel(
 
     token = tl.where(e < extra, e, -2)
     key = take(at_head(extra_k, b, head, ek_b, ek_n, UNIT), token, ek_t, D, BD, UNIT, WIDE, UPCAST)
-    value = take(at_head(extra_v, b, head, ev_b, ev_n, UNIT), token, ev_t, DV, BDV, UNIT, WIDE, UPCAST)
+    value = take(
+        at_head(extra_v, b, head, ev_b, ev_n, UNIT), token, ev_t, DV, BDV, UNIT, WIDE, UPCAST
+    )
     line = b * queries * heads + head
     acc_dk = tl.zeros([BLOCK_M, BD], tl.float32)
     acc_dv = tl.zeros([BLOCK_M, BDV], tl.float32)
@@ -443,12 +532,16 @@ def extra_backward_kernel(
         t = step + tl.arange(0, BLOCK_N)
         other = tl.where(t < queries, t, -2)
         query = take(at_head(q, b, head, q_b, q_n, UNIT), other, q_t, D, BD, UNIT, WIDE, UPCAST)
-        do_i = take(at_head(do, b, head, do_b, do_n, UNIT), other, do_t, DV, BDV, UNIT, WIDE, UPCAST)
+        do_i = take(
+            at_head(do, b, head, do_b, do_n, UNIT), other, do_t, DV, BDV, UNIT, WIDE, UPCAST
+        )
         lse_i = take_number(lse + line, other, heads, float("inf"), WIDE) * LOG2E
         delta_i = take_number(delta + line, other, heads, 0.0, WIDE)
         s = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (scale * LOG2E)
         if EXTRA_BIASED:
-            s += tl.trans(extra_tile(extra_bias + b * eb_b + head * eb_n, other, e, eb_t, eb_e, extra, WIDE))
+            s += tl.trans(
+                extra_tile(extra_bias + b * eb_b + head * eb_n, other, e, eb_t, eb_e, extra, WIDE)
+            )
         p = tl.exp2(s - lse_i[None, :])
         ds = p * (tl.dot(value, tl.trans(do_i), input_precision=PRECISION) - delta_i[None, :])
         acc_dv += tl.dot(p.to(do_i.dtype), do_i, input_precision=PRECISION)
@@ -484,9 +577,15 @@ def extra_bias_backward_kernel(
     for i in range(tl.minimum(size, images - group * size)):
         b = start + i
         query = take(at_head(q, b, head, q_b, q_n, UNIT), token, q_t, D, BD, UNIT, WIDE, UPCAST)
-        do_i = take(at_head(do, b, head, do_b, do_n, UNIT), token, do_t, DV, BDV, UNIT, WIDE, UPCAST)
-        key = take(at_head(extra_k, b, head, ek_b, ek_n, UNIT), other, ek_t, D, BD, UNIT, WIDE, UPCAST)
-        value = take(at_head(extra_v, b, head, ev_b, ev_n, UNIT), other, ev_t, DV, BDV, UNIT, WIDE, UPCAST)
+        do_i = take(
+            at_head(do, b, head, do_b, do_n, UNIT), token, do_t, DV, BDV, UNIT, WIDE, UPCAST
+        )
+        key = take(
+            at_head(extra_k, b, head, ek_b, ek_n, UNIT), other, ek_t, D, BD, UNIT, WIDE, UPCAST
+        )
+        value = take(
+            at_head(extra_v, b, head, ev_b, ev_n, UNIT), other, ev_t, DV, BDV, UNIT, WIDE, UPCAST
+        )
         line = b * queries * heads + head
         lse_i = take_number(lse + line, token, heads, float("inf"), WIDE) * LOG2E
         delta_i = take_number(delta + line, token, heads, 0.0, WIDE)
@@ -495,4 +594,6 @@ def extra_bias_backward_kernel(
         p = tl.exp2(s - lse_i[:, None])
         acc += p * (tl.dot(do_i, tl.trans(value), input_precision=PRECISION) - delta_i[:, None])
     place = group.to(tl.int64) * queries * heads + head + t.to(tl.int64)[:, None] * heads
-    tl.store(dbias + place * extra + e[None, :], acc, mask=(t < queries)[:, None] & (e < extra)[None, :])
+    tl.store(
+        dbias + place * extra + e[None, :], acc, mask=(t < queries)[:, None] & (e < extra)[None, :]
+    )

@@ -32,9 +32,13 @@ def _configs(call: Call, rows: int, columns: int, sums: int = 1) -> list[Config]
     # Few padded columns in few steps, as far as registers go: a backward pass needs twice as many, more sums and exact
     # products of float32 still more.
     most = 32 if sums == 3 or is_wide else 64
-    sizes = [n for n in (16, 32, 64, 128) if n <= 64 or (sums == 1 and call.dim <= 64 and not is_wide)]
+    sizes = [
+        n for n in (16, 32, 64, 128) if n <= 64 or (sums == 1 and call.dim <= 64 and not is_wide)
+    ]
     sizes.sort(key=lambda n: (n > most, ceil_div(columns, n) * (n + 40)))
-    stages = (1, 2) if columns <= sizes[0] else (2, 3, 1)  # a single step has nothing to overlap with
+    stages = (
+        (1, 2) if columns <= sizes[0] else (2, 3, 1)
+    )  # a single step has nothing to overlap with
     if _block(max(call.dim, call.value_dim)) * call.q.element_size() > MOST_BYTES // 2:
         sizes, stages = [16, 32], (1,)  # for the sake of shared memory
     several = (2 * warps, warps) if is_wide else (warps, 2 * warps)
@@ -45,10 +49,17 @@ def _configs(call: Call, rows: int, columns: int, sums: int = 1) -> list[Config]
     return found
 
 
-def _launch(kernel: Any, programs: int | tuple[int, int, int], config: Config, *args: Any, **constants: Any) -> None:
+def _launch(
+    kernel: Any, programs: int | tuple[int, int, int], config: Config, *args: Any, **constants: Any
+) -> None:
     """Launch a kernel with its first parameters by position, and the rows and columns of a config."""
     arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
-    launch(kernel, programs, config, {**arguments, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n})
+    launch(
+        kernel,
+        programs,
+        config,
+        {**arguments, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
+    )
 
 
 def _with_channels_together(x: Tensor) -> Tensor:
@@ -75,7 +86,9 @@ class Call:
         scale: float,
     ) -> None:
         self.q, self.k, self.v = (_with_channels_together(x) for x in (q, k, v))
-        self.extra_k, self.extra_v = (None if x is None else _with_channels_together(x) for x in (extra_k, extra_v))
+        self.extra_k, self.extra_v = (
+            None if x is None else _with_channels_together(x) for x in (extra_k, extra_v)
+        )
         self.bias, self.extra_bias, self.scale = bias, extra_bias, scale
         self.rel_pos = None if rel_pos is None else rel_pos.contiguous()
         self.axes, self.zero_keys = decode(axes), zero_keys
@@ -119,7 +132,13 @@ class Call:
         given = (self.q, self.k, self.v, self.do, self.extra_bias)
         spans = [x.stride(1) * x.shape[1] for x in given if x is not None]
         return (
-            max(*spans, max(self.queries, self.keys) * self.heads * max(self.dim, self.value_dim, self.width)) >= _WIDE
+            max(
+                *spans,
+                max(self.queries, self.keys)
+                * self.heads
+                * max(self.dim, self.value_dim, self.width),
+            )
+            >= _WIDE
         )
 
     @functools.cached_property
@@ -175,7 +194,10 @@ def _strides(*tensors: Tensor | None, number: int = 3) -> list[int]:
         if x is None:
             found += [0] * number
         else:
-            found += [0 if n == 1 else s for n, s in zip(x.shape[:number], x.stride()[:number], strict=True)]
+            found += [
+                0 if n == 1 else s
+                for n, s in zip(x.shape[:number], x.stride()[:number], strict=True)
+            ]
     return found
 
 
@@ -189,7 +211,15 @@ def _tables(
         return rows, columns, None, None, None, rows.shape[1], columns.shape[1]
     found, added = call.tiles(keys_hold)
     codes = None if call.rel_pos is None else found.codes
-    return found.rows, found.columns, found.kind, added, codes, found.rows.shape[1], found.columns.shape[1]
+    return (
+        found.rows,
+        found.columns,
+        found.kind,
+        added,
+        codes,
+        found.rows.shape[1],
+        found.columns.shape[1],
+    )
 
 
 def run_forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -225,7 +255,9 @@ def run_forward(call: Call) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _run_backward_queries(call: Call, do: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, ...]:
+def _run_backward_queries(
+    call: Call, do: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None
+) -> tuple[Tensor, ...]:
     """delta, and the gradients of q, of rel_pos and of weight."""
     from visattn.ops.fused.attention_kernels import queries_backward_kernel
 
@@ -263,10 +295,14 @@ def _run_backward_queries(call: Call, do: Tensor, out: Tensor, lse: Tensor, dlse
         return tuple(x for x in (delta, dq, drel_pos, dweight) if x is not None)
 
     candidates = _configs(call, m, total, sums=2)
-    return run_tuned("attention_backward_queries", (*call.shape_class, m, total), call.q.device, candidates, run)
+    return run_tuned(
+        "attention_backward_queries", (*call.shape_class, m, total), call.q.device, candidates, run
+    )
 
 
-def _q_indices(kv_indices: Tensor, weight: Tensor | None, number: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def _q_indices(
+    kv_indices: Tensor, weight: Tensor | None, number: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Turn kv_indices round: per key region the query regions that list it.
 
     Returns:
@@ -275,7 +311,11 @@ def _q_indices(kv_indices: Tensor, weight: Tensor | None, number: int) -> tuple[
     """
     topk, kv_indices = kv_indices.shape[3], kv_indices.flatten(2)
     ordered, order = kv_indices.sort(dim=-1, stable=True)
-    edges = torch.arange(number + 1, device=kv_indices.device).expand(*kv_indices.shape[:2], -1).contiguous()
+    edges = (
+        torch.arange(number + 1, device=kv_indices.device)
+        .expand(*kv_indices.shape[:2], -1)
+        .contiguous()
+    )
     first = torch.searchsorted(ordered, edges)
     weight = None if weight is None else weight.flatten(2).gather(2, order)
     return (order // topk).to(torch.int32), first.to(torch.int32), weight
@@ -334,14 +374,18 @@ def _run_backward_tiles(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> T
         return (torch.stack([part.sum(0) for part in partial.split(numbers)], dim=1),)
 
     candidates = _configs(call, m, u, sums=2)
-    (summed,) = run_tuned("attention_backward_tiles", (*call.shape_class, m, u), call.q.device, candidates, run)
+    (summed,) = run_tuned(
+        "attention_backward_tiles", (*call.shape_class, m, u), call.q.device, candidates, run
+    )
     bias = cast(Tensor, call.bias)
     if call.is_full(bias):
         return summed[:, 0, :, : bias.shape[2]].to(bias.dtype)
     return found.position_gradient(summed).to(bias.dtype)
 
 
-def _run_backward_extra(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+def _run_backward_extra(
+    call: Call, do: Tensor, lse: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor]:
     from visattn.ops.fused.attention_kernels import extra_backward_kernel
 
     def run(config: Config) -> tuple[Tensor, ...]:
@@ -373,7 +417,11 @@ def _run_backward_extra_bias(call: Call, do: Tensor, lse: Tensor, delta: Tensor)
     shared = [a for a, n in enumerate(bias.shape) if n == 1]
 
     def run(config: Config) -> tuple[Tensor, ...]:
-        blocks = ceil_div(call.queries, config.block_m) * ceil_div(call.extra, config.block_n) * call.heads
+        blocks = (
+            ceil_div(call.queries, config.block_m)
+            * ceil_div(call.extra, config.block_n)
+            * call.heads
+        )
         groups = call.images
         if 0 in shared:
             groups = ceil_div(groups, ceil_div(groups, ceil_div(_SPLIT, blocks)))
@@ -388,7 +436,9 @@ def _run_backward_extra_bias(call: Call, do: Tensor, lse: Tensor, delta: Tensor)
 
     candidates = _configs(call, call.queries, call.extra, sums=2)
     shape_class = (*call.shape_class, call.queries, call.extra)
-    (found,) = run_tuned("attention_backward_extra_bias", shape_class, call.q.device, candidates, run)
+    (found,) = run_tuned(
+        "attention_backward_extra_bias", shape_class, call.q.device, candidates, run
+    )
     return found.to(bias.dtype)
 
 

@@ -22,23 +22,38 @@ _STEPS = 4  # tiles of positions that a program of the kernels' gradient adds up
 
 def _config(elements: int, positions: int, block_c: int, num_warps: int) -> Config:
     """A tile of about so many elements: block_m positions by block_n channels."""
-    return Config(max(1, min(power_of_2(positions), elements // block_c, 256)), block_c, num_warps, 1)
+    return Config(
+        max(1, min(power_of_2(positions), elements // block_c, 256)), block_c, num_warps, 1
+    )
 
 
 def _candidates(x: Tensor, whole: bool) -> list[Config]:
     """With `whole`, a tile holds all channels of a head."""
     positions, channels = x.shape[1] * x.shape[2], power_of_2(x.shape[4])
     sizes = ((2048, 64, 4), (4096, 64, 4), (1024, 64, 4), (2048, 32, 4), (4096, 128, 8))
-    found = [_config(n, positions, channels if whole else min(channels, c), warps) for n, c, warps in sizes]
+    found = [
+        _config(n, positions, channels if whole else min(channels, c), warps)
+        for n, c, warps in sizes
+    ]
     return list(dict.fromkeys(found))
 
 
 def _shape_class(x: Tensor, weights: Tensor, *others: Any) -> tuple[int | str, ...]:
     positions = power_of_2(x.shape[1] * x.shape[2])
-    return (str(x.dtype), str(weights.dtype), positions, x.shape[3], x.shape[4], weights.shape[-1], *map(str, others))
+    return (
+        str(x.dtype),
+        str(weights.dtype),
+        positions,
+        x.shape[3],
+        x.shape[4],
+        weights.shape[-1],
+        *map(str, others),
+    )
 
 
-def _depthwise_launch(x: Tensor, weights: Tensor, out: Tensor, transposed: bool, config: Config) -> tuple[int, dict]:
+def _depthwise_launch(
+    x: Tensor, weights: Tensor, out: Tensor, transposed: bool, config: Config
+) -> tuple[int, dict]:
     """The number of programs and the kernel's arguments."""
     b, h, w, n, c = x.shape
     per_channel = weights.ndim == 4
@@ -71,7 +86,9 @@ def _depthwise_launch(x: Tensor, weights: Tensor, out: Tensor, transposed: bool,
     return b * n * ceil_div(c, config.block_n) * ceil_div(h * w, config.block_m), arguments
 
 
-def _weights_launch(grad: Tensor, x: Tensor, out: Tensor, per_channel: bool, config: Config) -> tuple[int, dict]:
+def _weights_launch(
+    grad: Tensor, x: Tensor, out: Tensor, per_channel: bool, config: Config
+) -> tuple[int, dict]:
     b, h, w, n, c = x.shape
     steps = _STEPS if per_channel else 1
     arguments = {
@@ -115,7 +132,9 @@ def _(x: Tensor, weights: Tensor, transposed: bool) -> Tensor:
 
 
 @torch.library.custom_op("visattn::depthwise_weights", mutates_args=())
-def _depthwise_weights(grad: Tensor, x: Tensor, taps: int, per_channel: bool, dtype: torch.dtype) -> Tensor:
+def _depthwise_weights(
+    grad: Tensor, x: Tensor, taps: int, per_channel: bool, dtype: torch.dtype
+) -> Tensor:
     from visattn.ops.fused.depthwise_kernels import depthwise_weights_kernel
 
     b, h, w, n, c = x.shape
@@ -132,7 +151,9 @@ def _depthwise_weights(grad: Tensor, x: Tensor, taps: int, per_channel: bool, dt
 
     key = _shape_class(x, grad, taps, per_channel, dtype)
     with torch.cuda.device_of(x):
-        return run_tuned("depthwise_weights", key, x.device, _candidates(x, whole=not per_channel), run)[0]
+        return run_tuned(
+            "depthwise_weights", key, x.device, _candidates(x, whole=not per_channel), run
+        )[0]
 
 
 @_depthwise_weights.register_fake
@@ -170,7 +191,9 @@ class _DepthwiseWeights(torch.autograd.Function):
     """G."""
 
     @staticmethod
-    def forward(grad: Tensor, x: Tensor, taps: int, per_channel: bool, dtype: torch.dtype) -> Tensor:
+    def forward(
+        grad: Tensor, x: Tensor, taps: int, per_channel: bool, dtype: torch.dtype
+    ) -> Tensor:
         return torch.ops.visattn.depthwise_weights(grad, x, taps, per_channel, dtype)
 
     @staticmethod

@@ -63,15 +63,23 @@ def depthwise_kernel(
                 r, s = row + (i - K // 2), column + (j - K // 2)
             inside = (r >= 0) & (r < H) & (s >= 0) & (s < W)
             place = (r.to(tl.int64) * x_h + s.to(tl.int64) * x_w) * X_UNIT
-            value = tl.load(x + place[:, None] + (c * x_c)[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
+            value = tl.load(
+                x + place[:, None] + (c * x_c)[None, :],
+                mask=inside[:, None] & (c < C)[None, :],
+                other=0.0,
+            )
             if PER_CHANNEL:
-                weight = tl.load(weights + c * w_c + (i * K + j) * w_j, mask=c < C, other=0.0)[None, :]
+                weight = tl.load(weights + c * w_c + (i * K + j) * w_j, mask=c < C, other=0.0)[
+                    None, :
+                ]
             else:
                 if TRANSPOSED:
                     place = r.to(tl.int64) * w_h + s.to(tl.int64) * w_w
                 else:
                     place = row.to(tl.int64) * w_h + column.to(tl.int64) * w_w
-                weight = tl.load(weights + place + (i * K + j) * w_j, mask=inside & (row < H), other=0.0)[:, None]
+                weight = tl.load(
+                    weights + place + (i * K + j) * w_j, mask=inside & (row < H), other=0.0
+                )[:, None]
             acc += value.to(tl.float32) * weight.to(tl.float32)
 
     place = (b * H * W + p)[:, None] * (N * C) + n * C + c[None, :]
@@ -146,4 +154,8 @@ def depthwise_weights_kernel(
     else:
         place = (b * H * W + first) * N + n
         valid = first < H * W
-    tl.store(out + place[:, None] * (K * K) + taps[None, :], result, mask=valid[:, None] & (taps < K * K)[None, :])
+    tl.store(
+        out + place[:, None] * (K * K) + taps[None, :],
+        result,
+        mask=valid[:, None] & (taps < K * K)[None, :],
+    )

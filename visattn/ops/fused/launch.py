@@ -55,9 +55,13 @@ def strides(x: Tensor, name: str, axes: str) -> dict[str, int]:
     knows that addresses are aligned, and of strides it would only see that they are multiples of 16: not those of heads
     of 24 channels.
     """
-    *outer, last = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    *outer, last = (
+        0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)
+    )
     unit = 8 if all(stride % 8 == 0 for stride in outer) else 1
-    found = {f"{name}_{axis}": stride // unit for axis, stride in zip(axes[:-1], outer, strict=True)}
+    found = {
+        f"{name}_{axis}": stride // unit for axis, stride in zip(axes[:-1], outer, strict=True)
+    }
     return {**found, f"{name}_{axes[-1]}": last, f"{name.upper()}_UNIT": unit}
 
 
@@ -98,7 +102,9 @@ def record() -> Generator[list[Launch]]:
         _recorded.pop()
 
 
-def launch(kernel: Any, programs: int | tuple[int, ...], config: Config, arguments: dict[str, Any]) -> None:
+def launch(
+    kernel: Any, programs: int | tuple[int, ...], config: Config, arguments: dict[str, Any]
+) -> None:
     """Launch so many programs of a kernel, per axis if several, with the warps and stages of a config."""
     if _recorded:
         _recorded[-1].append(describe(kernel, arguments, config.num_warps, config.num_stages))

@@ -22,12 +22,24 @@ _SHORTEST = 256  # positions of a part
 # By bytes of an element: float32 is multiplied without tensor cores, unless tf32 is allowed, and takes many registers.
 # (channels of either side of a context that a program holds at most, positions it streams per step, ...)
 _OUTER = {
-    2: [Config(*c) for c in ((64, 64, 4, 3), (64, 128, 4, 2), (64, 32, 4, 4), (32, 128, 4, 3), (128, 64, 8, 3))],
+    2: [
+        Config(*c)
+        for c in ((64, 64, 4, 3), (64, 128, 4, 2), (64, 32, 4, 4), (32, 128, 4, 3), (128, 64, 8, 3))
+    ],
     4: [Config(*c) for c in ((32, 64, 4, 2), (32, 32, 4, 3), (64, 32, 8, 2))],
 }
 # (queries that a program holds, channels of them it streams per step at most, ...)
 _APPLY = {
-    2: [Config(*c) for c in ((128, 64, 4, 2), (64, 64, 4, 2), (256, 64, 8, 2), (128, 32, 4, 3), (64, 128, 4, 2))],
+    2: [
+        Config(*c)
+        for c in (
+            (128, 64, 4, 2),
+            (64, 64, 4, 2),
+            (256, 64, 8, 2),
+            (128, 32, 4, 3),
+            (64, 128, 4, 2),
+        )
+    ],
     4: [Config(*c) for c in ((64, 32, 4, 2), (128, 32, 8, 2), (32, 32, 4, 2))],
 }
 _WIDEST = {2: 64, 4: 32}  # channels of a result of apply that a program holds at most
@@ -45,7 +57,9 @@ def _parts(b: int, m: int, n: int, blocks: int) -> tuple[int, int]:
     return ceil_div(m, max(1, rows)), rows
 
 
-def _outer_launch(k: Tensor, v: Tensor, config: Config) -> tuple[int, tuple[int, ...], dict[str, Any]]:
+def _outer_launch(
+    k: Tensor, v: Tensor, config: Config
+) -> tuple[int, tuple[int, ...], dict[str, Any]]:
     """The number of programs, the shape of the result [parts, B, N, D, E] and the kernel's arguments without it."""
     (b, m, n, d), e = k.shape, v.shape[-1]
     block_d, block_e = _block(d, config.block_m), _block(e, config.block_m)
@@ -71,7 +85,9 @@ def _outer_launch(k: Tensor, v: Tensor, config: Config) -> tuple[int, tuple[int,
     return parts * b * n * blocks, (parts, b, n, d, e), arguments
 
 
-def _apply_launch(q: Tensor, context: Tensor, config: Config) -> tuple[int, tuple[int, ...], dict[str, Any]]:
+def _apply_launch(
+    q: Tensor, context: Tensor, config: Config
+) -> tuple[int, tuple[int, ...], dict[str, Any]]:
     (b, l, n, d), e = q.shape, context.shape[-1]  # noqa: E741
     block_l, block_e = _block(l, config.block_m), _block(e, _WIDEST[q.element_size()])
     arguments = {
@@ -107,7 +123,9 @@ def _outer(k: Tensor, v: Tensor) -> Tensor:
         return (out[0] if shape[0] == 1 else out.sum(0),)
 
     with torch.cuda.device_of(k):
-        return run_tuned("linear_outer", _shape_class(k, v.shape[-1]), k.device, _OUTER[k.element_size()], run)[0]
+        return run_tuned(
+            "linear_outer", _shape_class(k, v.shape[-1]), k.device, _OUTER[k.element_size()], run
+        )[0]
 
 
 @_outer.register_fake
@@ -127,7 +145,13 @@ def _apply(q: Tensor, context: Tensor) -> Tensor:
         return (out,)
 
     with torch.cuda.device_of(q):
-        return run_tuned("linear_apply", _shape_class(q, context.shape[-1]), q.device, _APPLY[q.element_size()], run)[0]
+        return run_tuned(
+            "linear_apply",
+            _shape_class(q, context.shape[-1]),
+            q.device,
+            _APPLY[q.element_size()],
+            run,
+        )[0]
 
 
 @_apply.register_fake
@@ -136,7 +160,9 @@ def _(q: Tensor, context: Tensor) -> Tensor:
 
 
 @register_flop_formula([torch.ops.visattn.linear_outer, torch.ops.visattn.linear_apply])
-def _flops(x_shape: tuple[int, ...], other_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+def _flops(
+    x_shape: tuple[int, ...], other_shape: tuple[int, ...], *args: Any, **kwargs: Any
+) -> int:
     b, rows, n, d = x_shape
     return 2 * b * rows * n * d * other_shape[-1]
 
@@ -192,7 +218,9 @@ def outer(k: Tensor, v: Tensor) -> Tensor:
         TypeError: Different dtypes.
     """
     if k.ndim != 4 or v.ndim != 4 or k.shape[:-1] != v.shape[:-1]:
-        raise ValueError(f"expected k [B, M, N, D] and v [B, M, N, E], got {tuple(k.shape)} and {tuple(v.shape)}")
+        raise ValueError(
+            f"expected k [B, M, N, D] and v [B, M, N, E], got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
     if k.dtype != v.dtype:
         raise TypeError(f"expected k and v of one dtype, got {k.dtype} and {v.dtype}")
     return _Outer.apply(k, v)

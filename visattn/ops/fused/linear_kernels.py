@@ -105,7 +105,9 @@ def apply_kernel(
         query = tl.load(q, mask=(l < L)[:, None] & (start + d < D)[None, :], other=0.0)
         if UPCAST:
             query = query.to(tl.float32)
-        weight = tl.load(context, mask=(start + d < D)[:, None] & (e < E)[None, :], other=0.0).to(query.dtype)
+        weight = tl.load(context, mask=(start + d < D)[:, None] & (e < E)[None, :], other=0.0).to(
+            query.dtype
+        )
         acc = tl.dot(query, weight, acc, input_precision=PRECISION)
         q += BLOCK_D * q_d
         context += c_d * (BLOCK_D * C_UNIT)

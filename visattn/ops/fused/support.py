@@ -42,7 +42,9 @@ def _is_old(device: torch.device) -> bool:
 @functools.cache
 def _has_compiler() -> bool:
     """As Triton looks for one; on Windows it brings its own."""
-    return os.name == "nt" or bool(os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc"))
+    return os.name == "nt" or bool(
+        os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
+    )
 
 
 def can_run(problem: Any) -> str | None:
@@ -50,7 +52,9 @@ def can_run(problem: Any) -> str | None:
     q, dims = problem.q, (problem.q.shape[-1], problem.v.shape[-1])
     most = MOST_BYTES // q.element_size()
     if max(dims) > most:
-        return f"expected heads of at most {most} channels in {q.dtype}, got {dims[0]} and {dims[1]}"
+        return (
+            f"expected heads of at most {most} channels in {q.dtype}, got {dims[0]} and {dims[1]}"
+        )
     return can_run_tensors(problem)
 
 

@@ -76,8 +76,12 @@ class Lookup:
         values = self.index.flatten()
         ordered, order = torch.sort(values, stable=True)
         counts = torch.bincount(values, minlength=self.number + 1)
-        rank = torch.arange(len(values), device=values.device) - (counts.cumsum(0) - counts)[ordered]
-        places = torch.full((self.number + 1, int(counts[:-1].max())), len(values), device=values.device)
+        rank = (
+            torch.arange(len(values), device=values.device) - (counts.cumsum(0) - counts)[ordered]
+        )
+        places = torch.full(
+            (self.number + 1, int(counts[:-1].max())), len(values), device=values.device
+        )
         kept = ordered < self.number
         places[ordered[kept], rank[kept]] = order[kept]
         return places[:-1]
@@ -142,10 +146,15 @@ class BlockMask:
             size, parts, first, numbers = ceil_div(sum(self.counts) * images, number), [], 0, []
             for kind, count in enumerate(self.counts):
                 starts = range(0, count * images, size)
-                parts += [(kind, first, start, min(start + size, count * images)) for start in starts]
+                parts += [
+                    (kind, first, start, min(start + size, count * images)) for start in starts
+                ]
                 numbers.append(len(starts))
                 first += count
-            self._parts[images, number] = torch.tensor(parts, dtype=torch.int32).to(self.rows.device), numbers
+            self._parts[images, number] = (
+                torch.tensor(parts, dtype=torch.int32).to(self.rows.device),
+                numbers,
+            )
         return self._parts[images, number]
 
     @functools.cached_property
@@ -158,7 +167,9 @@ class BlockMask:
             index, hidden = index * number + pattern, hidden + (pattern < 0)
         number = math.prod(self.entries)
         index = interleave(index.masked_fill(hidden > 0, number), axes).squeeze(1)
-        return Lookup(F.pad(index, (0, self.columns.shape[1] - index.shape[2]), value=number), number)
+        return Lookup(
+            F.pad(index, (0, self.columns.shape[1] - index.shape[2]), value=number), number
+        )
 
     @functools.cached_property
     def masks(self) -> dict[torch.dtype, Tensor]:
@@ -168,7 +179,9 @@ class BlockMask:
     def mask(self, dtype: torch.dtype) -> Tensor:
         """The position tiles of a call without a position table."""
         if dtype not in self.masks:
-            self.masks[dtype] = self.position_tiles(self.rows.new_zeros((1, *self.entries), dtype=dtype))
+            self.masks[dtype] = self.position_tiles(
+                self.rows.new_zeros((1, *self.entries), dtype=dtype)
+            )
         return self.masks[dtype]
 
     def position_tiles(self, table: Tensor) -> Tensor:
@@ -181,7 +194,9 @@ class BlockMask:
 
     def pad(self, tiles: Tensor) -> Tensor:
         """[..., M, U] from fewer columns, hidden ones behind."""
-        return F.pad(tiles, (0, self.columns.shape[1] - tiles.shape[-1]), value=float("-inf")).contiguous()
+        return F.pad(
+            tiles, (0, self.columns.shape[1] - tiles.shape[-1]), value=float("-inf")
+        ).contiguous()
 
 
 class _Select(torch.autograd.Function):
@@ -211,14 +226,19 @@ def _codes(axes: Sequence[Halo], positions: Sequence[Tensor]) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def block_mask(axes: tuple[AnyAxis, ...], keys_hold: bool, device: torch.device, extra: int = 0) -> BlockMask:
+def block_mask(
+    axes: tuple[AnyAxis, ...], keys_hold: bool, device: torch.device, extra: int = 0
+) -> BlockMask:
     """Tiles of queries that stream keys, or, with `keys_hold`, tiles of keys that stream the queries that see them.
 
     With `extra`, every tile meets so many more columns, which are not in the tables.
     """
     with torch.device("cpu"), torch.inference_mode(False):
         relation = [spans(axis) for axis in axes]
-        sizes = [int(s.key.amax()) + 1 for s in relation], [int(s.query.amax()) + 1 for s in relation]
+        sizes = (
+            [int(s.key.amax()) + 1 for s in relation],
+            [int(s.query.amax()) + 1 for s in relation],
+        )
         column_sizes, row_sizes = reversed(sizes) if keys_hold else sizes
         cuts = tile_plan([s.reversed() for s in relation] if keys_hold else relation, extra)
         rows = _outer([cut.query for cut in cuts], row_sizes)
@@ -230,13 +250,17 @@ def block_mask(axes: tuple[AnyAxis, ...], keys_hold: bool, device: torch.device,
         codes = None
         halos = [axis for axis in axes if isinstance(axis, Halo)]
         if len(halos) == len(axes):
-            codes = _codes(halos, [cut.query_position if keys_hold else cut.key_position for cut in cuts])
+            codes = _codes(
+                halos, [cut.query_position if keys_hold else cut.key_position for cut in cuts]
+            )
         more = -columns.shape[1] % STEP
         columns = F.pad(columns, (0, more), value=NONE)
         if codes is not None and not keys_hold:
             codes = F.pad(codes, (0, more))
         members = torch.sort(kind, stable=True).indices
-        rows, columns, kind, members = (x.to(device, torch.int32) for x in (rows, columns, kind, members))
+        rows, columns, kind, members = (
+            x.to(device, torch.int32) for x in (rows, columns, kind, members)
+        )
         return BlockMask(
             rows,
             columns,

@@ -92,7 +92,9 @@ def forget() -> None:
 def _mode() -> str:
     mode = os.environ.get("VISATTN_TUNE") or "cached"
     if mode not in MODES:
-        raise ValueError(f"expected VISATTN_TUNE to be one of {', '.join(map(repr, MODES))}, got {mode!r}")
+        raise ValueError(
+            f"expected VISATTN_TUNE to be one of {', '.join(map(repr, MODES))}, got {mode!r}"
+        )
     return mode
 
 
@@ -159,7 +161,9 @@ def _look_up(key: _Key, candidates: Sequence[Config]) -> Choice:
     for source, entry in tuning_cache.find(name, (kernel, shape_class)):
         config = next((c for c in candidates if vars(c) == entry.config), None)
         if config is not None:
-            return Choice(*key[:2], name, config, candidates[0], source, entry.median_ms, entry.default_ms)
+            return Choice(
+                *key[:2], name, config, candidates[0], source, entry.median_ms, entry.default_ms
+            )
     return Choice(*key[:2], name, candidates[0], candidates[0], "default")
 
 
@@ -173,20 +177,38 @@ def _search(known: Choice, key: _Key, candidates: Sequence[Config], run: Run) ->
     if not _searching.acquire(blocking=False):
         return None
     try:
-        found = search(candidates, run, device, [word for word in shape_class if isinstance(word, str)])
+        found = search(
+            candidates, run, device, [word for word in shape_class if isinstance(word, str)]
+        )
     except torch.OutOfMemoryError:
         found = None
     finally:
         _searching.release()
     if found is None:
-        _logger.debug("%s %s: no search, for lack of memory or because the default gives NaN", kernel, shape_class)
+        _logger.debug(
+            "%s %s: no search, for lack of memory or because the default gives NaN",
+            kernel,
+            shape_class,
+        )
         return None
     for config, reason in found.dropped.items():
         _logger.debug("%s %s: dropped %s: %s", kernel, shape_class, config, reason)
     median, default = (round(found.median_ms[config], 5) for config in (found.best, candidates[0]))
-    tuning_cache.add(known.device, (kernel, shape_class), tuning_cache.Entry(dict(vars(found.best)), median, default))
+    tuning_cache.add(
+        known.device,
+        (kernel, shape_class),
+        tuning_cache.Entry(dict(vars(found.best)), median, default),
+    )
     return Choice(
-        kernel, shape_class, known.device, found.best, candidates[0], "search", median, default, found.dropped
+        kernel,
+        shape_class,
+        known.device,
+        found.best,
+        candidates[0],
+        "search",
+        median,
+        default,
+        found.dropped,
     )
 
 

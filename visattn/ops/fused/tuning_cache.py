@@ -38,7 +38,9 @@ def directory() -> Path:
     try:
         if given := os.environ.get("VISATTN_CACHE_DIR"):
             return Path(given).expanduser() / "tuning"
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "visattn" / "tuning"
+        return (
+            Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "visattn" / "tuning"
+        )
     except RuntimeError:  # a user without a home, as in some containers
         return Path(tempfile.gettempdir()) / "visattn" / "tuning"
 
@@ -79,13 +81,17 @@ def add(gpu: str, key: Key, entry: Entry) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        _warn_once(f"cannot write tuning results to {path}: {error}; try another directory in VISATTN_CACHE_DIR")
+        _warn_once(
+            f"cannot write tuning results to {path}: {error}; try another directory in VISATTN_CACHE_DIR"
+        )
 
 
 def _render(gpu: str, entries: Mapping[Key, Entry]) -> str:
     lines = [
         json.dumps({"kernel": kernel, "shape_class": list(shape_class), **vars(entry)})
-        for (kernel, shape_class), entry in sorted(entries.items(), key=lambda item: (item[0][0], str(item[0][1])))
+        for (kernel, shape_class), entry in sorted(
+            entries.items(), key=lambda item: (item[0][0], str(item[0][1]))
+        )
     ]
     body = ",\n".join(lines)
     return f'{{\n"format": {FORMAT},\n"gpu": {json.dumps(gpu)},\n"entries": [\n{body}\n]\n}}\n'
@@ -100,15 +106,21 @@ def _parse(path: Path, gpu: str) -> dict[Key, Entry]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["format"] != FORMAT or data["gpu"] != gpu:
-            raise ValueError(f"expected format {FORMAT} for {gpu}, got format {data['format']} for {data['gpu']}")
+            raise ValueError(
+                f"expected format {FORMAT} for {gpu}, got format {data['format']} for {data['gpu']}"
+            )
         return {
-            (e["kernel"], tuple(e["shape_class"])): Entry(dict(e["config"]), e.get("median_ms"), e.get("default_ms"))
+            (e["kernel"], tuple(e["shape_class"])): Entry(
+                dict(e["config"]), e.get("median_ms"), e.get("default_ms")
+            )
             for e in data["entries"]
         }
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        _warn_once(f"tuning results in {path} are ignored: {error!r}; remove the file, or search anew")
+        _warn_once(
+            f"tuning results in {path} are ignored: {error!r}; remove the file, or search anew"
+        )
         return {}
 
 

@@ -49,7 +49,9 @@ class Found:
     dropped: dict[Config, str]
 
 
-def search(candidates: Sequence[Config], run: Run, device: torch.device, dtypes: Iterable[str]) -> Found | None:
+def search(
+    candidates: Sequence[Config], run: Run, device: torch.device, dtypes: Iterable[str]
+) -> Found | None:
     """Time the candidates whose results agree with those of the first, the default.
 
     Args:
@@ -62,7 +64,10 @@ def search(candidates: Sequence[Config], run: Run, device: torch.device, dtypes:
         torch.OutOfMemoryError: The device has no room for the results of two candidates.
         Exception: Whatever the default raises.
     """
-    with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with (
+        torch.no_grad(),
+        torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext(),
+    ):
         expected = run(candidates[0])
         if any(t.is_floating_point() and t.isnan().any() for t in expected):
             return None
@@ -80,7 +85,9 @@ def search(candidates: Sequence[Config], run: Run, device: torch.device, dtypes:
             else:
                 dropped[config] = reason
         del expected
-        medians = dict(zip(timed, _medians([functools.partial(run, c) for c in timed], device), strict=True))
+        medians = dict(
+            zip(timed, _medians([functools.partial(run, c) for c in timed], device), strict=True)
+        )
     return Found(min(medians, key=medians.__getitem__), medians, dropped)
 
 
@@ -95,8 +102,15 @@ def _failures() -> tuple[type[Exception], ...]:
 
 def _tolerance(dtypes: Sequence[str]) -> float:
     """That of the coarsest dtype: float32 outputs of bfloat16 inputs are as inexact as those."""
-    table = {**TOLERANCE, "float32": TOLERANCE_TF32} if torch.backends.cuda.matmul.allow_tf32 else TOLERANCE
-    return max((table[d] for d in (name.removeprefix("torch.") for name in dtypes) if d in table), default=0.0)
+    table = (
+        {**TOLERANCE, "float32": TOLERANCE_TF32}
+        if torch.backends.cuda.matmul.allow_tf32
+        else TOLERANCE
+    )
+    return max(
+        (table[d] for d in (name.removeprefix("torch.") for name in dtypes) if d in table),
+        default=0.0,
+    )
 
 
 def _difference(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> str | None:
@@ -116,7 +130,9 @@ def _difference(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: fl
         wide = torch.promote_types(e.dtype, torch.float32)
         g, e = g.where(finite, 0), e.where(finite, 0)
         for order, bound in ((2, tolerance), (float("inf"), 4 * tolerance)):
-            error, scale = (torch.linalg.vector_norm(t, order, dtype=wide).item() for t in (g - e, e))
+            error, scale = (
+                torch.linalg.vector_norm(t, order, dtype=wide).item() for t in (g - e, e)
+            )
             error /= scale or 1.0
             if not error <= bound:  # NaN fails too
                 return f"results differ from the default's by {error:.1e} (norm {order}), more than {bound:.1e}"
@@ -132,7 +148,9 @@ def _medians(runs: Sequence[Callable[[], object]], device: torch.device) -> list
     samples = [[time_call(run) for run in runs] for _ in range(ROUNDS)]
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return [statistics.median(sample() for sample in column) for column in zip(*samples, strict=True)]
+    return [
+        statistics.median(sample() for sample in column) for column in zip(*samples, strict=True)
+    ]
 
 
 def _cpu_time(run: Callable[[], object]) -> Callable[[], float]:

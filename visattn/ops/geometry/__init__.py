@@ -14,8 +14,28 @@ from visattn.ops.geometry.arithmetic import (
 )
 from visattn.ops.geometry.blocks import Halo, Partition, bin_edges, bins
 from visattn.ops.geometry.pooled import Pooled, interpolated
-from visattn.ops.geometry.sliding import Axis, Neighbors, Tiles, neighbors, sees_all, tile_sizes, tiles, window
-from visattn.ops.geometry.spans import NONE, OUTSIDE, AnyAxis, Clipped, Cut, Spans, Whole, padded_rows, spans, tile_plan
+from visattn.ops.geometry.sliding import (
+    Axis,
+    Neighbors,
+    Tiles,
+    neighbors,
+    sees_all,
+    tile_sizes,
+    tiles,
+    window,
+)
+from visattn.ops.geometry.spans import (
+    NONE,
+    OUTSIDE,
+    AnyAxis,
+    Clipped,
+    Cut,
+    Spans,
+    Whole,
+    padded_rows,
+    spans,
+    tile_plan,
+)
 
 __all__ = [
     "NONE",

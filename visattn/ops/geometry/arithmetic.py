@@ -38,7 +38,9 @@ def interleave(table: Tensor, axes: int) -> Tensor:
     """[n, T_1, t_1, U_1, T_2, t_2, U_2, ...] -> [T_1 T_2 ..., n, t_1 t_2 ..., U_1 U_2 ...]; without T -> [n, t, U]."""
     parts = (table.ndim - 1) // axes  # 3, or 2 without T
     *tile, query, key = ([1 + parts * a + part for a in range(axes)] for part in range(parts))
-    table = table.permute(*(tile[0] if tile else ()), 0, *query, *key)  # [T_1, T_2, ..., n, t_1, ..., U_1, ...]
+    table = table.permute(
+        *(tile[0] if tile else ()), 0, *query, *key
+    )  # [T_1, T_2, ..., n, t_1, ..., U_1, ...]
     table = table.flatten(-axes).flatten(-1 - axes, -2)  # [T_1, T_2, ..., n, t, U]
     return table.flatten(0, axes - 1) if tile else table
 

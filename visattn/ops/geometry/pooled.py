@@ -47,7 +47,10 @@ class Pooled:
     def index(self, device: torch.device | str | None = None) -> Tensor:
         """[length, pooled] place of the distance of each query and key in `distances`."""
         start, stop = bin_edges(self.length, self.pooled, device)
-        (smallest, _, step), twice = self.bounds, 2 * torch.arange(self.length, device=device)[:, None]
+        (smallest, _, step), twice = (
+            self.bounds,
+            2 * torch.arange(self.length, device=device)[:, None],
+        )
         return (twice - (start + stop - 1).mT - smallest) // step
 
 
@@ -56,10 +59,14 @@ def _stretch(size: int, new: int, device: torch.device | str | None) -> tuple[Te
 
     The outer edges of the first and the last value stay in place (`align_corners=False`).
     """
-    place = ((2 * torch.arange(new, device=device) + 1) * size - new).clamp(min=0)  # in units of 1 / (2 new)
+    place = ((2 * torch.arange(new, device=device) + 1) * size - new).clamp(
+        min=0
+    )  # in units of 1 / (2 new)
     first = place // (2 * new)
     weight = (place - 2 * new * first).double() / (2 * new)
-    return torch.stack([first, (first + 1).clamp(max=size - 1)], -1), torch.stack([1 - weight, weight], -1)
+    return torch.stack([first, (first + 1).clamp(max=size - 1)], -1), torch.stack(
+        [1 - weight, weight], -1
+    )
 
 
 def interpolated(
@@ -73,7 +80,9 @@ def interpolated(
     """
     index = axis.index(device)
     is_same = is_symbolic(axis.length, axis.pooled)  # only then are those of the map its own
-    if is_same or (not is_symbolic(length, pooled) and (length, pooled) == (axis.length, axis.pooled)):
+    if is_same or (
+        not is_symbolic(length, pooled) and (length, pooled) == (axis.length, axis.pooled)
+    ):
         return index[..., None], None
     (query, query_weight), (key, key_weight) = (
         _stretch(*sizes, device) for sizes in ((axis.length, length), (axis.pooled, pooled))

@@ -67,7 +67,8 @@ class Spans:
         """The same relation with keys in the role of queries."""
         position = torch.arange(self.key.shape[1]).expand_as(self.key)
         first, last = (
-            torch.searchsorted(edge.contiguous(), position.contiguous(), right=True) for edge in (self.stop, self.start)
+            torch.searchsorted(edge.contiguous(), position.contiguous(), right=True)
+            for edge in (self.stop, self.start)
         )
         return Spans(self.key, self.query, first, last, self.offset, self.entries, -self.sign)
 
@@ -80,12 +81,17 @@ class Spans:
         groups, places = self.query.shape
         more = -places % size
         query = F.pad(self.query, (0, more), value=OUTSIDE).view(-1, size)
-        start, stop = (torch.cat([x, x[:, -1:].expand(-1, more)], 1).view(-1, size) for x in (self.start, self.stop))
+        start, stop = (
+            torch.cat([x, x[:, -1:].expand(-1, more)], 1).view(-1, size)
+            for x in (self.start, self.stop)
+        )
         position = torch.arange(places + more).expand(groups, -1).reshape(-1, size)
         group = torch.arange(groups).repeat_interleave((places + more) // size)
         there = query >= 0
         tiles = there.any(1)
-        query, start, stop, position, group, there = (x[tiles] for x in (query, start, stop, position, group, there))
+        query, start, stop, position, group, there = (
+            x[tiles] for x in (query, start, stop, position, group, there)
+        )
         first = start.masked_fill(~there, self.key.shape[1]).amin(1)
         union = max(1, int((stop.masked_fill(~there, 0).amax(1) - first).amax()))
         first = first.clamp(max=max(self.key.shape[1] - union, 0))
@@ -94,9 +100,19 @@ class Spans:
         key = key.masked_fill(place >= self.key.shape[1], NONE)
         if self.entries == 1 and self.sees_all():
             pattern = torch.zeros(1, 1, 1, dtype=torch.long).expand(1, size, union)
-            return Cut(query, key, position, place, pattern, torch.zeros(len(query), dtype=torch.long), False)
+            return Cut(
+                query,
+                key,
+                position,
+                place,
+                pattern,
+                torch.zeros(len(query), dtype=torch.long),
+                False,
+            )
         visible = (place[:, None] >= start[..., None]) & (place[:, None] < stop[..., None])
-        entry = (self.sign * (place[:, None] - position[..., None]) + self.offset).clamp(0, self.entries - 1)
+        entry = (self.sign * (place[:, None] - position[..., None]) + self.offset).clamp(
+            0, self.entries - 1
+        )
         masked = bool((~visible & there[..., None] & (key != NONE)[:, None]).any())
         pattern, kind = torch.unique(entry.masked_fill(~visible, -1), dim=0, return_inverse=True)
         return Cut(query, key, position, place, pattern, kind, masked)
@@ -136,7 +152,10 @@ def spans(axis: AnyAxis) -> Spans:
 
 @spans.register
 def _(axis: Axis) -> Spans:
-    group, position = torch.arange(axis.dilation)[:, None], _rank(ceil_div(axis.length, axis.dilation))
+    group, position = (
+        torch.arange(axis.dilation)[:, None],
+        _rank(ceil_div(axis.length, axis.dilation)),
+    )
     token = position * axis.dilation + group
     token = token.masked_fill(token >= axis.length, OUTSIDE)
     start, stop = window(position, (token >= 0).sum(1, keepdim=True), axis)
@@ -150,7 +169,12 @@ def _(axis: Partition) -> Spans:
     token = torch.full((windows, slots), OUTSIDE)
     token[axis.place()] = torch.arange(axis.length)
     return Spans(
-        token, token, torch.zeros_like(token), torch.full_like(token, slots), axis.window - 1, 2 * axis.window - 1
+        token,
+        token,
+        torch.zeros_like(token),
+        torch.full_like(token, slots),
+        axis.window - 1,
+        2 * axis.window - 1,
     )
 
 
@@ -166,7 +190,9 @@ def _(axis: Halo) -> Spans:
 @spans.register
 def _(axis: Whole) -> Spans:
     query = _rank(axis.queries)
-    return Spans(query, _rank(axis.keys), torch.zeros_like(query), torch.full_like(query, axis.keys))
+    return Spans(
+        query, _rank(axis.keys), torch.zeros_like(query), torch.full_like(query, axis.keys)
+    )
 
 
 @spans.register
@@ -200,9 +226,14 @@ def tile_plan(axes: Sequence[Spans], extra: int = 0) -> tuple[Cut, ...]:
         options.append([(size, axis.cut(size)) for size in sizes if size <= 128 or size == longest])
 
     def cost(cuts: Sequence[Cut]) -> int:
-        tiles, rows = math.prod(len(c.query) for c in cuts), padded_rows(math.prod(c.query.shape[1] for c in cuts))
+        tiles, rows = (
+            math.prod(len(c.query) for c in cuts),
+            padded_rows(math.prod(c.query.shape[1] for c in cuts)),
+        )
         keys = padded_rows(math.prod(c.key.shape[1] for c in cuts)) + extra
         blocks = ceil_div(rows, 64)
         return tiles * (keys * (rows + 64 * blocks) + 64 * 64 * blocks)
 
-    return min((tuple(cut for _, cut in choice) for choice in itertools.product(*options)), key=cost)
+    return min(
+        (tuple(cut for _, cut in choice) for choice in itertools.product(*options)), key=cost
+    )

@@ -50,16 +50,24 @@ class HaloProblem(AttentionProblem):
                 f"expected q with [B, H', W'] = {expected} (the keys' map over stride {list(self.stride)}, rounded "
                 f"up), got {got}"
             )
-        for name, table, axis in zip(("rel_h", "rel_w"), (self.rel_h, self.rel_w), axes, strict=True):
+        for name, table, axis in zip(
+            ("rel_h", "rel_w"), (self.rel_h, self.rel_w), axes, strict=True
+        ):
             check_floating(**{name: table})
-            if table is not None and tuple(table.shape) != (shape := (2 * axis.window - 1, q.shape[-1])):
-                raise ValueError(f"expected {name} {shape} ([2 * (block + 2 * halo) - 1, D]), got {tuple(table.shape)}")
+            if table is not None and tuple(table.shape) != (
+                shape := (2 * axis.window - 1, q.shape[-1])
+            ):
+                raise ValueError(
+                    f"expected {name} {shape} ([2 * (block + 2 * halo) - 1, D]), got {tuple(table.shape)}"
+                )
 
     @property
     def axes(self) -> tuple[Halo, Halo]:
         """How each axis of the keys' map is cut."""
         sizes = [int(n) for n in self.k.shape[1:3]] if torch.jit.is_tracing() else self.k.shape[1:3]
-        rows, columns = (Halo(*a) for a in zip(sizes, self.block_size, self.halo_size, self.stride, strict=True))
+        rows, columns = (
+            Halo(*a) for a in zip(sizes, self.block_size, self.halo_size, self.stride, strict=True)
+        )
         return rows, columns
 
     def clipped(self) -> HaloProblem:
@@ -73,19 +81,34 @@ class HaloProblem(AttentionProblem):
             first = axis.block - c.block + 3 * (axis.halo - c.halo)
             tables.append(None if table is None else table[first : first + 2 * c.window - 1])
         blocks, halos = [c.block for c in cut], [c.halo for c in cut]
-        return dataclasses.replace(self, block_size=blocks, halo_size=halos, rel_h=tables[0], rel_w=tables[1])
+        return dataclasses.replace(
+            self, block_size=blocks, halo_size=halos, rel_h=tables[0], rel_w=tables[1]
+        )
 
     def flops(self) -> int:
         """Those of the pairs that take part, and of the relative terms."""
         axes, dim = self.axes, self.q.shape[-1]
         pairs = axes[0].pairs(self.mask_border) * axes[1].pairs(self.mask_border)
         tables = zip(axes, (self.rel_h, self.rel_w), strict=True)
-        relative = self.q.shape[1] * self.q.shape[2] * sum(a.window for a, table in tables if table is not None)
-        return 2 * self.q.shape[0] * self.q.shape[3] * (pairs * (dim + self.v.shape[-1]) + relative * dim)
+        relative = (
+            self.q.shape[1]
+            * self.q.shape[2]
+            * sum(a.window for a, table in tables if table is not None)
+        )
+        return (
+            2
+            * self.q.shape[0]
+            * self.q.shape[3]
+            * (pairs * (dim + self.v.shape[-1]) + relative * dim)
+        )
 
 
 _backends = Backends(
-    "halo_attention", HaloProblem, triton=triton.attend, eager=eager.attend, reference=reference.attend
+    "halo_attention",
+    HaloProblem,
+    triton=triton.attend,
+    eager=eager.attend,
+    reference=reference.attend,
 )
 
 
@@ -136,9 +159,23 @@ def halo_attention(
     Source: arXiv:2103.12731 section 2.2 (blocked local attention with halos) and eq. 2 (relative embeddings).
     """
     check_tensors(q=q, k=k, v=v)
-    block, halo = per_axis("block_size", block_size, int, 2), per_axis("halo_size", halo_size, int, 2)
+    block, halo = (
+        per_axis("block_size", block_size, int, 2),
+        per_axis("halo_size", halo_size, int, 2),
+    )
     step = per_axis("stride", stride, int, 2)
     q, k, v = to_autocast(q, k, v)
-    problem = HaloProblem(q, k, v, block, halo, step, rel_h, rel_w, bool(mask_border), default_scale(q, scale))
+    problem = HaloProblem(
+        q,
+        k,
+        v,
+        block,
+        halo,
+        step,
+        rel_h,
+        rel_w,
+        bool(mask_border),
+        default_scale(q.shape[-1], scale),
+    )
     with without_autocast(q.device):
         return _backends.choose(problem, backend)(problem)

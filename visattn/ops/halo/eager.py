@@ -31,15 +31,21 @@ def _cut_queries(q: Tensor, axes: tuple[Halo, Halo]) -> Tensor:
     a, b = axes
     ta, tb = a.queries_per_block, b.queries_per_block
     q = F.pad(q, (0, 0, 0, 0, 0, b.blocks * tb - b.queries, 0, a.blocks * ta - a.queries))
-    q = q.unflatten(2, (b.blocks, tb)).unflatten(1, (a.blocks, ta))  # [B, rows, t_h, columns, t_w, N, D]
+    q = q.unflatten(2, (b.blocks, tb)).unflatten(
+        1, (a.blocks, ta)
+    )  # [B, rows, t_h, columns, t_w, N, D]
     return q.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(0, 2)  # [T, N, t, D]
 
 
 def _join_queries(x: Tensor, axes: tuple[Halo, Halo], images: int) -> Tensor:
     """Undo `_cut_queries`: [T, N, t, D] -> [B, H', W', N, D]."""
     a, b = axes
-    x = x.unflatten(2, (a.queries_per_block, b.queries_per_block)).unflatten(0, (images, a.blocks, b.blocks))
-    x = x.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(1, 2)  # [B, rows t_h, columns t_w, N, D]
+    x = x.unflatten(2, (a.queries_per_block, b.queries_per_block)).unflatten(
+        0, (images, a.blocks, b.blocks)
+    )
+    x = (
+        x.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(1, 2)
+    )  # [B, rows t_h, columns t_w, N, D]
     return x[:, : a.queries, : b.queries].contiguous()  # [B, H', W', N, D]
 
 
@@ -58,27 +64,41 @@ def _add_windows(x: Tensor, axes: tuple[Halo, Halo], images: int) -> Tensor:
     """Transpose `_windows`, [T, N, slots, D] -> [B, H, W, N, D]: the sum over all slots that hold a key."""
     a, b = axes
     x = x.unflatten(2, (a.window, b.window)).unflatten(0, (images, a.blocks, b.blocks))
-    (pa, pb), (na, nb) = ((ceil_div(axis.window, axis.block) for axis in axes), (axis.blocks for axis in axes))
+    (pa, pb), (na, nb) = (
+        (ceil_div(axis.window, axis.block) for axis in axes),
+        (axis.blocks for axis in axes),
+    )
     total = x.new_zeros(x.shape[0], na + pa - 1, a.block, nb + pb - 1, b.block, *x.shape[3::3])
     for i in range(pa):
         for j in range(pb):
             part = x[..., i * a.block : (i + 1) * a.block, j * b.block : (j + 1) * b.block, :]
-            part = part.permute(0, 1, 4, 2, 5, 3, 6)  # [B, rows, b_h or less, columns, b_w or less, N, D]
+            part = part.permute(
+                0, 1, 4, 2, 5, 3, 6
+            )  # [B, rows, b_h or less, columns, b_w or less, N, D]
             total[:, i : i + na, : part.shape[2], j : j + nb, : part.shape[4]] += part
     total = total.flatten(3, 4).flatten(1, 2)
-    return total[:, a.halo : a.halo + a.length, b.halo : b.halo + b.length].contiguous()  # [B, H, W, N, D]
+    return total[
+        :, a.halo : a.halo + a.length, b.halo : b.halo + b.length
+    ].contiguous()  # [B, H, W, N, D]
 
 
 class _Relative:
     """What the logits of a query hold besides q k^T: a term per row and one per column of the window."""
 
     def __init__(
-        self, q: Tensor, axes: tuple[Halo, Halo], rel_h: Tensor | None, rel_w: Tensor | None, mask_border: bool
+        self,
+        q: Tensor,
+        axes: tuple[Halo, Halo],
+        rel_h: Tensor | None,
+        rel_w: Tensor | None,
+        mask_border: bool,
     ) -> None:
         self.axes = axes
         self.windows = [axis.window for axis in axes]
         tables = zip((rel_h, rel_w), self.windows, strict=True)
-        self.tables = [q.new_zeros(2 * w - 1, q.shape[-1]) if t is None else t.to(q.dtype) for t, w in tables]
+        self.tables = [
+            q.new_zeros(2 * w - 1, q.shape[-1]) if t is None else t.to(q.dtype) for t, w in tables
+        ]
         self.outside = None
         if mask_border:
             # Finite, as it is multiplied by zeros below; twice it is still finite.
@@ -88,8 +108,13 @@ class _Relative:
             self.outside = [torch.zeros_like(o, dtype=q.dtype).masked_fill(o, far) for o in outside]
         rows, columns = (torch.eye(w, dtype=q.dtype, device=q.device) for w in self.windows)
         wh, ww = self.windows
-        rows, columns = rows[:, :, None].expand(-1, -1, ww), columns[:, None].expand(-1, wh, -1)  # [w, w_h, w_w]
-        self.spread = torch.cat([rows.flatten(1), columns.flatten(1)])  # [w_h + w_w, w_h * w_w] of ones and zeros
+        rows, columns = (
+            rows[:, :, None].expand(-1, -1, ww),
+            columns[:, None].expand(-1, wh, -1),
+        )  # [w, w_h, w_w]
+        self.spread = torch.cat(
+            [rows.flatten(1), columns.flatten(1)]
+        )  # [w_h + w_w, w_h * w_w] of ones and zeros
 
     def _places(self, number: int, heads: int) -> list[tuple[list[int], list[int], int]]:
         """Give size, strides and offset of terms [T, N, t_h, t_w, w] as views of queries x table [T, N, t, 2w - 1].
@@ -99,29 +124,46 @@ class _Relative:
         (th, tw), (wh, ww) = (a.queries_per_block for a in self.axes), self.windows
         eh, ew = 2 * wh - 1, 2 * ww - 1
         return [
-            ([number, heads, th, tw, wh], [heads * th * tw * eh, th * tw * eh, tw * eh - 1, eh, 1], wh - 1),
-            ([number, heads, th, tw, ww], [heads * th * tw * ew, th * tw * ew, tw * ew, ew - 1, 1], ww - 1),
+            (
+                [number, heads, th, tw, wh],
+                [heads * th * tw * eh, th * tw * eh, tw * eh - 1, eh, 1],
+                wh - 1,
+            ),
+            (
+                [number, heads, th, tw, ww],
+                [heads * th * tw * ew, th * tw * ew, tw * ew, ew - 1, 1],
+                ww - 1,
+            ),
         ]
 
     def terms(self, q: Tensor) -> list[Tensor]:
         """Make rows [T, N, t_h, t_w, w_h] and columns [T, N, t_h, t_w, w_w] for the queries [T, N, t, D]."""
         places = self._places(*q.shape[:2])
-        rows, columns = ((q @ t.mT).as_strided(*p) for t, p in zip(self.tables, places, strict=True))
+        rows, columns = (
+            (q @ t.mT).as_strided(*p) for t, p in zip(self.tables, places, strict=True)
+        )
         if self.outside is not None:
             tile = torch.arange(q.shape[0], device=q.device)
-            row, column = tile // self.axes[1].blocks % self.axes[0].blocks, tile % self.axes[1].blocks
+            row, column = (
+                tile // self.axes[1].blocks % self.axes[0].blocks,
+                tile % self.axes[1].blocks,
+            )
             rows = rows + self.outside[0][row][:, None, None, None]
             columns = columns + self.outside[1][column][:, None, None, None]
         return [rows, columns]
 
     def widen(self, q: Tensor, scale: float) -> Tensor:
         """Widen queries [T, N, t, D] -> [T, N, t, D + w_h + w_w]: scaled, and their terms."""
-        scaled = (q * scale).unflatten(2, [a.queries_per_block for a in self.axes])  # [T, N, t_h, t_w, D]
+        scaled = (q * scale).unflatten(
+            2, [a.queries_per_block for a in self.axes]
+        )  # [T, N, t_h, t_w, D]
         return torch.cat([scaled, *self.terms(q)], dim=-1).flatten(2, 3)  # [T, N, t, D + w_h + w_w]
 
     def gradients(self, q: Tensor, grad_terms: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Find the gradients of the queries [T, N, t, D] and of both tables, from those of `widen`'s terms."""
-        parts = grad_terms.unflatten(2, [a.queries_per_block for a in self.axes]).split(self.windows, dim=-1)
+        parts = grad_terms.unflatten(2, [a.queries_per_block for a in self.axes]).split(
+            self.windows, dim=-1
+        )
         grad_q: Any = 0
         grad_tables: list[Tensor] = []
         for table, part, place in zip(self.tables, parts, self._places(*q.shape[:2]), strict=True):
@@ -157,12 +199,16 @@ def _forward(
     plain = rel_h is None and rel_w is None and not mask_border
     relative = None if plain else _Relative(q, axes, rel_h, rel_w, mask_border)
     query, key, value = _cut_queries(q, axes), _windows(k, axes), _windows(v, axes)
-    terms = None if relative is None else torch.cat(relative.terms(query), dim=-1).flatten(2, 3)  # [T, N, t, w_h + w_w]
+    terms = (
+        None if relative is None else torch.cat(relative.terms(query), dim=-1).flatten(2, 3)
+    )  # [T, N, t, w_h + w_w]
     found = []
     for tiles in _chunks(query, key.shape[-2]):
         added = None if relative is None or terms is None else terms[tiles] @ relative.spread
         part, keys, values = query[tiles], key[tiles], value[tiles]
-        found.append(F.scaled_dot_product_attention(part, keys, values, attn_mask=added, scale=scale))
+        found.append(
+            F.scaled_dot_product_attention(part, keys, values, attn_mask=added, scale=scale)
+        )
     return _join_queries(torch.cat(found), axes, q.shape[0])
 
 
@@ -185,6 +231,8 @@ def _chunk_gradients(
 
 class _HaloAttention(torch.autograd.Function):
     """`_forward`, keeping only its inputs for the backward pass."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
@@ -215,7 +263,10 @@ class _HaloAttention(torch.autograd.Function):
             _add_windows(grad_key, axes, q.shape[0]),
             _add_windows(grad_value, axes, q.shape[0]),
         )
-        grad_tables = [None if t is None else g.to(t.dtype) for t, g in zip((rel_h, rel_w), grad_tables, strict=True)]
+        grad_tables = [
+            None if t is None else g.to(t.dtype)
+            for t, g in zip((rel_h, rel_w), grad_tables, strict=True)
+        ]
         return (*grads, *grad_tables, None, None, None)
 
 
@@ -228,10 +279,14 @@ def _terms(query: Tensor, table: Tensor | None, axis: Halo, cut: Halo) -> Tensor
     if table is None:
         terms = query.new_zeros(()).expand(*query.shape[:-1], axis.window)  # [..., t, window]
     else:
-        entry = torch.arange(axis.window, device=query.device) - rank + axis.window - 1  # [t, window]
+        entry = (
+            torch.arange(axis.window, device=query.device) - rank + axis.window - 1
+        )  # [t, window]
         places = entry + rank * (2 * axis.window - 1)
         product = (query @ table.to(query.dtype).mT).flatten(-2)  # [..., t (2 window - 1)]
-        terms = product.index_select(-1, places.flatten()).unflatten(-1, entry.shape)  # [..., t, window]
+        terms = product.index_select(-1, places.flatten()).unflatten(
+            -1, entry.shape
+        )  # [..., t, window]
     if cut == axis:
         return terms
     first = axis.halo - cut.halo
@@ -244,13 +299,21 @@ def _whole(problem: HaloProblem, cut: tuple[Halo, ...]) -> Tensor:
     """Attend in one go, in operations that do not depend on sizes; with windows cut to `cut`."""
     axes, device, (ta, tb) = problem.axes, problem.q.device, (c.queries_per_block for c in cut)
     rank = [torch.arange(c.blocks, device=device)[:, None] * c.queries_per_block for c in cut]
-    index = [r + torch.arange(c.queries_per_block, device=device) for r, c in zip(rank, cut, strict=True)]
+    index = [
+        r + torch.arange(c.queries_per_block, device=device) for r, c in zip(rank, cut, strict=True)
+    ]
     slots = [c.key_index(device) for c in cut]
-    query, key, value = cut_blocks(problem.q, index), cut_blocks(problem.k, slots), cut_blocks(problem.v, slots)
+    query, key, value = (
+        cut_blocks(problem.q, index),
+        cut_blocks(problem.k, slots),
+        cut_blocks(problem.v, slots),
+    )
 
     dtype = torch.promote_types(query.dtype, torch.float32)
     scores = (query * problem.scale @ key.mT).to(dtype)  # [B, rows, columns, N, t, U]
-    scores = scores.unflatten(-1, [c.window for c in cut]).unflatten(-3, (ta, tb))  # [..., t_h, t_w, w_h, w_w]
+    scores = scores.unflatten(-1, [c.window for c in cut]).unflatten(
+        -3, (ta, tb)
+    )  # [..., t_h, t_w, w_h, w_w]
     if problem.rel_h is not None or problem.rel_w is not None or cut != axes:
         tile = query.unflatten(-2, (ta, tb)).to(dtype)  # [B, rows, columns, N, t_h, t_w, D]
         row = _terms(tile.transpose(-3, -2), problem.rel_h, axes[0], cut[0]).transpose(-3, -2)
@@ -260,7 +323,9 @@ def _whole(problem: HaloProblem, cut: tuple[Halo, ...]) -> Tensor:
         outside = [(s < 0) | (s >= axis.length) for s, axis in zip(slots, axes, strict=True)]
         outside = outside[0][:, None, :, None] | outside[1][:, None, :]  # [rows, columns, w_h, w_w]
         scores = scores.masked_fill(outside[:, :, None, None, None], float("-inf"))
-    weights = scores.flatten(-2).softmax(-1).flatten(-3, -2).to(value.dtype)  # [B, rows, columns, N, t, U]
+    weights = (
+        scores.flatten(-2).softmax(-1).flatten(-3, -2).to(value.dtype)
+    )  # [B, rows, columns, N, t, U]
     return join_blocks(weights @ value, (ta, tb), [axis.queries for axis in axes])
 
 
@@ -275,6 +340,8 @@ def attend(problem: HaloProblem) -> Tensor:
             return _whole(problem, cut)
     problem = problem.clipped()
     q, k, v, rel_h, rel_w = problem.q, problem.k, problem.v, problem.rel_h, problem.rel_w
-    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, rel_h, rel_w))
+    trains = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (q, k, v, rel_h, rel_w)
+    )
     run = _HaloAttention.apply if trains else _forward
     return run(q, k, v, rel_h, rel_w, problem.axes, problem.mask_border, problem.scale)

@@ -25,16 +25,30 @@ def attend(problem: HaloProblem) -> Tensor:
         displacement.append(axis.displacement(q.device)[rank % axis.queries_per_block])
         index = index.clamp(0, axis.length - 1).flatten()
         place, sizes = 2 * a - 1, (axis.queries, axis.window)
-        key = key.index_select(place, index).unflatten(place, sizes)  # [B, y, i, x, j, N, D] in the end
-        value = value.index_select(place, index).unflatten(place, sizes)  # [B, y, i, x, j, N, Dv] in the end
+        key = key.index_select(place, index).unflatten(
+            place, sizes
+        )  # [B, y, i, x, j, N, D] in the end
+        value = value.index_select(place, index).unflatten(
+            place, sizes
+        )  # [B, y, i, x, j, N, Dv] in the end
     there = (inside[0][:, :, None, None] & inside[1])[..., None, None]  # [y, i, x, j, 1, 1]
     key, value = key * there, value * there
     scores = problem.scale * torch.einsum("byxnd,byixjnd->byxnij", query, key)
     if rel_h is not None:
-        scores = scores + torch.einsum("byxnd,yid->byxni", query, rel_h.to(dtype)[displacement[0]])[..., None]
+        scores = (
+            scores
+            + torch.einsum("byxnd,yid->byxni", query, rel_h.to(dtype)[displacement[0]])[..., None]
+        )
     if rel_w is not None:
-        scores = scores + torch.einsum("byxnd,xjd->byxnj", query, rel_w.to(dtype)[displacement[1]])[..., None, :]
+        scores = (
+            scores
+            + torch.einsum("byxnd,xjd->byxnj", query, rel_w.to(dtype)[displacement[1]])[
+                ..., None, :
+            ]
+        )
     if problem.mask_border:
-        scores = scores.masked_fill(~there[..., 0, 0].permute(0, 2, 1, 3)[:, :, None], float("-inf"))
+        scores = scores.masked_fill(
+            ~there[..., 0, 0].permute(0, 2, 1, 3)[:, :, None], float("-inf")
+        )
     weights = scores.flatten(-2).softmax(dim=-1).view_as(scores)
     return torch.einsum("byxnij,byixjnd->byxnd", weights, value).to(v.dtype)

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from visattn.ops.halo import HaloProblem
 
 
-def _rel_pos(q: Tensor, axes: tuple[Halo, Halo], rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
+def _rel_pos(
+    q: Tensor, axes: tuple[Halo, Halo], rel_h: Tensor | None, rel_w: Tensor | None
+) -> Tensor:
     """Lay out [B, H', W', N, R]: what each query adds to the keys of a window's row and of a window's column.
 
     Turned round within the window so that entry i belongs to all key positions that are i modulo the window, wherever
@@ -26,11 +28,18 @@ def _rel_pos(q: Tensor, axes: tuple[Halo, Halo], rel_h: Tensor | None, rel_w: Te
             rel_pos.append(q.new_zeros(()).expand(*q.shape[:-1], half))
             continue
         query = torch.arange(axis.queries, device=q.device)
-        slot = torch.arange(axis.window, device=q.device) - query[:, None] // axis.queries_per_block * axis.block
-        entry = slot % axis.window - query[:, None] % axis.queries_per_block + axis.window - 1  # [queries, window]
+        slot = (
+            torch.arange(axis.window, device=q.device)
+            - query[:, None] // axis.queries_per_block * axis.block
+        )
+        entry = (
+            slot % axis.window - query[:, None] % axis.queries_per_block + axis.window - 1
+        )  # [queries, window]
         entry = entry[:, None, None] if a == 0 else entry[:, None]
         products = q @ table.to(q.dtype).mT  # [B, H', W', N, 2 * window - 1]
-        rel_pos.append(F.pad(products.gather(-1, entry.expand(*q.shape[:-1], -1)), (0, half - axis.window)))
+        rel_pos.append(
+            F.pad(products.gather(-1, entry.expand(*q.shape[:-1], -1)), (0, half - axis.window))
+        )
     return torch.cat(rel_pos, dim=-1)
 
 
@@ -44,5 +53,7 @@ def attend(problem: HaloProblem) -> Tensor:
     if problem.rel_h is not None or problem.rel_w is not None:
         rel_pos = flat(_rel_pos(q, axes, problem.rel_h, problem.rel_w))  # [B, S, N, R]
     zero_keys = not problem.mask_border
-    out, _ = fused_attention(flat(q), flat(k), flat(v), axes, problem.scale, rel_pos=rel_pos, zero_keys=zero_keys)
+    out, _ = fused_attention(
+        flat(q), flat(k), flat(v), axes, problem.scale, rel_pos=rel_pos, zero_keys=zero_keys
+    )
     return out.view(*q.shape[:-1], v.shape[-1])  # [B, H', W', N, Dv]

@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from visattn.ops.autocast import to_autocast, without_autocast
-from visattn.ops.checks import check_dtypes, check_floating, check_tensors, default_scale, spatial_axes
+from visattn.ops.checks import (
+    check_dtypes,
+    check_floating,
+    check_tensors,
+    default_scale,
+    spatial_axes,
+)
 from visattn.ops.dispatch import AttentionProblem, Backends, Problem
 from visattn.ops.fused import support
 from visattn.ops.geometry import is_symbolic
@@ -36,7 +42,11 @@ class LinearProblem(AttentionProblem):
     @property
     def key_size(self) -> list[int]:
         """The spatial sizes of the keys; plain ints under `torch.jit.trace`."""
-        return [int(n) for n in self.k.shape[1:-2]] if torch.jit.is_tracing() else list(self.k.shape[1:-2])
+        return (
+            [int(n) for n in self.k.shape[1:-2]]
+            if torch.jit.is_tracing()
+            else list(self.k.shape[1:-2])
+        )
 
     @property
     def is_quadratic(self) -> bool:
@@ -44,7 +54,12 @@ class LinearProblem(AttentionProblem):
         size, key_size = self.size, self.key_size
         if is_symbolic(*size, *key_size):
             return False
-        queries, keys, d, dv = math.prod(size), math.prod(key_size), self.q.shape[-1], self.v.shape[-1]
+        queries, keys, d, dv = (
+            math.prod(size),
+            math.prod(key_size),
+            self.q.shape[-1],
+            self.v.shape[-1],
+        )
         return queries * keys * (d + dv) < (queries + keys) * d * dv
 
     def flat(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,8 +72,18 @@ class LinearProblem(AttentionProblem):
 
     def flops(self) -> int:
         """Those of the two products in the cheaper order."""
-        queries, keys, d, dv = math.prod(self.size), math.prod(self.key_size), self.q.shape[-1], self.v.shape[-1]
-        return 2 * self.q.shape[0] * self.q.shape[-2] * min(queries * keys * (d + dv), (queries + keys) * d * dv)
+        queries, keys, d, dv = (
+            math.prod(self.size),
+            math.prod(self.key_size),
+            self.q.shape[-1],
+            self.v.shape[-1],
+        )
+        return (
+            2
+            * self.q.shape[0]
+            * self.q.shape[-2]
+            * min(queries * keys * (d + dv), (queries + keys) * d * dv)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,9 +106,15 @@ class EfficientProblem(LinearProblem):
         """Keys and queries that are no tokens, [B, M, 1, 1] each; the queries' only if they are on the keys' map."""
         if self.mask is None:
             return None, None
-        hidden, size, key_size = ~self.mask.flatten(1)[..., None, None], self.size, self.key_size  # [B, M, 1, 1]
+        hidden, size, key_size = (
+            ~self.mask.flatten(1)[..., None, None],
+            self.size,
+            self.key_size,
+        )  # [B, M, 1, 1]
         same = len(size) == len(key_size)
-        same = same and all(statically_known_true(n == m) for n, m in zip(size, key_size, strict=True))
+        same = same and all(
+            statically_known_true(n == m) for n, m in zip(size, key_size, strict=True)
+        )
         return hidden, hidden if same else None
 
 
@@ -189,7 +220,9 @@ _dynamic_conv = Backends(
 
 
 @traced_as_one
-def efficient_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend: str = "auto") -> Tensor:
+def efficient_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
     """softmax_D(q) (softmax_M(k)^T v): queries normalised over their channels, keys over positions.
 
     Differentiable in q, k and v.
@@ -219,7 +252,9 @@ def efficient_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = N
 
 
 @traced_as_one
-def inline_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, backend: str = "auto") -> Tensor:
+def inline_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, backend: str = "auto"
+) -> Tensor:
     """Injective linear attention: weights (scale * q k^T + 1 - mean_M(scale * q k^T)) / M, which sum to 1.
 
     They may be negative. Computed as mean(v) + scale / M * q ((k - mean(k))^T v). Differentiable in q, k and v.
@@ -242,7 +277,7 @@ def inline_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
     Source: arXiv:2412.06590, equations 4 and 5.
     """
     spatial_axes(q)
-    problem = InlineProblem(*to_autocast(q, k, v), default_scale(q, scale))
+    problem = InlineProblem(*to_autocast(q, k, v), default_scale(q.shape[-1], scale))
     with without_autocast(q.device):
         return _inline.choose(problem, backend)(problem)
 

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     )
 
 _CHUNK = 2**18  # elements
-_STREAMED = 2**17  # elements of a sample's values from which chunks pay for the calls that they cost
+_STREAMED = (
+    2**17
+)  # elements of a sample's values from which chunks pay for the calls that they cost
 
 Map = Callable[[Tensor], Tensor]
 Read = Callable[[Tensor, Tensor | None], Tensor]
@@ -49,7 +51,11 @@ def _products(q: Tensor, k: Tensor, v: Tensor, scale: float, quadratic: bool) ->
 
 def _streams(problem: LinearProblem) -> bool:
     q, k, v = problem.q, problem.k, problem.v
-    if q.device.type != "cpu" or is_symbolic(*q.shape, *k.shape) or math.prod(v.shape[1:]) < _STREAMED:
+    if (
+        q.device.type != "cpu"
+        or is_symbolic(*q.shape, *k.shape)
+        or math.prod(v.shape[1:]) < _STREAMED
+    ):
         return False
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in problem.tensors())
@@ -77,7 +83,9 @@ def _stream(
         context = torch.zeros((*key.shape[1:], value.shape[-1]), dtype=dtype)
         for some, values in zip(key.split(rows), value.split(rows), strict=True):
             some = keys(some.to(dtype))
-            context.baddbmm_(some.permute(1, 2, 0), values.to(dtype).transpose(0, 1))  # [N, D, m] [N, m, Dv]
+            context.baddbmm_(
+                some.permute(1, 2, 0), values.to(dtype).transpose(0, 1)
+            )  # [N, D, m] [N, m, Dv]
             total += some.sum(0)
         read = reader_of(context, total, value)
         for some, results in zip(query.split(rows), result.split(rows), strict=True):
@@ -209,8 +217,14 @@ def convolve(problem: DynamicConvProblem) -> Tensor:
     )  # [B, C, H, W], [B, C, 1, K, K]
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         # PyTorch has a fast depthwise convolution of channels-last maps, but with a batch of kernels no such layout.
-        out = [F.conv2d(m, k, padding=size // 2, groups=c) for m, k in zip(maps.split(1), weight, strict=True)]
+        out = [
+            F.conv2d(m, k, padding=size // 2, groups=c)
+            for m, k in zip(maps.split(1), weight, strict=True)
+        ]
         return torch.cat(out).permute(0, 2, 3, 1)  # [B, H, W, C]
-    maps, weight = maps.reshape(1, b * c, h, w), weight.flatten(0, 1)  # [1, B C, H, W], [B C, 1, K, K]
+    maps, weight = (
+        maps.reshape(1, b * c, h, w),
+        weight.flatten(0, 1),
+    )  # [1, B C, H, W], [B C, 1, K, K]
     out = F.conv2d(maps, weight, padding=size // 2, groups=b * c).view(b, c, h, w)
     return out.permute(0, 2, 3, 1)  # [B, H, W, C]

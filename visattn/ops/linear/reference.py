@@ -44,7 +44,9 @@ def attend_inline(problem: InlineProblem) -> Tensor:
     (query, key, value), scale = _flat(problem), problem.scale
     context = torch.einsum("bmnd,bmne->bnde", key, value) * scale / key.shape[1]
     rest = 1 - scale * (query * key.mean(1, keepdim=True)).sum(-1, keepdim=True)
-    return problem.unflat(torch.einsum("blnd,bnde->blne", query, context) + rest * value.mean(1, keepdim=True))
+    return problem.unflat(
+        torch.einsum("blnd,bnde->blne", query, context) + rest * value.mean(1, keepdim=True)
+    )
 
 
 def attend_focused(problem: FocusedProblem) -> Tensor:
@@ -54,7 +56,9 @@ def attend_focused(problem: FocusedProblem) -> Tensor:
     def focus(x: Tensor) -> Tensor:
         x = (x.relu() + 1e-6) / F.softplus(problem.focus_scale.to(x.dtype))
         powered = x**problem.factor
-        return powered / powered.norm(dim=(-2, -1), keepdim=True) * x.norm(dim=(-2, -1), keepdim=True)
+        return (
+            powered / powered.norm(dim=(-2, -1), keepdim=True) * x.norm(dim=(-2, -1), keepdim=True)
+        )
 
     query, key = focus(query), focus(key)
     total = (query * key.mean(1, keepdim=True)).sum(-1, keepdim=True) + 1e-6

@@ -49,7 +49,9 @@ class NeighborhoodProblem(AttentionProblem):
         self._check_windows()
         self._check_extra()
         if self.bias is not None and any(self.is_causal):
-            raise ValueError(f"expected no causal axis with a bias, got is_causal {list(self.is_causal)}")
+            raise ValueError(
+                f"expected no causal axis with a bias, got is_causal {list(self.is_causal)}"
+            )
         check_table(self.q, self.bias, self.kernel_size)
 
     def _check_windows(self) -> None:
@@ -67,36 +69,53 @@ class NeighborhoodProblem(AttentionProblem):
                 )
 
     def _check_extra(self) -> None:
-        q, v, extra_k, extra_v, extra_bias = self.q, self.v, self.extra_k, self.extra_v, self.extra_bias
+        q, v, extra_k, extra_v, extra_bias = (
+            self.q,
+            self.v,
+            self.extra_k,
+            self.extra_v,
+            self.extra_bias,
+        )
         check_floating(extra_k=extra_k, extra_v=extra_v, extra_bias=extra_bias)
         if (extra_k is None) != (extra_v is None):
             raise ValueError("expected extra_k and extra_v together, got only one of them")
         check_dtypes(q, extra_k, extra_v)
         if extra_k is not None and extra_v is not None:
             head = (q.shape[0], extra_k.shape[1], q.shape[-2])
-            if tuple(extra_k.shape) != (*head, q.shape[-1]) or tuple(extra_v.shape) != (*head, v.shape[-1]):
+            if tuple(extra_k.shape) != (*head, q.shape[-1]) or tuple(extra_v.shape) != (
+                *head,
+                v.shape[-1],
+            ):
                 raise ValueError(
                     f"expected extra_k {(*head, q.shape[-1])} and extra_v {(*head, v.shape[-1])} ([B, E, N, D]), "
                     f"got {tuple(extra_k.shape)} and {tuple(extra_v.shape)}"
                 )
         if extra_bias is not None:
             if extra_k is None:
-                raise ValueError("expected extra_k and extra_v with extra_bias, got extra_bias alone")
+                raise ValueError(
+                    "expected extra_k and extra_v with extra_bias, got extra_bias alone"
+                )
             target, got = (*q.shape[:-1], extra_k.shape[1]), tuple(extra_bias.shape)
             fits = all(n in (1, m) for n, m in zip(reversed(got), reversed(target), strict=False))
             if len(got) > len(target) or not fits:
-                raise ValueError(f"expected extra_bias broadcastable to {target} ([B, *spatial, N, E]), got {got}")
+                raise ValueError(
+                    f"expected extra_bias broadcastable to {target} ([B, *spatial, N, E]), got {got}"
+                )
 
     @property
     def axes(self) -> tuple[Axis, ...]:
         """How windows lie on each axis."""
-        windows = zip(self.size, self.kernel_size, self.dilation, self.stride, self.is_causal, strict=True)
+        windows = zip(
+            self.size, self.kernel_size, self.dilation, self.stride, self.is_causal, strict=True
+        )
         return tuple(Axis(*axis) for axis in windows)
 
     def empty(self) -> Tensor | tuple[Tensor, ...]:
         """The result, and the log-sum-exps if they are asked for."""
         out = self.v.new_empty((*self.q.shape[:-1], self.v.shape[-1]))
-        lse = self.q.new_empty(self.q.shape[:-1], dtype=torch.promote_types(self.q.dtype, torch.float32))
+        lse = self.q.new_empty(
+            self.q.shape[:-1], dtype=torch.promote_types(self.q.dtype, torch.float32)
+        )
         return (out, lse) if self.return_lse else out
 
     def flops(self) -> int:
@@ -132,7 +151,9 @@ def neighborhood_attention(
     backend: str = "auto",
 ) -> Tensor: ...
 @overload
-def neighborhood_attention(*args: Any, return_lse: Literal[True], **kwargs: Any) -> tuple[Tensor, Tensor]: ...
+def neighborhood_attention(
+    *args: Any, return_lse: Literal[True], **kwargs: Any
+) -> tuple[Tensor, Tensor]: ...
 @traced_as_one
 def neighborhood_attention(
     q: Tensor,
@@ -194,7 +215,16 @@ def neighborhood_attention(
     )
     q, k, v, extra_k, extra_v = to_autocast(q, k, v, extra_k, extra_v)
     problem = NeighborhoodProblem(
-        q, k, v, *windows, bias, extra_k, extra_v, extra_bias, default_scale(q, scale), return_lse
+        q,
+        k,
+        v,
+        *windows,
+        bias,
+        extra_k,
+        extra_v,
+        extra_bias,
+        default_scale(q.shape[-1], scale),
+        return_lse,
     )
     with without_autocast(q.device):
         return _backends.choose(problem, backend)(problem)

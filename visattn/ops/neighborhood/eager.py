@@ -15,7 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visattn.ops.geometry import Tiles, interleave, is_symbolic, outer_index, read_table, sees_all, tiles
+from visattn.ops.geometry import (
+    Tiles,
+    interleave,
+    is_symbolic,
+    outer_index,
+    read_table,
+    sees_all,
+    tiles,
+)
 
 if TYPE_CHECKING:
     from visattn.ops.neighborhood import NeighborhoodProblem
@@ -47,7 +55,9 @@ def _scatter(x: Tensor, cut: list[Tiles]) -> Tensor:
     head = torch.arange(heads, device=x.device)
     image = torch.arange(batch, device=x.device)[:, None, None]
     # In the order in which x lies in memory (attention leaves [T, t, heads, D]), so that flattening copies nothing.
-    order = list(range(4)) if is_symbolic(*x.stride()) else sorted(range(4), key=x.stride, reverse=True)
+    order = (
+        list(range(4)) if is_symbolic(*x.stride()) else sorted(range(4), key=x.stride, reverse=True)
+    )
     rows = image.new_zeros(())
     for dim in order:
         rows = rows * x.shape[dim] + (tile[:, None], head, image, rank[:, None])[dim]
@@ -69,20 +79,38 @@ def _mask(cut: list[Tiles], dtype: torch.dtype) -> Tensor:
 
 def attend(problem: NeighborhoodProblem) -> Tensor | tuple[Tensor, ...]:
     """See `visattn.ops.neighborhood_attention`. Shapes below: T tiles of t queries and U keys (E extra ones)."""
-    q, k, v, bias, axes, scale = problem.q, problem.k, problem.v, problem.bias, problem.axes, problem.scale
-    extra_k, extra_v, extra_bias, spatial = problem.extra_k, problem.extra_v, problem.extra_bias, problem.size
+    q, k, v, bias, axes, scale = (
+        problem.q,
+        problem.k,
+        problem.v,
+        problem.bias,
+        problem.axes,
+        problem.scale,
+    )
+    extra_k, extra_v, extra_bias, spatial = (
+        problem.extra_k,
+        problem.extra_v,
+        problem.extra_bias,
+        problem.size,
+    )
     batch, heads = q.shape[0], q.shape[-2]
     tile = _TILE[len(axes)]
     cut = [tiles(axis, tile, q.device) for axis in axes]
-    query_rows = _rows(outer_index([c.query_index() for c in cut], spatial), batch, math.prod(spatial), heads)
+    query_rows = _rows(
+        outer_index([c.query_index() for c in cut], spatial), batch, math.prod(spatial), heads
+    )
     if all(c.key is c.query for c in cut):
         key_rows = query_rows
     else:
-        key_rows = _rows(outer_index([c.key_index() for c in cut], spatial), batch, math.prod(spatial), heads)
+        key_rows = _rows(
+            outer_index([c.key_index() for c in cut], spatial), batch, math.prod(spatial), heads
+        )
 
     # A bias that trains would push SDPA off its flash path (4x slower than explicit products on a CPU), and with
     # symbolic sizes SDPA ties the graph to more than one image.
-    trains = torch.is_grad_enabled() and any(b is not None and b.requires_grad for b in (bias, extra_bias))
+    trains = torch.is_grad_enabled() and any(
+        b is not None and b.requires_grad for b in (bias, extra_bias)
+    )
     symbolic = is_symbolic(*spatial)
     explicit = trains or problem.return_lse or symbolic
     dtype = torch.promote_types(q.dtype, torch.float32) if explicit else q.dtype
@@ -98,14 +126,19 @@ def attend(problem: NeighborhoodProblem) -> Tensor | tuple[Tensor, ...]:
     if extra_k is not None and extra_v is not None:
         number, keys = key.shape[0], key.shape[-2]
         key = torch.cat([key, extra_k.permute(2, 0, 1, 3).expand(number, -1, -1, -1, -1)], dim=-2)
-        value = torch.cat([value, extra_v.permute(2, 0, 1, 3).expand(number, -1, -1, -1, -1)], dim=-2)
+        value = torch.cat(
+            [value, extra_v.permute(2, 0, 1, 3).expand(number, -1, -1, -1, -1)], dim=-2
+        )
         extra = None
         if extra_bias is not None:
             extra = _gather(extra_bias.to(dtype).expand(*q.shape[:-1], -1), query_rows)
         if added is not None or extra is not None:
             added = key.new_zeros(1, dtype=dtype) if added is None else added
             extra = key.new_zeros(1, dtype=dtype) if extra is None else extra
-            parts = (added.expand(*query.shape[:-1], keys), extra.expand(*query.shape[:-1], extra_k.shape[1]))
+            parts = (
+                added.expand(*query.shape[:-1], keys),
+                extra.expand(*query.shape[:-1], extra_k.shape[1]),
+            )
             added = torch.cat(parts, dim=-1)
 
     if explicit:

@@ -28,7 +28,9 @@ def attend(problem: NeighborhoodProblem) -> Tensor | tuple[Tensor, Tensor]:
     scores = torch.einsum("bsnd,bsmnd->bsnm", query, keys)
     if bias is not None:
         widths = [2 * a.kernel_size - 1 for a in axes]
-        table = bias.to(dtype).flatten(1)[:, outer_index([n.displacement for n in found], widths)]  # [N, S, M]
+        table = bias.to(dtype).flatten(1)[
+            :, outer_index([n.displacement for n in found], widths)
+        ]  # [N, S, M]
         scores = scores + table.transpose(0, 1)
     scores = scores.masked_fill(hidden[:, None, :], float("-inf"))
     if extra_k is not None and extra_v is not None:
@@ -39,6 +41,8 @@ def attend(problem: NeighborhoodProblem) -> Tensor | tuple[Tensor, Tensor]:
     weights = scores.softmax(dim=-1)
     out = torch.einsum("bsnm,bsmnd->bsnd", weights[..., : index.shape[1]], values)
     if extra_v is not None:
-        out = out + torch.einsum("bsne,bend->bsnd", weights[..., index.shape[1] :], extra_v.to(dtype))
+        out = out + torch.einsum(
+            "bsne,bend->bsnd", weights[..., index.shape[1] :], extra_v.to(dtype)
+        )
     out = out.to(v.dtype).reshape(*q.shape[:-1], v.shape[-1])
     return (out, scores.logsumexp(dim=-1).reshape(q.shape[:-1])) if problem.return_lse else out

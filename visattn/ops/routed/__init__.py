@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from visattn.ops.autocast import to_autocast, without_autocast
-from visattn.ops.checks import check_dtypes, check_floating, check_tensors, default_scale, per_axis
+from visattn.ops.checks import (
+    check_dtypes,
+    check_floating,
+    check_tensors,
+    default_scale,
+    one_int,
+    per_axis,
+)
 from visattn.ops.dispatch import AttentionProblem, Backends
 from visattn.ops.geometry import Partition, ceil_div, is_symbolic, sym_max
 from visattn.ops.registration import traced_as_one
@@ -173,7 +180,7 @@ class BilevelProblem(AttentionProblem):
                 f"expected v [B, H, W, N, Dv], got {tuple(v.shape)} for k {tuple(k.shape)}"
             )
         check_dtypes(q, k, v)
-        _region_sizes(q.shape[1:3], self.n_win, self.rule)
+        _region_sizes(self.size, self.n_win, self.rule)
 
     @property
     def axes(self) -> Axes:
@@ -262,7 +269,7 @@ def routed_attention(
     kv_size = size if kv_region_size is None else per_axis("kv_region_size", kv_region_size, int, 2)
     check_tensors(q=q, k=k, v=v)
     q, k, v = to_autocast(q, k, v)
-    scale = default_scale(q, scale)
+    scale = default_scale(q.shape[-1], scale)
     problem = RoutedProblem(q, k, v, index, size, kv_size, weight, bool(mask_border), scale)
     with without_autocast(q.device):
         return _routed.choose(problem, backend)(problem)
@@ -322,7 +329,7 @@ def region_routing(
     regions = _count(k_axes)
     if topk < 1 or (n_win is None and topk > regions):
         raise ValueError(f"expected topk from 1 to the number of key regions {regions}, got {topk}")
-    scale = default_scale(q.flatten(3), scale)
+    scale = default_scale(q.shape[3] * q.shape[4], scale)
     return route(q, k, q_axes, k_axes, topk, scale, per_head, diff, router_weight, router_bias)
 
 
@@ -380,8 +387,9 @@ def bilevel_routing_attention(
     _check_maps(q, k)
     check_tensors(v=v)
     q, k, v = to_autocast(q, k, v)
-    scale = default_scale(q.flatten(3), scale)
+    scale = default_scale(q.shape[3] * q.shape[4], scale)
     windows, router = per_axis("n_win", n_win, int, 2), (router_weight, router_bias)
+    topk, kv_size = one_int("topk", topk), one_int("kv_size", kv_size)
     problem = BilevelProblem(
         q, k, v, windows, topk, rule, per_head, soft, diff, *router, kv_pool, kv_size, scale
     )

@@ -52,7 +52,9 @@ class _Map:
 
     def slots(self) -> Tensor:
         """Find where each token lies among those of all regions [R * t]: [L]."""
-        (region_a, rank_a), (region_b, rank_b) = (axis.place(self.table.device) for axis in self.axes)
+        (region_a, rank_a), (region_b, rank_b) = (
+            axis.place(self.table.device) for axis in self.axes
+        )
         (_, sa, _), (rb, sb, _) = (axis.layout() for axis in self.axes)
         rows, columns = region_a * (rb * sa * sb) + rank_a * sb, region_b * (sa * sb) + rank_b
         return (rows[:, None] + columns).flatten()  # [L]
@@ -69,7 +71,14 @@ class _Call:
     """What the chunks of a call share."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, index: Tensor, q_axes: Axes, k_axes: Axes, mask_border: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        index: Tensor,
+        q_axes: Axes,
+        k_axes: Axes,
+        mask_border: bool,
     ) -> None:
         self.heads, images = q.shape[3], q.shape[0]
         self.q_map, self.k_map = (_Map(axes, images, q.device) for axes in (q_axes, k_axes))
@@ -96,16 +105,24 @@ class _Call:
     def take(self, x: Tensor, rows: Tensor, part: slice) -> Tensor:
         """Copy rows of a map [., N * D]: [regions of the part, N, tokens, D], a view of a copy."""
         rows = rows[part]
-        copy = x.index_select(0, rows.flatten()).view(*rows.shape, self.heads, x.shape[1] // self.heads)
+        copy = x.index_select(0, rows.flatten()).view(
+            *rows.shape, self.heads, x.shape[1] // self.heads
+        )
         return copy.transpose(1, 2)  # [regions, N, tokens, D]
 
     def take_mask(self, part: slice) -> Tensor | None:
         """Read the mask of the listed keys, [regions of the part, 1, 1, keys]."""
-        return None if self.mask is None else self.mask[self.index[part]].flatten(1)[:, None, None]  # [R, 1, 1, keys]
+        return (
+            None if self.mask is None else self.mask[self.index[part]].flatten(1)[:, None, None]
+        )  # [R, 1, 1, keys]
 
     def factors(self, weight: Tensor, part: slice) -> Tensor:
         """Repeat the factors of regions for their keys: [regions of the part, 1, keys, 1]."""
-        return weight[part].repeat_interleave(self.k_map.table.shape[1], 1)[:, None, :, None].to(self.q.dtype)
+        return (
+            weight[part]
+            .repeat_interleave(self.k_map.table.shape[1], 1)[:, None, :, None]
+            .to(self.q.dtype)
+        )
 
     @staticmethod
     def lines(x: Tensor) -> Tensor:
@@ -123,15 +140,23 @@ class _Call:
     def sum_by_product(self, x: Tensor) -> Tensor:
         """The sums of all parts' copies. Adding row by row has no fixed order on an accelerator, a product has."""
         (regions, tokens), images = self.k_map.table.shape, self.k_map.images
-        listed = self.index.view(images, 1, self.q_map.table.shape[0] * self.index.shape[1])  # [B, 1, listed]
-        member = (listed == torch.arange(regions, device=x.device)[:, None]).to(x.dtype)  # [B, R, listed]
+        listed = self.index.view(
+            images, 1, self.q_map.table.shape[0] * self.index.shape[1]
+        )  # [B, 1, listed]
+        member = (listed == torch.arange(regions, device=x.device)[:, None]).to(
+            x.dtype
+        )  # [B, R, listed]
         total = member @ x.view(*member.shape[::2], tokens * x.shape[1])  # [B, R, t N D]
-        total = total.view(images, regions * tokens, x.shape[1]).index_select(1, self.k_map.slots())  # [B, L, N D]
+        total = total.view(images, regions * tokens, x.shape[1]).index_select(
+            1, self.k_map.slots()
+        )  # [B, L, N D]
         return F.pad(total, (0, 0, 0, self.k_map.more)).flatten(0, 1)  # [B (L + more), N D]
 
 
 class _Listed(torch.autograd.Function):
     """The tokens of each query region attend to those listed for it; index and weight [B, R, topk]."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -182,7 +207,9 @@ class _Listed(torch.autograd.Function):
         grad_weight = None if weight is None else torch.empty_like(weight)
         for part in call.chunks():
             # Matrices of each region and head lie apart: products would copy them every time otherwise.
-            query, grad = (call.take(x, call.q_rows, part).contiguous() for x in (call.q, grad_rows))
+            query, grad = (
+                call.take(x, call.q_rows, part).contiguous() for x in (call.q, grad_rows)
+            )
             plain = [call.take(x, call.k_rows, part).contiguous() for x in (call.k, call.v)]
             query, mask = query * scale, call.take_mask(part)
             factors = None if weight is None else call.factors(weight, part)
@@ -191,14 +218,20 @@ class _Listed(torch.autograd.Function):
             weights = (logits if mask is None else logits + mask).to(dtype).softmax(dim=-1)
             # The derivative of softmax: weights * (grad - sum of weights * grad).
             grad_logits = (grad @ value.mT).to(dtype)
-            grad_logits = torch.ops.aten._softmax_backward_data(grad_logits, weights, -1, dtype).to(q.dtype)
+            grad_logits = torch.ops.aten._softmax_backward_data(grad_logits, weights, -1, dtype).to(
+                q.dtype
+            )
             grad_q[part] = (grad_logits @ key).transpose(1, 2) * scale
             grads = grad_logits.mT @ query, weights.to(q.dtype).mT @ grad
             if factors is not None and grad_weight is not None:
-                of_keys, of_values = ((g * x).sum((1, 3)) for g, x in zip(grads, plain, strict=True))
+                of_keys, of_values = (
+                    (g * x).sum((1, 3)) for g, x in zip(grads, plain, strict=True)
+                )
                 products = of_keys + of_values
                 grad_weight[part] = (
-                    products.unflatten(1, (shape[2], call.k_map.table.shape[1])).sum(2).to(grad_weight.dtype)
+                    products.unflatten(1, (shape[2], call.k_map.table.shape[1]))
+                    .sum(2)
+                    .to(grad_weight.dtype)
                 )
                 grads = [g * factors for g in grads]
             call.add(grad_k, part, grads[0])
@@ -220,10 +253,14 @@ def _dense(problem: RoutedProblem) -> Tensor:
     if not problem.mask_border:  # zeros outside the map take part
         more = [-axis.length % axis.layout()[1] for axis in k_axes]
         k, v = (F.pad(x, (0, 0, 0, 0, 0, more[1], 0, more[0])) if any(more) else x for x in (k, v))
-        rows, columns = (Partition(axis.length + n, axis.window) for axis, n in zip(k_axes, more, strict=True))
+        rows, columns = (
+            Partition(axis.length + n, axis.window) for axis, n in zip(k_axes, more, strict=True)
+        )
     # How often a query region lists a key region is a factor of exp(logits).
     number = rows.layout()[0] * columns.layout()[0]
-    listed = q.new_zeros(*index.shape[:3], number).scatter_add(3, index, q.new_ones(()).expand(index.shape))
+    listed = q.new_zeros(*index.shape[:3], number).scatter_add(
+        3, index, q.new_ones(()).expand(index.shape)
+    )
     queries, keys = region_of(problem.q_axes, q.device), region_of((rows, columns), q.device)
     mask = listed.log().index_select(3, keys).index_select(2, queries)  # [B, 1 or N, H W, keys]
     query, key, value = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # [B, N, tokens, D]
@@ -256,7 +293,13 @@ def _tokens(cut: list[_Cut], device: torch.device) -> Tensor:
 
 
 def _attend_regions(
-    query: Tensor, key: Tensor, value: Tensor, index: Tensor, weight: Tensor | None, takes_part: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    weight: Tensor | None,
+    takes_part: Tensor,
+    scale: float,
 ) -> Tensor:
     """Attend from [B, N, R, t, D] to keys [B, N, Rk, u, D] of listed regions, those that take part [Rk, u]."""
     image = torch.arange(query.shape[0], device=query.device)[:, None, None, None]
@@ -267,7 +310,9 @@ def _attend_regions(
         keys, values = keys * factor, values * factor  # [B, N, R, topk, u, D]
     hidden = ~takes_part[index].flatten(3)[..., None, :]  # [B, 1 or N, R, 1, topk u]
     scores = (query * scale) @ keys.flatten(3, 4).mT  # [B, N, R, t, topk u]
-    scores = scores.to(torch.promote_types(query.dtype, torch.float32)).masked_fill(hidden, float("-inf"))
+    scores = scores.to(torch.promote_types(query.dtype, torch.float32)).masked_fill(
+        hidden, float("-inf")
+    )
     return scores.softmax(-1).to(value.dtype) @ values.flatten(3, 4)  # [B, N, R, t, Dv]
 
 
@@ -284,8 +329,14 @@ def _whole(problem: RoutedProblem) -> Tensor:
     q_cut, k_cut = ([_Cut(axis.length, *axis.layout()[:2]) for axis in part] for part in axes)
     takes_part = _tokens(k_cut, problem.q.device)
     takes_part = takes_part if problem.mask_border else torch.ones_like(takes_part)
-    query, key, value = _regions(problem.q, q_cut), _regions(problem.k, k_cut), _regions(problem.v, k_cut)
-    out = _attend_regions(query, key, value, problem.index, problem.weight, takes_part, problem.scale)
+    query, key, value = (
+        _regions(problem.q, q_cut),
+        _regions(problem.k, k_cut),
+        _regions(problem.v, k_cut),
+    )
+    out = _attend_regions(
+        query, key, value, problem.index, problem.weight, takes_part, problem.scale
+    )
     return _join_regions(out, q_cut)
 
 
@@ -312,13 +363,19 @@ def attend_bilevel(problem: BilevelProblem) -> Tensor:
     number = there.sum(-1, dtype=dtype)  # [R]
     empty = number == 0
     means = [x if problem.diff else x.detach() for x in (query, key)]
-    means = [x.to(dtype).sum(3).transpose(1, 2) / number.clamp(min=1)[:, None, None] for x in means]  # [B, R, N, D]
+    means = [
+        x.to(dtype).sum(3).transpose(1, 2) / number.clamp(min=1)[:, None, None] for x in means
+    ]  # [B, R, N, D]
     router = problem.router_weight, problem.router_bias
     topk = min(problem.topk, empty.shape[0])
-    index, weight = choose(means, topk, problem.scale, problem.per_head, *router, empty, counting=True)
+    index, weight = choose(
+        means, topk, problem.scale, problem.per_head, *router, empty, counting=True
+    )
     takes_part = there if is_mask else ~empty[:, None].expand_as(there)
     factors = weight if problem.soft else None
-    return _join_regions(_attend_regions(query, key, value, index, factors, takes_part, problem.scale), cut)
+    return _join_regions(
+        _attend_regions(query, key, value, index, factors, takes_part, problem.scale), cut
+    )
 
 
 def attend(problem: RoutedProblem) -> Tensor:
@@ -332,8 +389,16 @@ def attend(problem: RoutedProblem) -> Tensor:
         return _dense(problem)
     images, heads = index.shape[:2]
     if heads > 1:  # every head is an image of its own
-        q, k, v = (x.movedim(3, 1).flatten(0, 1)[:, :, :, None] for x in (q, k, v))  # [B N, H, W, 1, D]
+        q, k, v = (
+            x.movedim(3, 1).flatten(0, 1)[:, :, :, None] for x in (q, k, v)
+        )  # [B N, H, W, 1, D]
     weight = None if weight is None else weight.flatten(0, 1)  # [B, R, topk], or [B N, R, topk]
-    out = _Listed.apply(q, k, v, index.flatten(0, 1), weight, q_axes, k_axes, problem.mask_border, problem.scale)
+    out = _Listed.apply(
+        q, k, v, index.flatten(0, 1), weight, q_axes, k_axes, problem.mask_border, problem.scale
+    )
     # [B, H, W, N, Dv]
-    return out.squeeze(3).unflatten(0, (images, heads)).movedim(1, 3).contiguous() if heads > 1 else out
+    return (
+        out.squeeze(3).unflatten(0, (images, heads)).movedim(1, 3).contiguous()
+        if heads > 1
+        else out
+    )

@@ -44,12 +44,20 @@ class WindowProblem(AttentionProblem):
 
     def flops(self) -> int:
         """Those of the pairs that see each other."""
-        batch, heads, pairs = self.q.shape[0], self.q.shape[-2], math.prod(axis.pairs() for axis in self.axes)
+        batch, heads, pairs = (
+            self.q.shape[0],
+            self.q.shape[-2],
+            math.prod(axis.pairs() for axis in self.axes),
+        )
         return 2 * batch * heads * pairs * (self.q.shape[-1] + self.v.shape[-1])
 
 
 _backends = Backends(
-    "window_attention", WindowProblem, triton=triton.attend, eager=eager.attend, reference=reference.attend
+    "window_attention",
+    WindowProblem,
+    triton=triton.attend,
+    eager=eager.attend,
+    reference=reference.attend,
 )
 
 
@@ -94,8 +102,11 @@ def window_attention(
     Sources: arXiv:2103.14030 eq. 4 and section 3.2 (windows, shift, bias), arXiv:2204.01697 section 3.2 (grid).
     """
     axes = spatial_axes(q)
-    window, offset = per_axis("window_size", window_size, int, axes), per_axis("shift", shift, int, axes)
+    window, offset = (
+        per_axis("window_size", window_size, int, axes),
+        per_axis("shift", shift, int, axes),
+    )
     q, k, v = to_autocast(q, k, v)
-    problem = WindowProblem(q, k, v, window, offset, grid, bias, default_scale(q, scale))
+    problem = WindowProblem(q, k, v, window, offset, grid, bias, default_scale(q.shape[-1], scale))
     with without_autocast(q.device):
         return _backends.choose(problem, backend)(problem)

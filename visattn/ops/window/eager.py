@@ -59,12 +59,16 @@ def _join(x: Tensor, axes: tuple[Partition, ...], windows_first: bool) -> Tensor
     windows, slots = _order(axes)
     head, last = x.ndim - 2, x.ndim - 1
     order = [*((*windows, head, 0) if windows_first else (0, *windows, head)), *slots, last]
-    x = x.permute(*sorted(range(x.ndim), key=order.__getitem__))  # [B, a_1, b_1, a_2, b_2, ..., N, Dv]
+    x = x.permute(
+        *sorted(range(x.ndim), key=order.__getitem__)
+    )  # [B, a_1, b_1, a_2, b_2, ..., N, Dv]
     x = x.clone(memory_format=torch.contiguous_format) if is_symbolic(*x.shape) else x
     for a in range(1, len(axes) + 1):
         x = x.flatten(a, a + 1)
     for a, axis in enumerate(axes, start=1):
-        if is_symbolic(axis.length):  # a slice would compare its length with that of the padded axis
+        if is_symbolic(
+            axis.length
+        ):  # a slice would compare its length with that of the padded axis
             x = x.index_select(a, torch.arange(axis.length, device=x.device) + axis.layout()[2])
         else:
             x = x.narrow(a, axis.layout()[2], axis.length)
@@ -84,10 +88,19 @@ def _hidden(axes: tuple[Partition, ...], device: torch.device) -> Tensor:
 
 def attend(problem: WindowProblem) -> Tensor:
     """See `visattn.ops.window_attention`. T windows of t slots."""
-    q, k, v, bias, axes, scale = problem.q, problem.k, problem.v, problem.bias, problem.axes, problem.scale
+    q, k, v, bias, axes, scale = (
+        problem.q,
+        problem.k,
+        problem.v,
+        problem.bias,
+        problem.axes,
+        problem.scale,
+    )
     layouts = [axis.layout() for axis in axes]
     symbolic = is_symbolic(*problem.size)
-    masked = symbolic or any(w * s != axis.length for axis, (w, s, _) in zip(axes, layouts, strict=True))
+    masked = symbolic or any(
+        w * s != axis.length for axis, (w, s, _) in zip(axes, layouts, strict=True)
+    )
     # A bias that trains would push SDPA off its flash path: explicit products are then faster on a CPU. With symbolic
     # sizes SDPA ties the graph to more than one image.
     explicit = symbolic or (bias is not None and bias.requires_grad and torch.is_grad_enabled())
@@ -95,10 +108,14 @@ def attend(problem: WindowProblem) -> Tensor:
     added = None  # [N, t, t]
     if bias is not None:
         ranks = [torch.arange(slots, device=q.device) for _, slots, _ in layouts]
-        where = [r - r[:, None] + axis.window - 1 for r, axis in zip(ranks, axes, strict=True)]  # [t_a, t_a]
+        where = [
+            r - r[:, None] + axis.window - 1 for r, axis in zip(ranks, axes, strict=True)
+        ]  # [t_a, t_a]
         added = read_table(bias.to(dtype), where)
     windows_first = masked and not explicit
-    query, key, value = (_cut(x, axes, windows_first) for x in (q, k, v))  # [B, T, N, t, D], or [T, N, B, t, D]
+    query, key, value = (
+        _cut(x, axes, windows_first) for x in (q, k, v)
+    )  # [B, T, N, t, D], or [T, N, B, t, D]
     hidden = _hidden(axes, q.device) if masked else None  # [T, 1, 1, t]
     if explicit:
         scores = (query * scale @ key.mT).to(dtype)  # [B, T, N, t, t]
@@ -117,7 +134,9 @@ def attend(problem: WindowProblem) -> Tensor:
         # Dimensions over which the mask is constant go together: (N, B) without a bias, B alone with one.
         dim = 1 if added is None else 0
         mask = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, float("-inf"))
-        added = mask if added is None else (mask + added).flatten(0, 1)[:, None]  # [T, 1, 1, t] or [T * N, 1, t, t]
+        added = (
+            mask if added is None else (mask + added).flatten(0, 1)[:, None]
+        )  # [T, 1, 1, t] or [T * N, 1, t, t]
     query, key, value = (x.flatten(dim, dim + 1) for x in (query, key, value))
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale)
     return _join(out.unflatten(dim, lead[dim : dim + 2]), axes, windows_first)
