@@ -35,7 +35,6 @@ class Case:
     stride: int = 1
     dim: int = 12
     smallest: int = 4
-    waits: str = ""  # what the layer's op cannot do yet: "e" export, "t" trace, "0" no images
 
 
 def net(**options):
@@ -59,13 +58,13 @@ CASES = {
     "stripes": Case(lambda: layers.CrossShapedAttention(12, 2, 3)),
     "no stripes": Case(lambda: layers.CrossShapedAttention(12, 2, None)),
     "lepe": Case(lambda: layers.LePEAttention(12, 2, 3)),
-    "routing": Case(lambda: layers.BiLevelRoutingAttention(12, 2, 2, 2), waits="e"),
-    "routing, padded": Case(lambda: layers.BiLevelRoutingAttention(12, 2, 2, 2, padding="project"), waits="e"),
-    "aggregated": Case(lambda: layers.AggregatedAttention(12, 2, 3, 2, 8), waits="e"),
-    "cosine": Case(lambda: layers.CosineAttention(12, 2, 8, 4), waits="e"),
-    "halo": Case(lambda: layers.HaloAttention(12, num_heads=2, block_size=4, halo_size=1), True, waits="e"),
-    "halo, pooled": Case(lambda: layers.HaloAttention(12, 16, 2, None, 5, 1, 2), True, 2, 16, waits="e"),
-    "efficient, module": Case(lambda: nn.Sequential(layers.EfficientAttention2d(12, 8, 2, 4)), True, waits="e"),
+    "routing": Case(lambda: layers.BiLevelRoutingAttention(12, 2, 2, 2)),
+    "routing, padded": Case(lambda: layers.BiLevelRoutingAttention(12, 2, 2, 2, padding="project")),
+    "aggregated": Case(lambda: layers.AggregatedAttention(12, 2, 3, 2, 8)),
+    "cosine": Case(lambda: layers.CosineAttention(12, 2, 8, 4)),
+    "halo": Case(lambda: layers.HaloAttention(12, num_heads=2, block_size=4, halo_size=1), True),
+    "halo, pooled": Case(lambda: layers.HaloAttention(12, 16, 2, None, 5, 1, 2), True, 2, 16),
+    "efficient, module": Case(lambda: nn.Sequential(layers.EfficientAttention2d(12, 8, 2, 4)), True),
     "split": Case(lambda: layers.SplAt(12), True),
     "conv glu": Case(lambda: layers.ConvGLU(12, 8)),
     "merging": Case(lambda: layers.PatchMerging(12), stride=2, dim=24),
@@ -73,16 +72,16 @@ CASES = {
     "mbconv, pool": Case(lambda: net(stride_mode="pool"), True, 8, 16, 9),
     "mbconv, max3": Case(lambda: net(pool="max3"), True, 8, 16, 9),
     "softmax, reduced keys": Case(lambda: Tokens("softmax", sr_ratio=2)),
-    "agent": Case(lambda: Tokens("agent", num_agents=9), waits="et"),
-    "agent, prefix": Case(lambda: Tokens("agent", num_agents=4, num_prefix_tokens=2), waits="et"),
-    "agent, other agents": Case(lambda: Tokens("agent", num_agents=4, agent_size=(3, 5)), waits="et"),
-    "agent, reduced keys": Case(lambda: Tokens("agent", num_agents=9, sr_ratio=2), waits="et"),
-    "inline": Case(lambda: Tokens("inline", kernel_func="exp", lepe=True, num_prefix_tokens=2), waits="e0"),
-    "inline, reduced keys": Case(lambda: Tokens("inline", sr_ratio=2, lepe=True), waits="e0"),
-    "focused": Case(lambda: Tokens("focused", num_prefix_tokens=2, kernel_size=3), waits="e0"),
-    "focused, reduced keys": Case(lambda: Tokens("focused", sr_ratio=2), waits="e0"),
-    "efficient": Case(lambda: Tokens("efficient"), waits="e"),
-    "efficient, reduced keys": Case(lambda: Tokens("efficient", sr_ratio=2), waits="e"),
+    "agent": Case(lambda: Tokens("agent", num_agents=9)),
+    "agent, prefix": Case(lambda: Tokens("agent", num_agents=4, num_prefix_tokens=2)),
+    "agent, other agents": Case(lambda: Tokens("agent", num_agents=4, agent_size=(3, 5))),
+    "agent, reduced keys": Case(lambda: Tokens("agent", num_agents=9, sr_ratio=2)),
+    "inline": Case(lambda: Tokens("inline", kernel_func="exp", lepe=True, num_prefix_tokens=2)),
+    "inline, reduced keys": Case(lambda: Tokens("inline", sr_ratio=2, lepe=True)),
+    "focused": Case(lambda: Tokens("focused", num_prefix_tokens=2, kernel_size=3)),
+    "focused, reduced keys": Case(lambda: Tokens("focused", sr_ratio=2)),
+    "efficient": Case(lambda: Tokens("efficient")),
+    "efficient, reduced keys": Case(lambda: Tokens("efficient", sr_ratio=2)),
 }
 
 
@@ -100,11 +99,6 @@ def maps(case, batch, height, width):
     return torch.randn((batch, 12, height, width) if case.first else (batch, height, width, 12))
 
 
-def waits(request, case, letter):
-    if letter in case.waits:
-        request.applymarker(pytest.mark.xfail(reason="the layer's op cannot do this yet", strict=True))
-
-
 @pytest.mark.parametrize("size", [(8, 6), (9, 13), (5, 20)], ids=str)
 def test_shapes_and_gradients(case, layer, size):
     x = maps(case, 2, *size).requires_grad_()
@@ -116,8 +110,7 @@ def test_shapes_and_gradients(case, layer, size):
 
 
 @torch.no_grad()
-def test_no_images(request, case, layer):
-    waits(request, case, "0")
+def test_no_images(case, layer):
     assert layer(maps(case, 0, 9, 13)).shape[0] == 0
 
 
@@ -148,8 +141,7 @@ def test_fx_and_export_with_dynamic_sizes(request, case, layer):
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_trace_takes_any_batch(request, case, layer):
-    waits(request, case, "t")
+def test_trace_takes_any_batch(case, layer):
     traced = torch.jit.trace(layer, maps(case, 2, 9, 13), check_trace=False)
     for batch in (1, 3):
         x = maps(case, batch, 9, 13)
@@ -157,8 +149,7 @@ def test_trace_takes_any_batch(request, case, layer):
 
 
 @torch.no_grad()
-def test_export_with_a_dynamic_batch_needs_no_visattn(request, case, layer):
-    waits(request, case, "e")
+def test_export_with_a_dynamic_batch_needs_no_visattn(case, layer):
     shapes = ({0: torch.export.Dim("b", min=1, max=64)},)
     program = torch.export.export(layer, (maps(case, 2, 9, 13),), dynamic_shapes=shapes)
     assert not [n for n in program.graph.nodes if "visattn" in str(n.target)]

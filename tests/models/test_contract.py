@@ -29,16 +29,6 @@ NOT_DECAYED = (
     "cpb_fc2.weight",
     "cls_token",
 )
-# What the ops of some models cannot do yet.
-WAITING = {
-    "empty": ("test_biformer", "test_focused_swin", "test_inline_pvt"),
-    "trace": ("test_agent_deit", "test_agent_swin"),
-    "transforms": ("test_biformer", "test_halonet_va", "test_transnext"),
-    "batch": (
-        *("test_agent_deit", "test_agent_swin", "test_biformer", "test_efficient_cswin", "test_focused_swin"),
-        *("test_halonet_va", "test_inline_pvt", "test_resnet_ea", "test_transnext"),
-    ),
-}
 
 
 @pytest.fixture(params=SMALL)
@@ -49,11 +39,6 @@ def model(request):
 @pytest.fixture
 def image():
     return torch.randn(SIZE)
-
-
-def waits(request, model, what):
-    if model.pretrained_cfg["architecture"] in WAITING[what]:
-        request.applymarker(pytest.mark.xfail(reason="the model's op cannot do this yet", strict=True))
 
 
 def test_names_and_modules_shadow_nothing_of_timm():
@@ -131,9 +116,8 @@ def test_synchronised_batch_norm_is_the_same_model(model, image):
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_other_ways_to_run_it(model, image, request):
+def test_other_ways_to_run_it(model, image):
     """A trace is for images of one size, any number of them."""
-    waits(request, model, "trace")
     images = (image[:1], image, torch.randn(3, *SIZE[1:]))
     expected = [model(x) for x in images]
     ways = {
@@ -148,8 +132,7 @@ def test_other_ways_to_run_it(model, image, request):
             assert relative_error(run(x), out) <= SAME_MODEL, name
 
 
-def test_gradients_by_transforms_are_those_of_backward(model, image, request):
-    waits(request, model, "transforms")
+def test_gradients_by_transforms_are_those_of_backward(model, image):
 
     def loss(parameters):
         return torch.func.functional_call(model, parameters, (image[:1],)).square().mean()
@@ -162,8 +145,7 @@ def test_gradients_by_transforms_are_those_of_backward(model, image, request):
 
 
 @torch.no_grad()
-def test_no_images(model, request):
-    waits(request, model, "empty")
+def test_no_images(model):
     assert model(torch.zeros(0, *SIZE[1:])).shape == (0, 1000)
 
 
@@ -202,8 +184,7 @@ def test_export_of_a_known_size_needs_no_visattn(model, image):
 
 
 @torch.no_grad()
-def test_export_with_a_dynamic_batch_needs_no_visattn(model, image, request):
-    waits(request, model, "batch")
+def test_export_with_a_dynamic_batch_needs_no_visattn(model, image):
     shapes = {"x": {0: torch.export.Dim("batch", min=1, max=64)}}
     program = torch.export.export(model, (image,), dynamic_shapes=shapes)
     assert not [n for n in program.graph.nodes if "visattn" in str(n.target)]

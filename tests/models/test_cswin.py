@@ -197,9 +197,14 @@ def test_positional_encodings_are_resized_bicubically():
 
 @torch.no_grad()
 def test_a_stage_as_wide_as_its_stripes_attends_over_the_whole_map():
-    assert [s.blocks[0].attn.whole for s in timm.create_model("test_cswin_va").stages] == [False, False, False, True]
+    assert [s.blocks[0].attn.split_size is None for s in timm.create_model("test_cswin_va").stages] == [
+        False,
+        False,
+        False,
+        True,
+    ]
     model = timm.create_model("test_cswin_va", img_size=112).eval()
-    assert [s.blocks[0].attn.whole for s in model.stages] == [False, False, True, True]
+    assert [s.blocks[0].attn.split_size is None for s in model.stages] == [False, False, True, True]
     stripes = timm.create_model("test_cswin_va").eval()
     stripes.load_state_dict(model.state_dict())
     image = torch.randn(1, 3, 112, 112)
