@@ -100,7 +100,7 @@ def test_blocks_of_the_paper():
             assert (attn.block_size, attn.halo_size, attn.mask_border) == (8, 4, True)
             assert attn.num_heads == (8 if i else 4)
             assert attn.kv_split == [64 * 2**i, 192 * 2**i]
-            assert attn.stride == ([2, 2] if i and j == 0 else [1, 1])
+            assert attn.stride == (2 if i and j == 0 else 1)
             assert block.conv3.conv.out_channels == 176 * 2**i
             assert isinstance(block.shortcut, nn.Identity) == (j > 0)
 
