@@ -16,7 +16,7 @@ from visattn.layers import TOKEN_MIXERS, SoftmaxAttention
 
 VIT = {"img_size": (64, 96), "depth": 3, "num_classes": 5}
 SWIN = {"img_size": (64, 96), "depths": (2, 1), "embed_dim": 24, "num_heads": (1, 2), "num_classes": 5}
-HOSTS = {
+BACKBONES = {
     "vit_tiny_patch16_224": VIT,
     "deit_tiny_distilled_patch16_224": VIT,
     "vit_medium_patch16_reg4_gap_256": {**VIT, "embed_dim": 96, "num_heads": 3},
@@ -25,7 +25,7 @@ HOSTS = {
 
 
 def create(name, **args):
-    return timm.create_model(name, **{**HOSTS[name], **args}).eval()
+    return timm.create_model(name, **{**BACKBONES[name], **args}).eval()
 
 
 def count(entries):
@@ -36,8 +36,8 @@ def image(height=64, width=96):
     return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(params=HOSTS)
-def host(request):
+@pytest.fixture(params=BACKBONES)
+def backbone(request):
     return request.param
 
 
@@ -70,8 +70,8 @@ def test_softmax_gives_the_logits_of_before(name, args):
 
 
 @pytest.mark.parametrize("attention", TOKEN_MIXERS)
-def test_every_attention_runs_forward_and_backward(host, attention):
-    model = create(host).train()
+def test_every_attention_runs_forward_and_backward(backbone, attention):
+    model = create(backbone).train()
     before = {id(p): n for n, p in model.named_parameters()}
     total = sum(p.numel() for p in model.parameters())
     report = visattn.swap_attention(model, attention)
@@ -85,7 +85,7 @@ def test_every_attention_runs_forward_and_backward(host, attention):
     assert all(before[id(named[entry.name])] == entry.name for entry in report.kept)
     assert not [entry for entry in report.new if id(named[entry.name]) in before]
     assert {entry.name for entry in report.dropped} == {n for n in before.values() if "relative_position" in n}
-    assert ("windows nor shift" in str(report)) == host.startswith("swin")
+    assert ("windows nor shift" in str(report)) == backbone.startswith("swin")
     assert f"{count(report.kept):,}" in str(report)
 
     model(image()).square().mean().backward()
@@ -97,9 +97,9 @@ def test_every_attention_runs_forward_and_backward(host, attention):
 
 
 @torch.no_grad()
-def test_ways_of_torch_and_timm(host, tmp_path):
-    args = {"depths": (1, 1)} if host.startswith("swin") else {"depth": 1}
-    model, fresh = create(host, **args), create(host, **args)
+def test_ways_of_torch_and_timm(backbone, tmp_path):
+    args = {"depths": (1, 1)} if backbone.startswith("swin") else {"depth": 1}
+    model, fresh = create(backbone, **args), create(backbone, **args)
     visattn.swap_attention(model, "agent")
     expected = model(image())
     visattn.swap_attention(fresh, "agent")

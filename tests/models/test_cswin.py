@@ -1,4 +1,4 @@
-"""The CSWin host: official outputs and keys, any size and attention, resized checkpoints."""
+"""The CSWin backbone: official outputs and keys, any size and attention, resized checkpoints."""
 
 import pytest
 import timm

@@ -1,4 +1,4 @@
-"""The Swin hosts: official and timm's outputs, keys, resized weights, options, every attention at any size."""
+"""The Swin backbones: official and timm's outputs, keys, resized weights, options, every attention at any size."""
 
 import pytest
 import timm

@@ -12,7 +12,7 @@ from tests.ops.gradients import Recorder
 from tests.tolerances import SAME_MODEL, relative_error
 from visattn.ops import explain, use_backend
 
-# Hosts as published: DeiT's and PVT's attention is PyTorch's, and ResNeSt has convolutions only.
+# Backbones as published: DeiT's and PVT's attention is PyTorch's, and ResNeSt has convolutions only.
 WITHOUT_OPS = {"test_deit_va", "test_pvt_va", "test_resnest_va"}
 # What stands for the kernels where operations are counted.
 KERNELS = {"fused_forward", "linear_outer", "depthwise"}

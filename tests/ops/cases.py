@@ -287,11 +287,11 @@ def plain_map(b, h, w, n, d):
 
 WINDOW = {"kernel_size": [3, 3], "dilation": [2, 1]}
 HALO = {"block_size": [4, 4], "halo_size": [1, 1], "stride": [2, 2]}
-_ROUTED = "visattn.ops.routed.eager._DENSE"
-_LINEAR = ("visattn.ops.linear.eager._STREAMED", "visattn.ops.linear.eager._CHUNK")
+_ROUTED = "visattn.ops.chunking.DENSE_KEYS"
+_LINEAR = ("visattn.ops.chunking.STREAMED", "visattn.ops.chunking.CHUNK")
 ROUTED_FORMS = {"masked": {_ROUTED: 10**9}, "listed": {_ROUTED: 0}}
 LINEAR_FORMS = {"whole": {_LINEAR[0]: 10**9, _LINEAR[1]: 100}, "chunks": {_LINEAR[0]: 0, _LINEAR[1]: 100}}
-_CHUNKS = ("visattn.ops.aggregated.cpb._CHUNK", "visattn.ops.aggregated.eager.CHUNKS")
+_CHUNKS = ("visattn.ops.chunking.CHUNK", "visattn.ops.chunking.MOST")
 CHUNKS = {f"chunks of {n}": {_CHUNKS[0]: n, _CHUNKS[1]: 1000} for n in (500, 1 << 18)}
 
 ATTENTIONS = {

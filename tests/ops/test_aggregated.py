@@ -11,8 +11,7 @@ from tests import tolerances
 from tests.ops.cases import aggregated_shapes
 from tests.ops.gradients import Recorder, check, kept_bytes, leaves
 from tests.tolerances import relative_error
-from visattn.ops import aggregated_attention, aggregated_weights
-from visattn.ops.aggregated import cpb, eager
+from visattn.ops import aggregated_attention, aggregated_weights, chunking
 from visattn.ops.geometry import Pooled, interpolated
 
 BACKENDS = ["eager", "reference"]  # Triton has tests of its own: no float64
@@ -43,8 +42,8 @@ def test_autocast_changes_nothing_inside(backend, dtype):
 @pytest.mark.parametrize("chunk", [1, 1000, 3000])
 @pytest.mark.parametrize("kernel", [None, 3])
 def test_chunks_do_not_change_the_result(monkeypatch, chunk, kernel):
-    monkeypatch.setattr(cpb, "_CHUNK", chunk)
-    monkeypatch.setattr(eager, "CHUNKS", 1000)
+    monkeypatch.setattr(chunking, "CHUNK", chunk)
+    monkeypatch.setattr(chunking, "MOST", 1000)
     _, call, _, seed = PLAIN
     shapes = aggregated_shapes(2, (12, 9), (3, 2), 2, 24, kernel=kernel)
     check(aggregated_attention, (shapes, call, kernel is not None, seed), "eager")
@@ -137,7 +136,7 @@ def measure(size):
 
 def test_memory_is_linear_in_tokens(monkeypatch):
     """Four times the tokens see four times the pooled keys: a dense bias would need four times as much per token."""
-    monkeypatch.setattr(cpb, "_CHUNK", 1)
+    monkeypatch.setattr(chunking, "CHUNK", 1)
     (small, _), (large, names) = measure(64), measure(128)
     assert (large <= 1.05 * small).all()
     assert large[0] < 2 * 16**2 * 4  # of a dense bias

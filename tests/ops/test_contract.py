@@ -650,7 +650,7 @@ def test_backend_is_explained(name):
     names = {case.op.__name__, case.op.__name__.replace("bilevel_routing", "routed")}
     assert [d.backend for d in decisions] == ["eager"]
     assert decisions[0].op in names
-    assert set(decisions[0].refusals) == {"triton"}
+    assert set(decisions[0].reasons) == {"triton"}
 
 
 # Neighbourhoods

@@ -49,7 +49,7 @@ def test_auto_takes_the_first_that_can_and_logs_the_reason_once(caplog):
         assert op("auto", 9) == -9
     assert caplog.text.count("9 is not a multiple of 8") == 1
     expected = ("test_only_op", "eager", {"triton": "triton: 9 is not a multiple of 8"})
-    assert [(d.op, d.backend, d.refusals) for d in decisions] == [expected] * 2
+    assert [(d.op, d.backend, d.reasons) for d in decisions] == [expected] * 2
 
 
 def test_an_explicit_backend_raises_its_reason():
@@ -63,7 +63,7 @@ def test_an_explicit_backend_raises_its_reason():
 def test_auto_passes_over_what_only_runs_on_request():
     with explain() as decisions:
         assert op("auto", 16) == -16
-    assert decisions[0].refusals == {"triton": "only on request"}
+    assert decisions[0].reasons == {"triton": "only on request"}
     assert op("triton", 16) == 16
 
 

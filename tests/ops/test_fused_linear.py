@@ -241,6 +241,6 @@ def test_choice_of_backend(name):
         ATTENTIONS[name](**tensors)
         ATTENTIONS[name](**{n: t[:, :2] if n in "qkv" else t for n, t in tensors.items()})  # wide heads, few tokens
     assert [d.backend for d in decisions] == ["triton" if DEVICE == "cuda" else "eager", "eager"]
-    assert decisions[1].refusals["triton"] == "few tokens of wide heads cost less token by token"
+    assert decisions[1].reasons["triton"] == "few tokens of wide heads cost less token by token"
     with pytest.raises(BackendError, match=r"float32, float16 and bfloat16, got torch.float64"):
         ATTENTIONS[name](**{n: t.double() for n, t in tensors.items()}, backend="triton")

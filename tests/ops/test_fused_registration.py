@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_one_gradient_at_a_time_equals_all(needed):
 @pytest.mark.parametrize("kind", MODULES)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_fullgraph_trains(kind, dynamic):
-    """With symbolic sizes the op is one opaque node, whose backward differentiates the fused op."""
+    """With symbolic sizes the op is one custom op, whose backward differentiates the fused op."""
     module = kind()
     compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for size in ((5, 4), (4, 7)) if dynamic else ((5, 4),):
@@ -155,13 +156,14 @@ def test_a_gpu_without_a_c_compiler_is_left_to_eager(monkeypatch):
     monkeypatch.setattr(support, "_is_old", lambda device: False)
     monkeypatch.setattr(support, "_has_compiler", support._has_compiler.__wrapped__)
     monkeypatch.setenv("CC", "cc")
-    assert support.refusal(q) is None
-    assert support.automatic(q) is None
+    problem = SimpleNamespace(tensors=lambda: [q])
+    assert support.can_run_tensors(problem) is None
+    assert support.automatic(problem) is None
     monkeypatch.delenv("CC")
     monkeypatch.setattr(support.shutil, "which", lambda name: None)
-    assert "try to install gcc, or set CC" in support.refusal(q)
+    assert "try to install gcc, or set CC" in support.can_run_tensors(problem)
     monkeypatch.setattr(support, "_is_old", lambda device: True)
-    assert "compute capability 8.0" in support.refusal(q)
+    assert "compute capability 8.0" in support.can_run_tensors(problem)
 
 
 def test_versions_of_triton(monkeypatch):

@@ -12,9 +12,8 @@ from tests import tolerances
 from tests.golden import fill
 from tests.ops.gradients import Recorder, check, leaves
 from tests.tolerances import relative_error
-from visattn.ops import halo_attention
+from visattn.ops import chunking, halo_attention
 from visattn.ops.geometry import Halo
-from visattn.ops.halo import eager
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "op_halo.npz")
 BACKENDS = ["eager", "reference"]  # Triton has tests of its own: no float64
@@ -85,7 +84,7 @@ PLAIN = (
 
 @pytest.mark.parametrize("chunk", [1, 1000, 5000])
 def test_chunks_do_not_change_the_result(monkeypatch, chunk):
-    monkeypatch.setattr(eager, "_CHUNK", chunk)
+    monkeypatch.setattr(chunking, "CHUNK", chunk)
     check(halo_attention, PLAIN, "eager")
 
 

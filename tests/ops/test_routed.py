@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.ops.gradients import check
-from visattn.ops import routed_attention
+from visattn.ops import chunking, routed_attention
 from visattn.ops.geometry import Partition
 from visattn.ops.routed import eager
 
@@ -34,8 +34,8 @@ def test_gradients_are_added_up_in_one_order_everywhere():
 
 @pytest.mark.parametrize("chunk", [1, 2000, 10**9])
 def test_chunks_do_not_change_the_result(monkeypatch, chunk):
-    monkeypatch.setattr(eager, "_DENSE", 0)
-    monkeypatch.setattr(eager, "_CHUNK", chunk)
+    monkeypatch.setattr(chunking, "DENSE_KEYS", 0)
+    monkeypatch.setattr(chunking, "CHUNK", chunk)
     check(routed_attention, PLAIN, "eager")
 
 

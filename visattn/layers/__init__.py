@@ -14,7 +14,13 @@ from visattn.layers.inline import InLineAttention
 from visattn.layers.lepe import LePEAttention
 from visattn.layers.mbconv import ConvStem, MBConv
 from visattn.layers.neighborhood import GlobalAttention, NeighborhoodAttention
-from visattn.layers.patch import ConvDownsampler, ConvTokenizer, PatchMerging, PatchTokenizer, PositionedTokenizer
+from visattn.layers.patch import (
+    ConvDownsampler,
+    ConvTokenizer,
+    PatchMerging,
+    PatchTokenizer,
+    PositionedTokenizer,
+)
 from visattn.layers.pool import create_pool
 from visattn.layers.rel_attention import LogRelPos, PooledTransformerBlock
 from visattn.layers.routing import BiLevelRoutingAttention

@@ -17,7 +17,9 @@ class EfficientAttention(TokenMixer):
     Arguments and errors are those of `TokenMixer`. Source: arXiv:1812.01243, section 3.2.
     """
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, size: list[int], kv_size: list[int]) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, size: list[int], kv_size: list[int]
+    ) -> Tensor:
         return efficient_attention(q, k, v)
 
 
@@ -72,7 +74,11 @@ class EfficientAttention2d(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """`mask` [B, H, W] boolean, True where there is image: elsewhere x stays as it is, and nothing looks there."""
-        q, k, v = self._heads(self.queries(x)), self._heads(self.keys(x)), self._heads(self.values(x))
+        q, k, v = (
+            self._heads(self.queries(x)),
+            self._heads(self.keys(x)),
+            self._heads(self.values(x)),
+        )
         out = efficient_attention(q, k, v, mask=mask).flatten(3).permute(0, 3, 1, 2)  # [B, C, H, W]
         out = self.reprojection(out)
         if mask is not None:

@@ -53,11 +53,15 @@ class HaloAttention(nn.Module):
         super().__init__()
         dim_out = dim if dim_out is None else dim_out
         if dim_out % num_heads or (dim_head is None and dim % num_heads):
-            raise ValueError(f"expected dim and dim_out divisible by {num_heads} heads, got {dim} and {dim_out}")
+            raise ValueError(
+                f"expected dim and dim_out divisible by {num_heads} heads, got {dim} and {dim_out}"
+            )
         if stride not in (1, 2):
             raise ValueError(f"expected stride 1 or 2, got {stride}")
         if block_size < 1 or halo_size < 0:
-            raise ValueError(f"expected block_size >= 1 and halo_size >= 0, got {block_size} and {halo_size}")
+            raise ValueError(
+                f"expected block_size >= 1 and halo_size >= 0, got {block_size} and {halo_size}"
+            )
         dd = {"device": device, "dtype": dtype}
         dim_head = dim // num_heads if dim_head is None else dim_head
         query_stride = stride if block_size % stride == 0 else 1

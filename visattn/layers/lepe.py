@@ -43,10 +43,14 @@ class LePEAttention(MultiHeadAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         if lepe_on not in ("input", "value"):
-            raise ValueError(f"expected lepe_on 'input' or 'value', got {reprlib.repr(lepe_on):.80}")
+            raise ValueError(
+                f"expected lepe_on 'input' or 'value', got {reprlib.repr(lepe_on):.80}"
+            )
         super().__init__(dim, num_heads, qkv_bias, device=device, dtype=dtype)
         self.lepe_on = lepe_on
-        self.lepe = DepthwiseConv(dim, side_dwconv, device=device, dtype=dtype) if side_dwconv else None
+        self.lepe = (
+            DepthwiseConv(dim, side_dwconv, device=device, dtype=dtype) if side_dwconv else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self._project(x)

@@ -53,7 +53,9 @@ class PatchTokenizer(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.patch_size = [patch_size, patch_size]
         padding = 0 if kernel_size is None else kernel_size // 2
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size or patch_size, stride=patch_size, padding=padding, **dd)
+        self.proj = nn.Conv2d(
+            in_chans, embed_dim, kernel_size or patch_size, stride=patch_size, padding=padding, **dd
+        )
         self.norm = nn.LayerNorm(embed_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,7 +128,9 @@ class ConvDownsampler(nn.Module):
         self.norm = nn.LayerNorm(2 * dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # [B, H/2, W/2, 2C]
+        return self.norm(
+            self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        )  # [B, H/2, W/2, 2C]
 
 
 class PatchMerging(nn.Module):
@@ -149,6 +153,8 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = pad_to_multiple(x, [2, 2])
         b, h, w, c = x.shape
-        x = x.reshape(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 4, 2, 5)  # [B, H/2, W/2, 2, 2, C]
+        x = x.reshape(b, h // 2, 2, w // 2, 2, c).permute(
+            0, 1, 3, 4, 2, 5
+        )  # [B, H/2, W/2, 2, 2, C]
         x = x.flatten(3)  # [B, H/2, W/2, 4C]
         return self.reduction(self.norm(x))

@@ -23,7 +23,9 @@ class PadSame(nn.Module):
         self.stride = [stride, stride]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = pad_same(x.permute(0, 2, 3, 1), kernel=self.kernel_size, stride=self.stride)  # [B, H', W', C]
+        x = pad_same(
+            x.permute(0, 2, 3, 1), kernel=self.kernel_size, stride=self.stride
+        )  # [B, H', W', C]
         return x.permute(0, 3, 1, 2)  # [B, C, H', W']
 
 
@@ -54,4 +56,6 @@ def create_pool(kind: str) -> nn.Module:
         return nn.AvgPool2d(3, stride=2, padding=1)
     if kind == "max3":
         return nn.MaxPool2d(3, stride=2, padding=1)
-    raise ValueError(f"expected a pool of 'avg2', 'avg3', 'max2' or 'max3', got {reprlib.repr(kind):.80}")
+    raise ValueError(
+        f"expected a pool of 'avg2', 'avg3', 'max2' or 'max3', got {reprlib.repr(kind):.80}"
+    )

@@ -14,7 +14,13 @@ torch.fx.wrap("bilevel_routing_attention")
 torch.fx.wrap("fit")
 torch.fx.wrap("pad_to_multiple")
 
-_KV_POOLS = {"identity": "none", "avgpool": "avg", "maxpool": "max", "ada_avgpool": "ada_avg", "ada_maxpool": "ada_max"}
+_KV_POOLS = {
+    "identity": "none",
+    "avgpool": "avg",
+    "maxpool": "max",
+    "ada_avgpool": "ada_avg",
+    "ada_maxpool": "ada_max",
+}
 
 
 class BiLevelRoutingAttention(nn.Module):
@@ -85,13 +91,19 @@ class BiLevelRoutingAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         qk_dim = qk_dim or dim
         if num_heads < 1 or dim % num_heads or qk_dim % num_heads:
-            raise ValueError(f"expected dim and qk_dim divisible by num_heads, got {dim}, {qk_dim} and {num_heads}")
+            raise ValueError(
+                f"expected dim and qk_dim divisible by num_heads, got {dim}, {qk_dim} and {num_heads}"
+            )
         if min(to_2tuple(n_win)) < 1 or topk < 1:
             raise ValueError(f"expected n_win and topk of at least 1, got {n_win} and {topk}")
         if padding not in ("mask", "project", "zero"):
-            raise ValueError(f"expected padding 'mask', 'project' or 'zero', got {reprlib.repr(padding):.80}")
+            raise ValueError(
+                f"expected padding 'mask', 'project' or 'zero', got {reprlib.repr(padding):.80}"
+            )
         if param_attention not in ("qkvo", "qkv"):
-            raise ValueError(f"expected param_attention 'qkvo' or 'qkv', got {reprlib.repr(param_attention):.80}")
+            raise ValueError(
+                f"expected param_attention 'qkvo' or 'qkv', got {reprlib.repr(param_attention):.80}"
+            )
         _check_routing(param_routing, diff_routing, soft_routing)
         self.num_heads = num_heads
         self.n_win = list(to_2tuple(n_win))
@@ -159,7 +171,9 @@ class BiLevelRoutingAttention(nn.Module):
 
 def _check_routing(param_routing: bool, diff_routing: bool, soft_routing: bool) -> None:
     if param_routing and not diff_routing:
-        raise ValueError("expected diff_routing with param_routing, whose weights would get no gradient; got False")
+        raise ValueError(
+            "expected diff_routing with param_routing, whose weights would get no gradient; got False"
+        )
     if diff_routing and not soft_routing:
         raise NotImplementedError(
             "diff_routing without soft_routing is hard routing, which the official code names and does not implement; "
@@ -175,7 +189,9 @@ def _kv_pool(mode: str, ratio: int, per_win: int) -> tuple[str, int]:
             f"try one of {sorted(_KV_POOLS)}"
         )
     if mode not in _KV_POOLS:
-        raise ValueError(f"expected kv_downsample_mode of {sorted(_KV_POOLS)}, got {reprlib.repr(mode):.80}")
+        raise ValueError(
+            f"expected kv_downsample_mode of {sorted(_KV_POOLS)}, got {reprlib.repr(mode):.80}"
+        )
     size = 1 if mode == "identity" else per_win if mode.startswith("ada") else ratio
     if size < 1:
         name = "kv_per_win" if mode.startswith("ada") else "kv_downsample_ratio"

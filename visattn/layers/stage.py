@@ -23,9 +23,15 @@ class Stage(nn.Sequential):
 
     blocks: nn.Sequential
 
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], norm: nn.Module | None = None) -> None:
+    def __init__(
+        self, downsample: nn.Module, blocks: Sequence[nn.Module], norm: nn.Module | None = None
+    ) -> None:
         norm = nn.Identity() if norm is None else norm
-        super().__init__(OrderedDict[str, nn.Module](downsample=downsample, blocks=nn.Sequential(*blocks), norm=norm))
+        super().__init__(
+            OrderedDict[str, nn.Module](
+                downsample=downsample, blocks=nn.Sequential(*blocks), norm=norm
+            )
+        )
 
     @property
     def grad_checkpointing(self) -> bool:

@@ -51,23 +51,33 @@ class TokenMixer(MultiHeadAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         if sr_ratio < 1 or min(feat_size) < 1:
-            raise ValueError(f"expected sr_ratio and feat_size of at least 1, got {sr_ratio} and {feat_size}")
+            raise ValueError(
+                f"expected sr_ratio and feat_size of at least 1, got {sr_ratio} and {feat_size}"
+            )
         if sr_ratio > 1 and num_prefix_tokens:
-            raise ValueError(f"expected no prefix tokens with sr_ratio {sr_ratio}, got {num_prefix_tokens}")
+            raise ValueError(
+                f"expected no prefix tokens with sr_ratio {sr_ratio}, got {num_prefix_tokens}"
+            )
         dd, reduces = {"device": device, "dtype": dtype}, sr_ratio > 1
         super().__init__(dim, num_heads, qkv_bias, proj_drop, fused=not reduces, **dd)
         self.scale = self.head_dim**-0.5
         self.num_prefix_tokens = num_prefix_tokens
         self.sr_ratio = [sr_ratio, sr_ratio]
-        self.register_module("sr", nn.Conv2d(dim, dim, sr_ratio, stride=sr_ratio, **dd) if reduces else None)
+        self.register_module(
+            "sr", nn.Conv2d(dim, dim, sr_ratio, stride=sr_ratio, **dd) if reduces else None
+        )
         self.register_module("norm", nn.LayerNorm(dim, **dd) if reduces else None)
 
     def forward(self, x: Tensor, size: list[int] | None = None) -> Tensor:
         q, k, v, grid, kv_grid = self._project_tokens(x, size)
-        x = self._attend(q, k, v, grid, kv_grid).reshape(x.shape)  # [B, H, W, C] or [B, P + H * W, C]
+        x = self._attend(q, k, v, grid, kv_grid).reshape(
+            x.shape
+        )  # [B, H, W, C] or [B, P + H * W, C]
         return self.proj_drop(self.proj(x))
 
-    def _project_tokens(self, x: Tensor, size: list[int] | None) -> tuple[Tensor, Tensor, Tensor, list[int], list[int]]:
+    def _project_tokens(
+        self, x: Tensor, size: list[int] | None
+    ) -> tuple[Tensor, Tensor, Tensor, list[int], list[int]]:
         """Project to q [B, L, N, D], k and v [B, M, N, D]; also the maps of queries and of keys."""
         grid = [x.shape[1], x.shape[2]] if size is None else size
         if self.qkv is not None:
@@ -80,7 +90,9 @@ class TokenMixer(MultiHeadAttention):
         (q,) = self._split(self.q(x.flatten(1, 2)), 1)  # [B, L, N, D]
         return q, k, v, grid, [y.shape[1], y.shape[2]]
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, size: list[int], kv_size: list[int]) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, size: list[int], kv_size: list[int]
+    ) -> Tensor:
         raise NotImplementedError
 
     def _map(self, x: Tensor, size: list[int]) -> Tensor:
@@ -91,7 +103,9 @@ class TokenMixer(MultiHeadAttention):
         """Tokens x [B, P + H * W, N, D] plus a map y [B, H, W, N * D]; prefix tokens stay."""
         y = y.flatten(1, 2).unflatten(-1, [self.num_heads, self.head_dim])  # [B, H * W, N, D]
         if self.num_prefix_tokens:
-            return torch.cat([x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :] + y], 1)
+            return torch.cat(
+                [x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :] + y], 1
+            )
         return x + y
 
     def extra_repr(self) -> str:
@@ -101,5 +115,7 @@ class TokenMixer(MultiHeadAttention):
 class SoftmaxAttention(TokenMixer):
     """Ordinary attention, softmax(q k^T / sqrt(head width)) v, without position: the control for the others."""
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, size: list[int], kv_size: list[int]) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, size: list[int], kv_size: list[int]
+    ) -> Tensor:
         return attend_globally(q, k, v)

@@ -5,7 +5,8 @@ Official code: https://github.com/DaiShiResearch/TransNeXt (Apache-2.0).
 
 What differs from the official code, and why:
     * One class for classification and dense tasks. The official classifier takes images of one size that 32 divides;
-      here any size follows the rule of the official dense code. At the classifier's size the results are its own.
+      here any size follows the rule of the official dense code: the image is zero-padded at the bottom and right to a
+      multiple of 4 (`layers.PatchTokenizer`), nothing later is. At the classifier's size the results are its own.
     * A map smaller than a pooling ratio is pooled to one token (official: to none).
     * A stage ends with its norm, so that a stage's output is its feature map; the last stage's norm is the network's,
       and `forward_intermediates(norm=True)` applies it. `checkpoint_filter_fn` renames official keys.

@@ -27,7 +27,10 @@ def to_autocast(*tensors: Unpack[Tensors]) -> tuple[Unpack[Tensors]]:
     """Cast the tensors to autocast's dtype where it is on; float64 stays, as in PyTorch, and so does what is None."""
     found: Any = tuple(
         t.to(torch.get_autocast_dtype(t.device.type))
-        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 and is_autocast(t.device)
+        if isinstance(t, Tensor)
+        and t.is_floating_point()
+        and t.dtype != torch.float64
+        and is_autocast(t.device)
         else t
         for t in tensors
     )
@@ -36,4 +39,8 @@ def to_autocast(*tensors: Unpack[Tensors]) -> tuple[Unpack[Tensors]]:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Switch autocast off for what an op does inside."""
-    return torch.autocast(device.type, enabled=False) if is_autocast(device) else contextlib.nullcontext()
+    return (
+        torch.autocast(device.type, enabled=False)
+        if is_autocast(device)
+        else contextlib.nullcontext()
+    )

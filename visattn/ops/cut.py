@@ -11,14 +11,20 @@ from torch import Tensor
 def _take(x: Tensor, axis: int, index: Tensor) -> Tensor:
     """Take [..., L, ...] at index [n, m] of an axis: [..., n, m, ...], zero where the index is outside [0, L)."""
     outside = (index < 0) | (index >= x.shape[axis])
-    taken = x.index_select(axis, index.clamp(0, x.shape[axis] - 1).flatten()).unflatten(axis, index.shape)
-    return taken.masked_fill(outside.view(*index.shape, *[1] * (x.ndim - 1 - axis)), 0)  # [..., n, m, ...]
+    taken = x.index_select(axis, index.clamp(0, x.shape[axis] - 1).flatten()).unflatten(
+        axis, index.shape
+    )
+    return taken.masked_fill(
+        outside.view(*index.shape, *[1] * (x.ndim - 1 - axis)), 0
+    )  # [..., n, m, ...]
 
 
 def cut_blocks(x: Tensor, index: Sequence[Tensor]) -> Tensor:
     """Take [B, H, W, N, D] at indices [rows, n] and [columns, m]: [B, rows, columns, N, n * m, D]."""
     x = _take(_take(x, 2, index[1]), 1, index[0]).permute(0, 1, 3, 5, 2, 4, 6)
-    return x.clone(memory_format=torch.contiguous_format).flatten(4, 5)  # [B, rows, columns, N, n m, D]
+    return x.clone(memory_format=torch.contiguous_format).flatten(
+        4, 5
+    )  # [B, rows, columns, N, n m, D]
 
 
 def join_blocks(x: Tensor, block: Sequence[int], size: Sequence[int]) -> Tensor:

@@ -4,6 +4,8 @@ Precedence of a request: the call's `backend=` argument, then `use_backend(...)`
 `VISATTN_BACKEND`, then "auto". "auto" takes the first backend that can run; any other name takes that one or raises
 the reason why it cannot. The choice is made while an op is traced, so `torch.compile` and `torch.export` bake it in.
 
+Whether Triton can run a problem, and "auto" should take it, says `fused/support.py`.
+
 A public function of `visattn.ops` makes one `Problem` of its arguments and gives it to the backend that
 `Backends.choose` names.
 """
@@ -29,8 +31,12 @@ from visattn.ops.fused import support
 from visattn.ops.registration import flops_are_counted, is_compiling, known_sizes, register
 
 _logger = logging.getLogger("visattn")
-_requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("visattn_backend", default=None)
-_decisions: contextvars.ContextVar[list[Decision] | None] = contextvars.ContextVar("visattn_decisions", default=None)
+_requested: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "visattn_backend", default=None
+)
+_decisions: contextvars.ContextVar[list[Decision] | None] = contextvars.ContextVar(
+    "visattn_decisions", default=None
+)
 
 
 class BackendError(RuntimeError):
@@ -70,7 +76,11 @@ class AttentionProblem(Problem):
     @property
     def size(self) -> list[int]:
         """The spatial sizes of the queries; plain ints under `torch.jit.trace`, which is for one map size."""
-        return [int(n) for n in self.q.shape[1:-2]] if torch.jit.is_tracing() else list(self.q.shape[1:-2])
+        return (
+            [int(n) for n in self.q.shape[1:-2]]
+            if torch.jit.is_tracing()
+            else list(self.q.shape[1:-2])
+        )
 
     def empty(self) -> Tensor | tuple[Tensor, ...]:
         return self.v.new_empty((*self.q.shape[:-1], self.v.shape[-1]))
@@ -120,7 +130,7 @@ class Decision:
 
     op: str
     backend: str
-    refusals: dict[str, str]
+    reasons: dict[str, str]
 
 
 @contextlib.contextmanager
@@ -184,7 +194,12 @@ class Backends(Generic[P]):
         names = [*(field.name for field in dataclasses.fields(problem)), "backend"]
         # pyrefly: ignore[missing-attribute]: what inspect reads is not declared for functions
         run.__signature__ = inspect.Signature(
-            [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=hints.get(n, str)) for n in names]
+            [
+                inspect.Parameter(
+                    n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=hints.get(n, str)
+                )
+                for n in names
+            ]
         )
         self._whole = register(
             name,
@@ -209,7 +224,7 @@ class Backends(Generic[P]):
     def _select(self, problem: P, requested: str) -> Backend[P]:
         if requested == "auto":
             requested = _requested.get() or os.environ.get("VISATTN_BACKEND") or "auto"
-        refusals = {}
+        reasons = {}
         for backend in self.backends:
             if requested not in ("auto", backend.name):
                 continue
@@ -218,12 +233,14 @@ class Backends(Generic[P]):
                 reason = backend.automatic(problem)
             if reason is None:
                 if (decisions := _decisions.get()) is not None:
-                    decisions.append(Decision(self.name, backend.name, refusals))
+                    decisions.append(Decision(self.name, backend.name, reasons))
                 return backend
-            refusals[backend.name] = reason
+            reasons[backend.name] = reason
             _log_once(self.name, backend.name, reason)
-        if not refusals:
+        if not reasons:
             names = ", ".join(repr(b.name) for b in self.backends)
             raise BackendError(f"{self.name}: expected backend 'auto', {names}; got {requested!r}")
-        why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
-        raise BackendError(f"{self.name}: no requested backend can run this call ({why}); try backend='auto'")
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise BackendError(
+            f"{self.name}: no requested backend can run this call ({why}); try backend='auto'"
+        )

@@ -27,12 +27,18 @@ def spatial_sizes(x: Tensor) -> list[int]:
 def _move(x: Tensor, size: Sequence[int], first: Sequence[int]) -> Tensor:
     """[B, *spatial, C] -> [B, *size, C]: token i of axis a goes to place i + first[a], other places are zero."""
     pads = [0, 0]
-    for axis, (old, new, start) in reversed(list(enumerate(zip(spatial_sizes(x), size, first, strict=True), 1))):
-        if is_symbolic(old, new):  # neither comparison nor slice, which would tie the graph to one case
+    for axis, (old, new, start) in reversed(
+        list(enumerate(zip(spatial_sizes(x), size, first, strict=True), 1))
+    ):
+        if is_symbolic(
+            old, new
+        ):  # neither comparison nor slice, which would tie the graph to one case
             pads += [0, 0]
             if not statically_known_true(old == new):
                 token = torch.arange(new, device=x.device) - start  # [new]
-                there = ((token >= 0) & (token < old)).to(x.dtype).view(-1, *[1] * (x.ndim - 1 - axis))
+                there = (
+                    ((token >= 0) & (token < old)).to(x.dtype).view(-1, *[1] * (x.ndim - 1 - axis))
+                )
                 x = x.index_select(axis, token.clamp(0, old - 1)) * there  # [..., new, ...]
         else:
             x = x.narrow(axis, -start, new) if new < old else x
@@ -105,6 +111,8 @@ def pad_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
         ValueError: A kernel below the stride.
     """
     if any(k < s for k, s in zip(kernel, stride, strict=True)):
-        raise ValueError(f"expected a kernel of at least the stride, got {list(kernel)} and {list(stride)}")
+        raise ValueError(
+            f"expected a kernel of at least the stride, got {list(kernel)} and {list(stride)}"
+        )
     sizes = zip(spatial_sizes(x), kernel, stride, strict=True)
     return fit_centered(x, [(n - 1) // s * s + k for n, k, s in sizes])

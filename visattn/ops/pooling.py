@@ -72,7 +72,9 @@ def adaptive_avg_pool(x: Tensor, size: Sequence[int]) -> Tensor:
         ValueError: No map, or sizes below 1.
     """
     if x.ndim != 4 or len(size) != 2 or any(n < 1 for n in size):
-        raise ValueError(f"expected a map [B, H, W, C] and size of 2 ints >= 1, got {tuple(x.shape)} and {list(size)}")
+        raise ValueError(
+            f"expected a map [B, H, W, C] and size of 2 ints >= 1, got {tuple(x.shape)} and {list(size)}"
+        )
     return _average(_average(x, 1, size[0]), 2, size[1])
 
 
@@ -86,7 +88,9 @@ def avg_pool_grid(x: Tensor, ratio: Sequence[int], size: Sequence[int] = ()) -> 
         ValueError: Other than two ratios, or other than two sizes or none.
     """
     if len(ratio) != 2 or len(size) not in (0, 2):
-        raise ValueError(f"expected ratio of 2 ints and size of 2 or none, got {list(ratio)} and {list(size)}")
+        raise ValueError(
+            f"expected ratio of 2 ints and size of 2 or none, got {list(ratio)} and {list(size)}"
+        )
     sizes = spatial_sizes(x)
     if len(size):
         return adaptive_avg_pool(x, [sym_min(n, s) for n, s in zip(sizes, size, strict=True)])

@@ -21,7 +21,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import (
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop,
+    sdpa_flop,
+)
 
 from visattn.ops.autocast import without_autocast
 from visattn.ops.geometry import is_symbolic
@@ -31,7 +36,9 @@ R = TypeVar("R")
 
 # PyTorch counts its own attention on other devices, but not on a CPU.
 flop_registry.setdefault(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, sdpa_flop)
-flop_registry.setdefault(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, sdpa_backward_flop)
+flop_registry.setdefault(
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, sdpa_backward_flop
+)
 
 decompositions: dict[Any, Callable[..., Any]] = {}
 """What `ExportedProgram.run_decompositions` can put in the place of each custom op: plain PyTorch for every size."""
@@ -43,7 +50,13 @@ def known_sizes(*args: Any) -> bool:
     A tensor's first size is that of the batch, which decides nothing.
     """
     for arg in args:
-        values = arg.shape[1:] if isinstance(arg, Tensor) else arg if isinstance(arg, (list, tuple)) else (arg,)
+        values = (
+            arg.shape[1:]
+            if isinstance(arg, Tensor)
+            else arg
+            if isinstance(arg, (list, tuple))
+            else (arg,)
+        )
         if is_symbolic(*values):
             return False
     return True
@@ -152,7 +165,9 @@ def register(
     forward.register_fake(lambda *args: list(_as_tuple(cast("Callable[..., Any]", fake)(*args))))
 
     @torch.library.custom_op(
-        f"visattn::{name}_backward", mutates_args=(), schema=schema.replace("(", "(Tensor[] grads, bool[] needs, ", 1)
+        f"visattn::{name}_backward",
+        mutates_args=(),
+        schema=schema.replace("(", "(Tensor[] grads, bool[] needs, ", 1),
     )
     def backward(grads: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
         inputs, wanted = list(args), [i for i, n in zip(positions, needs, strict=True) if n]
@@ -169,9 +184,13 @@ def register(
 
     @backward.register_fake
     def _(grads: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
-        return [args[i].new_empty(args[i].shape) for i, n in zip(positions, needs, strict=True) if n]
+        return [
+            args[i].new_empty(args[i].shape) for i, n in zip(positions, needs, strict=True) if n
+        ]
 
-    packet, backward_packet = (getattr(torch.ops.visattn, f"{name}{suffix}") for suffix in ("", "_backward"))
+    packet, backward_packet = (
+        getattr(torch.ops.visattn, f"{name}{suffix}") for suffix in ("", "_backward")
+    )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*(inputs[i] for i in positions))
@@ -191,13 +210,16 @@ def register(
         # An empty list counts as one of tensors, and wants as many gradients.
         no_grads = ([] if isinstance(x, list) and not x else None for x in args)
         return tuple(
-            next(found) if i in positions and ctx.needs_input_grad[i] else none for i, none in enumerate(no_grads)
+            next(found) if i in positions and ctx.needs_input_grad[i] else none
+            for i, none in enumerate(no_grads)
         )
 
     forward.register_autograd(differentiate, setup_context=setup_context)
     if flops is not None:
         register_flop_formula(packet, get_raw=True)(lambda *args, out_val=None: flops(*args))
-        register_flop_formula(backward_packet, get_raw=True)(lambda grads, needs, *args, out_val=None: 2 * flops(*args))
+        register_flop_formula(backward_packet, get_raw=True)(
+            lambda grads, needs, *args, out_val=None: 2 * flops(*args)
+        )
 
     def unpacked(*args: Any) -> Any:
         found = packet(*args)

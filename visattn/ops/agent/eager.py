@@ -8,13 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visattn.ops import chunking
 from visattn.ops.geometry import is_symbolic
 
 if TYPE_CHECKING:
     from visattn.ops.agent import AgentProblem
-
-# From this number of keys on, SDPA on a CPU keeps its vectors busy: fewer keys, of each query, are taken one by one.
-_MANY = 16
 
 
 def _logits(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
@@ -53,7 +51,7 @@ def attend(problem: AgentProblem) -> Tensor:
         gathered = _logits(scaled, k, agent_bias).softmax(dim=-1).to(v.dtype) @ v  # [B, N, A, Dv]
     else:
         gathered = _attend(agents, k, v, agent_bias, scale)
-    if not is_symbolic(agents.shape[2]) and agents.shape[2] < _MANY:
+    if not is_symbolic(agents.shape[2]) and agents.shape[2] < chunking.FEW_KEYS:
         # [B, N, A, L]: the softmax goes along the short axis, many queries at a time.
         bias = None if query_bias is None else query_bias.mT  # [N, A, L]
         weights = _logits(scaled, q, bias).softmax(dim=-2).mT  # [B, N, L, A]

@@ -12,24 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from visattn.ops import chunking
 from visattn.ops.aggregated.reference import log_coordinates
 from visattn.ops.geometry import Pooled, ceil_div, interpolated, is_symbolic
 
 if TYPE_CHECKING:
     from visattn.ops.aggregated import AggregatedProblem
-
-# Numbers per chunk: a CPU core's cache should hold them, an accelerator should have enough to do, and a traced graph,
-# which holds every chunk, should stay small. CHUNKS: the most chunks, as some of the work is done again for each.
-_CHUNK, _CHUNK_ACCELERATOR, _CHUNK_TRACED, CHUNKS = 1 << 18, 1 << 26, 1 << 22, 64
-# Hidden units at once where the sizes of the grid are symbolic.
-_HIDDEN = 32
-
-
-def chunk_size(device: torch.device) -> int:
-    """How many logits or hidden activations to make at once."""
-    if device.type != "cpu":
-        return _CHUNK_ACCELERATOR
-    return _CHUNK_TRACED if torch.compiler.is_compiling() or torch.jit.is_tracing() else _CHUNK
 
 
 class _Grid(torch.autograd.Function):
@@ -40,8 +28,8 @@ class _Grid(torch.autograd.Function):
     @staticmethod
     def _chunks(rows: Tensor, columns: Tensor) -> list[slice]:
         number, width = int(rows.shape[0]), max(1, int(columns.numel()))
-        step = max(1, chunk_size(rows.device) // width, ceil_div(number, CHUNKS))
-        return [slice(i, min(i + step, number)) for i in range(0, number, step)]
+        step = max(1, chunking.chunk_size(rows.device) // width, ceil_div(number, chunking.MOST))
+        return chunking.slices(number, step)
 
     @staticmethod
     def forward(rows: Tensor, columns: Tensor, weight: Tensor) -> Tensor:
@@ -84,7 +72,7 @@ def position_table(problem: AggregatedProblem) -> Tensor:
     rows = rows + problem.cpb_bias1  # [U, F]; columns [V, F]
     if is_symbolic(*problem.size, *problem.pooled):
         # How many rows make a chunk may not be known, but hidden units are as many for every size.
-        parts = zip(*(x.split(_HIDDEN, dim=1) for x in (rows, columns, w2)), strict=True)
+        parts = zip(*(x.split(chunking.HIDDEN, dim=1) for x in (rows, columns, w2)), strict=True)
         found = [(w @ (r[:, None] + c).relu().flatten(0, 1).mT) for r, c, w in parts]  # [N, U V]
         table = (
             torch.stack(found).sum(0).unflatten(1, (rows.shape[0], columns.shape[0]))

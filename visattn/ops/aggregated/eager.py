@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visattn.ops.aggregated.cpb import CHUNKS, PositionBias, chunk_size, position_table
+from visattn.ops import chunking
+from visattn.ops.aggregated.cpb import PositionBias, position_table
 from visattn.ops.geometry import Pooled, ceil_div, is_symbolic
 
 if TYPE_CHECKING:
@@ -132,20 +133,19 @@ class _Attention:
     def chunks(self) -> list[tuple[slice, list[slice]]]:
         """Rows of the map, and for each the parts of the batch."""
         b, h, n = self.q.shape[0], self.layout.size[0], int(self.q.shape[3])
-        whole = (
-            is_symbolic(b) or torch.jit.is_tracing()
-        )  # a graph for any number of images cannot hold its parts
+        # A graph for any number of images cannot hold its parts.
+        whole = is_symbolic(b) or torch.jit.is_tracing()
         row = n * self.layout.pitch * (self.slots + math.prod(self.pool))
-        limit = chunk_size(self.q.device)
-        # No more than CHUNKS while a chunk is no larger than the queries: memory stays linear in tokens.
-        most = h * row // CHUNKS if whole else min(b * h * row // CHUNKS, self.q.numel())
+        limit = chunking.chunk_size(self.q.device)
+        # No more than MOST while a chunk is no larger than the queries: memory stays linear in tokens.
+        most = (
+            h * row // chunking.MOST if whole else min(b * h * row // chunking.MOST, self.q.numel())
+        )
         limit = max(limit, most)
         r = ceil_div(h, ceil_div(h, max(1, limit // row)))
         images = max(1, limit // (row * r))
-        batch = (
-            [slice(None)] if whole else [slice(i, min(i + images, b)) for i in range(0, b, images)]
-        )
-        return [(slice(i, min(i + r, h)), batch) for i in range(0, h, r)]
+        batch = [slice(None)] if whole else chunking.slices(b, images)
+        return [(part, batch) for part in chunking.slices(h, r)]
 
     def read_bias(self, rows: slice) -> Tensor:
         """Read the bias [N, P, T] of some rows."""

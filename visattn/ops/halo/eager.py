@@ -16,14 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visattn.ops import chunking
 from visattn.ops.cut import cut_blocks, join_blocks
 from visattn.ops.geometry import Halo, ceil_div, is_symbolic
 
 if TYPE_CHECKING:
     from visattn.ops.halo import HaloProblem
-
-# Logits per chunk: a CPU core's cache should hold them, an accelerator should have enough to do. And the most chunks.
-_CHUNK, _CHUNK_ACCELERATOR, _CHUNKS = 1 << 18, 1 << 26, 64
 
 
 def _cut_queries(q: Tensor, axes: tuple[Halo, Halo]) -> Tensor:
@@ -181,9 +179,10 @@ def _chunks(q: Tensor, slots: int) -> list[slice]:
     """Slice the blocks of queries [T, N, t, D]; one slice where their number is not known."""
     if is_symbolic(q.shape[0]) or torch.jit.is_tracing():
         return [slice(None)]
-    number, logits = max(1, q.shape[0]), _CHUNK if q.device.type == "cpu" else _CHUNK_ACCELERATOR
-    step = max(1, logits // max(1, q[:1, ..., 0].numel() * slots), ceil_div(number, _CHUNKS))
-    return [slice(i, min(i + step, number)) for i in range(0, number, step)]
+    number = max(1, q.shape[0])
+    logits = chunking.CHUNK if q.device.type == "cpu" else chunking.ACCELERATOR
+    least = ceil_div(number, chunking.MOST)
+    return chunking.slices(number, max(1, logits // max(1, q[:1, ..., 0].numel() * slots), least))
 
 
 def _forward(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visattn.ops import chunking
 from visattn.ops.geometry import is_symbolic
 
 if TYPE_CHECKING:
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
         LinearProblem,
     )
 
-_CHUNK = 2**18  # elements
-_STREAMED = (
-    2**17
-)  # elements of a sample's values from which chunks pay for the calls that they cost
 
 Map = Callable[[Tensor], Tensor]
 Read = Callable[[Tensor, Tensor | None], Tensor]
@@ -54,7 +51,7 @@ def _streams(problem: LinearProblem) -> bool:
     if (
         q.device.type != "cpu"
         or is_symbolic(*q.shape, *k.shape)
-        or math.prod(v.shape[1:]) < _STREAMED
+        or math.prod(v.shape[1:]) < chunking.STREAMED
     ):
         return False
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -75,7 +72,7 @@ def _stream(
     [N, D, Dv], sum(keys) [N, D] and values [M, N, Dv], `reader_of` gives the map from queries [l, N, D] to the output
     [N, l, Dv], which it writes into its second argument if there is one.
     """
-    dtype, rows = _wide(v), max(1, _CHUNK // math.prod(v.shape[2:]))
+    dtype, rows = _wide(v), max(1, chunking.CHUNK // math.prod(v.shape[2:]))
     out = v.new_empty((*q.shape[:-1], v.shape[-1]))
     for query, key, value, result in zip(q, k, v, out, strict=True):
         keys = keys_of(key)

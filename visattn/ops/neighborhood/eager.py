@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visattn.ops import chunking
 from visattn.ops.geometry import (
     Tiles,
     interleave,
@@ -27,9 +28,6 @@ from visattn.ops.geometry import (
 
 if TYPE_CHECKING:
     from visattn.ops.neighborhood import NeighborhoodProblem
-
-# Queries per tile and axis. About 64 queries in all: more would see more masked keys, fewer would starve the GEMMs.
-_TILE = {1: 64, 2: 8, 3: 4}
 
 
 def _rows(token: Tensor, batch: int, tokens: int, heads: int) -> Tensor:
@@ -94,7 +92,7 @@ def attend(problem: NeighborhoodProblem) -> Tensor | tuple[Tensor, ...]:
         problem.size,
     )
     batch, heads = q.shape[0], q.shape[-2]
-    tile = _TILE[len(axes)]
+    tile = chunking.TILE[len(axes)]
     cut = [tiles(axis, tile, q.device) for axis in axes]
     query_rows = _rows(
         outer_index([c.query_index() for c in cut], spatial), batch, math.prod(spatial), heads

@@ -17,16 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visattn.ops import chunking
 from visattn.ops.cut import cut_blocks, join_blocks
 from visattn.ops.geometry import Partition, is_symbolic
 from visattn.ops.routed.routing import Axes, choose, region_of, token_table
 
 if TYPE_CHECKING:
     from visattn.ops.routed import BilevelProblem, RoutedProblem
-
-# Maps of at most this many keys take the masked form. Copied numbers per chunk: those of keys and values together. A
-# traced graph holds every chunk, and on an accelerator there is one.
-_DENSE, _CHUNK, _CHUNK_TRACED = 256, 1 << 18, 1 << 24
 
 
 class _Map:
@@ -98,9 +95,9 @@ class _Call:
         if is_symbolic(number) or torch.jit.is_tracing():
             return [slice(None)]
         copied = self.k_rows.shape[1] * (self.k.shape[1] + self.v.shape[1])
-        size = _CHUNK_TRACED if torch.compiler.is_compiling() else _CHUNK
+        size = chunking.TRACED_COPIES if torch.compiler.is_compiling() else chunking.CHUNK
         step = max(1, size // copied) if self.q.device.type == "cpu" else max(1, number)
-        return [slice(i, min(i + step, number)) for i in range(0, number, step)]
+        return chunking.slices(number, step)
 
     def take(self, x: Tensor, rows: Tensor, part: slice) -> Tensor:
         """Copy rows of a map [., N * D]: [regions of the part, N, tokens, D], a view of a copy."""
@@ -385,7 +382,7 @@ def attend(problem: RoutedProblem) -> Tensor:
     lengths = [axis.length for axis in (*q_axes, *k_axes)]
     if is_symbolic(*lengths, *problem.region_size, *problem.kv_region_size):
         return _whole(problem)
-    if weight is None and lengths[2] * lengths[3] <= _DENSE:
+    if weight is None and lengths[2] * lengths[3] <= chunking.DENSE_KEYS:
         return _dense(problem)
     images, heads = index.shape[:2]
     if heads > 1:  # every head is an image of its own

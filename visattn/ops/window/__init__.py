@@ -1,4 +1,7 @@
-"""Window attention: the map is cut into windows that do not overlap. See README.md in this folder."""
+"""Window attention: the map is cut into windows that do not overlap. See README.md in this folder.
+
+Which tokens see each other: `geometry.Partition`, which `reference`, `eager._hidden` and, for Triton, `geometry.spans` read.
+"""
 
 from __future__ import annotations
 
