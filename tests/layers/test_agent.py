@@ -24,7 +24,7 @@ def golden_cases():
 
 
 def run(layer, x, case):
-    """Tokens through the layer, in the form of the official backbone; CSWin's has queries, keys and values of its own."""
+    """Tokens through the layer as in the official backbone; CSWin's has queries, keys and values of its own."""
     if case["kind"] != "cswin":
         return layer(x.unflatten(1, case.get("hw") or case["window"])).flatten(1, 2)
     size = [case["split_size"], case["resolution"]]  # windows of whole rows

@@ -1,4 +1,4 @@
-"""DeiT as a token mixer backbone: outputs of the official codes and timm's, position parameters, sizes, attentions and options."""
+"""DeiT: outputs of the official codes and timm's, position parameters, sizes, attentions and options."""
 
 import pytest
 import timm

@@ -1,4 +1,4 @@
-"""PVT as a token mixer backbone: outputs of the official codes, position parameters, sizes, attentions, class token and options."""
+"""PVT: outputs of the official codes, position parameters, sizes, attentions, class token and options."""
 
 import pytest
 import timm
