@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import visattn  # noqa: F401
 from tests.tolerances import SAME_MODEL, relative_error
 from visattn.flops import forward_flops
+from visattn.ops import decompose
 
 OURS = sorted(n for n, fn in _model_entrypoints.items() if fn.__module__.startswith("visattn."))
 SMALL = [n for n in OURS if n.startswith("test_")]
@@ -256,3 +257,22 @@ def test_every_variant_runs_on_a_ragged_image(name):
         pytest.skip("more memory than a small machine has")
     model = timm.create_model(name, features_only=True).eval()
     assert all(feature.isfinite().all() for feature in model(torch.randn(1, 3, 97, 131)))
+
+
+PLAIN = ["biformer", "coatnet_va", "deit_va", "dinat", "halonet_va", "maxvit_va", "pvt_va", "resnest_va"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*PLAIN, "cswin_va", "efficient_cswin"])
+def test_export_with_a_dynamic_height_and_width_decomposes_to_pytorch(name):
+    """timm's coatnet: 'Guard failed: 49 == x.size()[3]*x.size()[2]'; halonet: not within minutes."""
+    model, low = timm.create_model(f"test_{name}").eval().requires_grad_(False), 33 + 2 * (name not in PLAIN)
+    sizes = {i: torch.export.Dim(n, min=m, max=2048) for i, n, m in ((0, "b", 1), (2, "h", low), (3, "w", low))}
+    programs = [torch.export.export(model, (torch.randn(2, 3, 160, 192),), dynamic_shapes={"x": sizes})]
+    if name in PLAIN:
+        programs.append(decompose(programs[0]))
+        assert not [node for node in programs[1].graph.nodes if "visattn" in str(node.target)]
+    for run in (program.module() for program in programs):
+        for size in ((1, 3, low, 47), (2, 3, 97, 131), (1, 3, 256, 64)):
+            image = torch.randn(size)
+            assert relative_error(run(image), model(image)) <= SAME_MODEL

@@ -246,18 +246,6 @@ def test_arguments_that_do_not_fit(args, message):
         timm.create_model("test_cswin_va", **args)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["test_cswin_va", "test_efficient_cswin"])
-def test_export_with_dynamic_size(name):
-    """From 35 pixels on: with fewer, the last map has a single token."""
-    model = timm.create_model(name).eval()
-    sizes = {i: torch.export.Dim(n, min=35, max=1024) for i, n in ((2, "height"), (3, "width"))}
-    program = torch.export.export(model, (torch.randn(1, 3, 160, 192),), dynamic_shapes={"x": sizes})
-    for size in ((35, 40), (97, 131), (256, 160)):
-        image = torch.randn(1, 3, *size)
-        assert relative_error(program.module()(image), model(image)) <= SAME_MODEL
-
-
 def test_official_checkpoint_file_loads_as_pretrained(tmp_path):
     golden = load("agent_cswin_t")
     torch.save({"model": official_weights(golden)}, tmp_path / "agent.pth")

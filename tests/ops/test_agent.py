@@ -110,18 +110,3 @@ def test_position_bias_is_made_in_float32():
     assert torch.equal(agent_position_bias(*tensors, (9, 5), (4, 4)), expected.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(agent_position_bias(*(t.float() for t in tensors), (9, 5), (4, 4)), expected)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"rows": None}, TypeError, "expected rows to be a tensor, got NoneType"),
-        ({"table": torch.zeros(2, 9, 7, 7, dtype=torch.int64)}, TypeError, "expected table of a floating dtype"),
-        ({"columns": torch.zeros(2, 9, 10, dtype=torch.complex64)}, TypeError, "expected columns of a floating dtype"),
-        ({"size": (8.0, 10)}, ValueError, r"expected size of one int or 2 .*, got \(8.0, 10\)"),
-    ],
-)
-def test_tables_of_the_position_bias_are_floating_point(change, error, message):
-    call = {n: torch.zeros(s) for n, s in TABLES.items()}
-    with pytest.raises(error, match=message):
-        agent_position_bias(**{**call, "size": (8, 10), "agent_size": (3, 3), **change})

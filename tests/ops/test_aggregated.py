@@ -141,12 +141,3 @@ def test_memory_is_linear_in_tokens(monkeypatch):
     assert (large <= 1.05 * small).all()
     assert large[0] < 2 * 16**2 * 4  # of a dense bias
     assert not [n for n in names if "scatter" in n or "index_put" in n]
-
-
-@pytest.mark.parametrize(
-    "change", [{"kernel_size": 3.0}, {"bias_size": [8.0, 8, 2, 2]}, {"pretrain_size": 7.0}], ids=str
-)
-def test_sizes_are_ints(change):
-    tensors = leaves(PLAIN[0], 0)
-    with pytest.raises(ValueError, match=f"expected {next(iter(change))} of one int or"):
-        aggregated_attention(**tensors, **{"pretrain_size": 7, **change})

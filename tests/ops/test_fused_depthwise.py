@@ -130,40 +130,6 @@ def test_opcheck(op, size, transposed):
     )
 
 
-class Mixer(torch.nn.Module):
-    """A convolution of the sample's own, then weights of every position's own."""
-
-    def forward(self, x, kernels, weights=None):
-        x = dynamic_depthwise_conv(x, kernels, backend="triton")
-        return x if weights is None else mix_neighbours(x.unflatten(-1, (2, -1)), weights)
-
-
-def module_inputs(w=6):
-    shapes = {"x": (2, 5, w, 8), "kernels": (2, 8, 9), "weights": (2, 5, w, 2, 9)}
-    return [t.requires_grad_() for t in on_device(leaves(shapes, 0, torch.float32)).values()]
-
-
-@pytest.mark.parametrize("dynamic", [False, True], ids=["known sizes", "symbolic sizes"])
-def test_compiles_as_a_whole(dynamic):
-    torch._dynamo.reset()
-    compiled = torch.compile(Mixer(), fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for w in (6, 7) if dynamic else (6,):
-        # Only the public op takes symbolic sizes; mix_neighbours is called inside of one.
-        inputs, results = module_inputs(w)[: 2 if dynamic else 3], []
-        for run in (compiled, Mixer()):
-            out = run(*inputs)
-            results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
-        for got, expected in zip(*results, strict=True):
-            assert relative_error(got, expected) <= tolerances.OP[torch.float32]
-
-
-def test_exports():
-    inputs = [t.detach() for t in module_inputs()]
-    program = torch.export.export(Mixer(), tuple(inputs)).run_decompositions()
-    assert "visattn.depthwise.default" in {str(node.target) for node in program.graph.nodes}
-    assert relative_error(program.module()(*inputs), Mixer()(*inputs)) <= tolerances.OP[torch.float32]
-
-
 def test_choice_of_backend():
     x, kernels = problem(dynamic_conv, (1, 5, 6, 8), 3).values()
     with explain() as decisions:

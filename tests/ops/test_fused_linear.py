@@ -11,7 +11,7 @@ from tests.ops.cases import linear_shapes as shapes_of
 from tests.ops.gradients import Recorder, compare, leaves, results_and_gradients
 from tests.ops.test_linear import ATTEND, ATTENTIONS, masked_problem
 from tests.tolerances import relative_error
-from visattn.ops import BackendError, efficient_attention, explain, focused_linear_attention, inline_attention
+from visattn.ops import BackendError, efficient_attention, explain
 from visattn.ops.fused import linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -187,42 +187,6 @@ def test_results_repeat_bit_by_bit(name):
     runs = [results_and_gradients(partial(ATTENTIONS[name], backend="triton"), tensors) for _ in range(3)]
     for part, value in runs[0].items():
         assert all(torch.equal(run[part], value) for run in runs[1:]), part
-
-
-class Attention(torch.nn.Module):
-    """All three, of slices of one projection."""
-
-    def forward(self, x, focus_scale):
-        q, k, v = x.unbind(3)
-        v = efficient_attention(q, k, v, backend="triton")
-        v = inline_attention(q, k, v, backend="triton")
-        return focused_linear_attention(q, k, v, focus_scale, backend="triton")
-
-
-def module_inputs(w=7):
-    tensors = on_device(leaves({"x": (2, 5, w, 3, 2, 8), "focus_scale": (2, 8)}, 0, torch.float32))
-    return [t.requires_grad_() for t in tensors.values()]
-
-
-@pytest.mark.parametrize("dynamic", [False, True], ids=["known sizes", "symbolic sizes"])
-def test_compiles_as_a_whole(dynamic):
-    torch._dynamo.reset()
-    compiled = torch.compile(Attention(), fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for w in (7, 9) if dynamic else (7,):
-        inputs, results = module_inputs(w), []
-        for run in (compiled, Attention()):
-            out = run(*inputs)
-            results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
-        for got, expected in zip(*results, strict=True):
-            assert relative_error(got, expected) <= tolerances.OP[torch.float32]
-
-
-def test_exports():
-    inputs = [t.detach() for t in module_inputs()]
-    program = torch.export.export(Attention(), tuple(inputs)).run_decompositions()
-    targets = {str(node.target) for node in program.graph.nodes}
-    assert {"visattn.linear_outer.default", "visattn.linear_apply.default"} <= targets
-    assert relative_error(program.module()(*inputs), Attention()(*inputs)) <= tolerances.OP[torch.float32]
 
 
 @ATTEND

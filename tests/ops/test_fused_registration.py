@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests import tolerances
-from tests.ops.test_registration import MODULES, module_inputs
+from tests.ops.test_registration import MODULES, Linear, module_inputs
 from tests.tolerances import relative_error
 from visattn import ops
 from visattn.ops import BackendError, explain, use_backend
@@ -18,6 +18,7 @@ from visattn.ops.fused.attention import fused_attention
 from visattn.ops.fused.tables import encode
 from visattn.ops.geometry import Axis, Halo, Partition
 
+FORWARD = "visattn.fused_forward.default"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -86,7 +87,8 @@ def test_export_holds_the_fused_op(kind):
     tensors = tuple(t.to(DEVICE) for t in module_inputs(kind, 5, 4, batch=1))
     with use_backend("triton"):
         program = torch.export.export(kind(), tensors).run_decompositions()
-    assert [n for n in program.graph.nodes if "fused_forward" in str(n.target)]
+    kernels = {"visattn.linear_apply.default", "visattn.depthwise.default"} if kind is Linear else {FORWARD}
+    assert kernels <= {str(node.target) for node in program.graph.nodes}
     assert relative_error(program.module()(*tensors), kind()(*tensors)) <= tolerances.SAME_MODEL
 
 
