@@ -205,13 +205,11 @@ def _convolve_by_taps(problem: DynamicConvProblem) -> Tensor:
 def convolve(problem: DynamicConvProblem) -> Tensor:
     """See `visattn.ops.dynamic_depthwise_conv`."""
     x, size = problem.x, problem.kernel_size
-    if is_symbolic(*x.shape) or torch.jit.is_tracing() or not x.shape[0]:
+    if is_symbolic(*x.shape[1:]) or torch.jit.is_tracing() or not x.shape[0]:
         return _convolve_by_taps(problem)
     b, h, w, c = x.shape
-    maps, weight = (
-        x.permute(0, 3, 1, 2),
-        problem.kernels.unflatten(-1, (1, size, size)),
-    )  # [B, C, H, W], [B, C, 1, K, K]
+    maps = x.permute(0, 3, 1, 2)  # [B, C, H, W]
+    weight = problem.kernels.unflatten(-1, (1, size, size))  # [B, C, 1, K, K]
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         # PyTorch has a fast depthwise convolution of channels-last maps, but with a batch of kernels no such layout.
         out = [
