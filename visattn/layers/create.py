@@ -18,7 +18,9 @@ TOKEN_MIXERS = {
 }
 
 
-def create_token_mixer(attention: str, dim: int, num_heads: int, feat_size: tuple[int, int], **args: Any) -> TokenMixer:
+def create_token_mixer(
+    attention: str, dim: int, num_heads: int, feat_size: tuple[int, int], **args: Any
+) -> TokenMixer:
     """The attention layer called `attention`; further arguments are those of `TokenMixer` and of the layer itself.
 
     Raises:
