@@ -53,8 +53,7 @@ class Problem:
 
     def tensors(self) -> list[Tensor]:
         """Those that are given."""
-        values = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return [x for x in values if isinstance(x, Tensor)]
+        return [x for x in vars(self).values() if isinstance(x, Tensor)]
 
     def empty(self) -> Tensor | tuple[Tensor, ...]:
         """Tensors of the results' shapes and dtypes."""
@@ -215,7 +214,7 @@ class Backends(Generic[P]):
         Raises:
             BackendError: An explicitly requested backend is unknown or cannot run the problem, or none can.
         """
-        values = [getattr(problem, field.name) for field in dataclasses.fields(problem)]
+        values = list(vars(problem).values())  # fields, in their order
         whole = self.whole_on_cpu and values[0].device.type == "cpu" and is_compiling()
         if whole or not known_sizes(*values) or flops_are_counted():
             return lambda problem: self._whole(*values, requested)
