@@ -41,7 +41,9 @@ def test_links_lead_somewhere():
 
 def test_measured_tables_are_the_committed_ones():
     """Every time and rate in the README's tables stands in the benchmarks' results."""
-    results = "".join((ROOT / f"tools/results/bench_{what}_cpu.md").read_text() for what in ("ops", "models", "growth"))
+    results = "".join(
+        (ROOT / f"benchmarks/results/bench_{what}_cpu.md").read_text() for what in ("ops", "models", "growth")
+    )
     measured = {f"{float(cell):.1f}" for cell in re.findall(r"(?<=\| )\d+\.\d\d?(?= \|)", results)}
     rows = [line for line in README.splitlines() if re.search(r"(\||\w,) (forward|train step)", line)]
     assert len(rows) > 10

@@ -1,7 +1,6 @@
 """Configs of detectors and segmentors are short, build, fit their backbones and say what the official code says."""
 
 import re
-import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from mmseg.registry import MODELS as SEG_MODELS
 import visattn.mm  # noqa: F401 - registers what the configs name
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
 
 import make_mm_configs  # noqa: E402
 
@@ -273,5 +271,5 @@ def test_the_rest_of_the_transformers_and_of_tests_is_official():
 
 
 def test_the_leaves_are_those_of_the_table(monkeypatch, capsys):
-    """As `python tools/make_mm_configs.py --check`, with channels of backbones that the other tests compare."""
+    """As `python scripts/make_mm_configs.py --check`, with channels of backbones that the other tests compare."""
     assert make_mm_configs.main(["--check"]) == 0, capsys.readouterr().err

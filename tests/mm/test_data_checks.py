@@ -6,8 +6,10 @@ import subprocess
 import sys
 from functools import partial
 
+import mm_runner
 import numpy as np
 import pytest
+from mm_checks import check_data
 from mmengine.config import ConfigDict
 from PIL import Image
 from pycocotools import mask as mask_tools
@@ -16,11 +18,6 @@ from tests.mm import coco_faults, mask_faults
 from tests.mm.conftest import ROOT
 from tests.mm.runs import small_config
 from tests.mm.tiny_sets import HEIGHT, KINDS, WIDTH, Data
-
-sys.path.insert(0, str(ROOT / "tools"))
-
-import mm_runner
-from mm_checks import check_data
 
 
 def says_of(data):

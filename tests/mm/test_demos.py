@@ -1,20 +1,16 @@
 """The demos: they learn, and write what they say."""
 
 import re
-import sys
 from pathlib import Path
-
-import numpy as np
-import pytest
-import torch
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import demo_det
 import demo_mm
 import demo_seg
 import make_small_sets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

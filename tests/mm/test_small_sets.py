@@ -1,11 +1,11 @@
 """The small sets: every number in them against the pictures that they are made of, and what the maker refuses."""
 
 import json
-import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
 
+import make_small_sets as maker
 import mmdet.registry
 import mmdet.utils
 import mmseg.registry
@@ -16,10 +16,6 @@ import torch
 from mmengine.config import Config
 from PIL import Image
 from pycocotools import mask as coco_mask
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-import make_small_sets as maker
 
 ROOT = Path(__file__).parents[2]
 

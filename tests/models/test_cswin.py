@@ -12,12 +12,12 @@ from tests.tolerances import MODEL_GOLDEN, SAME_MODEL, relative_error
 from visattn import layers
 
 PARAMS = {
-    "cswin_tiny_va": 22_320_552,
-    "cswin_small_va": 34_643_304,
-    "cswin_base_va": 77_382_184,
-    "cswin_base_384_va": 77_382_184,
-    "cswin_large_va": 173_262_664,
-    "cswin_large_384_va": 173_262_664,
+    "cswin_tiny": 22_320_552,
+    "cswin_small": 34_643_304,
+    "cswin_base": 77_382_184,
+    "cswin_base_384": 77_382_184,
+    "cswin_large": 173_262_664,
+    "cswin_large_384": 173_262_664,
     "agent_cswin_tiny": 20_458_672,
     "agent_cswin_small": 32_814_100,
     "agent_cswin_base": 73_249_696,
@@ -94,7 +94,7 @@ def test_parameter_counts_norms_and_rates_are_the_official_ones(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "dim", "depths"), [("cswin_tiny_va", 64, (1, 2, 21, 1)), ("cswin_base_384_va", 96, (2, 4, 32, 2))]
+    ("name", "dim", "depths"), [("cswin_tiny", 64, (1, 2, 21, 1)), ("cswin_base_384", 96, (2, 4, 32, 2))]
 )
 def test_official_keys_load(name, dim, depths):
     """As the files hold them: averaged weights, the halves' convolutions apart."""
@@ -120,7 +120,7 @@ def test_backbone_of_an_official_segmenter_loads():
     official = {k: v for k, v in official.items() if not k.startswith(("head.", "norm."))}
     official |= {f"norm{i + 1}.{leaf}": [20 * 2**i] for i in range(4) for leaf in ("weight", "bias")}
     official = {f"backbone.{key}": value for key, value in fill.fill(official).items()}
-    model = timm.create_model("test_cswin_va", num_classes=0, out_norm="layer")
+    model = timm.create_model("test_cswin", num_classes=0, out_norm="layer")
     detector = {"state_dict": {**official, "decode_head.conv_seg.weight": torch.ones(1)}}
     converted = filter_fn(model)(detector, model)
     missing, unexpected = model.load_state_dict(converted, strict=False)
@@ -129,13 +129,13 @@ def test_backbone_of_an_official_segmenter_loads():
     assert torch.equal(model.out_norms[3].weight, official["backbone.norm4.weight"])
 
 
-@pytest.mark.parametrize("name", ["test_cswin_va", "agent_cswin_tiny", "inline_cswin_tiny", "focused_cswin_tiny"])
+@pytest.mark.parametrize("name", ["test_cswin", "agent_cswin_tiny", "inline_cswin_tiny", "focused_cswin_tiny"])
 def test_filter_passes_native_keys(name):
     check_native_keys_pass(name)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["test_cswin_va", "test_efficient_cswin"])
+@pytest.mark.parametrize("name", ["test_cswin", "test_efficient_cswin"])
 def test_any_input_size(name):
     model = timm.create_model(name, features_only=True).eval()
     for size in SIZES:
@@ -155,7 +155,7 @@ def test_tiny_at_any_input_size():
 def test_every_attention_trains_at_two_sizes(attention):
     args = {"lepe": True} if attention == "inline" else {}
     model = timm.create_model(
-        "test_cswin_va", attention=attention, attention_depths=(1, 1, 1, 0), attention_args=args, img_size=64
+        "test_cswin", attention=attention, attention_depths=(1, 1, 1, 0), attention_args=args, img_size=64
     )
     mixers = [type(b.attn) for stage in model.stages for b in stage.blocks]
     stripes, other = layers.CrossShapedAttention, layers.TOKEN_MIXERS[attention]
@@ -197,15 +197,15 @@ def test_positional_encodings_are_resized_bicubically():
 
 @torch.no_grad()
 def test_a_stage_as_wide_as_its_stripes_attends_over_the_whole_map():
-    assert [s.blocks[0].attn.split_size is None for s in timm.create_model("test_cswin_va").stages] == [
+    assert [s.blocks[0].attn.split_size is None for s in timm.create_model("test_cswin").stages] == [
         False,
         False,
         False,
         True,
     ]
-    model = timm.create_model("test_cswin_va", img_size=112).eval()
+    model = timm.create_model("test_cswin", img_size=112).eval()
     assert [s.blocks[0].attn.split_size is None for s in model.stages] == [False, False, True, True]
-    stripes = timm.create_model("test_cswin_va").eval()
+    stripes = timm.create_model("test_cswin").eval()
     stripes.load_state_dict(model.state_dict())
     image = torch.randn(1, 3, 112, 112)
     assert relative_error(stripes(image), model(image)) <= SAME_MODEL
@@ -222,7 +222,7 @@ def test_configurations():
         assert config["crop_pct"] == (0.875 if squashed else 1.0 if size == 384 else 0.9)
         assert config.get("crop_mode", "center") == ("squash" if squashed else "center")
         assert config.get("url", "").startswith("https://") == (config["tag"] != "untrained")
-    splits = {"cswin_base_384_va": [1, 2, 12], "agent_cswin_base_384": [12], "cswin_base_va": [1, 2, 7]}
+    splits = {"cswin_base_384": [1, 2, 12], "agent_cswin_base_384": [12], "cswin_base": [1, 2, 7]}
     for name, split_sizes in splits.items():
         attn = [stage.blocks[-1].attn for stage in timm.create_model(name, device="meta").stages[:3]]
         assert [a.split_size for a in attn if isinstance(a, layers.CrossShapedAttention)] == split_sizes
@@ -243,7 +243,7 @@ def test_configurations():
 )
 def test_arguments_that_do_not_fit(args, message):
     with pytest.raises(ValueError, match=message):
-        timm.create_model("test_cswin_va", **args)
+        timm.create_model("test_cswin", **args)
 
 
 def test_official_checkpoint_file_loads_as_pretrained(tmp_path):

@@ -13,10 +13,10 @@ from tests.tolerances import MODEL_GOLDEN, OP, SAME_MODEL, relative_error
 from visattn.layers import TOKEN_MIXERS
 
 PARAMS = {
-    "pvt_tiny_va": 13_229_288,
-    "pvt_small_va": 24_485_864,
-    "pvt_medium_va": 44_208_104,
-    "pvt_large_va": 61_369_320,
+    "pvt_tiny": 13_229_288,
+    "pvt_small": 24_485_864,
+    "pvt_medium": 44_208_104,
+    "pvt_large": 61_369_320,
     "agent_pvt_tiny": 11_570_352,
     "agent_pvt_small": 20_635_066,
     "agent_pvt_medium": 35_921_746,
@@ -31,7 +31,7 @@ PARAMS = {
 }
 # One model after another size; 40 x 640 has as many patches as 160 x 160.
 SIZES = ((224, 224), (256, 192), (97, 131), (32, 32), (1, 1), (64, 448), (448, 64), (40, 640), (640, 40))
-VARIANTS = ("test_pvt_va", "test_inline_pvt")
+VARIANTS = ("test_pvt", "test_inline_pvt")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def official_layout(model):
 @torch.no_grad()
 def test_softmax_is_the_official_pvt():
     """Also at other sizes, where no table of another shape with as many entries may pass."""
-    model = timm.create_model("pvt_tiny_va", depths=(1, 2, 1, 1), dtype=torch.float64).eval()
+    model = timm.create_model("pvt_tiny", depths=(1, 2, 1, 1), dtype=torch.float64).eval()
     weights = {key: value.double() for key, value in fill.fill(official_layout(model)).items()}
     assert weights["pos_embed4"].shape == (1, 50, 512)
     assert "block4.0.attn.kv.weight" in weights
@@ -159,7 +159,7 @@ def test_parameter_counts_are_the_official_ones(name):
     assert [list(t.pos_embed.shape[1:3]) for t in tables] == [[size // s] * 2 for s in (4, 8, 16, 32)]
 
 
-@pytest.mark.parametrize("name", ["pvt_tiny_va", "agent_pvt_tiny", "inline_pvt_tiny", *VARIANTS])
+@pytest.mark.parametrize("name", ["pvt_tiny", "agent_pvt_tiny", "inline_pvt_tiny", *VARIANTS])
 def test_filter_passes_native_keys(name):
     check_native_keys_pass(name)
 
@@ -196,11 +196,11 @@ RESIZED = [(a, s) for a in TOKEN_MIXERS for s in ((96, 256), (40, 640), (640, 40
 def test_weights_of_one_size_in_a_model_of_another(attention, size):
     """The filter resizes positions bicubically, the model bilinearly, also for as many patches as at the trained size;
     other tables alike."""
-    model = timm.create_model("test_pvt_va", attention=attention, class_token=False).eval()
+    model = timm.create_model("test_pvt", attention=attention, class_token=False).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.trunc_normal_(parameter, std=0.1)
-    other = timm.create_model("test_pvt_va", attention=attention, class_token=False, img_size=size).eval()
+    other = timm.create_model("test_pvt", attention=attention, class_token=False, img_size=size).eval()
     state = model.state_dict()
     other.load_state_dict(filter_fn(other)(state, other))
     image = torch.randn(1, 3, *size)
@@ -217,7 +217,7 @@ def test_weights_of_one_size_in_a_model_of_another(attention, size):
 @pytest.mark.parametrize("class_token", [False, True])
 @pytest.mark.parametrize("attention", TOKEN_MIXERS)
 def test_every_attention_trains_at_two_sizes(attention, class_token):
-    model = timm.create_model("test_pvt_va", attention=attention, class_token=class_token, num_classes=5)
+    model = timm.create_model("test_pvt", attention=attention, class_token=class_token, num_classes=5)
     for size in ((96, 96), (70, 128)):
         model.zero_grad(set_to_none=True)
         model(torch.randn(2, 3, *size)).square().mean().backward()
@@ -227,7 +227,7 @@ def test_every_attention_trains_at_two_sizes(attention, class_token):
 
 def test_attention_depths_and_arguments():
     args = {"attention": "agent", "attention_args": [{"num_agents": n} for n in (4, 9, 16, 25)], "device": "meta"}
-    model = timm.create_model("test_pvt_va", attention_depths=(1, 1, 0, 2), **args)
+    model = timm.create_model("test_pvt", attention_depths=(1, 1, 0, 2), **args)
     found = [[getattr(block.attn, "num_agents", 0) for block in stage.blocks] for stage in model.stages]
     assert found == [[4], [9, 0], [0], [25, 25]]
     assert [stage.blocks[0].attn.sr_ratio[0] for stage in model.stages] == [8, 4, 2, 1]
@@ -251,12 +251,12 @@ def test_attention_depths_and_arguments():
 )
 def test_arguments_that_do_not_fit(args, message):
     with pytest.raises(ValueError, match=message):
-        timm.create_model("test_pvt_va", **args)
+        timm.create_model("test_pvt", **args)
 
 
 @torch.no_grad()
 def test_class_token_is_classified_and_left_out_of_the_maps():
-    model = timm.create_model("test_pvt_va").eval()
+    model = timm.create_model("test_pvt").eval()
     image = torch.randn(2, 3, 97, 131)
     tokens, maps = model.forward_intermediates(image, norm=True)
     assert torch.equal(tokens, model.forward_features(image))
@@ -273,7 +273,7 @@ def test_class_token_is_classified_and_left_out_of_the_maps():
 
 
 def test_weight_decay_is_the_official_one_and_a_class_token_learns_with_its_patches():
-    model = timm.create_model("test_pvt_va")
+    model = timm.create_model("test_pvt")
     optimizer = create_optimizer_v2(model, weight_decay=0.1, layer_decay=0.5)
     group = {id(p): g for g in optimizer.param_groups for p in g["params"]}
     named = {name: group[id(p)] for name, p in model.named_parameters()}

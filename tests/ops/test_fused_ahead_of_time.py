@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parents[2] / "tools/kernel_report.py"
+TOOL = Path(__file__).parents[2] / "benchmarks/kernel_report.py"
 SPILLED = 128  # bytes of stack that a thread may have
 PRODUCTS = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 # Between them every kernel and every option of one; each is compiled for one GPU by the fast tests, some for all.
@@ -16,7 +16,7 @@ EVERY = {90: None, 80: ("neighborhood, bias", "halo", "depthwise"), 100: ("neigh
 
 
 def compiled(folder, *argv):
-    """What tools/kernel_report.py writes. Apart from this process, whose kernels are for the interpreter."""
+    """What benchmarks/kernel_report.py writes. Apart from this process, whose kernels are for the interpreter."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env.update(TRITON_CACHE_DIR=str(folder / "cache"), OMP_NUM_THREADS="1")
     command = [sys.executable, str(TOOL), *argv, "--out", str(folder / "kernels")]

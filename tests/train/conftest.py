@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +26,7 @@ def _one_thread(one_thread):
 @pytest.fixture(autouse=True)
 def own_signals():
     """Runs install signal handlers: put pytest's back."""
-    from train.signals import CODES
+    from visattn.train.signals import CODES
 
     before = {name: signal.getsignal(name) for name in CODES}
     yield
@@ -51,8 +50,8 @@ def folder_data(tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """Call `python -m train` in this process with a small model; returns (exit code, run folder)."""
-    from train.__main__ import main
+    """Call `python -m visattn.train` in this process with a small model; returns (exit code, run folder)."""
+    from visattn.train.__main__ import main
 
     def call(name: str, *args: object, model: str = "test_vit"):
         options = () if "--resume" in args else ("--model", model, "--output", tmp_path / "out", "--name", name)
@@ -64,7 +63,7 @@ def run(tmp_path):
 @pytest.fixture(scope="session")
 def template(tmp_path_factory):
     """A run of one epoch on digits."""
-    from train.__main__ import main
+    from visattn.train.__main__ import main
 
     torch.set_num_threads(1)
     output = tmp_path_factory.mktemp("template")
@@ -150,7 +149,7 @@ def _child(argv: list[str], environment: dict[str, str], log: str, change: Calla
     os.dup2(file, 2)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # loader processes inherit what is imported and changed
-    from train.__main__ import main
+    from visattn.train.__main__ import main
 
     if change:
         change()
@@ -162,12 +161,12 @@ def _child(argv: list[str], environment: dict[str, str], log: str, change: Calla
 
 @pytest.fixture
 def launch(tmp_path):
-    """Start the processes of `torchrun -m train` without its start-up time: forked from a server that imported torch.
+    """Start the processes of `torchrun -m visattn.train` without its start-up time: forked after the imports.
 
     `change` runs first in each of them.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.__main__"])
+    context.set_forkserver_preload(["visattn.train.__main__"])
     started = []
 
     def call(*args: object, size: int = 1, model: str = "test_vit", change: Callable[[], None] | None = None):

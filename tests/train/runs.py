@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from train import distributed, metrics
-from train import run as trainer
-from train.checks import CONTROL
-from train.config import parse
-from train.errors import TrainError
+from visattn.train import distributed, metrics
+from visattn.train import run as trainer
+from visattn.train.checks import CONTROL
+from visattn.train.config import parse
+from visattn.train.errors import TrainError
 
 SMALL = ("--img-size", 32, "--batch-size", 8, "--warmup-epochs", 0)
 # One update an epoch: log.csv holds the loss of each. Nothing is drawn but the order.

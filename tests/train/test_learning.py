@@ -1,4 +1,4 @@
-"""Small models of all families still learn as they did when tools/learning_curves.py recorded them.
+"""Small models of all families still learn as they did when scripts/learning_curves.py recorded them.
 
 The first losses are compared tightly. How far rounding may move them was measured with each curve: a run from weights
 off by 1e-6 is part of it. Most networks keep such a difference as small as it was (another number of threads changes
@@ -7,15 +7,10 @@ convolutional ones with batch norm enlarge it a thousandfold in a few updates. N
 """
 
 import json
-import sys
-from pathlib import Path
-
-import numpy as np
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import learning_curves
+import numpy as np
+import pytest
 
 FIRST_LOSSES = 1e-5  # relative, and TIMES what the nudge did up to there
 TIMES = 3

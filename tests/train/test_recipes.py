@@ -2,7 +2,6 @@
 
 import fnmatch
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,11 @@ from timm.models import resolve_model_input_args
 from timm.optim import list_optimizers
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
 
 import make_recipes  # noqa: E402
 
-from train.checks import check  # noqa: E402
-from train.config import LAUNCH_ONLY, Config, read_yaml  # noqa: E402
+from visattn.train.checks import check  # noqa: E402
+from visattn.train.config import LAUNCH_ONLY, Config, read_yaml  # noqa: E402
 
 MODELS = make_recipes.models()
 PRESETS = sorted((ROOT / "configs" / "finetune").glob("*.yaml"))
@@ -51,7 +49,7 @@ def rendered():
 def test_files_are_those_of_the_table(rendered):
     on_disk = {path: path.read_text() for path in make_recipes.RECIPES.glob("*.yaml")}
     differ = {path.name for path in on_disk.keys() | rendered.keys() if on_disk.get(path) != rendered.get(path)}
-    assert not differ, f"run `python tools/make_recipes.py`: {sorted(differ)}"
+    assert not differ, f"run `python scripts/make_recipes.py`: {sorted(differ)}"
     assert {path.stem for path in rendered} == set(MODELS)
     assert len(MODELS) > 100
 
@@ -136,14 +134,14 @@ dinat_base 0.5, dinat_s_small 0.3, dinat_large 0.35, dinat_s_large_384 0.35, din
 vitrpb_small 0.1, transnext_micro 0.15, transnext_micro_aaaa 0.15, transnext_tiny 0.25, transnext_small 0.45,
 transnext_base 0.6, agent_deit_tiny 0.0, agent_deit_small 0.1, agent_deit_small_448 0.1, agent_deit_base 0.3,
 agent_pvt_small 0.1, agent_pvt_medium_256 0.3, agent_pvt_large 0.3, agent_swin_tiny 0.2, agent_swin_small_288 0.3,
-agent_swin_base_384 0.5, agent_cswin_small 0.4, agent_cswin_base 0.5, agent_cswin_base_384 0.7, cswin_tiny_va 0.2,
-cswin_base_384_va 0.7, cswin_large_va 0.2, focused_pvt_medium 0.3, focused_cswin_small 0.4, deit_base_va 0.1,
-pvt_large_va 0.3, swin_small_va 0.3, coatnet_0_va 0.2, coatnet_1_va 0.3, coatnet_2_va 0.5, coatnet_3_va 0.7,
+agent_swin_base_384 0.5, agent_cswin_small 0.4, agent_cswin_base 0.5, agent_cswin_base_384 0.7, cswin_tiny 0.2,
+cswin_base_384 0.7, cswin_large 0.2, focused_pvt_medium 0.3, focused_cswin_small 0.4, deit_base_va 0.1,
+pvt_large 0.3, swin_small_va 0.3, coatnet_0_va 0.2, coatnet_1_va 0.3, coatnet_2_va 0.5, coatnet_3_va 0.7,
 maxvit_tiny_va 0.2, maxvit_small_va 0.3, maxvit_base_va 0.4, maxvit_large_va 0.6, resnest50_va 0.0
 """
 PUBLISHED = """
-agent_deit_tiny 4096 4e-3, agent_swin_base 512 5e-4, agent_cswin_tiny 1024 1e-3, cswin_tiny_va 2048 2e-3,
-cswin_base_va 1024 1e-3, transnext_base 1024 1e-3, dinat_large_384 512 5e-5, dinat_large_21k 512 5e-5,
+agent_deit_tiny 4096 4e-3, agent_swin_base 512 5e-4, agent_cswin_tiny 1024 1e-3, cswin_tiny 2048 2e-3,
+cswin_base 1024 1e-3, transnext_base 1024 1e-3, dinat_large_384 512 5e-5, dinat_large_21k 512 5e-5,
 focused_cswin_tiny 2048 2e-3, focused_pvt_large 256 2.5e-4, maxvit_tiny_va 4096 3e-3, resnest50_va 8192 3.2
 """
 

@@ -11,11 +11,11 @@ import torch
 import yaml
 from runs import SMALL, newest, rows, slow
 
-from train import checkpoint
-from train.errors import CheckpointError
-from train.files import write_atomic
-from train.metrics import make_console
-from train.weights import load_weights
+from visattn.train import checkpoint
+from visattn.train.errors import CheckpointError
+from visattn.train.files import write_atomic
+from visattn.train.metrics import make_console
+from visattn.train.weights import load_weights
 
 
 def test_resume_refuses_other_options_and_reports_a_complete_run(finished, run, capsys):

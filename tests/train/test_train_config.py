@@ -7,9 +7,9 @@ import pytest
 import timm
 import yaml
 
-from train.checks import check
-from train.config import Config, parse, read_yaml, recipe
-from train.errors import ConfigError
+from visattn.train.checks import check
+from visattn.train.config import Config, parse, read_yaml, recipe
+from visattn.train.errors import ConfigError
 
 # Every option with its default. People's recipes and scripts rely on both.
 FROZEN = """

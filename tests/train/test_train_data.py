@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.config import Config
-from train.data import EMBEDDED, open_data, resolve
-from train.errors import DataError, DataNotFoundError
-from train.sources import BadImageError, EmbeddedSource
+from visattn.train.config import Config
+from visattn.train.data import EMBEDDED, open_data, resolve
+from visattn.train.errors import DataError, DataNotFoundError
+from visattn.train.sources import BadImageError, EmbeddedSource
 
 RGB = {"input_size": (3, 32, 32), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.2, 0.2), "interpolation": "bilinear"}
 

@@ -17,7 +17,7 @@ from runs import column, rows, slow
 from safetensors.torch import load_file
 
 import visattn  # noqa: F401
-from train.distributed import World, repeated_blocks
+from visattn.train.distributed import World, repeated_blocks
 
 # One update an epoch: log.csv holds the loss of each.
 DRAWN = ("--img-size", 32, "--batch-size", 32, "--warmup-epochs", 2, "--lr", 1e-3, "--seed", 3)
@@ -64,7 +64,7 @@ def test_all_processes_hold_the_same_running_statistics(folder_data, launch, eng
 
 
 def print_statistics():
-    from train.engine import Engine
+    from visattn.train.engine import Engine
 
     take = Engine.update
 
@@ -93,7 +93,7 @@ def test_uneven_test_images_count_once(folder_data, launch, run, tmp_path):
 
 def sleep_at(update, rank, seconds):
     """One rank stops answering."""
-    from train.engine import Engine
+    from visattn.train.engine import Engine
 
     take = Engine.update
 

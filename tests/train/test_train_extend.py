@@ -4,9 +4,9 @@ import pytest
 import yaml
 from runs import PLAIN, SMALL, build, column, newest, rows
 
-from train import run as trainer
-from train.config import parse
-from train.errors import CheckpointError, ConfigError
+from visattn.train import run as trainer
+from visattn.train.config import parse
+from visattn.train.errors import CheckpointError, ConfigError
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from train.checks import check
-from train.config import Config, parse, read_yaml, recipe
-from train.errors import TrainError
+from visattn.train.checks import check
+from visattn.train.config import Config, parse, read_yaml, recipe
+from visattn.train.errors import TrainError
 
 NAMES = sorted(recipe(Config()))
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)

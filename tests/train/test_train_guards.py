@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from runs import build, rows, slow
 
-from train import engine
-from train import run as trainer
-from train.loader import Batches
-from train.metrics import Speed
+from visattn.train import engine
+from visattn.train import run as trainer
+from visattn.train.loader import Batches
+from visattn.train.metrics import Speed
 
 SHORT = ("--img-size", 32, "--batch-size", 8, "--epochs", 2, "--warmup-epochs", 0, "--ema-decay", 0.9)
 BAD_UPDATE = 6  # counted from 1: epoch 2, update 2 of 4
@@ -250,9 +250,9 @@ def test_a_gpu_out_of_memory_is_said_with_its_cure(folder_data, run, monkeypatch
 
 
 def test_shares_are_whole_and_named_when_they_cannot_be():
-    from train.config import Config
-    from train.distributed import World
-    from train.errors import ConfigError
+    from visattn.train.config import Config
+    from visattn.train.distributed import World
+    from visattn.train.errors import ConfigError
 
     cpu = torch.device("cpu")
     assert Batches(1000, Config(batch_size=96, micro_batch=10), World(0, 2, cpu)).parts == 6  # 48 as 6 x 8

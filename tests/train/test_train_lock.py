@@ -13,12 +13,12 @@ import time
 import pytest
 from runs import PLAIN, SMALL, newest
 
-from train import engine, validate
-from train.config import Config
-from train.errors import OutputError
-from train.lock import FolderLock
-from train.metrics import make_console
-from train.outputs import open_folder
+from visattn.train import engine, validate
+from visattn.train.config import Config
+from visattn.train.errors import OutputError
+from visattn.train.lock import FolderLock
+from visattn.train.metrics import make_console
+from visattn.train.outputs import open_folder
 
 
 @pytest.fixture

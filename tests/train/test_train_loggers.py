@@ -22,10 +22,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import record_writer
 from wandb.proto import wandb_internal_pb2
 
-from train import loggers
-from train.config import Config, recipe
-from train.errors import ConfigError
-from train.metrics import make_console
+from visattn.train import loggers
+from visattn.train.config import Config, recipe
+from visattn.train.errors import ConfigError
+from visattn.train.metrics import make_console
 
 ROW = {"epoch": 1, "update": 20, "train_loss": 0.5, "top1": 97.5, "ema_top1": None, "bad_images": 3}
 

@@ -16,10 +16,10 @@ from PIL import Image
 from torch import nn
 
 import visattn  # noqa: F401
-from train import flops, metrics
-from train.metrics import Meter, Speed
-from train.progress import EpochBar, Status
 from visattn.layers.neighborhood import NeighborhoodAttention
+from visattn.train import flops, metrics
+from visattn.train.metrics import Meter, Speed
+from visattn.train.progress import EpochBar, Status
 
 ROW = dict.fromkeys(metrics.COLUMNS) | {
     "epoch": 2,

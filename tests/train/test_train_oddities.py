@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from tests.train.test_train_data import config_for, contents
-from train.data import open_data, open_eval
-from train.errors import DataError
-from train.files import open_regular
-from train.listing import list_folder, natural
-from train.metrics import make_console, say
-from train.tars import list_tars
+from visattn.train.data import open_data, open_eval
+from visattn.train.errors import DataError
+from visattn.train.files import open_regular
+from visattn.train.listing import list_folder, natural
+from visattn.train.metrics import make_console, say
+from visattn.train.tars import list_tars
 
 MANUAL = Path(__file__).resolve().parents[2] / "train" / "README.md"
 
@@ -439,7 +439,7 @@ def test_what_the_terminal_lacks_is_spelled_out():
 
 
 def test_both_commands_say_it(folder_data, run, capsys):
-    from train.validate import main
+    from visattn.train.validate import main
 
     write(folder_data / "val" / "red" / "notes.txt", b"")
     options = ("--img-size", 32, "--batch-size", 32, "--warmup-epochs", 0, "--epochs", 1, "--data", folder_data)

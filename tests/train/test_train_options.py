@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from runs import PLAIN, SMALL, assert_same_tensors, build, column, slow, stop_after_first_epoch, tensors
 
-from train import distributed, finetune
-from train import run as trainer
-from train.config import Config
-from train.engine import Engine
-from train.loader import Batches
+from visattn.train import distributed, finetune
+from visattn.train import run as trainer
+from visattn.train.config import Config
+from visattn.train.engine import Engine
+from visattn.train.loader import Batches
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_presets_train(folder_data, tmp_path, preset):
 def test_no_preset_is_said(capsys, words):
     assert finetune.run(words) == 2
     assert re.fullmatch(
-        r"error: expected a preset, got .{4,90}; try python -m train.finetune .*\n", capsys.readouterr().err
+        r"error: expected a preset, got .{4,90}; try python -m visattn.train.finetune .*\n", capsys.readouterr().err
     )
 
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from runs import PLAIN, SMALL, assert_same_tensors, build, column, newest, rows
 
-from train import checkpoint, engine, files, outputs, weights
-from train.config import Config, parse
-from train.errors import CheckpointError, ConfigError
-from train.lock import FolderLock
-from train.metrics import make_console
-from train.outputs import open_folder
+from visattn.train import checkpoint, engine, files, outputs, weights
+from visattn.train.config import Config, parse
+from visattn.train.errors import CheckpointError, ConfigError
+from visattn.train.lock import FolderLock
+from visattn.train.metrics import make_console
+from visattn.train.outputs import open_folder
 
 
 class Killed(BaseException):

@@ -7,13 +7,13 @@ import os
 import pytest
 from runs import SMALL, slow
 
-from train import distributed
-from train.engine import Engine
+from visattn.train import distributed
+from visattn.train.engine import Engine
 
 
 def lose_images(rank):
     """On one rank no image can be read."""
-    from train.loader import TrainingImages
+    from visattn.train.loader import TrainingImages
 
     read = TrainingImages.read
     TrainingImages.read = lambda self, index: None if int(os.environ["RANK"]) == rank else read(self, index)
@@ -33,7 +33,7 @@ def test_what_one_rank_finds_wrong_is_said_and_ends_the_other(folder_data, launc
 
 def meet_bad_images_everywhere():
     """Both ranks have met the same unreadable image, twice the --max-bad of 1 by their own counts."""
-    from train import loader
+    from visattn.train import loader
 
     make = loader.Images.__init__
 

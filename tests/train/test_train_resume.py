@@ -14,10 +14,10 @@ import pytest
 import torch
 from runs import SMALL, assert_same_tensors, newest, rows, slow, tensors
 
-from train import checkpoint
-from train import run as trainer
-from train.config import FREE_ON_RESUME
-from train.engine import Engine
+from visattn.train import checkpoint
+from visattn.train import run as trainer
+from visattn.train.config import FREE_ON_RESUME
+from visattn.train.engine import Engine
 
 # Every source of randomness at once: shuffling, crops, erasing, mixing, stochastic depth; and an average.
 STOCHASTIC = ("--img-size", 32, "--batch-size", 8, "--epochs", 4, "--warmup-epochs", 1, "--checkpoint-every", 1)

@@ -13,9 +13,9 @@ import pytest
 import torch
 from runs import newest
 
-from train.errors import CheckpointError
-from train.files import sha256
-from train.weights import load_weights
+from visattn.train.errors import CheckpointError
+from visattn.train.files import sha256
+from visattn.train.weights import load_weights
 
 
 def seal(path):

@@ -9,8 +9,8 @@ import tarfile
 import pytest
 
 from tests.train.test_train_data import config_for, contents
-from train.data import open_data
-from train.errors import DataError
+from visattn.train.data import open_data
+from visattn.train.errors import DataError
 
 
 def add(archive, name, content):

@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 from runs import SMALL, newest, slow
 
-from train.loader import Loader
-from train.signals import CODES, ignore
+from visattn.train.loader import Loader
+from visattn.train.signals import CODES, ignore
 
 
 def until(ready, processes):
@@ -49,7 +49,7 @@ def test_a_signal_to_all_processes_leaves_a_checkpoint(folder_data, launch, tmp_
 
 def hold_updates():
     """The second update takes for ever."""
-    from train.engine import Engine
+    from visattn.train.engine import Engine
 
     take = Engine.update
 
@@ -64,7 +64,7 @@ def hold_updates():
 
 def hold_start():
     """Listing the data takes for ever."""
-    from train import run
+    from visattn.train import run
 
     def open_data(config):
         print("held", flush=True)
@@ -93,7 +93,7 @@ def test_what_ends_at_once(folder_data, launch, change, numbers, code):
     assert "Traceback" not in processes.output()
 
 
-@pytest.mark.parametrize("module", ["train", "train.finetune", "train.validate"])
+@pytest.mark.parametrize("module", ["train", "visattn.train", "visattn.train.finetune", "visattn.train.validate"])
 def test_a_signal_while_the_libraries_are_imported(module):
     process = subprocess.Popen([sys.executable, "-m", module, "--help"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while not int(caught(process.pid), 16) >> (signal.SIGTERM - 1) & 1:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.listing import list_folder
-from train.sources import EXTENSIONS, BadImageError, FolderSource, TarSource
+from visattn.train.listing import list_folder
+from visattn.train.sources import EXTENSIONS, BadImageError, FolderSource, TarSource
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (24, 20, 3), dtype=np.uint8)

@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 import visattn  # noqa: F401
-from train import distributed
-from train import run as trainer
-from train.errors import CheckpointError
-from train.weights import load_into
+from visattn.train import distributed
+from visattn.train import run as trainer
+from visattn.train.errors import CheckpointError
+from visattn.train.weights import load_into
 
 
 def save_model(path, name, classes=2, **options):

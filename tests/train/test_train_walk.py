@@ -11,11 +11,11 @@ import yaml
 from runs import NONSENSE, WORDS, attempt
 from safetensors.torch import save_file
 
-from train import distributed, metrics
-from train import run as trainer
-from train.checks import check
-from train.config import LAUNCH_ONLY, Config, parse, read_yaml, recipe
-from train.errors import ConfigError
+from visattn.train import distributed, metrics
+from visattn.train import run as trainer
+from visattn.train.checks import check
+from visattn.train.config import LAUNCH_ONLY, Config, parse, read_yaml, recipe
+from visattn.train.errors import ConfigError
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 HINTS = typing.get_type_hints(Config)

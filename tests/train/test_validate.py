@@ -1,4 +1,4 @@
-"""`python -m train.validate` against the run's own log and against figures computed by hand, image by image."""
+"""`python -m visattn.train.validate` against the run's own log and against figures computed by hand, image by image."""
 
 import csv
 import dataclasses
@@ -15,9 +15,9 @@ from PIL import Image
 from runs import NONSENSE, WORDS, attempt
 from safetensors.torch import save_file
 
-from train.metrics import make_console
-from train.validate import Options, main, parse
-from train.validate import validate as score
+from visattn.train.metrics import make_console
+from visattn.train.validate import Options, main, parse
+from visattn.train.validate import validate as score
 
 MODEL = "test_vit"
 INFO = importlib.resources.files("timm.data") / "_info"

@@ -1,15 +1,33 @@
-"""Importing this package registers every model with timm."""
+"""Importing this package registers every model with timm: each file here without an underscore is a family."""
 
-from visattn.models import biformer as biformer
-from visattn.models import coatnet as coatnet
-from visattn.models import cswin as cswin
-from visattn.models import deit_va as deit_va
-from visattn.models import halonet as halonet
-from visattn.models import maxvit as maxvit
-from visattn.models import nat as nat
-from visattn.models import nat_isotropic as nat_isotropic
-from visattn.models import pvt as pvt
-from visattn.models import resnest_va as resnest_va
-from visattn.models import resnet_ea as resnet_ea
-from visattn.models import swin_va as swin_va
-from visattn.models import transnext as transnext
+from importlib import import_module
+from pkgutil import iter_modules
+
+import timm
+from timm.models import is_model_in_modules
+
+FAMILIES = tuple(module.name for module in iter_modules(__path__) if not module.name.startswith("_"))
+
+for _family in FAMILIES:
+    import_module(f"{__name__}.{_family}")
+
+
+def list_models(pattern: str = "", pretrained: bool = False, family: str | None = None) -> list[str]:
+    """Names of this package's models, as `timm.list_models` lists them.
+
+    Args:
+        pattern: Shell-style wildcards, as in "dinat_*".
+        pretrained: Only models whose weights can be fetched, with their tags.
+        family: Only those of one file of `visattn.models`.
+
+    Raises:
+        ValueError: An unknown family.
+    """
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"expected a family of {', '.join(FAMILIES)}, got {family!r}; try list_models('{family}*')")
+    return timm.list_models(pattern, module=FAMILIES if family is None else family, pretrained=pretrained)
+
+
+def is_model(name: str) -> bool:
+    """Whether a name, with or without a tag, is that of a model of this package."""
+    return is_model_in_modules(name, FAMILIES)

@@ -163,13 +163,13 @@ _SIZES = ("tiny", "small", "base")
 
 default_cfgs = generate_default_cfgs(
     {
-        "cswin_tiny_va.ms_in1k": _release("tiny"),
-        "cswin_small_va.ms_in1k": _release("small"),
-        "cswin_base_va.ms_in1k": _release("base"),
-        "cswin_base_384_va.ms_in1k": _release("base", 384),
-        "cswin_large_va.ms_in22k_ft_in1k": _release("large"),
-        "cswin_large_va.ms_in22k": _release("large_22k", num_classes=21841),
-        "cswin_large_384_va.ms_in22k_ft_in1k": _release("large", 384),
+        "cswin_tiny.ms_in1k": _release("tiny"),
+        "cswin_small.ms_in1k": _release("small"),
+        "cswin_base.ms_in1k": _release("base"),
+        "cswin_base_384.ms_in1k": _release("base", 384),
+        "cswin_large.ms_in22k_ft_in1k": _release("large"),
+        "cswin_large.ms_in22k": _release("large_22k", num_classes=21841),
+        "cswin_large_384.ms_in22k_ft_in1k": _release("large", 384),
         "agent_cswin_tiny.in1k": token_mixer_cfg("agent", "8c562a74441e46d5902b"),
         "agent_cswin_small.in1k": token_mixer_cfg("agent", "30eb8af675bc4b7a8747"),
         "agent_cswin_base.in1k": token_mixer_cfg("agent", "c8035b0839b2410c8c9f"),
@@ -179,7 +179,7 @@ default_cfgs = generate_default_cfgs(
         "inline_cswin_base.in1k": token_mixer_cfg("inline", "91e17121df284ae38521"),
         **{f"focused_cswin_{size}.untrained": token_mixer_cfg("focused") for size in _SIZES},
         **{f"efficient_cswin_{size}.untrained": token_mixer_cfg("efficient") for size in _SIZES},
-        "test_cswin_va.untrained": token_mixer_cfg("softmax", "", 160, **_MICROSOFT),
+        "test_cswin.untrained": token_mixer_cfg("softmax", "", 160, **_MICROSOFT),
         "test_efficient_cswin.untrained": token_mixer_cfg("efficient", "", 160),
     }
 )
@@ -249,35 +249,35 @@ _EFFICIENT_TINY, _EFFICIENT_SMALL, _EFFICIENT_BASE = _sizes("efficient")
 
 
 @register_model
-def cswin_tiny_va(pretrained: bool = False, **kwargs: Any) -> CSWin:
-    return _create_cswin("cswin_tiny_va", pretrained, **{**_TINY, **kwargs})
+def cswin_tiny(pretrained: bool = False, **kwargs: Any) -> CSWin:
+    return _create_cswin("cswin_tiny", pretrained, **{**_TINY, **kwargs})
 
 
 @register_model
-def cswin_small_va(pretrained: bool = False, **kwargs: Any) -> CSWin:
-    return _create_cswin("cswin_small_va", pretrained, **{**_SMALL, **kwargs})
+def cswin_small(pretrained: bool = False, **kwargs: Any) -> CSWin:
+    return _create_cswin("cswin_small", pretrained, **{**_SMALL, **kwargs})
 
 
 @register_model
-def cswin_base_va(pretrained: bool = False, **kwargs: Any) -> CSWin:
-    return _create_cswin("cswin_base_va", pretrained, **{**_BASE, **kwargs})
+def cswin_base(pretrained: bool = False, **kwargs: Any) -> CSWin:
+    return _create_cswin("cswin_base", pretrained, **{**_BASE, **kwargs})
 
 
 @register_model
-def cswin_base_384_va(pretrained: bool = False, **kwargs: Any) -> CSWin:
+def cswin_base_384(pretrained: bool = False, **kwargs: Any) -> CSWin:
     """Fine-tuned at 384 x 384, with wider stripes."""
-    return _create_cswin("cswin_base_384_va", pretrained, **{**_BASE, **_TUNED, **kwargs})
+    return _create_cswin("cswin_base_384", pretrained, **{**_BASE, **_TUNED, **kwargs})
 
 
 @register_model
-def cswin_large_va(pretrained: bool = False, **kwargs: Any) -> CSWin:
-    return _create_cswin("cswin_large_va", pretrained, **{**_LARGE, **kwargs})
+def cswin_large(pretrained: bool = False, **kwargs: Any) -> CSWin:
+    return _create_cswin("cswin_large", pretrained, **{**_LARGE, **kwargs})
 
 
 @register_model
-def cswin_large_384_va(pretrained: bool = False, **kwargs: Any) -> CSWin:
+def cswin_large_384(pretrained: bool = False, **kwargs: Any) -> CSWin:
     """Fine-tuned at 384 x 384, with wider stripes."""
-    return _create_cswin("cswin_large_384_va", pretrained, **{**_LARGE_384, **kwargs})
+    return _create_cswin("cswin_large_384", pretrained, **{**_LARGE_384, **kwargs})
 
 
 @register_model
@@ -347,9 +347,9 @@ def efficient_cswin_base(pretrained: bool = False, **kwargs: Any) -> CSWin:
 
 
 @register_model
-def test_cswin_va(pretrained: bool = False, **kwargs: Any) -> CSWin:
+def test_cswin(pretrained: bool = False, **kwargs: Any) -> CSWin:
     """Under 1M parameters, for tests and first runs."""
-    return _create_cswin("test_cswin_va", pretrained, **{**_TEST, **kwargs})
+    return _create_cswin("test_cswin", pretrained, **{**_TEST, **kwargs})
 
 
 @register_model

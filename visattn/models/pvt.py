@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from timm.layers import to_2tuple, trunc_normal_
-from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, register_model_deprecations
 from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
 
@@ -31,6 +31,7 @@ from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint, drop_path_rates, unwrap
 from visattn.models._build import NHWC_POOLS, TOKEN_POOLS
 from visattn.models._token_mixer import create_token_mixer_backbone, fit_positions, plan_attention, token_mixer_cfg
+from visattn.models._variants import Variant, register_variants
 
 __all__ = ["PVT"]
 
@@ -232,26 +233,51 @@ def _official(size: str) -> dict[str, Any]:
     return token_mixer_cfg("softmax", url=url, license="apache-2.0", origin_url=origin, **_PVT)
 
 
-_SIZES = ("tiny", "small", "medium", "large")
+_SIZES = {
+    "tiny": {"depths": (2, 2, 2, 2), "drop_path_rate": 0.1},
+    "small": {"depths": (3, 4, 6, 3), "drop_path_rate": 0.1},
+    "medium": {"depths": (3, 4, 18, 3), "drop_path_rate": 0.3},
+    "large": {"depths": (3, 8, 27, 3), "drop_path_rate": 0.3},
+}
+_PLAIN = {"sr_ratios": (8, 4, 2, 1), "class_token": True}
+_AGENT = {"attention": "agent", "attention_args": tuple({"num_agents": n} for n in (9, 16, 49, 49))}
+_INLINE = {"attention": "inline", "num_heads": (2, 4, 10, 16)}
+_TEST = {"patch_size": 2, "embed_dims": (24, 48, 72, 96), "depths": (1, 2, 1, 2), "num_heads": (1, 2, 3, 4)}
+# Ids of the authors' files.
+_AGENT_FILES = {
+    "tiny": "13fdf0e0a7c5498c934f",
+    "small": "36b8be9a8863456685a3",
+    "medium": "4d00ecacf18b45f9b88c",
+    "large": "040cfe0cfbbe4762ad09",
+}
+_INLINE_FILES = {
+    "tiny": "90ac52b1555b401eb5e6",
+    "small": "1ab953b2479d433080a3",
+    "medium": "a72aec31e6084bc0a280",
+    "large": "efd91318ba964f01b288",
+}
 
-default_cfgs = generate_default_cfgs(
-    {
-        **{f"pvt_{size}_va.in1k": _official(size) for size in _SIZES},
-        "agent_pvt_tiny.in1k": token_mixer_cfg("agent", "13fdf0e0a7c5498c934f"),
-        "agent_pvt_small.in1k": token_mixer_cfg("agent", "36b8be9a8863456685a3"),
-        "agent_pvt_medium.in1k": token_mixer_cfg("agent", "4d00ecacf18b45f9b88c"),
-        "agent_pvt_medium_256.in1k": token_mixer_cfg("agent", "654df734121643b19c52", 256),
-        "agent_pvt_large.in1k": token_mixer_cfg("agent", "040cfe0cfbbe4762ad09"),
-        "inline_pvt_tiny.in1k": token_mixer_cfg("inline", "90ac52b1555b401eb5e6"),
-        "inline_pvt_small.in1k": token_mixer_cfg("inline", "1ab953b2479d433080a3"),
-        "inline_pvt_medium.in1k": token_mixer_cfg("inline", "a72aec31e6084bc0a280"),
-        "inline_pvt_large.in1k": token_mixer_cfg("inline", "efd91318ba964f01b288"),
-        **{f"focused_pvt_{size}.untrained": token_mixer_cfg("focused") for size in _SIZES},
-        **{f"efficient_pvt_{size}.untrained": token_mixer_cfg("efficient") for size in _SIZES},
-        "test_pvt_va.untrained": token_mixer_cfg("softmax", "", 160, **_PVT),
-        "test_inline_pvt.untrained": token_mixer_cfg("inline", "", 160, pool_size=(10, 10)),
+VARIANTS: dict[str, Variant] = {
+    "agent_pvt_medium_256": Variant(
+        {**_SIZES["medium"], **_AGENT}, {"in1k": token_mixer_cfg("agent", "654df734121643b19c52", 256)}
+    )
+}
+for _size, _args in _SIZES.items():
+    VARIANTS |= {
+        f"pvt_{_size}": Variant({**_args, **_PLAIN}, {"in1k": _official(_size)}),
+        f"agent_pvt_{_size}": Variant({**_args, **_AGENT}, {"in1k": token_mixer_cfg("agent", _AGENT_FILES[_size])}),
+        f"inline_pvt_{_size}": Variant({**_args, **_INLINE}, {"in1k": token_mixer_cfg("inline", _INLINE_FILES[_size])}),
+        f"focused_pvt_{_size}": Variant({**_args, "attention": "focused"}, {"untrained": token_mixer_cfg("focused")}),
+        f"efficient_pvt_{_size}": Variant(
+            {**_args, "attention": "efficient"}, {"untrained": token_mixer_cfg("efficient")}
+        ),
     }
-)
+VARIANTS |= {
+    "test_pvt": Variant({**_TEST, **_PLAIN}, {"untrained": token_mixer_cfg("softmax", "", 160, **_PVT)}),
+    "test_inline_pvt": Variant(
+        {**_TEST, "attention": "inline"}, {"untrained": token_mixer_cfg("inline", "", 160, pool_size=(10, 10))}
+    ),
+}
 
 
 def _convert(key: str, value: Tensor, number: int) -> tuple[str, Tensor]:
@@ -300,128 +326,7 @@ def _create_pvt(variant: str, pretrained: bool = False, **kwargs: Any) -> PVT:
     return create_token_mixer_backbone(PVT, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
-_TINY = {"depths": (2, 2, 2, 2), "drop_path_rate": 0.1}
-_SMALL = {"depths": (3, 4, 6, 3), "drop_path_rate": 0.1}
-_MEDIUM = {"depths": (3, 4, 18, 3), "drop_path_rate": 0.3}
-_LARGE = {"depths": (3, 8, 27, 3), "drop_path_rate": 0.3}
-_TEST = {"patch_size": 2, "embed_dims": (24, 48, 72, 96), "depths": (1, 2, 1, 2), "num_heads": (1, 2, 3, 4)}
-_PLAIN = {"sr_ratios": (8, 4, 2, 1), "class_token": True}
-_AGENTS = {"attention": "agent", "attention_args": tuple({"num_agents": n} for n in (9, 16, 49, 49))}
-_NARROW_HEADS = {"attention": "inline", "num_heads": (2, 4, 10, 16)}
-
-
-@register_model
-def pvt_tiny_va(pretrained: bool = False, **kwargs: Any) -> PVT:
-    return _create_pvt("pvt_tiny_va", pretrained, **{**_TINY, **_PLAIN, **kwargs})
-
-
-@register_model
-def pvt_small_va(pretrained: bool = False, **kwargs: Any) -> PVT:
-    return _create_pvt("pvt_small_va", pretrained, **{**_SMALL, **_PLAIN, **kwargs})
-
-
-@register_model
-def pvt_medium_va(pretrained: bool = False, **kwargs: Any) -> PVT:
-    return _create_pvt("pvt_medium_va", pretrained, **{**_MEDIUM, **_PLAIN, **kwargs})
-
-
-@register_model
-def pvt_large_va(pretrained: bool = False, **kwargs: Any) -> PVT:
-    return _create_pvt("pvt_large_va", pretrained, **{**_LARGE, **_PLAIN, **kwargs})
-
-
-@register_model
-def agent_pvt_tiny(pretrained: bool = False, **kwargs: Any) -> PVT:
-    return _create_pvt("agent_pvt_tiny", pretrained, **{**_TINY, **_AGENTS, **kwargs})
-
-
-@register_model
-def agent_pvt_small(pretrained: bool = False, **kwargs: Any) -> PVT:
-    return _create_pvt("agent_pvt_small", pretrained, **{**_SMALL, **_AGENTS, **kwargs})
-
-
-@register_model
-def agent_pvt_medium(pretrained: bool = False, **kwargs: Any) -> PVT:
-    return _create_pvt("agent_pvt_medium", pretrained, **{**_MEDIUM, **_AGENTS, **kwargs})
-
-
-@register_model
-def agent_pvt_medium_256(pretrained: bool = False, **kwargs: Any) -> PVT:
-    return _create_pvt("agent_pvt_medium_256", pretrained, **{**_MEDIUM, **_AGENTS, **kwargs})
-
-
-@register_model
-def agent_pvt_large(pretrained: bool = False, **kwargs: Any) -> PVT:
-    return _create_pvt("agent_pvt_large", pretrained, **{**_LARGE, **_AGENTS, **kwargs})
-
-
-@register_model
-def inline_pvt_tiny(pretrained: bool = False, **kwargs: Any) -> PVT:
-    return _create_pvt("inline_pvt_tiny", pretrained, **{**_TINY, **_NARROW_HEADS, **kwargs})
-
-
-@register_model
-def inline_pvt_small(pretrained: bool = False, **kwargs: Any) -> PVT:
-    return _create_pvt("inline_pvt_small", pretrained, **{**_SMALL, **_NARROW_HEADS, **kwargs})
-
-
-@register_model
-def inline_pvt_medium(pretrained: bool = False, **kwargs: Any) -> PVT:
-    return _create_pvt("inline_pvt_medium", pretrained, **{**_MEDIUM, **_NARROW_HEADS, **kwargs})
-
-
-@register_model
-def inline_pvt_large(pretrained: bool = False, **kwargs: Any) -> PVT:
-    return _create_pvt("inline_pvt_large", pretrained, **{**_LARGE, **_NARROW_HEADS, **kwargs})
-
-
-@register_model
-def focused_pvt_tiny(pretrained: bool = False, **kwargs: Any) -> PVT:
-    return _create_pvt("focused_pvt_tiny", pretrained, **{**_TINY, "attention": "focused", **kwargs})
-
-
-@register_model
-def focused_pvt_small(pretrained: bool = False, **kwargs: Any) -> PVT:
-    return _create_pvt("focused_pvt_small", pretrained, **{**_SMALL, "attention": "focused", **kwargs})
-
-
-@register_model
-def focused_pvt_medium(pretrained: bool = False, **kwargs: Any) -> PVT:
-    return _create_pvt("focused_pvt_medium", pretrained, **{**_MEDIUM, "attention": "focused", **kwargs})
-
-
-@register_model
-def focused_pvt_large(pretrained: bool = False, **kwargs: Any) -> PVT:
-    return _create_pvt("focused_pvt_large", pretrained, **{**_LARGE, "attention": "focused", **kwargs})
-
-
-@register_model
-def efficient_pvt_tiny(pretrained: bool = False, **kwargs: Any) -> PVT:
-    return _create_pvt("efficient_pvt_tiny", pretrained, **{**_TINY, "attention": "efficient", **kwargs})
-
-
-@register_model
-def efficient_pvt_small(pretrained: bool = False, **kwargs: Any) -> PVT:
-    return _create_pvt("efficient_pvt_small", pretrained, **{**_SMALL, "attention": "efficient", **kwargs})
-
-
-@register_model
-def efficient_pvt_medium(pretrained: bool = False, **kwargs: Any) -> PVT:
-    return _create_pvt("efficient_pvt_medium", pretrained, **{**_MEDIUM, "attention": "efficient", **kwargs})
-
-
-@register_model
-def efficient_pvt_large(pretrained: bool = False, **kwargs: Any) -> PVT:
-    return _create_pvt("efficient_pvt_large", pretrained, **{**_LARGE, "attention": "efficient", **kwargs})
-
-
-@register_model
-def test_pvt_va(pretrained: bool = False, **kwargs: Any) -> PVT:
-    """Under 1M parameters, for tests and first runs."""
-    return _create_pvt("test_pvt_va", pretrained, **{**_TEST, **_PLAIN, **kwargs})
-
-
-@register_model
-def test_inline_pvt(pretrained: bool = False, **kwargs: Any) -> PVT:
-    """Under 1M parameters, for tests and first runs."""
-    return _create_pvt("test_inline_pvt", pretrained, **{**_TEST, "attention": "inline", **kwargs})
+register_variants(__name__, VARIANTS, _create_pvt)
+register_model_deprecations(
+    __name__, {**{f"pvt_{size}_va": f"pvt_{size}" for size in _SIZES}, "test_pvt_va": "test_pvt"}
+)
