@@ -114,9 +114,10 @@ def attend_efficient(problem: EfficientProblem) -> Tensor:
     if _streams(problem):
         out = _stream(q, k, v, keys_of, reader_of)
     else:
-        # Over a last axis but one that is contiguous, as `_products` reads it: faster than over the first.
-        k = k.transpose(1, 2).softmax(-2, dtype=dtype).to(v.dtype).transpose(1, 2)  # [B, M, N, D]
-        q = q.softmax(-1, dtype=dtype).to(v.dtype)
+        # Heads first, as `_products` multiplies them: softmax of another layout costs further copies.
+        q, k = q.transpose(1, 2), k.transpose(1, 2)  # [B, N, L, D], [B, N, M, D]
+        q, k = q.softmax(-1, dtype=dtype).to(v.dtype), k.softmax(-2, dtype=dtype).to(v.dtype)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)  # [B, L, N, D], [B, M, N, D]
         out = _products(q, k, v, 1.0, problem.is_quadratic)
     return problem.unflat(out if hidden_queries is None else out.masked_fill(hidden_queries, 0))
 
