@@ -175,3 +175,32 @@ def test_a_dynamic_batch_leaves_plain_operations_and_no_sort():
         q, k, v = _maps(batch, 9, 7)
         for keys in (k, torch.ones_like(k)):
             assert torch.equal(program.module()(q, keys, v), module(q, keys, v))
+
+
+class _Routing(torch.nn.Module):
+    """Of a map with itself."""
+
+    def __init__(self, **call):
+        super().__init__()
+        self.call = call
+
+    def forward(self, q):
+        return region_routing(q, q, 2, **self.call)
+
+
+def test_routing_with_dynamic_sizes_is_plain_pytorch():
+    module = _Routing(region_size=(3, 2))
+    sizes = {i: torch.export.Dim("bhw"[i], min=6 if i else 1, max=64) for i in range(3)}
+    program = torch.export.export(module, _maps(2, 9, 7)[:1], dynamic_shapes=(sizes,))
+    assert not [node for node in program.graph.nodes if "visattn" in str(node.target)]
+    for size in ((2, 9, 7), (1, 6, 6), (3, 33, 47)):
+        (index, weight), (expected, weights) = (run(_maps(*size)[0]) for run in (program.module(), module))
+        assert torch.equal(index, expected)
+        torch.testing.assert_close(weight, weights)
+
+
+def test_routing_among_a_number_of_regions_has_no_form_for_every_size():
+    with pytest.raises(NotImplementedError, match="no form for every size with n_win"):
+        torch.export.export(
+            _Routing(n_win=3), _maps(2, 9, 7)[:1], dynamic_shapes=(dict.fromkeys((1, 2), torch.export.Dim.AUTO),)
+        )

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests import tolerances
@@ -527,12 +528,21 @@ def test_meta_tensors(name):
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @EVERY
 def test_vmap(name):
-    """A further axis in front of all tensors."""
+    """A further axis in front of all tensors, also of their gradients."""
     case = CASES[name]
     tensors, fixed = {n: torch.stack([t, t.flip(0)]) for n, t in case.tensors().items()}, case.fixed(*SIZE)
-    found = torch.func.vmap(lambda given: case.run(**given, **fixed))(tensors)
-    for i, result in enumerate(found):
-        torch.testing.assert_close(result, case.run(**{n: t[i] for n, t in tensors.items()}, **fixed))
+
+    def run(given):
+        return case.run(**given, **fixed)
+
+    def loss(given):
+        return run(given).square().sum()
+
+    for call in (run, torch.func.grad(loss)):
+        found = torch.func.vmap(call)(tensors)
+        for i in range(2):
+            one, given = (tree_map(lambda t: t[i], x) for x in (found, tensors))  # noqa: B023
+            torch.testing.assert_close(one, call(given))
 
 
 class Calls(TorchDispatchMode):

@@ -115,7 +115,9 @@ def attend_globally(
     with without_autocast(q.device):
         dtype = torch.promote_types(q.dtype, torch.float32) if explicit else q.dtype
         bias = None if table is None else _read_bias(table.to(dtype), size)  # [N, L, L]
-        query, key, value = (x.flatten(1, -3).transpose(1, 2) for x in (q, k, v))  # [B, N, L, D]
+        query, key, value = (
+            x.flatten(1, -3).transpose(1, 2) for x in (q, k, v)
+        )  # [B, N, L or M, D]
         if explicit:
             scores = (query * scale @ key.mT).to(dtype)  # [B, N, L, M]
             if bias is not None:

@@ -96,7 +96,7 @@ class FocusedLinearAttention(TokenMixer):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, size: list[int], kv_size: list[int]
     ) -> Tensor:
-        scale = self.scale.view(self.num_heads, self.head_dim)
+        scale = self.scale.view(self.num_heads, self.head_dim)  # [N, D]
         k = k + self._positions(kv_size).to(k.dtype)
         out = focused_linear_attention(q, k, v, focus_scale=scale, factor=self.focusing_factor)
         v = self._map(v, kv_size)

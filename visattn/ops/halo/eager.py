@@ -164,11 +164,16 @@ class _Relative:
         )
         grad_q: Any = 0
         grad_tables: list[Tensor] = []
-        for table, part, place in zip(self.tables, parts, self._places(*q.shape[:2]), strict=True):
-            products = q.new_zeros(*q.shape[:-1], len(table))
-            if torch.is_grad_enabled():  # a backward pass that is differentiated itself
-                products = torch.as_strided_scatter(products, part, *place)
+        places = self._places(*q.shape[:2])
+        for a, (table, part, place) in enumerate(zip(self.tables, parts, places, strict=True)):
+            if torch.is_grad_enabled():  # a backward pass that is differentiated itself, or batched
+                rank = torch.arange(part.shape[2 + a], device=q.device)[:, None]
+                entry = torch.arange(self.windows[a], device=q.device) - rank + self.windows[a] - 1
+                entry = (entry if a else entry[:, None]).expand(part.shape)  # [T, N, t_h, t_w, w]
+                products = part.new_zeros(*part.shape[:-1], len(table)).scatter(-1, entry, part)
+                products = products.flatten(2, 3)  # [T, N, t, 2w - 1]
             else:
+                products = q.new_zeros(*q.shape[:-1], len(table))
                 products.as_strided(*place).copy_(part)
             grad_q = products @ table + grad_q
             grad_tables.append(products.flatten(0, 2).mT @ q.flatten(0, 2))  # [2w - 1, D]

@@ -314,6 +314,7 @@ def region_routing(
 
     Raises:
         ValueError: Shapes or sizes that do not fit, or `topk` below 1 or beyond the number of key regions.
+        NotImplementedError: `n_win` in a program of `torch.export` for every size.
 
     Source: arXiv:2303.08810 eq. 3-5.
     """
@@ -321,6 +322,11 @@ def region_routing(
     if (region_size is None) == (n_win is None):
         raise ValueError(f"expected one of region_size and n_win, got {region_size} and {n_win}")
     if region_size is None:
+        if torch.compiler.is_exporting() and is_symbolic(*q.shape[1:3]):
+            raise NotImplementedError(
+                "region_routing has no form for every size with n_win: how many regions there are depends on it; try "
+                "region_size or a fixed size"
+            )
         size = _region_sizes(q.shape[1:3], per_axis("n_win", n_win, int, 2), rule)
     else:
         size = per_axis("region_size", region_size, int, 2)

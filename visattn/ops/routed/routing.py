@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visattn.ops.geometry import Partition, bins
+from visattn.ops.cut import cut_blocks
+from visattn.ops.geometry import Partition, bins, is_symbolic
 
 Axes = tuple[Partition, Partition]
 
@@ -34,11 +35,21 @@ def token_table(axes: Axes, device: torch.device) -> Tensor:
 
 def _means(x: Tensor, axes: Axes) -> Tensor:
     """Average [B, H, W, N, D] over the tokens of each region, in at least float32: [B, R, N, D]."""
-    size = [axis.layout()[1] for axis in axes]
+    layouts = [axis.layout()[:2] for axis in axes]
+    is_known = not is_symbolic(*(axis.length for axis in axes))
+    if not is_known and not is_symbolic(
+        *(slots for _, slots in layouts)
+    ):  # pooling would tie the graph to a size
+        places = [torch.arange(n * s, device=x.device).view(n, s) for n, s in layouts]
+        rows, columns = (
+            (place < axis.length).sum(-1) for place, axis in zip(places, axes, strict=True)
+        )  # [regions] of an axis: their tokens
+        x = cut_blocks(x.to(torch.promote_types(x.dtype, torch.float32)), places).sum(4)
+        return (x / (rows[:, None] * columns)[..., None, None]).flatten(1, 2)  # [B, R, N, D]
     maps = (
         x.flatten(3).permute(0, 3, 1, 2).to(torch.promote_types(x.dtype, torch.float32))
     )  # [B, N D, H, W]
-    maps = F.avg_pool2d(maps, size, ceil_mode=True)
+    maps = F.avg_pool2d(maps, [slots for _, slots in layouts], ceil_mode=True)
     return maps.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, x.shape[3:])  # [B, R, N, D]
 
 
