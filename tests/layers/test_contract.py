@@ -125,10 +125,7 @@ def test_autocast(case, layer):
 
 
 @torch.no_grad()
-def test_fx_and_export_with_dynamic_sizes(request, case, layer):
-    if "agent, reduced" in request.node.name and torch.__version__ < "2.14":
-        why = "PyTorch 2.13 does not see that w * min(C, C * w) is C * w; whole models export"
-        request.applymarker(pytest.mark.xfail(reason=why, strict=True))
+def test_fx_and_export_with_dynamic_sizes(case, layer):
     dims = [torch.export.Dim(n, min=low, max=64) for n, low in (("b", 1), ("h", case.smallest), ("w", case.smallest))]
     shapes = dict(zip((0, 2, 3) if case.first else (0, 1, 2), dims, strict=True))
     program = torch.export.export(layer, (maps(case, 2, 16, 20),), dynamic_shapes=(shapes,)).module()
