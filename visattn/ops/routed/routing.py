@@ -35,9 +35,8 @@ def token_table(axes: Axes, device: torch.device) -> Tensor:
 def _means(x: Tensor, axes: Axes) -> Tensor:
     """Average [B, H, W, N, D] over the tokens of each region, in at least float32: [B, R, N, D]."""
     size = [axis.layout()[1] for axis in axes]
-    maps = (
-        x.flatten(3).permute(0, 3, 1, 2).to(torch.promote_types(x.dtype, torch.float32))
-    )  # [B, N D, H, W]
+    maps = x.flatten(3).permute(0, 3, 1, 2)  # [B, N D, H, W]
+    maps = maps.to(torch.promote_types(x.dtype, torch.float32))
     maps = F.avg_pool2d(maps, size, ceil_mode=True)
     return maps.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, x.shape[3:])  # [B, R, N, D]
 
@@ -75,9 +74,8 @@ def choose(
     if router_weight is not None:
         bias = None if router_bias is None else router_bias.to(means[0].dtype)
         weight = router_weight.to(means[0].dtype)
-        means = [
-            F.linear(m.flatten(2), weight, bias).unflatten(2, m.shape[2:]) for m in means
-        ]  # [B, R, N, D]
+        routed = [F.linear(m.flatten(2), weight, bias) for m in means]  # [B, R, N D]
+        means = [r.unflatten(2, m.shape[2:]) for r, m in zip(routed, means, strict=True)]
     query, key = ((m if per_head else m.flatten(2)[:, :, None]).transpose(1, 2) for m in means)
     logits = (query * scale) @ key.mT  # [B, 1 or N, query regions, key regions]
     logits = logits if empty is None else logits.masked_fill(empty, float("-inf"))
@@ -128,13 +126,9 @@ def pool_regions(x: Tensor, axes: Axes, kind: str, size: int) -> tuple[Tensor, A
         edges = [[(i * size, i * size + size) for i in range(n // size)] for n in slots]
     x = x.unflatten(2, (-1, slots[1])).unflatten(
         1, (-1, slots[0])
-    )  # [B, rows, slots, columns, slots, N, D]
-    rows, columns = (len(e) for e in edges)
-    pooled = [
-        pool(x[:, :, a:b, :, c:d], dim=(2, 4)) for (a, b), (c, d) in itertools.product(*edges)
-    ]
-    x = torch.stack(pooled, dim=2).unflatten(
-        2, (rows, columns)
-    )  # [B, regions_h, rows, columns, regions_w, N, D]
+    )  # [B, rows, t_h, cols, t_w, N, D]
+    (rows, columns), parts = (len(e) for e in edges), itertools.product(*edges)
+    pooled = [pool(x[:, :, a:b, :, c:d], dim=(2, 4)) for (a, b), (c, d) in parts]
+    x = torch.stack(pooled, 2).unflatten(2, (rows, columns))  # [B, R_h, rows, columns, R_w, N, D]
     x = x.transpose(3, 4).flatten(3, 4).flatten(1, 2)  # [B, H', W', N, D]
     return x, (Partition(x.shape[1], rows), Partition(x.shape[2], columns))
