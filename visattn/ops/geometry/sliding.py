@@ -133,9 +133,7 @@ def tiles(axis: Axis, tile: int, device: torch.device | str | None = None) -> Ti
     per_group = ceil_div(ceil_div(axis.length, d), t)
     number = torch.arange(d * per_group, device=device)
     group = number // per_group  # [T]
-    base = (
-        number - group * per_group
-    ) * t  # [T], without a remainder, which exporters refuse for a symbol
+    base = (number - group * per_group) * t  # [T]; exporters refuse a symbol's remainder
     length = _group_length(group, axis)
 
     token = torch.arange(axis.length, device=device)
