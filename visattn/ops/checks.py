@@ -1,7 +1,5 @@
 """What calls of attention ops must satisfy, with the messages for those that do not."""
 
-from __future__ import annotations
-
 import operator
 import reprlib
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Cut a map into blocks by index, in operations that do not depend on its size: for graphs with symbolic sizes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -5,8 +5,6 @@ sides for a strided window, `fit_centered` pads or crops both sides. In graphs w
 so that the graph does not come to depend on whether anything was padded or cropped at the traced size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

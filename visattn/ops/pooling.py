@@ -4,8 +4,6 @@ PyTorch's own pooling compares sizes: whether there is a last, smaller window, w
 graph with symbolic sizes to those of the same kind, so there these are custom ops.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

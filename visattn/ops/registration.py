@@ -8,8 +8,6 @@ of PyTorch, on every device, whatever a backend computes. Transforms of `torch.f
 operations inside count.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect

@@ -1,7 +1,5 @@
 """Relative position tables: resizing one learned for another window."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

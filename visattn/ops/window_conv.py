@@ -1,7 +1,5 @@
 """Depthwise convolution within windows."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch.nn.functional as F

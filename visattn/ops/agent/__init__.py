@@ -1,7 +1,5 @@
 """Agent attention: a few agents gather from all keys, and queries read from the agents. See README.md here."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

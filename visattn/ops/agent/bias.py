@@ -1,7 +1,5 @@
 """The position bias between agents and the tokens of a map."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

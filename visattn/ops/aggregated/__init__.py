@@ -1,7 +1,5 @@
 """Aggregated attention: a token attends to its neighbours and to the pooled map. See README.md in this folder."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -21,10 +21,8 @@ if TYPE_CHECKING:
     from visattn.ops.aggregated import AggregatedProblem
 
 
-class _Grid(torch.autograd.Function):
+class _Grid(chunking.Recomputed):
     """Sum weight[n, f] * relu(rows[u, f] + columns[v, f]) over f: [U, F], [V, F], [N, F] -> [N, U, V]."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def _chunks(rows: Tensor, columns: Tensor) -> list[slice]:
@@ -38,10 +36,6 @@ class _Grid(torch.autograd.Function):
         hidden = ((rows[p, None] + columns).relu_().flatten(0, 1) for p in parts)  # [u V, F]
         found = torch.cat([weight @ x.mT for x in hidden], dim=1)  # [N, U V]
         return found.unflatten(1, (rows.shape[0], columns.shape[0]))  # [N, U, V]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     # pyrefly: ignore[bad-override]: as many gradients as forward has results
@@ -107,7 +101,7 @@ class PositionBias:
         index, x = (
             index.transpose(0, 1),
             x.unsqueeze(2),
-        )  # [keys, queries, m], [keys, queries, 1, ...]
+        )  # [keys, queries, m], [keys, queries, 1, ..]
         if weight is not None:
             weight = weight.transpose(0, 1).to(x.dtype)  # [keys, queries, m]
             x = x * weight.view(*index.shape, *[1] * (x.ndim - 3))  # [keys, queries, m, ...]

@@ -264,24 +264,17 @@ def _forward(*args: Any) -> Tensor:
     return out
 
 
-class _AggregatedAttention(torch.autograd.Function):
+class _AggregatedAttention(chunking.Recomputed):
     """`_forward`, keeping only its inputs for the backward pass."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
         return _forward(*args)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:-4])
-        ctx.sizes = inputs[-4:]
-
-    @staticmethod
     # pyrefly: ignore[bad-override]: as many gradients as forward has results
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        call = _Gradients(*ctx.saved_tensors, *ctx.sizes)
+        call = _Gradients(*ctx.saved_tensors, *ctx.how)
         for rows, batch in call.chunks():
             bias = call.read_bias(rows)
             grad = torch.zeros_like(bias)

@@ -1,7 +1,5 @@
 """Arithmetic of sizes, which are ints or the symbols that stand for them while a graph is traced; products of axes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 

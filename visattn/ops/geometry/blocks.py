@@ -63,9 +63,9 @@ class Partition:
     def occupied(self, device: torch.device | str | None = None) -> Tensor:
         """[windows, slots] whether a slot holds a token."""
         windows, slots, empty = self.layout()
-        window, slot = (
-            torch.arange(windows, device=device)[:, None],
+        slot, window = (
             torch.arange(slots, device=device),
+            torch.arange(windows, device=device)[:, None],
         )
         token = slot * windows + window if self.is_grid else window * slots + slot - empty
         return torch.logical_and(token >= 0, token < self.length)  # [windows, slots]

@@ -6,8 +6,6 @@ the distance to a query is an integer.
 Source: TransNeXt (arXiv:2311.17132), section 3.1.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -47,10 +45,8 @@ class Pooled:
     def index(self, device: torch.device | str | None = None) -> Tensor:
         """[length, pooled] place of the distance of each query and key in `distances`."""
         start, stop = bin_edges(self.length, self.pooled, device)
-        (smallest, _, step), twice = (
-            self.bounds,
-            2 * torch.arange(self.length, device=device)[:, None],
-        )
+        smallest, _, step = self.bounds
+        twice = 2 * torch.arange(self.length, device=device)[:, None]  # [length, 1]
         return (twice - (start + stop - 1).mT - smallest) // step
 
 

@@ -8,8 +8,6 @@ Words used below, per axis of length `L` with dilation `D`:
 Sources: Neighborhood Attention (arXiv:2204.07143), Dilated NA (arXiv:2209.15001), Generalized NA (arXiv:2504.16922).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -30,9 +30,8 @@ def _cut_queries(q: Tensor, axes: tuple[Halo, Halo]) -> Tensor:
     a, b = axes
     ta, tb = a.queries_per_block, b.queries_per_block
     q = F.pad(q, (0, 0, 0, 0, 0, b.blocks * tb - b.queries, 0, a.blocks * ta - a.queries))
-    q = q.unflatten(2, (b.blocks, tb)).unflatten(
-        1, (a.blocks, ta)
-    )  # [B, rows, t_h, cols, t_w, N, D]
+    # [B, rows, t_h, columns, t_w, N, D]
+    q = q.unflatten(2, (b.blocks, tb)).unflatten(1, (a.blocks, ta))
     return q.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(0, 2)  # [T, N, t, D]
 
 
@@ -116,10 +115,8 @@ class _Relative:
         if self.outside is not None:
             tile, (a, b) = torch.arange(q.shape[0], device=q.device), self.axes
             row, column = tile // b.blocks % a.blocks, tile % b.blocks
-            rows = rows + self.outside[0][row][:, None, None, None]  # [T, N, t_h, t_w, w_h]
-            columns = (
-                columns + self.outside[1][column][:, None, None, None]
-            )  # [T, N, t_h, t_w, w_w]
+            rows = rows + self.outside[0][row][:, None, None, None]
+            columns = columns + self.outside[1][column][:, None, None, None]
         return [rows, columns]
 
     def widen(self, q: Tensor, scale: float) -> Tensor:
@@ -196,19 +193,12 @@ def _chunk_gradients(
     return grad @ wide, grad.mT @ query[..., :dim], weights.to(query.dtype).mT @ grad_out
 
 
-class _HaloAttention(torch.autograd.Function):
+class _HaloAttention(chunking.Recomputed):
     """`_forward`, keeping only its inputs for the backward pass."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
         return _forward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:5])
-        ctx.how = inputs[5:]
 
     @staticmethod
     # pyrefly: ignore[bad-override]: as many gradients as forward has results
@@ -266,9 +256,7 @@ def _whole(problem: HaloProblem, cut: tuple[Halo, ...]) -> Tensor:
         index.append(first + torch.arange(t, device=device))  # [blocks, t]
     slots = [c.key_index(device) for c in cut]
     query = cut_blocks(problem.q, index)  # [B, rows, columns, N, t, D]
-    key, value = (
-        cut_blocks(x, slots) for x in (problem.k, problem.v)
-    )  # [B, rows, columns, N, U, D]
+    key, value = cut_blocks(problem.k, slots), cut_blocks(problem.v, slots)  # [.., N, U, D]
 
     scores = (query * problem.scale @ key.mT).to(dtype)  # [B, rows, columns, N, t, U]
     scores = scores.unflatten(-1, [c.window for c in cut])  # [..., t, w_h, w_w]

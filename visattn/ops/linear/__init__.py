@@ -1,7 +1,5 @@
 """Attentions whose cost grows linearly with the number of tokens. See README.md in this folder."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

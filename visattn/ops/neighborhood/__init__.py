@@ -1,7 +1,5 @@
 """Neighborhood attention (NA): each query attends to the keys nearest to it. See README.md in this folder."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -47,9 +47,9 @@ def _scatter(x: Tensor, cut: list[Tiles]) -> Tensor:
     head = torch.arange(heads, device=x.device)
     image = torch.arange(batch, device=x.device)[:, None, None]
     # In the order in which x lies in memory (attention leaves [T, t, heads, D]), so that flattening copies nothing.
-    order = (
-        list(range(4)) if is_symbolic(*x.stride()) else sorted(range(4), key=x.stride, reverse=True)
-    )
+    order = list(range(4))
+    if not is_symbolic(*x.stride()):
+        order.sort(key=x.stride, reverse=True)
     rows = image.new_zeros(())
     for dim in order:
         rows = rows * x.shape[dim] + (tile[:, None], head, image, rank[:, None])[dim]

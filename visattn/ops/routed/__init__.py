@@ -1,7 +1,5 @@
 """Routed attention: the queries of a region attend to a list of key regions. See README.md in this folder."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from visattn.ops.dispatch import AttentionProblem, Backends
 from visattn.ops.geometry import Partition, ceil_div, is_symbolic, plain, sym_max
 from visattn.ops.registration import traced_as_one
 from visattn.ops.routed import eager, reference, triton
-from visattn.ops.routed.routing import Axes, pool_regions, route
+from visattn.ops.routed.routing import Axes, Router, choose, pool_regions, region_means
 
 
 def _axes(name: str, x: Tensor, size: Sequence[int]) -> Axes:
@@ -158,11 +156,16 @@ class BilevelProblem(AttentionProblem):
         """How each axis of the map is cut."""
         return _axes("region_size", self.q, _region_sizes(self.size, self.n_win, self.rule))
 
+    @property
+    def router(self) -> Router:
+        """Weight and bias of the router."""
+        return self.router_weight, self.router_bias
+
     def routed(self) -> RoutedProblem:
         """Routed attention to the regions that were found best."""
         q, k, v, axes, k_axes, scale = self.q, self.k, self.v, self.axes, self.axes, self.scale
-        how = self.topk, scale, self.per_head, self.diff, self.router_weight, self.router_bias
-        index, weight = route(q, k, axes, axes, *how)
+        means = region_means((q, k), (axes, axes), self.diff)
+        index, weight = choose(means, self.topk, scale, self.per_head, self.router)
         if self.kv_pool != "none":
             k, k_axes = pool_regions(k, axes, self.kv_pool, self.kv_size)
             v, _ = pool_regions(v, axes, self.kv_pool, self.kv_size)
@@ -297,7 +300,8 @@ def region_routing(
     if topk < 1 or (n_win is None and topk > regions):
         raise ValueError(f"expected topk from 1 to the number of key regions {regions}, got {topk}")
     scale = default_scale(q.shape[3] * q.shape[4], scale)
-    return route(q, k, q_axes, k_axes, topk, scale, per_head, diff, router_weight, router_bias)
+    means = region_means((q, k), (q_axes, k_axes), diff)
+    return choose(means, topk, scale, per_head, (router_weight, router_bias))
 
 
 @traced_as_one

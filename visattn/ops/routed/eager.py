@@ -148,10 +148,8 @@ class _Call:
         return F.pad(total, (0, 0, 0, self.k_map.more)).flatten(0, 1)  # [B (L + more), N D]
 
 
-class _Listed(torch.autograd.Function):
+class _Listed(chunking.Recomputed):
     """The tokens of each query region attend to those listed for it; index and weight [B, R, topk]."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
@@ -168,11 +166,6 @@ class _Listed(torch.autograd.Function):
             found = F.scaled_dot_product_attention(query, key, value, mask, scale=call.scale)
             out[part] = found.transpose(1, 2)  # [regions, t, N, Dv]
         return call.q_map.join(out)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:5])
-        ctx.how = inputs[5:]
 
     @staticmethod
     # pyrefly: ignore[bad-override]: as many gradients as forward has results
@@ -316,8 +309,9 @@ def attend_bilevel(problem: BilevelProblem) -> Tensor:
     means = [x if problem.diff else x.detach() for x in qkv[:2]]
     means = [x.to(dtype).sum(3).transpose(1, 2) / number for x in means]  # [B, R, N, D]
     topk, scale = min(problem.topk, empty.shape[0]), problem.scale
-    how = topk, scale, problem.per_head, problem.router_weight, problem.router_bias
-    index, weight = choose(means, *how, empty, counting=True)
+    index, weight = choose(
+        means, topk, scale, problem.per_head, problem.router, empty, counting=True
+    )
     takes_part = there if is_mask else ~empty[:, None].expand_as(there)
     out = _attend_regions(qkv, index, weight if problem.soft else None, takes_part, scale)
     return _join_regions(out, cut)

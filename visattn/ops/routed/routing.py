@@ -1,7 +1,5 @@
 """Which regions a query region attends to (BiFormer's region-level routing), and pooled keys per region."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 
@@ -12,6 +10,7 @@ from torch import Tensor
 from visattn.ops.geometry import Partition, bins
 
 Axes = tuple[Partition, Partition]
+Router = tuple[Tensor | None, Tensor | None]  # weight and bias of a linear layer
 
 
 def region_of(axes: Axes, device: torch.device) -> Tensor:
@@ -62,8 +61,7 @@ def choose(
     topk: int,
     scale: float,
     per_head: bool,
-    router_weight: Tensor | None,
-    router_bias: Tensor | None,
+    router: Router,
     empty: Tensor | None = None,
     counting: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -71,9 +69,8 @@ def choose(
 
     Key regions that are `empty` [R] come last, with weight 0.
     """
-    if router_weight is not None:
-        bias = None if router_bias is None else router_bias.to(means[0].dtype)
-        weight = router_weight.to(means[0].dtype)
+    weight, bias = (None if x is None else x.to(means[0].dtype) for x in router)
+    if weight is not None:
         routed = [F.linear(m.flatten(2), weight, bias) for m in means]  # [B, R, N D]
         means = [r.unflatten(2, m.shape[2:]) for r, m in zip(routed, means, strict=True)]
     query, key = ((m if per_head else m.flatten(2)[:, :, None]).transpose(1, 2) for m in means)
@@ -83,23 +80,10 @@ def choose(
     return index, logits.softmax(dim=-1)
 
 
-def route(
-    q: Tensor,
-    k: Tensor,
-    q_axes: Axes,
-    k_axes: Axes,
-    topk: int,
-    scale: float,
-    per_head: bool,
-    diff: bool,
-    router_weight: Tensor | None,
-    router_bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """See `visattn.ops.region_routing`; the weights are in at least float32."""
-    if not diff:
-        q, k = q.detach(), k.detach()
-    means = [_means(q, q_axes), _means(k, k_axes)]
-    return choose(means, topk, scale, per_head, router_weight, router_bias)
+def region_means(maps: Sequence[Tensor], axes: Sequence[Axes], diff: bool) -> list[Tensor]:
+    """Average maps [B, H, W, N, D] over their regions [B, R, N, D]; without `diff` gradients end there."""
+    maps = maps if diff else [x.detach() for x in maps]
+    return [_means(x, a) for x, a in zip(maps, axes, strict=True)]
 
 
 def pool_regions(x: Tensor, axes: Axes, kind: str, size: int) -> tuple[Tensor, Axes]:
@@ -124,9 +108,8 @@ def pool_regions(x: Tensor, axes: Axes, kind: str, size: int) -> tuple[Tensor, A
         edges = [bins(n, size) for n in slots]
     else:
         edges = [[(i * size, i * size + size) for i in range(n // size)] for n in slots]
-    x = x.unflatten(2, (-1, slots[1])).unflatten(
-        1, (-1, slots[0])
-    )  # [B, rows, t_h, cols, t_w, N, D]
+    # [B, regions_h, t_h, regions_w, t_w, N, D]
+    x = x.unflatten(2, (-1, slots[1])).unflatten(1, (-1, slots[0]))
     (rows, columns), parts = (len(e) for e in edges), itertools.product(*edges)
     pooled = [pool(x[:, :, a:b, :, c:d], dim=(2, 4)) for (a, b), (c, d) in parts]
     x = torch.stack(pooled, 2).unflatten(2, (rows, columns))  # [B, R_h, rows, columns, R_w, N, D]

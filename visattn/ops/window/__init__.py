@@ -3,8 +3,6 @@
 Which tokens see each other: `geometry.Partition`, read by `reference`, `eager._hidden` and (Triton) `geometry.spans`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

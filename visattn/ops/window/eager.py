@@ -98,9 +98,8 @@ def attend(problem: WindowProblem) -> Tensor:
         added = read_table(bias.to(dtype), where)
     windows_first = masked and not explicit
     qkv = (q, problem.k, problem.v)
-    query, key, value = (
-        _cut(x, axes, windows_first) for x in qkv
-    )  # [B, T, N, t, D] or [T, N, B, t, D]
+    # [B, T, N, t, D] or [T, N, B, t, D]
+    query, key, value = (_cut(x, axes, windows_first) for x in qkv)
     hidden = _hidden(axes, q.device) if masked else None  # [T, 1, 1, t]
     if explicit:
         scores = (query * scale @ key.mT).to(dtype)  # [B, T, N, t, t]
