@@ -102,6 +102,14 @@ def one_int(name: str, value: Any) -> int:
     return found
 
 
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Check that a value is one of some words."""
+    if value not in choices:
+        *others, last = map(repr, choices)
+        got = f"{reprlib.repr(value):.80}"
+        raise ValueError(f"expected {name} {', '.join(others)} or {last}, got {got}")
+
+
 def default_scale(dim: int, scale: float | None) -> float:
     """Take `scale`, or `dim` ** -0.5; `dim` is a tensor while `torch.jit.trace` runs."""
     return int(dim) ** -0.5 if scale is None else float(scale)
