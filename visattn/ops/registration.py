@@ -198,11 +198,9 @@ def register(
 
     forward.register_autograd(differentiate, setup_context=setup_context)
     if flops is not None:
-        count, count_backward = (
-            flop_counter.register_flop_formula(op, get_raw=True) for op in (packet, backward_packet)
-        )
-        count(lambda *args, out_val=None: flops(*args))
-        count_backward(lambda grads, needs, *args, out_val=None: 2 * flops(*args))
+        formula = functools.partial(flop_counter.register_flop_formula, get_raw=True)
+        formula(packet)(lambda *args, out_val=None: flops(*args))
+        formula(backward_packet)(lambda grads, needs, *args, out_val=None: 2 * flops(*args))
 
     def unpacked(*args: Any) -> Any:
         found = packet(*args)

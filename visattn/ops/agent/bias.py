@@ -17,9 +17,8 @@ def _check(table: Tensor, rows: Tensor, columns: Tensor, *sizes: Sequence[int]) 
     """Check what makes a bias, and find the agents per axis of the tables."""
     check_tensors(table=table, rows=rows, columns=columns)
     check_floating(table=table, rows=rows, columns=columns)
-    if (table.ndim, rows.ndim, columns.ndim) != (4, 3, 3) or not (
-        table.shape[:2] == rows.shape[:2] == columns.shape[:2]
-    ):
+    fits = (table.ndim, rows.ndim, columns.ndim) == (4, 3, 3)
+    if not fits or not table.shape[:2] == rows.shape[:2] == columns.shape[:2]:
         expected = "table [N, A, h, w], rows [N, A, H] and columns [N, A, W]"
         got = f"{tuple(table.shape)}, {tuple(rows.shape)} and {tuple(columns.shape)}"
         raise ValueError(f"expected {expected}, got {got}")

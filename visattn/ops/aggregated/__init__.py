@@ -152,14 +152,9 @@ def _pairs(length: int, kernel_size: int) -> int:
 
 
 def _problem(
-    q: Tensor,
-    maps: Sequence[Any],
-    parameters: Sequence[Any],
-    pretrain_size: int | Sequence[int],
-    bias_size: Sequence[int],
-    kernel_size: int,
+    q: Tensor, maps: Sequence[Any], parameters: Sequence[Any], *sizes: Any
 ) -> AggregatedProblem:
-    """Normalise arguments; maps are (pool_k, pool_v, k, v), parameters the other tensors in their order."""
+    """Normalise arguments; maps are (pool_k, pool_v, k, v), then the other tensors and the sizes in their order."""
     check_tensors(q=q)
     pool_k, pool_v, k, v = maps
     q, pool_k, pool_v, k, v = to_autocast(q, pool_k, pool_v, k, v)
@@ -167,10 +162,11 @@ def _problem(
     temperature, embedding, w1, b1, w2, b2, *local = (
         x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in parameters
     )
-    pretrain_size = per_axis("pretrain_size", pretrain_size, int, 2)
-    bias_size = per_axis("bias_size", bias_size, int, len(bias_size))
-    (kernel,) = per_axis("kernel_size", kernel_size, int, 1)
-    how: Any = (w1, b1, w2, b2, pretrain_size, bias_size, k, v, kernel, *local)
+    pretrain, bias, kernel = sizes
+    pretrain = per_axis("pretrain_size", pretrain, int, 2)
+    bias = per_axis("bias_size", bias, int, len(bias))
+    (kernel,) = per_axis("kernel_size", kernel, int, 1)
+    how: Any = (w1, b1, w2, b2, pretrain, bias, k, v, kernel, *local)
     return AggregatedProblem(q, pool_k, pool_v, temperature, embedding, *how)
 
 

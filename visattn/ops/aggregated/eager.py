@@ -21,7 +21,7 @@ from torch import Tensor
 from visattn.ops import chunking
 from visattn.ops.aggregated.cpb import PositionBias, position_table
 from visattn.ops.cut import contiguous_copy
-from visattn.ops.geometry import Pooled, ceil_div, is_symbolic
+from visattn.ops.geometry import ceil_div, is_symbolic
 
 if TYPE_CHECKING:
     from visattn.ops.aggregated import AggregatedProblem
@@ -86,35 +86,24 @@ class _Layout:
 
 
 class _Attention:
-    """One call: what all chunks share, and the forward pass of a chunk: some images, some rows of the map."""
+    """One call: what all chunks share, and the forward pass of a chunk: some images, some rows of the map.
 
-    def __init__(
-        self,
-        q: Tensor,
-        pool_k: Tensor,
-        pool_v: Tensor,
-        scale: Tensor,
-        embedding: Tensor,
-        table: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        local_bias: Tensor | None,
-        tokens: Tensor | None,
-        token_bias: Tensor | None,
-        axes: Sequence[Pooled],
-        size: Sequence[int],
-        pooled: Sequence[int],
-        kernel_size: int,
-    ) -> None:
+    Its inputs are the problem's tensors, but the position table [N, U, V] for the perceptron's, and its sizes.
+    """
+
+    def __init__(self, *inputs: Any) -> None:
+        q, pool_k, pool_v, scale, embedding, table, k, v, *local, axes, size, pooled, kernel = (
+            inputs
+        )
         dtype, self.pool = scale.dtype, pooled
         self.q, self.scale, self.embedding = q, scale[:, None, None], embedding[..., None]
-        self.local_bias, self.tokens, self.token_bias = local_bias, tokens, token_bias
+        self.local_bias, self.tokens, self.token_bias = local
         self.bias = PositionBias(axes, size, self.pool, table)
         pools = (x.flatten(1, 2).permute(0, 2, 3, 1) for x in (pool_k, pool_v))  # [B, N, D, P]
         keys, self.pool_v = (x.to(dtype) for x in pools)
         self.pool_k, self.pool_factor = _unit(keys)
-        self.slots = 0 if k is None else kernel_size**2
-        self.layout = _Layout(size, kernel_size if self.slots else 1)
+        self.slots = 0 if k is None else kernel**2
+        self.layout = _Layout(size, kernel if self.slots else 1)
         count = math.prod(self.pool)
         if k is not None and v is not None:
             self.k, self.k_factor = _unit(self.layout.line(k, dtype))
@@ -122,7 +111,7 @@ class _Attention:
             outside = self.layout.outside(q.device)
             self.length = (count + self.slots - outside.sum(0)).to(dtype).log()
             hidden = torch.zeros_like(outside, dtype=dtype).masked_fill(outside, float("-inf"))
-            self.hidden = hidden if local_bias is None else hidden + local_bias[..., None]
+            self.hidden = hidden if local[0] is None else hidden + local[0][..., None]
         else:
             self.length = q.new_full((math.prod(size),), math.log(count), dtype=dtype)
 
@@ -189,8 +178,7 @@ class _Gradients(_Attention):
         self.grad_scale, self.grad_embedding, self.grad_table = (zeros(x) for x in args[3:6])
         if self.slots:
             self.grad_k, self.grad_v = zeros(self.k), zeros(self.v)
-        given = (self.local_bias, self.tokens, self.token_bias)
-        self.grads_local = [None if x is None else zeros(x) for x in given]
+        self.grads_local = [None if x is None else zeros(x) for x in args[8:11]]
 
     def add(self, images: slice, rows: slice, bias: Tensor, grad_out: Tensor) -> Tensor:
         """Add a chunk to all gradients but the table's; returns the gradient of `bias`."""

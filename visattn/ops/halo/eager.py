@@ -151,16 +151,9 @@ def _chunks(q: Tensor, slots: int) -> list[slice]:
     return chunking.slices(number, max(1, step, ceil_div(number, chunking.MOST)))
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rel_h: Tensor | None,
-    rel_w: Tensor | None,
-    axes: tuple[Halo, Halo],
-    mask_border: bool,
-    scale: float,
-) -> Tensor:
+def _forward(*inputs: Any) -> Tensor:
+    """Attend with q, k, v, the tables rel_h and rel_w, both axes, whether to mask the border, and the scale."""
+    q, k, v, rel_h, rel_w, axes, mask_border, scale = inputs
     query, key, value = _cut_queries(q, axes), _windows(k, axes), _windows(v, axes)
     terms = spread = None
     if rel_h is not None or rel_w is not None or mask_border:
@@ -197,8 +190,8 @@ class _HaloAttention(chunking.Recomputed):
     """`_forward`, keeping only its inputs for the backward pass."""
 
     @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return _forward(*args)
+    def forward(*inputs: Any) -> Tensor:
+        return _forward(*inputs)
 
     @staticmethod
     # pyrefly: ignore[bad-override]: as many gradients as forward has results

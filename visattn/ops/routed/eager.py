@@ -65,21 +65,10 @@ class _Map:
 
 
 class _Call:
-    """What the chunks of a call share."""
+    """What the chunks of a call share; index and weight [B, R, topk], and the axes of queries and of keys."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        index: Tensor,
-        weight: Tensor | None,
-        q_axes: Axes,
-        k_axes: Axes,
-        mask_border: bool,
-        scale: float,
-    ) -> None:
-        self.scale = scale
+    def __init__(self, *inputs: Any) -> None:
+        q, k, v, index, weight, q_axes, k_axes, mask_border, self.scale = inputs
         self.heads, images = q.shape[3], q.shape[0]
         self.q_map, self.k_map = (_Map(axes, images, q.device) for axes in (q_axes, k_axes))
         self.index = index.flatten(0, 1)  # [B * query regions, topk]
@@ -178,9 +167,8 @@ class _Listed(chunking.Recomputed):
         grad_weight = None if call.weight is None else torch.empty_like(call.weight)
         for part in call.chunks():
             # Matrices of each region and head lie apart: products would copy them every time otherwise.
-            query, grad = (
-                call.take(x, call.q_rows, part).contiguous() for x in (call.q, grad_rows)
-            )
+            copies = (call.take(x, call.q_rows, part) for x in (call.q, grad_rows))
+            query, grad = (x.contiguous() for x in copies)  # [regions, N, t, D]
             plain = [call.take(x, call.k_rows, part).contiguous() for x in (call.k, call.v)]
             query, mask, factors = query * call.scale, call.take_mask(part), call.factors(part)
             key, value = plain if factors is None else (x * factors for x in plain)
@@ -198,9 +186,8 @@ class _Listed(chunking.Recomputed):
                 of_key, of_value = of_key * factors, of_value * factors
             call.add(grad_k, part, of_key)
             call.add(grad_v, part, of_value)
-        grad_k, grad_v = (
-            call.k_map.map(g.to(x.dtype), call.heads) for g, x in ((grad_k, k), (grad_v, v))
-        )
+        grad_k = call.k_map.map(grad_k.to(k.dtype), call.heads)
+        grad_v = call.k_map.map(grad_v.to(v.dtype), call.heads)
         grad_weight = None if grad_weight is None else grad_weight.view(index.shape)
         return call.q_map.join(grad_q), grad_k, grad_v, None, grad_weight, *(None,) * 4
 
