@@ -23,7 +23,7 @@ def test_gradients_are_added_up_in_one_order_everywhere():
     """What runs on accelerators, on a CPU; and both ways are the transpose of the copy."""
     q, k = torch.randn(2, 2, 5, 4, 3, 7, dtype=torch.float64)
     axes = Partition(5, 2), Partition(4, 3)
-    call = eager._Call(q, k, k, torch.randint(6, (2, 6, 4)), axes, axes, True)
+    call = eager._Call(q, k, k, torch.randint(6, (2, 6, 4)), None, axes, axes, True, 1.0)
     copies = call.take(call.k, call.k_rows, slice(None))
     x, by_row = torch.randn_like(copies), torch.zeros_like(call.k)
     call.add(by_row, slice(None), x)

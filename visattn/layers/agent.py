@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visattn.layers.conv import DepthwiseConv
-from visattn.layers.token_mixer import TokenMixer
+from visattn.layers.token_mixer import Size, TokenMixer
 from visattn.ops import adaptive_avg_pool, agent_attention, agent_position_bias
 
 torch.fx.wrap("adaptive_avg_pool")
@@ -68,14 +68,12 @@ class AgentAttention(TokenMixer):
         dtype: torch.dtype | None = None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        super().__init__(
-            dim, num_heads, feat_size, num_prefix_tokens, sr_ratio, qkv_bias, proj_drop, **dd
-        )
+        how = (feat_size, num_prefix_tokens, sr_ratio, qkv_bias, proj_drop)
+        super().__init__(dim, num_heads, *how, **dd)
         side = math.isqrt(max(num_agents, 0))
         if num_agents < 1 or side * side != num_agents:
-            raise ValueError(
-                f"expected num_agents to be a square, got {num_agents}; try {max(side, 1) ** 2}"
-            )
+            near = max(side, 1) ** 2
+            raise ValueError(f"expected num_agents to be a square, got {num_agents}; try {near}")
         if agent_size is not None and (len(agent_size) != 2 or min(agent_size) < 1):
             raise ValueError(f"expected agent_size of 2 ints >= 1, got {agent_size}")
         if num_prefix_tokens and agent_size is not None and math.prod(agent_size) != num_agents:
@@ -97,9 +95,8 @@ class AgentAttention(TokenMixer):
             "ca_bias": (1, num_heads, num_prefix_tokens, num_agents) if num_prefix_tokens else None,
         }
         for name, shape in shapes.items():
-            self.register_parameter(
-                name, None if shape is None else nn.Parameter(torch.empty(shape, **dd))
-            )
+            bias = None if shape is None else nn.Parameter(torch.empty(shape, **dd))
+            self.register_parameter(name, bias)
         self.dwc = DepthwiseConv(dim, 3, **dd)
         self.reset_parameters()
 
@@ -109,37 +106,25 @@ class AgentAttention(TokenMixer):
             if name.endswith("_bias"):
                 trunc_normal_(parameter, std=0.02)
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, size: list[int], kv_size: list[int]
-    ) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, size: Size, kv_size: Size) -> Tensor:
         agents = adaptive_avg_pool(self._map(q, size), self.agent_size)  # [B, ph, pw, C]
         (agents,) = self._split(agents.flatten(1, 2), 1)  # [B, A, N, D]
-        agent_bias = agent_position_bias(
-            self.an_bias,
-            self.ah_bias[0, :, :, :, 0],
-            self.aw_bias[0, :, :, 0],
-            kv_size,
-            self.agent_size,
-        )  # [N, A, M]
-        query_bias = agent_position_bias(
-            self.na_bias,
-            self.ha_bias[0, :, :, 0].mT,
-            self.wa_bias[0, :, 0].mT,
-            size,
-            self.agent_size,
-        ).mT  # [N, L, A]
+        rows, columns = self.ah_bias[0, :, :, :, 0], self.aw_bias[0, :, :, 0]  # [N, A, H or W]
+        agent_bias = agent_position_bias(self.an_bias, rows, columns, kv_size, self.agent_size)
+        rows, columns = self.ha_bias[0, :, :, 0].mT, self.wa_bias[0, :, 0].mT
+        query_bias = agent_position_bias(self.na_bias, rows, columns, size, self.agent_size)
+        query_bias = query_bias.mT  # [N, L, A]; agent_bias [N, A, M]
         if self.ac_bias is not None and self.ca_bias is not None:
             agent_bias = torch.cat([self.ac_bias[0], agent_bias], 2)
             query_bias = torch.cat([self.ca_bias[0], query_bias], 1)
-        x = agent_attention(
-            q, k, v, agents, agent_bias=agent_bias, query_bias=query_bias, scale=self.scale
-        )
+        biases = {"agent_bias": agent_bias, "query_bias": query_bias}
+        x = agent_attention(q, k, v, agents, **biases, scale=self.scale)
         v = self._map(v, kv_size)
         if self.sr is not None:
-            v = F.interpolate(v.permute(0, 3, 1, 2), size, mode="bilinear").permute(
-                0, 2, 3, 1
-            )  # [B, H, W, C]
+            v = F.interpolate(v.permute(0, 3, 1, 2), size, mode="bilinear")  # [B, C, H, W]
+            v = v.permute(0, 2, 3, 1)  # [B, H, W, C]
         return self._add_to_map(x, self.dwc(v))
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_agents={self.num_agents}, agent_size={tuple(self.agent_size)}"
+        agents = f"num_agents={self.num_agents}, agent_size={tuple(self.agent_size)}"
+        return f"{super().extra_repr()}, {agents}"

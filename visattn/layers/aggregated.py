@@ -34,9 +34,8 @@ class _CosineAttention(MultiHeadAttention):
         super().__init__(dim, num_heads, qkv_bias, proj_drop, fused=fused, **dd)
         self.pretrain_size = list(to_2tuple(pretrain_size))
         if min(self.pretrain_size) < 2:
-            raise ValueError(
-                f"expected pretrain_size of a map of at least 2 x 2 tokens, got {self.pretrain_size}"
-            )
+            expected = "pretrain_size of a map of at least 2 x 2 tokens"
+            raise ValueError(f"expected {expected}, got {self.pretrain_size}")
         self.bias_size = bias_size or []
         self.temperature = nn.Parameter(torch.empty(num_heads, **dd))
         self.query_embedding = nn.Parameter(torch.empty(num_heads, self.head_dim, **dd))
@@ -97,9 +96,8 @@ class CosineAttention(_CosineAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         sizes = None if bias_size is None else [*to_2tuple(bias_size), *to_2tuple(bias_size)]
-        super().__init__(
-            dim, num_heads, pretrain_size, sizes, qkv_bias, proj_drop, True, device, dtype
-        )
+        how = (pretrain_size, sizes, qkv_bias, proj_drop, True, device, dtype)
+        super().__init__(dim, num_heads, *how)
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,19 +166,15 @@ class AggregatedAttention(_CosineAttention):
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"expected an odd kernel_size, got {kernel_size}")
         if sr_ratio < 1 or (pool_size is not None and pool_size < 1):
-            raise ValueError(
-                f"expected sr_ratio and pool_size of at least 1, got {sr_ratio} and {pool_size}"
-            )
+            got = f"{sr_ratio} and {pool_size}"
+            raise ValueError(f"expected sr_ratio and pool_size of at least 1, got {got}")
         sizes = None
         if bias_size is not None:
             size = to_2tuple(bias_size)
-            sizes = [
-                *size,
-                *(max(1, n // sr_ratio) if pool_size is None else min(n, pool_size) for n in size),
-            ]
-        super().__init__(
-            dim, num_heads, pretrain_size, sizes, qkv_bias, proj_drop, False, device, dtype
-        )
+            pool = [max(1, n // sr_ratio) if pool_size is None else min(n, pool_size) for n in size]
+            sizes = [*size, *pool]
+        how = (pretrain_size, sizes, qkv_bias, proj_drop, False, device, dtype)
+        super().__init__(dim, num_heads, *how)
         dd = {"device": device, "dtype": dtype}
         self.kernel_size = kernel_size
         self.sr_ratio = [sr_ratio, sr_ratio]
@@ -239,7 +233,7 @@ class AggregatedAttention(_CosineAttention):
         return {"local": cast(Tensor, local), "pooled": pooled}
 
     def extra_repr(self) -> str:
-        pool = (
-            f"pool_size={self.pool_size[0]}" if self.pool_size else f"sr_ratio={self.sr_ratio[0]}"
-        )
+        pool = f"sr_ratio={self.sr_ratio[0]}"
+        if self.pool_size:
+            pool = f"pool_size={self.pool_size[0]}"
         return f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, {pool}"

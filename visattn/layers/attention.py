@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from visattn.ops.autocast import to_autocast, without_autocast
 from visattn.ops.checks import default_scale
-from visattn.ops.geometry import is_symbolic, read_table
+from visattn.ops.geometry import is_symbolic, plain, read_table
 from visattn.ops.registration import traced_as_one
 
 
@@ -55,17 +55,11 @@ class MultiHeadAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.head_dim = attn_dim // num_heads
-        self.register_module(
-            "qkv", nn.Linear(dim, 3 * attn_dim, bias=qkv_bias, **dd) if fused else None
-        )
-        self.register_module("q", None if fused else nn.Linear(dim, attn_dim, bias=qkv_bias, **dd))
-        self.register_module(
-            "kv", None if fused else nn.Linear(dim, 2 * attn_dim, bias=qkv_bias, **dd)
-        )
-        table = (
-            None if table_size is None else nn.Parameter(torch.empty(num_heads, *table_size, **dd))
-        )
-        self.register_parameter("rpb", table)
+        for name, parts, used in ("qkv", 3, fused), ("q", 1, not fused), ("kv", 2, not fused):
+            linear = nn.Linear(dim, parts * attn_dim, bias=qkv_bias, **dd) if used else None
+            self.register_module(name, linear)
+        table = None if table_size is None else torch.empty(num_heads, *table_size, **dd)
+        self.register_parameter("rpb", None if table is None else nn.Parameter(table))
         self.proj = nn.Linear(attn_dim, out_dim or dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         MultiHeadAttention.reset_parameters(self)  # subclasses reset what they add
@@ -77,9 +71,8 @@ class MultiHeadAttention(nn.Module):
 
     def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """Split [..., parts * N * D] into `parts` views [..., N, D]."""
-        return x.unflatten(-1, [parts, self.num_heads, self.head_dim]).unbind(
-            -3
-        )  # [..., N, D] each
+        x = x.unflatten(-1, [parts, self.num_heads, self.head_dim])  # [..., parts, N, D]
+        return x.unbind(-3)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project [..., C] to q, k, v [..., N, D], views of one projection."""
@@ -101,15 +94,11 @@ def attend_globally(
             (H - 1, W - 1) is displacement 0 (key - query).
         scale: Factor of q k^T. Default: D ** -0.5.
     """
-    size = [int(n) if torch.jit.is_tracing() else n for n in q.shape[1:-2]]
+    size = plain(q.shape[1:-2])
     # In a graph for every size SDPA would tie the batch to more than one image; a bias that trains would push it off
     # its flash path on a CPU, where explicit products are then faster.
-    explicit = is_symbolic(*size) or (
-        table is not None
-        and table.requires_grad
-        and torch.is_grad_enabled()
-        and q.device.type == "cpu"
-    )
+    trains = table is not None and table.requires_grad and torch.is_grad_enabled()
+    explicit = is_symbolic(*size) or (trains and q.device.type == "cpu")
     scale = default_scale(q.shape[-1], scale)
     q, k, v = to_autocast(q, k, v)
     with without_autocast(q.device):
@@ -125,18 +114,16 @@ def attend_globally(
             out = scores.softmax(-1).to(value.dtype) @ value  # [B, N, L, D]
         else:
             added = None if bias is None else bias[None]  # [1, N, L, L]
-            out = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=added, scale=scale
-            )  # [B, N, L, D]
+            # [B, N, L, D]
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale)
     return out.transpose(1, 2).reshape(q.shape[0], *size, *v.shape[-2:])  # [B, *spatial, N, D]
 
 
 def _read_bias(table: Tensor, size: list[int]) -> Tensor:
     """Read a table [N, 2H - 1, 2W - 1] for all pairs of queries and keys of a map of `size`: [N, L, L]."""
     ranks = [torch.arange(n, device=table.device) for n in size]
-    rows, columns = (
-        r - r[:, None] + n - 1 for r, n in zip(ranks, size, strict=True)
-    )  # [H, H], [W, W]
+    # [H, H], [W, W]
+    rows, columns = (r - r[:, None] + n - 1 for r, n in zip(ranks, size, strict=True))
     if is_symbolic(*size):  # where splitting an axis would compare its size with that of the parts
         table = table[:, rows[:, None, :, None], columns[None, :, None]]  # [N, H, W, H, W]
         return table.flatten(3).flatten(1, 2)  # [N, L, L]

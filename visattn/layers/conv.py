@@ -36,9 +36,8 @@ class ConvNorm(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.conv = nn.Conv2d(
-            in_dim, dim, kernel_size, stride, padding=kernel_size // 2, bias=False, **dd
-        )
+        how = {"stride": stride, "padding": kernel_size // 2, "bias": False, **dd}
+        self.conv = nn.Conv2d(in_dim, dim, kernel_size, **how)
         self.bn = nn.BatchNorm2d(dim, **dd)
         self.act = create_act(act)
 
@@ -65,9 +64,8 @@ class DepthwiseConv(nn.Conv2d):
     ) -> None:
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"expected an odd kernel_size, got {kernel_size}")
-        super().__init__(
-            dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype
-        )
+        how = {"groups": dim, "device": device, "dtype": dtype}
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, **how)
 
     def forward(self, input: Tensor) -> Tensor:
         x = self._conv_forward(input.permute(0, 3, 1, 2), self.weight, self.bias)  # [B, C, H, W]

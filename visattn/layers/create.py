@@ -28,7 +28,6 @@ def create_token_mixer(
         TypeError: Arguments that the layer does not have.
     """
     if attention not in TOKEN_MIXERS:
-        raise ValueError(
-            f"expected attention of {', '.join(map(repr, TOKEN_MIXERS))}, got {reprlib.repr(attention):.80}"
-        )
+        names = ", ".join(map(repr, TOKEN_MIXERS))
+        raise ValueError(f"expected attention of {names}, got {reprlib.repr(attention):.80}")
     return TOKEN_MIXERS[attention](dim, num_heads, feat_size, **args)

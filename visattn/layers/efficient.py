@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from visattn.layers.token_mixer import TokenMixer
+from visattn.layers.token_mixer import Size, TokenMixer
 from visattn.ops import efficient_attention
 
 torch.fx.wrap("efficient_attention")
@@ -17,9 +17,7 @@ class EfficientAttention(TokenMixer):
     Arguments and errors are those of `TokenMixer`. Source: arXiv:1812.01243, section 3.2.
     """
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, size: list[int], kv_size: list[int]
-    ) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, size: Size, kv_size: Size) -> Tensor:
         return efficient_attention(q, k, v)
 
 
@@ -74,11 +72,7 @@ class EfficientAttention2d(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """`mask` [B, H, W] boolean, True where there is image: elsewhere x stays as it is, and nothing looks there."""
-        q, k, v = (
-            self._heads(self.queries(x)),
-            self._heads(self.keys(x)),
-            self._heads(self.values(x)),
-        )
+        q, k, v = (self._heads(project(x)) for project in (self.queries, self.keys, self.values))
         out = efficient_attention(q, k, v, mask=mask).flatten(3).permute(0, 3, 1, 2)  # [B, C, H, W]
         out = self.reprojection(out)
         if mask is not None:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visattn.layers.conv import DepthwiseConv
-from visattn.layers.token_mixer import TokenMixer
+from visattn.layers.token_mixer import Size, TokenMixer
 from visattn.ops import focused_linear_attention, resize_rel_pos
 
 torch.fx.wrap("focused_linear_attention")
@@ -29,9 +29,8 @@ class _SharedConv(DepthwiseConv):
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight.repeat(self.num_heads, 1, 1, 1), self.bias.repeat(self.num_heads)
         pad, groups = self.kernel_size[0] // 2, self.num_heads * self.out_channels
-        x = F.conv2d(
-            input.permute(0, 3, 1, 2), weight, bias, padding=pad, groups=groups
-        )  # [B, C, H, W]
+        x = input.permute(0, 3, 1, 2)  # [B, C, H, W]
+        x = F.conv2d(x, weight, bias, padding=pad, groups=groups)
         return x.permute(0, 2, 3, 1)  # [B, H, W, C]
 
 
@@ -68,20 +67,11 @@ class FocusedLinearAttention(TokenMixer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            dim,
-            num_heads,
-            feat_size,
-            num_prefix_tokens,
-            sr_ratio,
-            qkv_bias,
-            proj_drop,
-            device,
-            dtype,
-        )
+        dd = {"device": device, "dtype": dtype}
+        how = (feat_size, num_prefix_tokens, sr_ratio, qkv_bias, proj_drop)
+        super().__init__(dim, num_heads, *how, **dd)
         if not 0 < focusing_factor < float("inf"):
             raise ValueError(f"expected focusing_factor > 0, got {focusing_factor}")
-        dd = {"device": device, "dtype": dtype}
         self.focusing_factor = float(focusing_factor)
         kv_size = [max(1, n // sr_ratio) for n in feat_size]
         self.scale = nn.Parameter(torch.empty(1, 1, dim, **dd))
@@ -93,25 +83,20 @@ class FocusedLinearAttention(TokenMixer):
         nn.init.zeros_(self.scale)
         nn.init.zeros_(self.positional_encoding)
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, size: list[int], kv_size: list[int]
-    ) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, size: Size, kv_size: Size) -> Tensor:
         scale = self.scale.view(self.num_heads, self.head_dim)  # [N, D]
         k = k + self._positions(kv_size).to(k.dtype)
         out = focused_linear_attention(q, k, v, focus_scale=scale, factor=self.focusing_factor)
         v = self._map(v, kv_size)
         if self.sr is not None:
-            v = F.interpolate(
-                v.flatten(1, 2).mT, size=size[0] * size[1], mode="linear"
-            ).mT  # [B, H * W, C]
-            v = v.unflatten(1, size)  # [B, H, W, C]
+            v = F.interpolate(v.flatten(1, 2).mT, size[0] * size[1], mode="linear")  # [B, C, H * W]
+            v = v.mT.unflatten(1, size)  # [B, H, W, C]
         return self._add_to_map(out, self.dwc(v))
 
     def _positions(self, size: list[int]) -> Tensor:
         """Resize the table to maps of `size`, zero for prefix tokens: [1, M, N, D]."""
-        table = (
-            resize_rel_pos(self.positional_encoding[0].permute(2, 0, 1), size).flatten(1).T
-        )  # [H * W, C]
+        table = self.positional_encoding[0].permute(2, 0, 1)  # [C, h, w]
+        table = resize_rel_pos(table, size).flatten(1).T  # [H * W, C]
         if self.num_prefix_tokens:
             table = F.pad(table, [0, 0, self.num_prefix_tokens, 0])
         return table.unflatten(1, [self.num_heads, self.head_dim])[None]  # [1, M, N, D]

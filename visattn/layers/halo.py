@@ -53,15 +53,13 @@ class HaloAttention(nn.Module):
         super().__init__()
         dim_out = dim if dim_out is None else dim_out
         if dim_out % num_heads or (dim_head is None and dim % num_heads):
-            raise ValueError(
-                f"expected dim and dim_out divisible by {num_heads} heads, got {dim} and {dim_out}"
-            )
+            expected = f"dim and dim_out divisible by {num_heads} heads"
+            raise ValueError(f"expected {expected}, got {dim} and {dim_out}")
         if stride not in (1, 2):
             raise ValueError(f"expected stride 1 or 2, got {stride}")
         if block_size < 1 or halo_size < 0:
-            raise ValueError(
-                f"expected block_size >= 1 and halo_size >= 0, got {block_size} and {halo_size}"
-            )
+            got = f"{block_size} and {halo_size}"
+            raise ValueError(f"expected block_size >= 1 and halo_size >= 0, got {got}")
         dd = {"device": device, "dtype": dtype}
         dim_head = dim // num_heads if dim_head is None else dim_head
         query_stride = stride if block_size % stride == 0 else 1
@@ -92,21 +90,12 @@ class HaloAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         k, v = self.kv(x).split(self.kv_split, dim=1)
-        x = halo_attention(
-            self._heads(self.q(x)),
-            self._heads(k),
-            self._heads(v),
-            block_size=self.block_size,
-            halo_size=self.halo_size,
-            stride=self.stride,
-            rel_h=self.rel_h,
-            rel_w=self.rel_w,
-            mask_border=self.mask_border,
-        )
+        q, k, v = (self._heads(t) for t in (self.q(x), k, v))
+        sizes = {"block_size": self.block_size, "halo_size": self.halo_size, "stride": self.stride}
+        tables = {"rel_h": self.rel_h, "rel_w": self.rel_w}
+        x = halo_attention(q, k, v, **sizes, **tables, mask_border=self.mask_border)
         return self.pool(x.flatten(3).permute(0, 3, 1, 2))  # [B, dim_out, H', W']
 
     def extra_repr(self) -> str:
-        return (
-            f"num_heads={self.num_heads}, block_size={self.block_size}, halo_size={self.halo_size}, "
-            f"mask_border={self.mask_border}"
-        )
+        sizes = f"block_size={self.block_size}, halo_size={self.halo_size}"
+        return f"num_heads={self.num_heads}, {sizes}, mask_border={self.mask_border}"

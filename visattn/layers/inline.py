@@ -1,14 +1,13 @@
 """InLine attention: linear attention whose weights tell queries apart, with kernels that the input makes."""
 
-import reprlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visattn.layers.conv import DepthwiseConv
-from visattn.layers.token_mixer import TokenMixer
+from visattn.layers.token_mixer import Size, TokenMixer
 from visattn.ops import dynamic_depthwise_conv, inline_attention
+from visattn.ops.checks import check_choice
 
 torch.fx.wrap("dynamic_depthwise_conv")
 torch.fx.wrap("inline_attention")
@@ -47,22 +46,10 @@ class InLineAttention(TokenMixer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            dim,
-            num_heads,
-            feat_size,
-            num_prefix_tokens,
-            sr_ratio,
-            qkv_bias,
-            proj_drop,
-            device,
-            dtype,
-        )
-        if kernel_func not in ("identity", "relu", "leakyrelu", "exp"):
-            raise ValueError(
-                f"expected kernel_func 'identity', 'relu', 'leakyrelu' or 'exp', got {reprlib.repr(kernel_func):.80}"
-            )
         dd = {"device": device, "dtype": dtype}
+        how = (feat_size, num_prefix_tokens, sr_ratio, qkv_bias, proj_drop)
+        super().__init__(dim, num_heads, *how, **dd)
+        check_choice("kernel_func", kernel_func, ("identity", "relu", "leakyrelu", "exp"))
         self.kernel_func = kernel_func
         self.residual = nn.Sequential(
             nn.Conv1d(dim, dim, 1, groups=num_heads, **dd),
@@ -71,28 +58,24 @@ class InLineAttention(TokenMixer):
         )
         self.get_v = DepthwiseConv(dim, 3, **dd) if lepe else None
 
-    def forward(
-        self, x: Tensor, size: list[int] | None = None, source: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, size: Size | None = None, source: Tensor | None = None) -> Tensor:
         """`source`, of x's shape: what the kernels are made from, by its mean; default x."""
         q, k, v, grid, kv_grid = self._project_tokens(x, size)
         mean = (x if source is None else source).flatten(1, -2).mean(1)  # [B, C]
-        x = self._mix(q, k, v, mean, grid, kv_grid).reshape(
-            x.shape
-        )  # [B, H, W, C] or [B, P + H * W, C]
+        # [B, H, W, C] or [B, P + H * W, C]
+        x = self._mix(q, k, v, mean, grid, kv_grid).reshape(x.shape)
         return self.proj_drop(self.proj(x))
 
     def _mix(
-        self, q: Tensor, k: Tensor, v: Tensor, mean: Tensor, size: list[int], kv_size: list[int]
+        self, q: Tensor, k: Tensor, v: Tensor, mean: Tensor, size: Size, kv_size: Size
     ) -> Tensor:
-        """q [B, L, N, D], k and v [B, M, N, D], mean [B, C] -> [B, L, N, D]."""
+        """Attend with q [B, L, N, D], k and v [B, M, N, D], mean [B, C] -> [B, L, N, D]."""
         out = inline_attention(self._kernel(q), self._kernel(k), v)
         kernels = self.residual(mean[..., None]).squeeze(-1).unflatten(1, [-1, 9])  # [B, C, 9]
         v = self._map(v, kv_size)
         if self.sr is not None:
-            v = F.interpolate(v.permute(0, 3, 1, 2), size=size, mode="bilinear").permute(
-                0, 2, 3, 1
-            )  # [B, H, W, C]
+            v = F.interpolate(v.permute(0, 3, 1, 2), size=size, mode="bilinear")  # [B, C, H, W]
+            v = v.permute(0, 2, 3, 1)  # [B, H, W, C]
         local = dynamic_depthwise_conv(v, kernels)
         if self.get_v is not None:
             local = local + self.get_v(v)

@@ -1,12 +1,11 @@
 """Attention over the whole channels-last map with a depthwise convolution as position encoding."""
 
-import reprlib
-
 import torch
 from torch import Tensor
 
 from visattn.layers.attention import MultiHeadAttention, attend_globally
 from visattn.layers.conv import DepthwiseConv
+from visattn.ops.checks import check_choice
 
 torch.fx.wrap("attend_globally")
 
@@ -42,15 +41,11 @@ class LePEAttention(MultiHeadAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if lepe_on not in ("input", "value"):
-            raise ValueError(
-                f"expected lepe_on 'input' or 'value', got {reprlib.repr(lepe_on):.80}"
-            )
-        super().__init__(dim, num_heads, qkv_bias, device=device, dtype=dtype)
+        check_choice("lepe_on", lepe_on, ("input", "value"))
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, qkv_bias, **dd)
         self.lepe_on = lepe_on
-        self.lepe = (
-            DepthwiseConv(dim, side_dwconv, device=device, dtype=dtype) if side_dwconv else None
-        )
+        self.lepe = DepthwiseConv(dim, side_dwconv, **dd) if side_dwconv else None
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self._project(x)

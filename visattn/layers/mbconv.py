@@ -1,13 +1,12 @@
 """Convolutional stem and inverted bottleneck of CoAtNet and MaxViT, on maps [B, C, H, W]."""
 
-import reprlib
-
 import torch
 from timm.layers import DropPath, SqueezeExcite, to_2tuple
 from torch import Tensor, nn
 
 from visattn.layers.conv import create_act
 from visattn.layers.pool import PadSame, create_pool
+from visattn.ops.checks import check_choice
 
 
 class ConvStem(nn.Module):
@@ -40,9 +39,8 @@ class ConvStem(nn.Module):
         inner, outer = to_2tuple(out_chans)
         bias1, bias2 = to_2tuple(bias)
         self.pad = PadSame(3, 2) if same_pad else nn.Identity()
-        self.conv1 = nn.Conv2d(
-            in_chans, inner, 3, stride=2, padding=0 if same_pad else 1, bias=bias1, **dd
-        )
+        padding = 0 if same_pad else 1
+        self.conv1 = nn.Conv2d(in_chans, inner, 3, stride=2, padding=padding, bias=bias1, **dd)
         self.norm1 = nn.BatchNorm2d(inner, norm_eps, norm_momentum, **dd)
         self.act = create_act(act)
         self.conv2 = nn.Conv2d(inner, outer, 3, padding=1, bias=bias2, **dd)
@@ -116,10 +114,7 @@ class MBConv(nn.Module):
         super().__init__()
         if stride not in (1, 2):
             raise ValueError(f"expected stride 1 or 2, got {stride}")
-        if stride_mode not in ("dw", "conv1", "pool"):
-            raise ValueError(
-                f"expected stride_mode 'dw', 'conv1' or 'pool', got {reprlib.repr(stride_mode):.80}"
-            )
+        check_choice("stride_mode", stride_mode, ("dw", "conv1", "pool"))
         dd = {"device": device, "dtype": dtype}
         norm = {"eps": norm_eps, "momentum": norm_momentum, **dd}
         out_dim = out_dim or dim
@@ -134,9 +129,8 @@ class MBConv(nn.Module):
         self.pre_norm = nn.BatchNorm2d(dim, **norm)
         self.pre_act = create_act(act if pre_act else None)
         self.down = create_pool("avg2") if strided and stride_mode == "pool" else nn.Identity()
-        self.conv1 = nn.Conv2d(
-            dim, hidden, 1, stride=stride if stride_mode == "conv1" else 1, bias=False, **dd
-        )
+        first = stride if stride_mode == "conv1" else 1
+        self.conv1 = nn.Conv2d(dim, hidden, 1, stride=first, bias=False, **dd)
         self.norm1 = nn.BatchNorm2d(hidden, **norm)
         pads = same_pad and strided and stride_mode == "dw"
         self.pad = PadSame(3, stride) if pads else nn.Identity()

@@ -46,16 +46,14 @@ class NeighborhoodAttention(MultiHeadAttention):
     def forward(self, x: Tensor) -> Tensor:
         _, h, w, _ = x.shape
         q, k, v = self._project(pad_to_at_least(x, self.min_size))
-        x = neighborhood_attention(
-            q, k, v, kernel_size=self.kernel_size, dilation=self.dilation, bias=self.rpb
-        )
+        window = {"kernel_size": self.kernel_size, "dilation": self.dilation}
+        x = neighborhood_attention(q, k, v, **window, bias=self.rpb)
         x = fit(x.flatten(3), [h, w])  # [B, H, W, C]
         return self.proj_drop(self.proj(x))
 
     def extra_repr(self) -> str:
-        return (
-            f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation}"
-        )
+        window = f"kernel_size={self.kernel_size}, dilation={self.dilation}"
+        return f"num_heads={self.num_heads}, {window}"
 
 
 class GlobalAttention(MultiHeadAttention):
@@ -92,17 +90,8 @@ class GlobalAttention(MultiHeadAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         table = tuple(2 * n - 1 for n in to_2tuple(feat_size)) if rel_pos is None else None
-        super().__init__(
-            dim,
-            num_heads,
-            qkv_bias,
-            proj_drop,
-            table,
-            attn_dim,
-            out_dim,
-            device=device,
-            dtype=dtype,
-        )
+        how = {"attn_dim": attn_dim, "out_dim": out_dim, "device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, qkv_bias, proj_drop, table, **how)
         self.resize = resize
         self.rel_pos = rel_pos
 

@@ -52,10 +52,8 @@ class PatchTokenizer(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.patch_size = [patch_size, patch_size]
-        padding = 0 if kernel_size is None else kernel_size // 2
-        self.proj = nn.Conv2d(
-            in_chans, embed_dim, kernel_size or patch_size, stride=patch_size, padding=padding, **dd
-        )
+        how = {"stride": patch_size, "padding": kernel_size // 2 if kernel_size else 0, **dd}
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size or patch_size, **how)
         self.norm = nn.LayerNorm(embed_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,9 +126,8 @@ class ConvDownsampler(nn.Module):
         self.norm = nn.LayerNorm(2 * dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(
-            self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        )  # [B, H/2, W/2, 2C]
+        x = self.reduction(x.permute(0, 3, 1, 2))  # [B, 2C, H/2, W/2]
+        return self.norm(x.permute(0, 2, 3, 1))  # [B, H/2, W/2, 2C]
 
 
 class PatchMerging(nn.Module):
@@ -140,10 +137,7 @@ class PatchMerging(nn.Module):
     """
 
     def __init__(
-        self,
-        dim: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
@@ -153,8 +147,6 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = pad_to_multiple(x, [2, 2])
         b, h, w, c = x.shape
-        x = x.reshape(b, h // 2, 2, w // 2, 2, c).permute(
-            0, 1, 3, 4, 2, 5
-        )  # [B, H/2, W/2, 2, 2, C]
+        x = x.reshape(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 4, 2, 5)
         x = x.flatten(3)  # [B, H/2, W/2, 4C]
         return self.reduction(self.norm(x))

@@ -23,9 +23,8 @@ class PadSame(nn.Module):
         self.stride = [stride, stride]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = pad_same(
-            x.permute(0, 2, 3, 1), kernel=self.kernel_size, stride=self.stride
-        )  # [B, H', W', C]
+        x = x.permute(0, 2, 3, 1)  # [B, H, W, C]
+        x = pad_same(x, kernel=self.kernel_size, stride=self.stride)  # [B, H', W', C]
         return x.permute(0, 3, 1, 2)  # [B, C, H', W']
 
 

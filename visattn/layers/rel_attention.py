@@ -29,15 +29,8 @@ class LogRelPos(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.mlp = Mlp(
-            2,
-            hidden_dim,
-            num_heads,
-            act_layer=nn.ReLU,
-            drop=(0.125, 0.0),
-            device=device,
-            dtype=dtype,
-        )
+        how = {"act_layer": nn.ReLU, "drop": (0.125, 0.0), "device": device, "dtype": dtype}
+        self.mlp = Mlp(2, hidden_dim, num_heads, **how)
 
     def forward(self, h: int, w: int) -> Tensor:
         weight = self.mlp.fc1.weight
@@ -88,9 +81,9 @@ class PooledTransformerBlock(TransformerBlock):
         dd = {"device": device, "dtype": dtype}
         super().__init__(out_dim, attn, mlp_ratio, proj_drop, drop_path, layer_scale, **dd)
         self.pool = nn.Identity() if pool is None else pool
-        self.shortcut = (
-            nn.Identity() if dim == out_dim else nn.Linear(dim, out_dim, bias=shortcut_bias, **dd)
-        )
+        self.shortcut = nn.Identity()
+        if dim != out_dim:
+            self.shortcut = nn.Linear(dim, out_dim, bias=shortcut_bias, **dd)
         self.norm1 = norm_layer(dim, **dd)
         self.norm2 = norm_layer(out_dim, **dd)
 

@@ -9,18 +9,14 @@ from torch import Tensor, nn
 
 from visattn.layers.conv import DepthwiseConv
 from visattn.ops import bilevel_routing_attention, fit, pad_to_multiple, region_routing
+from visattn.ops.checks import check_choice
 
 torch.fx.wrap("bilevel_routing_attention")
 torch.fx.wrap("fit")
 torch.fx.wrap("pad_to_multiple")
 
-_KV_POOLS = {
-    "identity": "none",
-    "avgpool": "avg",
-    "maxpool": "max",
-    "ada_avgpool": "ada_avg",
-    "ada_maxpool": "ada_max",
-}
+_KV_POOLS = {"identity": "none", "avgpool": "avg", "maxpool": "max"}
+_KV_POOLS |= {"ada_avgpool": "ada_avg", "ada_maxpool": "ada_max"}
 
 
 class BiLevelRoutingAttention(nn.Module):
@@ -91,19 +87,12 @@ class BiLevelRoutingAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         qk_dim = qk_dim or dim
         if num_heads < 1 or dim % num_heads or qk_dim % num_heads:
-            raise ValueError(
-                f"expected dim and qk_dim divisible by num_heads, got {dim}, {qk_dim} and {num_heads}"
-            )
+            got = f"{dim}, {qk_dim} and {num_heads}"
+            raise ValueError(f"expected dim and qk_dim divisible by num_heads, got {got}")
         if min(to_2tuple(n_win)) < 1 or topk < 1:
             raise ValueError(f"expected n_win and topk of at least 1, got {n_win} and {topk}")
-        if padding not in ("mask", "project", "zero"):
-            raise ValueError(
-                f"expected padding 'mask', 'project' or 'zero', got {reprlib.repr(padding):.80}"
-            )
-        if param_attention not in ("qkvo", "qkv"):
-            raise ValueError(
-                f"expected param_attention 'qkvo' or 'qkv', got {reprlib.repr(param_attention):.80}"
-            )
+        check_choice("padding", padding, ("mask", "project", "zero"))
+        check_choice("param_attention", param_attention, ("qkvo", "qkv"))
         _check_routing(param_routing, diff_routing, soft_routing)
         self.num_heads = num_heads
         self.n_win = list(to_2tuple(n_win))
@@ -121,7 +110,7 @@ class BiLevelRoutingAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, **dd) if param_attention == "qkvo" else nn.Identity()
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, H, W, dim] -> q, k, v [B, H', W', N, D], views of one projection; padded for "project"."""
+        """Project [B, H, W, dim] to q, k, v [B, H', W', N, D], views of one projection; padded for "project"."""
         if self.padding == "project":
             x = pad_to_multiple(x, self.n_win)
         q, k, v = self.qkv(x).split(self.split, dim=-1)
@@ -138,16 +127,10 @@ class BiLevelRoutingAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _, h, w, _ = x.shape
         q, k, v = self._project(x)
-        out = bilevel_routing_attention(
-            q,
-            k,
-            v,
-            **self._routing(),
-            soft=self.soft_routing,
-            diff=self.diff_routing,
-            kv_pool=self.kv_pool,
-            kv_size=self.kv_size,
-        ).flatten(3)  # [B, H', W', C]
+        weights = {"soft": self.soft_routing, "diff": self.diff_routing}
+        pool = {"kv_pool": self.kv_pool, "kv_size": self.kv_size}
+        out = bilevel_routing_attention(q, k, v, **self._routing(), **weights, **pool)
+        out = out.flatten(3)  # [B, H', W', C]
         if self.lepe is not None:
             out = out + self.lepe(v.flatten(3))  # [B, H', W', C]
         if self.padding == "project":
@@ -166,14 +149,14 @@ class BiLevelRoutingAttention(nn.Module):
         return {"regions": index, "weights": weights}
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, n_win={self.n_win}, topk={self.topk}, padding={self.padding!r}"
+        regions = f"n_win={self.n_win}, topk={self.topk}"
+        return f"num_heads={self.num_heads}, {regions}, padding={self.padding!r}"
 
 
 def _check_routing(param_routing: bool, diff_routing: bool, soft_routing: bool) -> None:
     if param_routing and not diff_routing:
-        raise ValueError(
-            "expected diff_routing with param_routing, whose weights would get no gradient; got False"
-        )
+        expected = "diff_routing with param_routing, whose weights would get no gradient"
+        raise ValueError(f"expected {expected}; got False")
     if diff_routing and not soft_routing:
         raise NotImplementedError(
             "diff_routing without soft_routing is hard routing, which the official code names and does not implement; "
@@ -189,9 +172,8 @@ def _kv_pool(mode: str, ratio: int, per_win: int) -> tuple[str, int]:
             f"try one of {sorted(_KV_POOLS)}"
         )
     if mode not in _KV_POOLS:
-        raise ValueError(
-            f"expected kv_downsample_mode of {sorted(_KV_POOLS)}, got {reprlib.repr(mode):.80}"
-        )
+        got = f"{reprlib.repr(mode):.80}"
+        raise ValueError(f"expected kv_downsample_mode of {sorted(_KV_POOLS)}, got {got}")
     size = 1 if mode == "identity" else per_win if mode.startswith("ada") else ratio
     if size < 1:
         name = "kv_per_win" if mode.startswith("ada") else "kv_downsample_ratio"

@@ -51,15 +51,8 @@ class ShiftedWindowAttention(WindowAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            dim,
-            num_heads,
-            window_size,
-            qkv_bias=qkv_bias,
-            proj_drop=proj_drop,
-            device=device,
-            dtype=dtype,
-        )
+        how = {"qkv_bias": qkv_bias, "proj_drop": proj_drop, "device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, window_size, **how)
         self.shifted = shifted
         self.always_shift = always_shift
 
@@ -70,10 +63,8 @@ class ShiftedWindowAttention(WindowAttention):
             shift = [m // 2 for m in window]
             if not self.always_shift:
                 # 1 - 1 // number of windows: 0 for one window, else 1, also for a size that is only a symbol
-                shift = [
-                    s * (1 - 1 // ceil_div(n, m))
-                    for s, n, m in zip(shift, (h, w), window, strict=True)
-                ]
+                axes = zip(shift, (h, w), window, strict=True)
+                shift = [s * (1 - 1 // ceil_div(n, m)) for s, n, m in axes]
         table = resize_rel_pos(self.rpb, [2 * window[0] - 1, 2 * window[1] - 1], "bicubic")
         q, k, v = self._project(pad_to_multiple(x, window))
         x = window_attention(q, k, v, window_size=window, shift=shift, bias=table, scale=self.scale)

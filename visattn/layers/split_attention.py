@@ -43,16 +43,8 @@ class SplAt(nn.Module):
         self.radix = radix
         self.cardinality = cardinality
         groups = radix * cardinality
-        self.conv = nn.Conv2d(
-            dim,
-            dim * radix,
-            3,
-            padding=dilation,
-            dilation=dilation,
-            groups=groups,
-            bias=False,
-            **dd,
-        )
+        how = {"padding": dilation, "dilation": dilation, "groups": groups, "bias": False, **dd}
+        self.conv = nn.Conv2d(dim, dim * radix, 3, **how)
         self.bn0 = nn.BatchNorm2d(dim * radix, **dd)
         self.fc1 = nn.Conv2d(dim, hidden, 1, groups=cardinality, **dd)
         self.bn1 = nn.BatchNorm2d(hidden, **dd)
@@ -66,9 +58,8 @@ class SplAt(nn.Module):
         splits = x.unflatten(1, (self.radix, -1))  # [B, radix, C, H, W]
         logits = self._logits(splits.mean((3, 4), keepdim=True).sum(1))
         # fc2's channels are (cardinal group, split, channel), those of the splits (split, cardinal group, channel)
-        weights = logits.unflatten(1, (self.cardinality, self.radix, -1)).softmax(
-            2
-        )  # [B, groups, radix, C', 1, 1]
+        # [B, cardinality, radix, C', 1, 1]
+        weights = logits.unflatten(1, (self.cardinality, self.radix, -1)).softmax(2)
         weights = weights.transpose(1, 2).flatten(2, 3)  # [B, radix, C, 1, 1]
         return (splits * weights).sum(1)
 

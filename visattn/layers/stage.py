@@ -27,11 +27,8 @@ class Stage(nn.Sequential):
         self, downsample: nn.Module, blocks: Sequence[nn.Module], norm: nn.Module | None = None
     ) -> None:
         norm = nn.Identity() if norm is None else norm
-        super().__init__(
-            OrderedDict[str, nn.Module](
-                downsample=downsample, blocks=nn.Sequential(*blocks), norm=norm
-            )
-        )
+        parts = {"downsample": downsample, "blocks": nn.Sequential(*blocks), "norm": norm}
+        super().__init__(OrderedDict[str, nn.Module](parts))
 
     @property
     def grad_checkpointing(self) -> bool:

@@ -63,23 +63,20 @@ class CrossShapedAttention(MultiHeadAttention):
             x = attend_globally(q, k, v).flatten(3) + self.lepe(v.flatten(3))  # [B, H, W, C]
         else:
             h, w, s, n = x.shape[1], x.shape[2], self.split_size, self.num_heads // 2
-            vertical = self._attend(q[..., :n, :], k[..., :n, :], v[..., :n, :], [h, s], [1, s], 0)
-            horizontal = self._attend(
-                q[..., n:, :], k[..., n:, :], v[..., n:, :], [s, w], [s, 1], n
-            )
-            x = torch.cat([vertical, horizontal], -1)  # [B, H, W, C]
+            down = self._attend(q[..., :n, :], k[..., :n, :], v[..., :n, :], [h, s], [1, s], 0)
+            across = self._attend(q[..., n:, :], k[..., n:, :], v[..., n:, :], [s, w], [s, 1], n)
+            x = torch.cat([down, across], -1)  # [B, H, W, C]
         return self.proj_drop(self.proj(x))
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, stripe: list[int], multiple: list[int], head: int
     ) -> Tensor:
-        """[B, H, W, N, D] -> [B, H, W, N * D], the N heads from `head` on, in stripes of the padded map."""
+        """Attend [B, H, W, N, D] -> [B, H, W, N * D], the N heads from `head` on, in stripes of the padded map."""
         size, first = [q.shape[1], q.shape[2]], head * self.head_dim
         channels = slice(first, first + self.num_heads // 2 * self.head_dim)
         # Padding takes the heads for a third axis, on which nothing is to be padded.
-        q, k, v = (
-            pad_centered_to_multiple(t, [*multiple, 1]) for t in (q, k, v)
-        )  # [B, H', W', N, D]
+        multiple = [*multiple, 1]
+        q, k, v = (pad_centered_to_multiple(t, multiple) for t in (q, k, v))  # [B, H', W', N, D]
         x = window_attention(q, k, v, window_size=stripe).flatten(3)  # [B, H', W', N * D]
         weight, bias = self.lepe.weight[channels], self.lepe.bias[channels]
         x = x + window_conv(v.flatten(3), weight, bias, window=stripe)  # [B, H', W', N * D]

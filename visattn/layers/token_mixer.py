@@ -9,6 +9,8 @@ from visattn.ops import floor_to_multiple
 torch.fx.wrap("attend_globally")
 torch.fx.wrap("floor_to_multiple")
 
+Size = list[int]  # of a map
+
 
 class TokenMixer(MultiHeadAttention):
     """Projections of multi-head attention among the tokens of a map and prefix tokens before them (a class token).
@@ -51,33 +53,29 @@ class TokenMixer(MultiHeadAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         if sr_ratio < 1 or min(feat_size) < 1:
-            raise ValueError(
-                f"expected sr_ratio and feat_size of at least 1, got {sr_ratio} and {feat_size}"
-            )
+            got = f"{sr_ratio} and {feat_size}"
+            raise ValueError(f"expected sr_ratio and feat_size of at least 1, got {got}")
         if sr_ratio > 1 and num_prefix_tokens:
-            raise ValueError(
-                f"expected no prefix tokens with sr_ratio {sr_ratio}, got {num_prefix_tokens}"
-            )
+            expected = f"no prefix tokens with sr_ratio {sr_ratio}"
+            raise ValueError(f"expected {expected}, got {num_prefix_tokens}")
         dd, reduces = {"device": device, "dtype": dtype}, sr_ratio > 1
         super().__init__(dim, num_heads, qkv_bias, proj_drop, fused=not reduces, **dd)
         self.scale = self.head_dim**-0.5
         self.num_prefix_tokens = num_prefix_tokens
         self.sr_ratio = [sr_ratio, sr_ratio]
-        self.register_module(
-            "sr", nn.Conv2d(dim, dim, sr_ratio, stride=sr_ratio, **dd) if reduces else None
-        )
+        reduce = nn.Conv2d(dim, dim, sr_ratio, stride=sr_ratio, **dd) if reduces else None
+        self.register_module("sr", reduce)
         self.register_module("norm", nn.LayerNorm(dim, **dd) if reduces else None)
 
     def forward(self, x: Tensor, size: list[int] | None = None) -> Tensor:
         q, k, v, grid, kv_grid = self._project_tokens(x, size)
-        x = self._attend(q, k, v, grid, kv_grid).reshape(
-            x.shape
-        )  # [B, H, W, C] or [B, P + H * W, C]
+        # [B, H, W, C] or [B, P + H * W, C]
+        x = self._attend(q, k, v, grid, kv_grid).reshape(x.shape)
         return self.proj_drop(self.proj(x))
 
     def _project_tokens(
-        self, x: Tensor, size: list[int] | None
-    ) -> tuple[Tensor, Tensor, Tensor, list[int], list[int]]:
+        self, x: Tensor, size: Size | None
+    ) -> tuple[Tensor, Tensor, Tensor, Size, Size]:
         """Project to q [B, L, N, D], k and v [B, M, N, D]; also the maps of queries and of keys."""
         grid = [x.shape[1], x.shape[2]] if size is None else size
         if self.qkv is not None:
@@ -90,32 +88,27 @@ class TokenMixer(MultiHeadAttention):
         (q,) = self._split(self.q(x.flatten(1, 2)), 1)  # [B, L, N, D]
         return q, k, v, grid, [y.shape[1], y.shape[2]]
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, size: list[int], kv_size: list[int]
-    ) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, size: Size, kv_size: Size) -> Tensor:
         raise NotImplementedError
 
-    def _map(self, x: Tensor, size: list[int]) -> Tensor:
-        """[B, P + H * W, N, D] -> [B, H, W, N * D], without the prefix tokens."""
+    def _map(self, x: Tensor, size: Size) -> Tensor:
+        """Take [B, P + H * W, N, D] -> [B, H, W, N * D], without the prefix tokens."""
         return x[:, self.num_prefix_tokens :].flatten(2).unflatten(1, size)  # [B, H, W, C]
 
     def _add_to_map(self, x: Tensor, y: Tensor) -> Tensor:
-        """Tokens x [B, P + H * W, N, D] plus a map y [B, H, W, N * D]; prefix tokens stay."""
+        """Add a map y [B, H, W, N * D] to tokens x [B, P + H * W, N, D]; prefix tokens stay."""
         y = y.flatten(1, 2).unflatten(-1, [self.num_heads, self.head_dim])  # [B, H * W, N, D]
-        if self.num_prefix_tokens:
-            return torch.cat(
-                [x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :] + y], 1
-            )
+        if prefix := self.num_prefix_tokens:
+            return torch.cat([x[:, :prefix], x[:, prefix:] + y], 1)
         return x + y
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, num_prefix_tokens={self.num_prefix_tokens}, sr_ratio={self.sr_ratio[0]}"
+        tokens = f"num_prefix_tokens={self.num_prefix_tokens}, sr_ratio={self.sr_ratio[0]}"
+        return f"num_heads={self.num_heads}, {tokens}"
 
 
 class SoftmaxAttention(TokenMixer):
     """Ordinary attention, softmax(q k^T / sqrt(head width)) v, without position: the control for the others."""
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, size: list[int], kv_size: list[int]
-    ) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, size: Size, kv_size: Size) -> Tensor:
         return attend_globally(q, k, v)

@@ -56,13 +56,10 @@ class WindowAttention(MultiHeadAttention):
         sizes = None if window_size is None else _checked("window_size", window_size)
         sizes = sizes if table_size is None else _checked("table_size", table_size)
         if sizes is None:
-            raise ValueError(
-                "expected table_size where window_size is None, got neither; try table_size=7"
-            )
-        table = [2 * n - 1 for n in sizes]
-        super().__init__(
-            dim, num_heads, qkv_bias, proj_drop, tuple(table), device=device, dtype=dtype
-        )
+            expected = "table_size where window_size is None"
+            raise ValueError(f"expected {expected}, got neither; try table_size=7")
+        table, dd = tuple(2 * n - 1 for n in sizes), {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, qkv_bias, proj_drop, table, **dd)
         self.grid = grid
         self.scale = scale
         self.num_windows = _checked("num_windows", num_windows)
@@ -76,22 +73,18 @@ class WindowAttention(MultiHeadAttention):
         _, h, w, _ = x.shape
         window = self.window_size
         if window is None:
-            window = [
-                ceil_div(n, windows) for n, windows in zip((h, w), self.num_windows, strict=True)
-            ]
+            axes = zip((h, w), self.num_windows, strict=True)
+            window = [ceil_div(n, windows) for n, windows in axes]
         table = resize_rel_pos(self.rpb, [2 * window[0] - 1, 2 * window[1] - 1], "bilinear")
         q, k, v = self._project(x)
-        x = window_attention(
-            q, k, v, window_size=window, grid=self.grid, bias=table, scale=self.scale
-        )
+        how = {"grid": self.grid, "bias": table, "scale": self.scale}
+        x = window_attention(q, k, v, window_size=window, **how)
         return self.proj_drop(self.proj(x.flatten(3)))  # [B, H, W, C]
 
     def extra_repr(self) -> str:
-        window = (
-            f"num_windows={self.num_windows}"
-            if self.window_size is None
-            else f"window_size={self.window_size}"
-        )
+        window = f"window_size={self.window_size}"
+        if self.window_size is None:
+            window = f"num_windows={self.num_windows}"
         return f"num_heads={self.num_heads}, {window}, grid={self.grid}"
 
 

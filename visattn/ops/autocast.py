@@ -19,28 +19,25 @@ if TYPE_CHECKING:
 
 
 def is_autocast(device: torch.device) -> bool:
-    """Whether autocast is on for tensors of `device`."""
+    """Tell whether autocast is on for tensors of `device`."""
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _cast(x: Any) -> Any:
+    """Cast one tensor, or pass on what is none."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type)) if is_autocast(x.device) else x
 
 
 def to_autocast(*tensors: Unpack[Tensors]) -> tuple[Unpack[Tensors]]:
     """Cast the tensors to autocast's dtype where it is on; float64 stays, as in PyTorch, and so does what is None."""
-    found: Any = tuple(
-        t.to(torch.get_autocast_dtype(t.device.type))
-        if isinstance(t, Tensor)
-        and t.is_floating_point()
-        and t.dtype != torch.float64
-        and is_autocast(t.device)
-        else t
-        for t in tensors
-    )
+    found: Any = tuple(map(_cast, tensors))
     return found
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Switch autocast off for what an op does inside."""
-    return (
-        torch.autocast(device.type, enabled=False)
-        if is_autocast(device)
-        else contextlib.nullcontext()
-    )
+    if is_autocast(device):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()

@@ -1,8 +1,9 @@
 """How much the eager backends hold at a time: what was measured on CPUs, in one place for all ops."""
 
-from __future__ import annotations
+from typing import Any
 
 import torch
+from torch import Tensor
 
 # Numbers of a chunk (logits, hidden units, copied keys and values): a CPU core's cache should hold them, an accelerator
 # should have enough to do, and a traced graph, which holds every chunk, should stay small.
@@ -32,3 +33,15 @@ def chunk_size(device: torch.device) -> int:
 def slices(number: int, step: int) -> list[slice]:
     """Cut `number` things into runs of `step`, the last one shorter."""
     return [slice(i, min(i + step, number)) for i in range(0, number, step)]
+
+
+class Recomputed(torch.autograd.Function):
+    """A function that keeps nothing but its inputs for the backward pass: tensors or None, then what is neither."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        tensors = [x for x in inputs if x is None or isinstance(x, Tensor)]
+        ctx.save_for_backward(*tensors)
+        ctx.how = inputs[len(tensors) :]

@@ -13,7 +13,6 @@ A public function of `visattn.ops` makes one `Problem` of its arguments and give
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
 import functools
 import inspect
@@ -21,6 +20,7 @@ import logging
 import os
 import typing
 from collections.abc import Callable, Generator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -28,15 +28,12 @@ import torch
 from torch import Tensor
 
 from visattn.ops.fused import support
+from visattn.ops.geometry import plain
 from visattn.ops.registration import flops_are_counted, is_compiling, known_sizes, register
 
 _logger = logging.getLogger("visattn")
-_requested: contextvars.ContextVar[str | None] = contextvars.ContextVar(
-    "visattn_backend", default=None
-)
-_decisions: contextvars.ContextVar[list[Decision] | None] = contextvars.ContextVar(
-    "visattn_decisions", default=None
-)
+_requested: ContextVar[str | None] = ContextVar("visattn_backend", default=None)
+_decisions: ContextVar[list[Decision] | None] = ContextVar("visattn_decisions", default=None)
 
 
 class BackendError(RuntimeError):
@@ -54,6 +51,10 @@ class Problem:
     def tensors(self) -> list[Tensor]:
         """Those that are given."""
         return [x for x in vars(self).values() if isinstance(x, Tensor)]
+
+    def trains(self) -> bool:
+        """Whether a gradient may be asked for."""
+        return torch.is_grad_enabled() and any(x.requires_grad for x in self.tensors())
 
     def empty(self) -> Tensor | tuple[Tensor, ...]:
         """Tensors of the results' shapes and dtypes."""
@@ -74,12 +75,13 @@ class AttentionProblem(Problem):
 
     @property
     def size(self) -> list[int]:
-        """The spatial sizes of the queries; plain ints under `torch.jit.trace`, which is for one map size."""
-        return (
-            [int(n) for n in self.q.shape[1:-2]]
-            if torch.jit.is_tracing()
-            else list(self.q.shape[1:-2])
-        )
+        """The spatial sizes of the queries."""
+        return plain(self.q.shape[1:-2])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which logits and weights are made: float32 at least."""
+        return torch.promote_types(self.q.dtype, torch.float32)
 
     def empty(self) -> Tensor | tuple[Tensor, ...]:
         return self.v.new_empty((*self.q.shape[:-1], self.v.shape[-1]))
@@ -168,10 +170,10 @@ class Backends(Generic[P]):
         self,
         name: str,
         problem: type[P],
-        *,
         triton: Callable[[P], Any],
         eager: Callable[[P], Any],
         reference: Callable[[P], Any],
+        *,
         can_run: Callable[[P], str | None] = support.can_run,
         automatic: Callable[[P], str | None] = support.automatic,
         whole_on_cpu: bool = False,
@@ -189,17 +191,11 @@ class Backends(Generic[P]):
             given = problem(*args[:-1])
             return self._select(given, args[-1]).attend(given)
 
-        hints = typing.get_type_hints(problem)
+        hints, kind = typing.get_type_hints(problem), inspect.Parameter.POSITIONAL_OR_KEYWORD
         names = [*(field.name for field in dataclasses.fields(problem)), "backend"]
+        arguments = [inspect.Parameter(n, kind, annotation=hints.get(n, str)) for n in names]
         # pyrefly: ignore[missing-attribute]: what inspect reads is not declared for functions
-        run.__signature__ = inspect.Signature(
-            [
-                inspect.Parameter(
-                    n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=hints.get(n, str)
-                )
-                for n in names
-            ]
-        )
+        run.__signature__ = inspect.Signature(arguments)
         self._whole = register(
             name,
             run,
@@ -240,6 +236,5 @@ class Backends(Generic[P]):
             names = ", ".join(repr(b.name) for b in self.backends)
             raise BackendError(f"{self.name}: expected backend 'auto', {names}; got {requested!r}")
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise BackendError(
-            f"{self.name}: no requested backend can run this call ({why}); try backend='auto'"
-        )
+        message = f"no requested backend can run this call ({why}); try backend='auto'"
+        raise BackendError(f"{self.name}: {message}")

@@ -5,8 +5,6 @@ sides for a strided window, `fit_centered` pads or crops both sides. In graphs w
 so that the graph does not come to depend on whether anything was padded or cropped at the traced size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -14,31 +12,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from visattn.ops.geometry import ceil_div, is_symbolic, sym_max
+from visattn.ops.geometry import ceil_div, is_symbolic, plain, sym_max
 from visattn.ops.registration import custom_op, traced_as_one
 
 
 def spatial_sizes(x: Tensor) -> list[int]:
-    """Sizes of the axes between batch and channels; plain ints under `torch.jit.trace`, which is for one map size."""
-    sizes = list(x.shape[1:-1])
-    return [int(n) for n in sizes] if torch.jit.is_tracing() else sizes
+    """List the sizes of the axes between batch and channels."""
+    return plain(x.shape[1:-1])
 
 
 def _move(x: Tensor, size: Sequence[int], first: Sequence[int]) -> Tensor:
-    """[B, *spatial, C] -> [B, *size, C]: token i of axis a goes to place i + first[a], other places are zero."""
-    pads = [0, 0]
-    for axis, (old, new, start) in reversed(
-        list(enumerate(zip(spatial_sizes(x), size, first, strict=True), 1))
-    ):
-        if is_symbolic(
-            old, new
-        ):  # neither comparison nor slice, which would tie the graph to one case
+    """Move [B, *spatial, C] -> [B, *size, C]: token i of axis a to place i + first[a]; other places are zero."""
+    pads, axes = [0, 0], zip(spatial_sizes(x), size, first, strict=True)
+    for axis, (old, new, start) in reversed(list(enumerate(axes, 1))):
+        # Neither comparison nor slice of symbols, which would tie the graph to one case.
+        if is_symbolic(old, new):
             pads += [0, 0]
             if not statically_known_true(old == new):
                 token = torch.arange(new, device=x.device) - start  # [new]
-                there = (
-                    ((token >= 0) & (token < old)).to(x.dtype).view(-1, *[1] * (x.ndim - 1 - axis))
-                )
+                there = ((token >= 0) & (token < old)).to(x.dtype)
+                there = there.view(-1, *[1] * (x.ndim - 1 - axis))  # [new, 1, ...]
                 x = x.index_select(axis, token.clamp(0, old - 1)) * there  # [..., new, ...]
         else:
             x = x.narrow(axis, -start, new) if new < old else x
@@ -46,23 +39,24 @@ def _move(x: Tensor, size: Sequence[int], first: Sequence[int]) -> Tensor:
     return F.pad(x, pads) if any(pads) else x
 
 
-def _empty(x: Tensor, size: Sequence[int]) -> Tensor:
+def empty_map(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Make an empty map [B, *size, C] for x [B, *spatial, C]."""
     return x.new_empty((x.shape[0], *size, x.shape[-1]))
 
 
-@custom_op(fake=_empty)
+@custom_op(fake=empty_map)
 def fit(x: Tensor, size: Sequence[int]) -> Tensor:
     """Crop or zero-pad at the bottom and right, [B, *spatial, C] -> [B, *size, C]; a view if nothing is padded."""
     return _move(x, size, [0] * len(size))
 
 
-@custom_op(fake=_empty)
+@custom_op(fake=empty_map)
 def fit_centered(x: Tensor, size: Sequence[int]) -> Tensor:
     """Crop or zero-pad a map on both sides, [B, *spatial, C] -> [B, *size, C].
 
     CSWin's rule: half of the padding lies before the map, the odd one after it. Cropping to the old size undoes it.
     """
-    size = [int(n) for n in size] if torch.jit.is_tracing() else size  # of another map, perhaps
+    size = plain(size)  # of another map, perhaps
     more = [new - old for old, new in zip(spatial_sizes(x), size, strict=True)]
     return _move(x, size, [sym_max(n, 0) // 2 - sym_max(-n, 0) // 2 for n in more])
 
@@ -111,8 +105,7 @@ def pad_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
         ValueError: A kernel below the stride.
     """
     if any(k < s for k, s in zip(kernel, stride, strict=True)):
-        raise ValueError(
-            f"expected a kernel of at least the stride, got {list(kernel)} and {list(stride)}"
-        )
+        got = f"{list(kernel)} and {list(stride)}"
+        raise ValueError(f"expected a kernel of at least the stride, got {got}")
     sizes = zip(spatial_sizes(x), kernel, stride, strict=True)
     return fit_centered(x, [(n - 1) // s * s + k for n, k, s in sizes])

@@ -4,8 +4,6 @@ PyTorch's own pooling compares sizes: whether there is a last, smaller window, w
 graph with symbolic sizes to those of the same kind, so there these are custom ops.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visattn.ops.geometry import bin_edges, ceil_div, is_symbolic, sym_max, sym_min
-from visattn.ops.padding import spatial_sizes
+from visattn.ops.padding import empty_map, spatial_sizes
 from visattn.ops.registration import custom_op, traced_as_one
 
 
@@ -48,7 +46,7 @@ def pool2x2(x: Tensor, kind: str) -> Tensor:
 
 
 def _average(x: Tensor, axis: int, number: int) -> Tensor:
-    """Means over the bins of an axis. PyTorch's adaptive pooling has no deterministic backward pass on GPUs."""
+    """Average over the bins of an axis. PyTorch's adaptive pooling has no deterministic backward pass on GPUs."""
     length = x.shape[axis]
     if not is_symbolic(length, number) and length % number == 0:
         return x.unflatten(axis, (number, length // number)).mean(axis + 1)  # [..., number, ...]
@@ -58,11 +56,7 @@ def _average(x: Tensor, axis: int, number: int) -> Tensor:
     return (weight @ x.flatten(axis + 1)).unflatten(-1, x.shape[axis + 1 :])  # [..., number, ...]
 
 
-def _empty_pool(x: Tensor, size: Sequence[int]) -> Tensor:
-    return x.new_empty((x.shape[0], *size, x.shape[-1]))
-
-
-@custom_op(fake=_empty_pool)
+@custom_op(fake=empty_map)
 def adaptive_avg_pool(x: Tensor, size: Sequence[int]) -> Tensor:
     """[B, H, W, C] -> [B, *size, C], also where the map has fewer pixels than that.
 
@@ -72,9 +66,8 @@ def adaptive_avg_pool(x: Tensor, size: Sequence[int]) -> Tensor:
         ValueError: No map, or sizes below 1.
     """
     if x.ndim != 4 or len(size) != 2 or any(n < 1 for n in size):
-        raise ValueError(
-            f"expected a map [B, H, W, C] and size of 2 ints >= 1, got {tuple(x.shape)} and {list(size)}"
-        )
+        got = f"{tuple(x.shape)} and {list(size)}"
+        raise ValueError(f"expected a map [B, H, W, C] and size of 2 ints >= 1, got {got}")
     return _average(_average(x, 1, size[0]), 2, size[1])
 
 
@@ -88,9 +81,8 @@ def avg_pool_grid(x: Tensor, ratio: Sequence[int], size: Sequence[int] = ()) -> 
         ValueError: Other than two ratios, or other than two sizes or none.
     """
     if len(ratio) != 2 or len(size) not in (0, 2):
-        raise ValueError(
-            f"expected ratio of 2 ints and size of 2 or none, got {list(ratio)} and {list(size)}"
-        )
+        got = f"{list(ratio)} and {list(size)}"
+        raise ValueError(f"expected ratio of 2 ints and size of 2 or none, got {got}")
     sizes = spatial_sizes(x)
     if len(size):
         return adaptive_avg_pool(x, [sym_min(n, s) for n, s in zip(sizes, size, strict=True)])

@@ -8,8 +8,6 @@ of PyTorch, on every device, whatever a backend computes. Transforms of `torch.f
 operations inside count.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect
@@ -19,26 +17,21 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils import flop_counter
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import (
-    flop_registry,
-    register_flop_formula,
-    sdpa_backward_flop,
-    sdpa_flop,
-)
 
 from visattn.ops.autocast import without_autocast
+from visattn.ops.cut import contiguous_copy
 from visattn.ops.geometry import is_symbolic
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 # PyTorch counts its own attention on other devices, but not on a CPU.
-flop_registry.setdefault(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, sdpa_flop)
-flop_registry.setdefault(
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, sdpa_backward_flop
-)
+for end, count in ("", flop_counter.sdpa_flop), ("_backward", flop_counter.sdpa_backward_flop):
+    packet = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{end}")
+    flop_counter.flop_registry.setdefault(packet, count)
 
 decompositions: dict[Any, Callable[..., Any]] = {}
 """What `ExportedProgram.run_decompositions` can put in the place of each custom op: plain PyTorch for every size."""
@@ -50,14 +43,8 @@ def known_sizes(*args: Any) -> bool:
     A tensor's first size is that of the batch, which decides nothing.
     """
     for arg in args:
-        values = (
-            arg.shape[1:]
-            if isinstance(arg, Tensor)
-            else arg
-            if isinstance(arg, (list, tuple))
-            else (arg,)
-        )
-        if is_symbolic(*values):
+        values = arg.shape[1:] if isinstance(arg, Tensor) else arg
+        if is_symbolic(*(values if isinstance(values, (list, tuple)) else (values,))):
             return False
     return True
 
@@ -116,10 +103,10 @@ def custom_op(
 
 
 def _fresh(x: Tensor, args: Sequence[Any]) -> Tensor:
-    """x, contiguous, as a copy if it shares memory with a tensor among the arguments: an op may not return those."""
+    """Make x contiguous, as a copy if it shares memory with a tensor among the arguments: no op may return those."""
     taken = {t.untyped_storage()._cdata for t in args if isinstance(t, Tensor)}
     shared = x.untyped_storage()._cdata in taken
-    return x.clone(memory_format=torch.contiguous_format) if shared else x.contiguous()
+    return contiguous_copy(x) if shared else x.contiguous()
 
 
 def _as_tuple(x: Any) -> tuple[Tensor, ...]:
@@ -164,11 +151,9 @@ def register(
 
     forward.register_fake(lambda *args: list(_as_tuple(cast("Callable[..., Any]", fake)(*args))))
 
-    @torch.library.custom_op(
-        f"visattn::{name}_backward",
-        mutates_args=(),
-        schema=schema.replace("(", "(Tensor[] grads, bool[] needs, ", 1),
-    )
+    of_backward = schema.replace("(", "(Tensor[] grads, bool[] needs, ", 1)
+
+    @torch.library.custom_op(f"visattn::{name}_backward", mutates_args=(), schema=of_backward)
     def backward(grads: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
         inputs, wanted = list(args), [i for i, n in zip(positions, needs, strict=True) if n]
 
@@ -184,13 +169,11 @@ def register(
 
     @backward.register_fake
     def _(grads: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
-        return [
-            args[i].new_empty(args[i].shape) for i, n in zip(positions, needs, strict=True) if n
-        ]
+        wanted = [args[i] for i, n in zip(positions, needs, strict=True) if n]
+        return [x.new_empty(x.shape) for x in wanted]
 
-    packet, backward_packet = (
-        getattr(torch.ops.visattn, f"{name}{suffix}") for suffix in ("", "_backward")
-    )
+    ops = torch.ops.visattn
+    packet, backward_packet = getattr(ops, name), getattr(ops, f"{name}_backward")
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*(inputs[i] for i in positions))
@@ -208,18 +191,16 @@ def register(
         with _disable_current_modes() if counted else contextlib.nullcontext():
             found = iter(backward_packet(list(grads), needs, *args))
         # An empty list counts as one of tensors, and wants as many gradients.
-        no_grads = ([] if isinstance(x, list) and not x else None for x in args)
-        return tuple(
-            next(found) if i in positions and ctx.needs_input_grad[i] else none
-            for i, none in enumerate(no_grads)
-        )
+        gradients: list[Any] = [[] if isinstance(x, list) and not x else None for x in args]
+        for i, needed in zip(positions, needs, strict=True):
+            gradients[i] = next(found) if needed else None
+        return tuple(gradients)
 
     forward.register_autograd(differentiate, setup_context=setup_context)
     if flops is not None:
-        register_flop_formula(packet, get_raw=True)(lambda *args, out_val=None: flops(*args))
-        register_flop_formula(backward_packet, get_raw=True)(
-            lambda grads, needs, *args, out_val=None: 2 * flops(*args)
-        )
+        formula = functools.partial(flop_counter.register_flop_formula, get_raw=True)
+        formula(packet)(lambda *args, out_val=None: flops(*args))
+        formula(backward_packet)(lambda grads, needs, *args, out_val=None: 2 * flops(*args))
 
     def unpacked(*args: Any) -> Any:
         found = packet(*args)

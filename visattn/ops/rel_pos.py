@@ -1,14 +1,12 @@
 """Relative position tables: resizing one learned for another window."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visattn.ops.geometry import is_symbolic
+from visattn.ops.geometry import is_symbolic, plain
 from visattn.ops.registration import traced_as_one
 
 
@@ -21,7 +19,7 @@ def resize_rel_pos(table: Tensor, size: Sequence[int], mode: str = "bicubic") ->
         size: Two ints.
         mode: "bicubic" or "bilinear", as the family's official checkpoints were carried from one window to another.
     """
-    size = [int(n) for n in size] if torch.jit.is_tracing() else list(size)
+    size = plain(size)
     if not is_symbolic(*size) and size == list(table.shape[-2:]):
         return table
     dtype = torch.promote_types(table.dtype, torch.float32)

@@ -1,7 +1,5 @@
 """Depthwise convolution within windows."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -38,9 +36,8 @@ def window_conv(x: Tensor, weight: Tensor, bias: Tensor | None, window: Sequence
         )
     rows, cols = ceil_div(height, h), ceil_div(width, w)
     x = fit(x, [rows * h, cols * w])  # zeros of the padding are those that surround a window anyway
-    x = (
-        x.reshape(b, rows, h, cols, w, c).permute(0, 1, 3, 5, 2, 4).flatten(0, 2)
-    )  # [B * windows, C, h, w]
+    x = x.reshape(b, rows, h, cols, w, c).permute(0, 1, 3, 5, 2, 4)  # [B, rows, cols, C, h, w]
+    x = x.flatten(0, 2)  # [B * windows, C, h, w]
     x = F.conv2d(x, weight, bias, padding=(kh // 2, kw // 2), groups=c)  # [B * windows, C, h, w]
     x = x.reshape(b, rows, cols, c, h, w).permute(0, 1, 4, 2, 5, 3)  # [B, rows, h, cols, w, C]
     return fit(x.reshape(b, rows * h, cols * w, c), [height, width])  # [B, H, W, C]

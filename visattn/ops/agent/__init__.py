@@ -1,22 +1,15 @@
 """Agent attention: a few agents gather from all keys, and queries read from the agents. See README.md here."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from visattn.ops import checks
 from visattn.ops.agent import eager, reference, triton
 from visattn.ops.agent.bias import agent_position_bias as agent_position_bias
 from visattn.ops.autocast import to_autocast, without_autocast
-from visattn.ops.checks import (
-    check_dtypes,
-    check_floating,
-    check_tensors,
-    default_scale,
-    spatial_axes,
-)
+from visattn.ops.checks import check_shape, check_tensors, default_scale, spatial_axes
 from visattn.ops.dispatch import AttentionProblem, Backends
 from visattn.ops.registration import traced_as_one
 
@@ -36,30 +29,19 @@ class AgentProblem(AttentionProblem):
     def __post_init__(self) -> None:
         q, k, v, agents = self.q, self.k, self.v, self.agents
         check_tensors(q=q, k=k, v=v, agents=agents)
-        check_floating(agent_bias=self.agent_bias, query_bias=self.query_bias)
+        checks.check_floating(agent_bias=self.agent_bias, query_bias=self.query_bias)
         b, (n, d) = q.shape[0], q.shape[-2:]
-        fits = (
-            k.ndim >= 4
-            and k.shape[0] == b
-            and k.shape[-2:] == (n, d)
-            and v.shape[:-1] == k.shape[:-1]
-        )
+        fits = k.ndim >= 4 and (k.shape[0], *k.shape[-2:]) == (b, n, d)
+        fits = fits and v.shape[:-1] == k.shape[:-1]
         if not fits or (agents.shape[0], *agents.shape[2:]) != (b, n, d):
-            raise ValueError(
-                f"expected q [B, *spatial, N, D], k [B, *other, N, D], v [B, *other, N, Dv] and agents [B, A, N, D], "
-                f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, agents {tuple(agents.shape)}"
-            )
+            expected = "q [B, *spatial, N, D], k [B, *other, N, D], v [B, *other, N, Dv]"
+            got = checks.shapes(q=q, k=k, v=v, agents=agents)
+            raise ValueError(f"expected {expected} and agents [B, A, N, D], got {got}")
         number, queries, keys = agents.shape[1], math.prod(q.shape[1:-2]), math.prod(k.shape[1:-2])
-        for name, shape in (
-            ("agent_bias", (n, number, keys)),
-            ("query_bias", (n, queries, number)),
-        ):
-            bias = getattr(self, name)
-            if bias is not None and tuple(bias.shape) != shape:
-                raise ValueError(
-                    f"expected {name} {shape} without a batch axis, got {tuple(bias.shape)}"
-                )
-        check_dtypes(q, k, v, agents)
+        meaning = "without a batch axis"
+        check_shape("agent_bias", self.agent_bias, (n, number, keys), meaning)
+        check_shape("query_bias", self.query_bias, (n, queries, number), meaning)
+        checks.check_dtypes(q, k, v, agents)
 
     def flops(self) -> int:
         """Those of the four products."""
@@ -68,13 +50,7 @@ class AgentProblem(AttentionProblem):
         return 2 * b * heads * agents * tokens * (d + self.v.shape[-1])
 
 
-_backends = Backends(
-    "agent_attention",
-    AgentProblem,
-    triton=triton.attend,
-    eager=eager.attend,
-    reference=reference.attend,
-)
+_backends = Backends("agent_attention", AgentProblem, triton.attend, eager.attend, reference.attend)
 
 
 @traced_as_one
@@ -116,8 +92,7 @@ def agent_attention(
     """
     spatial_axes(q)
     q, k, v, agents = to_autocast(q, k, v, agents)
-    problem = AgentProblem(
-        q, k, v, agents, agent_bias, query_bias, default_scale(q.shape[-1], scale)
-    )
+    scale = default_scale(q.shape[-1], scale)
+    problem = AgentProblem(q, k, v, agents, agent_bias, query_bias, scale)
     with without_autocast(q.device):
         return _backends.choose(problem, backend)(problem)

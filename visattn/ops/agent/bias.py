@@ -1,7 +1,5 @@
 """The position bias between agents and the tokens of a map."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -15,29 +13,23 @@ from visattn.ops.geometry import is_symbolic
 from visattn.ops.registration import custom_op
 
 
-def _check(
-    table: Tensor, rows: Tensor, columns: Tensor, size: Sequence[int], agent_size: Sequence[int]
-) -> int:
-    """Agents per axis of the tables."""
+def _check(table: Tensor, rows: Tensor, columns: Tensor, *sizes: Sequence[int]) -> int:
+    """Check what makes a bias, and find the agents per axis of the tables."""
     check_tensors(table=table, rows=rows, columns=columns)
     check_floating(table=table, rows=rows, columns=columns)
-    lead = tuple(table.shape[:2])
-    if (table.ndim, rows.ndim, columns.ndim) != (4, 3, 3) or any(
-        tuple(t.shape[:2]) != lead for t in (rows, columns)
-    ):
-        raise ValueError(
-            f"expected table [N, A, h, w], rows [N, A, H] and columns [N, A, W], got {tuple(table.shape)}, "
-            f"{tuple(rows.shape)} and {tuple(columns.shape)}"
-        )
-    side = math.isqrt(table.shape[1])
-    if side * side != table.shape[1]:
-        raise ValueError(
-            f"expected a square number of agents, got {table.shape[1]}; try {max(1, side) ** 2}"
-        )
-    if len(size) != 2 or len(agent_size) != 2 or any(n < 1 for n in (*size, *agent_size)):
-        raise ValueError(
-            f"expected size and agent_size of 2 ints >= 1, got {list(size)} and {list(agent_size)}"
-        )
+    fits = (table.ndim, rows.ndim, columns.ndim) == (4, 3, 3)
+    if not fits or not table.shape[:2] == rows.shape[:2] == columns.shape[:2]:
+        expected = "table [N, A, h, w], rows [N, A, H] and columns [N, A, W]"
+        got = f"{tuple(table.shape)}, {tuple(rows.shape)} and {tuple(columns.shape)}"
+        raise ValueError(f"expected {expected}, got {got}")
+    number = table.shape[1]
+    side = math.isqrt(number)
+    if side * side != number:
+        near = max(1, side) ** 2
+        raise ValueError(f"expected a square number of agents, got {number}; try {near}")
+    if any(len(size) != 2 for size in sizes) or any(n < 1 for size in sizes for n in size):
+        got = " and ".join(str(list(size)) for size in sizes)
+        raise ValueError(f"expected size and agent_size of 2 ints >= 1, got {got}")
     return side
 
 
@@ -46,9 +38,8 @@ def _resize(x: Tensor, axis: int, size: int) -> Tensor:
     if not is_symbolic(size) and x.shape[axis] == size:
         return x
     identity = torch.eye(x.shape[axis], dtype=x.dtype, device=x.device)
-    weight = F.interpolate(identity[None], size=size, mode="linear", align_corners=False)[
-        0
-    ]  # [old, size]
+    # [old, size]
+    weight = F.interpolate(identity[None], size=size, mode="linear", align_corners=False)[0]
     return (x.movedim(axis, -1) @ weight).movedim(-1, axis)  # [..., size, ...]
 
 
@@ -84,10 +75,8 @@ def agent_position_bias(
     Source: arXiv:2312.08874, section 4.3; the resizing is that of the official detection backbones.
     """
     side, dtype = _check(table, rows, columns, size, agent_size), table.dtype
-    (height, width), agents = (
-        per_axis("size", size, int, 2),
-        per_axis("agent_size", agent_size, int, 2),
-    )
+    height, width = per_axis("size", size, int, 2)
+    agents = per_axis("agent_size", agent_size, int, 2)
     with without_autocast(table.device):
         wide = torch.promote_types(dtype, torch.float32)
         tables = (t.to(wide).unflatten(1, (side, side)) for t in (table, rows, columns))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visattn.ops import chunking
+from visattn.ops.cut import contiguous_copy
 from visattn.ops.geometry import is_symbolic
 
 if TYPE_CHECKING:
@@ -17,10 +18,9 @@ if TYPE_CHECKING:
 
 def _logits(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     """Add bias [N, t, U] to q k^T for q [B, N, t, D] and k [B, N, U, D]: [B, N, t, U], in float32 at least."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    copy = torch.Tensor.clone if is_symbolic(k.shape[2]) else torch.Tensor.contiguous
     # Matmul would copy k^T in the order of k^T, slowly.
-    logits = (q @ copy(k, memory_format=torch.contiguous_format).mT).to(dtype)
+    k = contiguous_copy(k) if is_symbolic(k.shape[2]) else k.contiguous()
+    logits = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
     if bias is None:
         return logits
     # With symbolic sizes nothing may be written to.
@@ -41,7 +41,7 @@ def attend(problem: AgentProblem) -> Tensor:
     symbolic = is_symbolic(*problem.size, *problem.k.shape[1:-2])
     maps = (problem.q, problem.k, problem.v)
     if symbolic:  # whether flattening copies is then not asked
-        maps = (x.clone(memory_format=torch.contiguous_format) for x in maps)
+        maps = (contiguous_copy(x) for x in maps)
     q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in maps)  # [B, N, L or M, D]
     agents = problem.agents.transpose(1, 2)  # [B, N, A, D]
     scaled = agents * scale  # for both products: queries are many

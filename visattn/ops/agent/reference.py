@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def attend(problem: AgentProblem) -> Tensor:
     """See `visattn.ops.agent_attention`; A agents, L queries, M keys."""
     q, v, scale = problem.q, problem.v, problem.scale
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = problem.dtype
     query, key, value = (x.flatten(1, -3).to(dtype) for x in (q, problem.k, v))  # [B, L or M, N, D]
     agent = problem.agents.to(dtype)
     logits = scale * torch.einsum("band,bmnd->bnam", agent, key)

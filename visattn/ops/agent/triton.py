@@ -18,10 +18,7 @@ def attend(problem: AgentProblem) -> Tensor:
 
     agents, scale, number = problem.agents, problem.scale, problem.agents.shape[1]
     q, k, v = flat(problem.q), flat(problem.k), flat(problem.v)  # [B, L or M, N, D]
-    gathered, _ = fused_attention(
-        agents, k, v, [Whole(number, k.shape[1])], scale, bias=problem.agent_bias
-    )
-    out, _ = fused_attention(
-        q, agents, gathered, [Whole(q.shape[1], number)], scale, bias=problem.query_bias
-    )
+    keys, queries = [Whole(number, k.shape[1])], [Whole(q.shape[1], number)]
+    gathered, _ = fused_attention(agents, k, v, keys, scale, bias=problem.agent_bias)
+    out, _ = fused_attention(q, agents, gathered, queries, scale, bias=problem.query_bias)
     return out.view(*problem.q.shape[:-1], problem.v.shape[-1])  # [B, *spatial, N, Dv]

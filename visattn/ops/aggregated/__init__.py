@@ -1,7 +1,5 @@
 """Aggregated attention: a token attends to its neighbours and to the pooled map. See README.md in this folder."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,25 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visattn.ops import checks
 from visattn.ops.aggregated import eager, reference, triton
 from visattn.ops.autocast import to_autocast, without_autocast
-from visattn.ops.checks import check_dtypes, check_floating, check_tensors, per_axis
+from visattn.ops.checks import check_floating, check_tensors, per_axis
 from visattn.ops.dispatch import Backends, Problem
-from visattn.ops.geometry import Pooled, is_symbolic
+from visattn.ops.geometry import Pooled, is_symbolic, plain
 from visattn.ops.registration import traced_as_one
 
 
-def _check_shapes(expected: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
-    """Tensors, where given, are floating point and have these shapes."""
+def _check(**expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Check that tensors, where given, are floating point and have these shapes."""
     for name, (tensor, shape) in expected.items():
         check_floating(**{name: tensor})
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"expected {name} {shape}, got {tuple(tensor.shape)}")
-
-
-def _sizes(x: Tensor) -> list[int]:
-    """Height and width of x [B, H, W, N, D]; plain ints under `torch.jit.trace`, which is for one map size."""
-    return [int(n) for n in x.shape[1:3]] if torch.jit.is_tracing() else list(x.shape[1:3])
+        checks.check_shape(name, tensor, shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,63 +50,46 @@ class AggregatedProblem(Problem):
         q, pool_k, pool_v = self.q, self.pool_k, self.pool_v
         check_tensors(q=q, pool_k=pool_k, pool_v=pool_v)
         if q.ndim != 5 or pool_k.ndim != 5 or pool_v.ndim != 5:
-            raise ValueError(
-                f"expected q [B, H, W, N, D], pool_k [B, PH, PW, N, D] and pool_v [B, PH, PW, N, Dv], got q "
-                f"{tuple(q.shape)}, pool_k {tuple(pool_k.shape)}, pool_v {tuple(pool_v.shape)}"
-            )
+            expected = "q [B, H, W, N, D], pool_k [B, PH, PW, N, D] and pool_v [B, PH, PW, N, Dv]"
+            got = checks.shapes(q=q, pool_k=pool_k, pool_v=pool_v)
+            raise ValueError(f"expected {expected}, got {got}")
         (b, _, _, n, d), pool, dv = q.shape, pool_k.shape[1:3], pool_v.shape[4]
-        _check_shapes({"pool_k": (pool_k, (b, *pool, n, d)), "pool_v": (pool_v, (b, *pool, n, dv))})
-        names = (
-            "temperature",
-            "query_embedding",
-            "cpb_weight1",
-            "cpb_bias1",
-            "cpb_weight2",
-            "cpb_bias2",
-        )
-        check_tensors(**{name: getattr(self, name) for name in names})
-        hidden = self.cpb_weight1.shape[0] if self.cpb_weight1.ndim else 0
-        shapes = ((n,), (n, d), (hidden, 2), (hidden,), (n, hidden), (n,))
-        _check_shapes(
-            {name: (getattr(self, name), shape) for name, shape in zip(names, shapes, strict=True)}
-        )
+        _check(pool_k=(pool_k, (b, *pool, n, d)), pool_v=(pool_v, (b, *pool, n, dv)))
+        w1, b1, w2, b2 = self.cpb_weight1, self.cpb_bias1, self.cpb_weight2, self.cpb_bias2
+        temperature, embedding = self.temperature, self.query_embedding
+        check_tensors(temperature=temperature, query_embedding=embedding)
+        check_tensors(cpb_weight1=w1, cpb_bias1=b1, cpb_weight2=w2, cpb_bias2=b2)
+        f = w1.shape[0] if w1.ndim else 0
+        _check(temperature=(temperature, (n,)), query_embedding=(embedding, (n, d)))
+        _check(cpb_weight1=(w1, (f, 2)), cpb_bias1=(b1, (f,)))
+        _check(cpb_weight2=(w2, (n, f)), cpb_bias2=(b2, (n,)))
         self._check_local()
-        check_dtypes(q, pool_k, pool_v, self.local_k, self.local_v)
+        checks.check_dtypes(q, pool_k, pool_v, self.local_k, self.local_v)
         self._check_sizes()
 
     def _check_local(self) -> None:
-        local = (self.local_k, self.local_v, self.local_bias, self.tokens, self.token_bias)
-        if (local[0] is None) != (local[1] is None) or (
-            local[0] is None and any(x is not None for x in local)
-        ):
+        k, v, bias = self.local_k, self.local_v, self.local_bias
+        others = (bias, self.tokens, self.token_bias)
+        if (k is None) != (v is None) or (k is None and any(x is not None for x in others)):
+            given = ", ".join("no" if x is None else "a" for x in (k, v, *others))
             raise ValueError(
                 "expected k and v together, and local_bias, tokens or token_bias only with them, got "
-                + ", ".join("no" if x is None else "a" for x in local)
-                + " k, v, local_bias, tokens, token_bias"
+                f"{given} k, v, local_bias, tokens, token_bias"
             )
-        if local[0] is not None:
+        if k is not None:
             if self.kernel_size < 1 or self.kernel_size % 2 == 0:
                 raise ValueError(f"expected an odd kernel_size >= 1, got {self.kernel_size}")
             (*lead, n, d), slots = self.q.shape, self.kernel_size**2
-            names = ("k", "v", "local_bias", "tokens", "token_bias")
-            shapes = (
-                (*lead, n, d),
-                (*lead, n, self.v.shape[-1]),
-                (n, slots),
-                (n, d, slots),
-                (n, slots),
-            )
-            _check_shapes(dict(zip(names, zip(local, shapes, strict=True), strict=True)))
+            _check(k=(k, (*lead, n, d)), v=(v, (*lead, n, self.v.shape[-1])))
+            _check(local_bias=(bias, (n, slots)), tokens=(self.tokens, (n, d, slots)))
+            _check(token_bias=(self.token_bias, (n, slots)))
 
     def _check_sizes(self) -> None:
-        if min(self.pretrain_size) < 1:
-            raise ValueError(
-                f"expected pretrain_size of 2 ints >= 1, got {list(self.pretrain_size)}"
-            )
-        if len(self.bias_size) not in (0, 4):
-            raise ValueError(
-                f"expected bias_size of no or 4 ints (H, W, PH, PW), got {list(self.bias_size)}"
-            )
+        sizes, pretrain = list(self.bias_size), list(self.pretrain_size)
+        if min(pretrain) < 1:
+            raise ValueError(f"expected pretrain_size of 2 ints >= 1, got {pretrain}")
+        if len(sizes) not in (0, 4):
+            raise ValueError(f"expected bias_size of no or 4 ints (H, W, PH, PW), got {sizes}")
         size = (*self.size, *self.pooled)
         for h, w, ph, pw in (size, self.bias_size or size):
             if not is_symbolic(h, w, ph, pw) and not (1 <= ph <= h and 1 <= pw <= w):
@@ -130,12 +106,12 @@ class AggregatedProblem(Problem):
     @property
     def size(self) -> list[int]:
         """H and W of the queries."""
-        return _sizes(self.q)
+        return plain(self.q.shape[1:3])
 
     @property
     def pooled(self) -> list[int]:
         """H and W of the pooled keys."""
-        return _sizes(self.pool_k)
+        return plain(self.pool_k.shape[1:3])
 
     @property
     def axes(self) -> tuple[Pooled, Pooled]:
@@ -170,57 +146,36 @@ class AggregatedProblem(Problem):
 
 
 def _pairs(length: int, kernel_size: int) -> int:
-    """How many pairs of tokens of an axis lie in one another's window."""
-    return sum(
-        max(length - abs(step), 0) for step in range(-(kernel_size // 2), kernel_size // 2 + 1)
-    )
+    """Count the pairs of tokens of an axis that lie in one another's window."""
+    reach = kernel_size // 2
+    return sum(max(length - abs(step), 0) for step in range(-reach, reach + 1))
 
 
 def _problem(
-    q: Tensor,
-    maps: Sequence[Any],
-    parameters: Sequence[Any],
-    pretrain_size: int | Sequence[int],
-    bias_size: Sequence[int],
-    kernel_size: int,
+    q: Tensor, maps: Sequence[Any], parameters: Sequence[Any], *sizes: Any
 ) -> AggregatedProblem:
-    """Normalise arguments; maps are (pool_k, pool_v, k, v), parameters the other tensors in their order."""
+    """Normalise arguments; maps are (pool_k, pool_v, k, v), then the other tensors and the sizes in their order."""
     check_tensors(q=q)
     pool_k, pool_v, k, v = maps
     q, pool_k, pool_v, k, v = to_autocast(q, pool_k, pool_v, k, v)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    wide = [
+    temperature, embedding, w1, b1, w2, b2, *local = (
         x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in parameters
-    ]
-    pretrain_size, (kernel,) = (
-        per_axis("pretrain_size", pretrain_size, int, 2),
-        per_axis("kernel_size", kernel_size, int, 1),
     )
-    bias_size = per_axis("bias_size", bias_size, int, len(bias_size))
-    temperature, embedding, w1, b1, w2, b2, *local = wide
-    how: Any = (
-        temperature,
-        embedding,
-        w1,
-        b1,
-        w2,
-        b2,
-        pretrain_size,
-        bias_size,
-        k,
-        v,
-        kernel,
-        *local,
-    )
-    return AggregatedProblem(q, pool_k, pool_v, *how)
+    pretrain, bias, kernel = sizes
+    pretrain = per_axis("pretrain_size", pretrain, int, 2)
+    bias = per_axis("bias_size", bias, int, len(bias))
+    (kernel,) = per_axis("kernel_size", kernel, int, 1)
+    how: Any = (w1, b1, w2, b2, pretrain, bias, k, v, kernel, *local)
+    return AggregatedProblem(q, pool_k, pool_v, temperature, embedding, *how)
 
 
 _backends = Backends(
     "aggregated_attention",
     AggregatedProblem,
-    triton=triton.attend,
-    eager=eager.attend,
-    reference=reference.attend,
+    triton.attend,
+    eager.attend,
+    reference.attend,
     can_run=triton.can_run,
     whole_on_cpu=True,
 )

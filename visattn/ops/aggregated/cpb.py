@@ -14,16 +14,15 @@ from torch import Tensor
 
 from visattn.ops import chunking
 from visattn.ops.aggregated.reference import log_coordinates
+from visattn.ops.cut import contiguous_copy
 from visattn.ops.geometry import Pooled, ceil_div, interpolated, is_symbolic
 
 if TYPE_CHECKING:
     from visattn.ops.aggregated import AggregatedProblem
 
 
-class _Grid(torch.autograd.Function):
+class _Grid(chunking.Recomputed):
     """Sum weight[n, f] * relu(rows[u, f] + columns[v, f]) over f: [U, F], [V, F], [N, F] -> [N, U, V]."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def _chunks(rows: Tensor, columns: Tensor) -> list[slice]:
@@ -34,27 +33,21 @@ class _Grid(torch.autograd.Function):
     @staticmethod
     def forward(rows: Tensor, columns: Tensor, weight: Tensor) -> Tensor:
         parts = _Grid._chunks(rows, columns)
-        found = [
-            weight @ (rows[p, None] + columns).relu_().flatten(0, 1).mT for p in parts
-        ]  # [N, u V]
-        return torch.cat(found, dim=1).unflatten(1, (rows.shape[0], columns.shape[0]))  # [N, U, V]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        hidden = ((rows[p, None] + columns).relu_().flatten(0, 1) for p in parts)  # [u V, F]
+        found = torch.cat([weight @ x.mT for x in hidden], dim=1)  # [N, U V]
+        return found.unflatten(1, (rows.shape[0], columns.shape[0]))  # [N, U, V]
 
     @staticmethod
     # pyrefly: ignore[bad-override]: as many gradients as forward has results
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        """All three from the gradient summed over the columns, and over the rows, where a hidden unit is active."""
+        """Find all three from the gradient summed over columns, and over rows, where a hidden unit is active."""
         rows, columns, weight = ctx.saved_tensors
         # [U, N, V] and [V, N, U]
         by_row, by_column = (grad.permute(*order).contiguous() for order in ((1, 0, 2), (2, 0, 1)))
         found, over_rows = [], grad.new_zeros(columns.shape[0], *weight.shape)
         for part in _Grid._chunks(rows, columns):
-            active = (rows.detach()[part, None] + columns.detach()).gt_(
-                0
-            )  # [u, V, F] of ones and zeros
+            # Of ones and zeros: [u, V, F].
+            active = (rows.detach()[part, None] + columns.detach()).gt_(0)
             found.append(by_row[part] @ active)
             over_rows.baddbmm_(by_column[..., part], active.transpose(0, 1))
         over_columns = torch.cat(found)  # [U, N, F]; over_rows [V, N, F]
@@ -74,9 +67,8 @@ def position_table(problem: AggregatedProblem) -> Tensor:
         # How many rows make a chunk may not be known, but hidden units are as many for every size.
         parts = zip(*(x.split(chunking.HIDDEN, dim=1) for x in (rows, columns, w2)), strict=True)
         found = [(w @ (r[:, None] + c).relu().flatten(0, 1).mT) for r, c, w in parts]  # [N, U V]
-        table = (
-            torch.stack(found).sum(0).unflatten(1, (rows.shape[0], columns.shape[0]))
-        )  # [N, U, V]
+        shape = rows.shape[0], columns.shape[0]
+        table = torch.stack(found).sum(0).unflatten(1, shape)  # [N, U, V]
     else:
         table = _Grid.apply(rows, columns, w2)
     return table + problem.cpb_bias2[:, None, None]
@@ -88,34 +80,31 @@ class PositionBias:
     def __init__(
         self, axes: Sequence[Pooled], size: Sequence[int], pooled: Sequence[int], table: Tensor
     ) -> None:
-        self.rows, self.columns = (
-            interpolated(axis, n, p, table.device)
-            for axis, n, p in zip(axes, size, pooled, strict=True)
-        )
-        self.table = table
-        self.grid = table.permute(1, 2, 0).clone(memory_format=torch.contiguous_format)  # [U, V, N]
+        sizes = zip(axes, size, pooled, strict=True)
+        self.rows, self.columns = (interpolated(*each, table.device) for each in sizes)
+        self.table, self.grid = table, contiguous_copy(table.permute(1, 2, 0))  # [U, V, N]
 
     @staticmethod
     def _read(x: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
         """Read x [U, ...] at index [queries, keys, m] with weights like it: [keys, queries, ...]."""
-        index = index.transpose(0, 1).clone(
-            memory_format=torch.contiguous_format
-        )  # [keys, queries, m]
-        found = x.index_select(0, index.flatten()).unflatten(
-            0, index.shape
-        )  # [keys, queries, m, ...]
+        index = contiguous_copy(index.transpose(0, 1))  # [keys, queries, m]
+        found = x.index_select(0, index.flatten())  # [keys queries m, ...]
+        found = found.unflatten(0, index.shape)  # [keys, queries, m, ...]
         if weight is None:
-            return found.squeeze(2)
-        return (
-            found * weight.transpose(0, 1).to(x.dtype).view(*index.shape, *[1] * (x.ndim - 1))
-        ).sum(2)
+            return found.squeeze(2)  # [keys, queries, ...]
+        weight = weight.transpose(0, 1).to(x.dtype)  # [keys, queries, m]
+        return (found * weight.view(*index.shape, *[1] * (x.ndim - 1))).sum(2)
 
     @staticmethod
     def _add(x: Tensor, index: Tensor, weight: Tensor | None, size: int) -> Tensor:
         """Transpose `_read`: [keys, queries, ...] -> [U, ...]."""
-        index, x = index.transpose(0, 1), x.unsqueeze(2)
+        index, x = (
+            index.transpose(0, 1),
+            x.unsqueeze(2),
+        )  # [keys, queries, m], [keys, queries, 1, ..]
         if weight is not None:
-            x = x * weight.transpose(0, 1).to(x.dtype).view(*index.shape, *[1] * (x.ndim - 3))
+            weight = weight.transpose(0, 1).to(x.dtype)  # [keys, queries, m]
+            x = x * weight.view(*index.shape, *[1] * (x.ndim - 3))  # [keys, queries, m, ...]
         return x.new_zeros(size, *x.shape[3:]).index_add(0, index.flatten(), x.flatten(0, 2))
 
     def _part(self, rows: slice) -> tuple[Tensor, Tensor | None]:
@@ -125,20 +114,18 @@ class PositionBias:
     def read(self, rows: slice) -> Tensor:
         """Read the bias of some rows of queries: [N, PH, PW, rows, W], a view."""
         by_row = self._read(self.grid, *self._part(rows)).permute(2, 3, 0, 1)  # [V, N, PH, rows]
-        by_row = by_row.clone(memory_format=torch.contiguous_format)
+        by_row = contiguous_copy(by_row)
         return self._read(by_row, *self.columns).permute(2, 3, 0, 4, 1)  # [N, PH, PW, rows, W]
 
     def all(self) -> Tensor:
         """Read the bias of all queries, in operations that do not depend on the sizes: [N, H * W, PH * PW]."""
         bias = self.read(slice(None)).permute(0, 3, 4, 1, 2)  # [N, H, W, PH, PW]
-        return bias.clone(memory_format=torch.contiguous_format).flatten(3).flatten(1, 2)
+        return contiguous_copy(bias).flatten(3).flatten(1, 2)  # [N, H W, PH PW]
 
     def add(self, rows: slice, grad: Tensor) -> Tensor:
         """Transpose `read`: the part [N, U, V] of the table's gradient."""
-        by_row = self._add(
-            grad.permute(2, 4, 0, 1, 3), *self.columns, self.table.shape[2]
-        )  # [V, N, PH, rows]
+        _, u, v = self.table.shape
+        grad = grad.permute(2, 4, 0, 1, 3)  # [PW, W, N, PH, rows]
+        by_row = self._add(grad, *self.columns, v)  # [V, N, PH, rows]
         by_row = by_row.permute(2, 3, 0, 1).contiguous()  # [PH, rows, V, N]
-        return self._add(by_row, *self._part(rows), self.table.shape[1]).permute(
-            2, 0, 1
-        )  # [N, U, V]
+        return self._add(by_row, *self._part(rows), u).permute(2, 0, 1)  # [N, U, V]

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from visattn.ops import chunking
 from visattn.ops.aggregated.cpb import PositionBias, position_table
-from visattn.ops.geometry import Pooled, ceil_div, is_symbolic
+from visattn.ops.cut import contiguous_copy
+from visattn.ops.geometry import ceil_div, is_symbolic
 
 if TYPE_CHECKING:
     from visattn.ops.aggregated import AggregatedProblem
@@ -55,19 +56,16 @@ class _Layout:
 
     def rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Lay out rows [B, r, W, N, D] as [B, N, D, r * pitch]."""
-        return F.pad(x.permute(0, 3, 4, 1, 2).to(dtype), (0, self.reach)).flatten(
-            3
-        )  # [B, N, D, r * pitch]
+        x = x.permute(0, 3, 4, 1, 2).to(dtype)  # [B, N, D, r, W]
+        return F.pad(x, (0, self.reach)).flatten(3)  # [B, N, D, r pitch]
 
     def map(self, rows: Tensor) -> Tensor:
-        """Invert `rows`, a view."""
-        rows = rows.unflatten(-1, (int(rows.shape[-1]) // self.pitch, self.pitch))[
-            ..., : self.size[1]
-        ]
-        return rows.permute(0, 3, 4, 1, 2)  # [B, r, W, N, D]
+        """Invert `rows`, [B, N, D, r * pitch] -> [B, r, W, N, D], a view."""
+        rows = rows.unflatten(-1, (int(rows.shape[-1]) // self.pitch, self.pitch))
+        return rows[..., : self.size[1]].permute(0, 3, 4, 1, 2)  # [B, r, W, N, D]
 
     def neighbours(self, line: Tensor, rows: slice) -> Iterator[Tensor]:
-        """Views [B, N, D, T] of a line: the neighbours of each token of some rows, row by row of the window.
+        """Yield views [B, N, D, T] of a line: the neighbours of each token of some rows, row by row of the window.
 
         Made when they are asked for: autograd does not let one be written to that is older than a change of the line.
         """
@@ -80,45 +78,32 @@ class _Layout:
     def outside(self, device: torch.device) -> Tensor:
         """Tell, as [K * K, H * pitch], whether a neighbour does not lie on the map."""
         step = torch.arange(-self.reach, self.reach + 1, device=device)[:, None]
-        places = (
-            torch.arange(length, device=device) + step for length in (self.size[0], self.pitch)
-        )
+        lengths = self.size[0], self.pitch
+        places = (torch.arange(length, device=device) + step for length in lengths)  # [K, length]
         row, column = ((x < 0) | (x >= n) for x, n in zip(places, self.size, strict=True))
         outside = row[:, None, :, None] | column[None, :, None, :]  # [K, K, H, pitch]
-        return outside.flatten(2).flatten(0, 1)
+        return outside.flatten(2).flatten(0, 1)  # [K K, H pitch]
 
 
 class _Attention:
-    """One call: what all chunks share, and the forward pass of a chunk: some images, some rows of the map."""
+    """One call: what all chunks share, and the forward pass of a chunk: some images, some rows of the map.
 
-    def __init__(
-        self,
-        q: Tensor,
-        pool_k: Tensor,
-        pool_v: Tensor,
-        scale: Tensor,
-        embedding: Tensor,
-        table: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        local_bias: Tensor | None,
-        tokens: Tensor | None,
-        token_bias: Tensor | None,
-        axes: Sequence[Pooled],
-        size: Sequence[int],
-        pooled: Sequence[int],
-        kernel_size: int,
-    ) -> None:
+    Its inputs are the problem's tensors, but the position table [N, U, V] for the perceptron's, and its sizes.
+    """
+
+    def __init__(self, *inputs: Any) -> None:
+        q, pool_k, pool_v, scale, embedding, table, k, v, *local, axes, size, pooled, kernel = (
+            inputs
+        )
         dtype, self.pool = scale.dtype, pooled
         self.q, self.scale, self.embedding = q, scale[:, None, None], embedding[..., None]
-        self.local_bias, self.tokens, self.token_bias = local_bias, tokens, token_bias
+        self.local_bias, self.tokens, self.token_bias = local
         self.bias = PositionBias(axes, size, self.pool, table)
-        keys, self.pool_v = (
-            x.flatten(1, 2).permute(0, 2, 3, 1).to(dtype) for x in (pool_k, pool_v)
-        )  # [B, N, D, P]
+        pools = (x.flatten(1, 2).permute(0, 2, 3, 1) for x in (pool_k, pool_v))  # [B, N, D, P]
+        keys, self.pool_v = (x.to(dtype) for x in pools)
         self.pool_k, self.pool_factor = _unit(keys)
-        self.slots = 0 if k is None else kernel_size**2
-        self.layout = _Layout(size, kernel_size if self.slots else 1)
+        self.slots = 0 if k is None else kernel**2
+        self.layout = _Layout(size, kernel if self.slots else 1)
         count = math.prod(self.pool)
         if k is not None and v is not None:
             self.k, self.k_factor = _unit(self.layout.line(k, dtype))
@@ -126,22 +111,22 @@ class _Attention:
             outside = self.layout.outside(q.device)
             self.length = (count + self.slots - outside.sum(0)).to(dtype).log()
             hidden = torch.zeros_like(outside, dtype=dtype).masked_fill(outside, float("-inf"))
-            self.hidden = hidden if local_bias is None else hidden + local_bias[..., None]
+            self.hidden = hidden if local[0] is None else hidden + local[0][..., None]
         else:
             self.length = q.new_full((math.prod(size),), math.log(count), dtype=dtype)
 
     def chunks(self) -> list[tuple[slice, list[slice]]]:
-        """Rows of the map, and for each the parts of the batch."""
+        """Slice the rows of the map, and for each slice the batch."""
         b, h, n = self.q.shape[0], self.layout.size[0], int(self.q.shape[3])
         # A graph for any number of images cannot hold its parts.
         whole = is_symbolic(b) or torch.jit.is_tracing()
         row = n * self.layout.pitch * (self.slots + math.prod(self.pool))
         limit = chunking.chunk_size(self.q.device)
         # No more than MOST while a chunk is no larger than the queries: memory stays linear in tokens.
-        most = (
-            h * row // chunking.MOST if whole else min(b * h * row // chunking.MOST, self.q.numel())
-        )
-        limit = max(limit, most)
+        if whole:
+            limit = max(limit, h * row // chunking.MOST)
+        else:
+            limit = max(limit, min(b * h * row // chunking.MOST, self.q.numel()))
         r = ceil_div(h, ceil_div(h, max(1, limit // row)))
         images = max(1, limit // (row * r))
         batch = [slice(None)] if whole else chunking.slices(b, images)
@@ -149,13 +134,10 @@ class _Attention:
 
     def read_bias(self, rows: slice) -> Tensor:
         """Read the bias [N, P, T] of some rows."""
-        return (
-            F.pad(self.bias.read(rows), (0, self.layout.reach)).flatten(3).flatten(1, 2)
-        )  # [N, P, T]
+        bias = F.pad(self.bias.read(rows), (0, self.layout.reach))  # [N, PH, PW, r, pitch]
+        return bias.flatten(3).flatten(1, 2)  # [N, P, T]
 
-    def weights(
-        self, images: slice, rows: slice, bias: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def weights(self, images: slice, rows: slice, bias: Tensor) -> tuple[Tensor, ...]:
         """Compute unit queries, their factor, the queries that meet the keys, and the softmax [B, N, K * K + P, T]."""
         unit, factor = _unit(self.layout.rows(self.q[images, rows], self.scale.dtype))
         places = slice(rows.start * self.layout.pitch, rows.stop * self.layout.pitch)
@@ -163,9 +145,8 @@ class _Attention:
         logits = (self.pool_k[images].mT @ query).add_(bias)
         if self.slots:
             local = [(query * key).sum(2) for key in self.layout.neighbours(self.k[images], rows)]
-            logits = torch.cat(
-                [torch.stack(local, dim=2).add_(self.hidden[..., places]), logits], dim=2
-            )
+            local = torch.stack(local, dim=2).add_(self.hidden[..., places])  # [B, N, K K, T]
+            logits = torch.cat([local, logits], dim=2)
         return unit, factor, query, logits.softmax(2)
 
     def mixing(self, unit: Tensor, weights: Tensor) -> Tensor:
@@ -192,16 +173,12 @@ class _Gradients(_Attention):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.grad_q = self.q.new_empty(self.q.shape)
-        self.grad_pool_k, self.grad_pool_v = (
-            torch.zeros_like(self.pool_k),
-            torch.zeros_like(self.pool_v),
-        )
-        self.grad_scale, self.grad_embedding = torch.zeros_like(args[3]), torch.zeros_like(args[4])
-        self.grad_table = torch.zeros_like(self.bias.table)
+        zeros = torch.zeros_like
+        self.grad_pool_k, self.grad_pool_v = zeros(self.pool_k), zeros(self.pool_v)
+        self.grad_scale, self.grad_embedding, self.grad_table = (zeros(x) for x in args[3:6])
         if self.slots:
-            self.grad_k, self.grad_v = torch.zeros_like(self.k), torch.zeros_like(self.v)
-        given = (self.local_bias, self.tokens, self.token_bias)
-        self.grads_local = [None if x is None else torch.zeros_like(x) for x in given]
+            self.grad_k, self.grad_v = zeros(self.k), zeros(self.v)
+        self.grads_local = [None if x is None else zeros(x) for x in args[8:11]]
 
     def add(self, images: slice, rows: slice, bias: Tensor, grad_out: Tensor) -> Tensor:
         """Add a chunk to all gradients but the table's; returns the gradient of `bias`."""
@@ -245,37 +222,23 @@ class _Gradients(_Attention):
 
     def add_bias(self, rows: slice, grad: Tensor) -> None:
         """Add the gradient [N, P, T] of the bias of some rows to the table's."""
-        rows_here = rows.stop - rows.start
-        grad = grad.unflatten(1, self.pool).unflatten(
-            -1, (rows_here, self.layout.pitch)
-        )  # [N, PH, PW, r, pitch]
+        shape = rows.stop - rows.start, self.layout.pitch
+        grad = grad.unflatten(1, self.pool).unflatten(-1, shape)  # [N, PH, PW, r, pitch]
         self.grad_table += self.bias.add(rows, grad[..., : self.layout.size[1]])
 
     def all(self) -> tuple[Tensor | None, ...]:
         """Return them in the order of the arguments."""
         dtype, margin = self.q.dtype, self.layout.margin
         pool = (_unit_gradient(self.grad_pool_k, self.pool_k, self.pool_factor), self.grad_pool_v)
-        grad_pool = (
-            x.permute(0, 3, 1, 2).unflatten(1, self.pool).to(dtype) for x in pool
-        )  # [B, PH, PW, N, D]
-        grad_maps = (None, None)
+        pool = (x.permute(0, 3, 1, 2).unflatten(1, self.pool) for x in pool)  # [B, PH, PW, N, D]
+        maps = ()
         if self.slots:
             lines = (_unit_gradient(self.grad_k, self.k, self.k_factor), self.grad_v)
-            grad_maps = (
-                self.layout.map(x[..., margin : x.shape[-1] - margin]).to(dtype) for x in lines
-            )
+            maps = (self.layout.map(x[..., margin : x.shape[-1] - margin]) for x in lines)
+        grad_maps = [x.to(dtype) for x in maps] or (None, None)
         shared = (self.grad_scale, self.grad_embedding, self.grad_table)
-        return (
-            self.grad_q,
-            *grad_pool,
-            *shared,
-            *grad_maps,
-            *self.grads_local,
-            None,
-            None,
-            None,
-            None,
-        )
+        grads = (*(x.to(dtype) for x in pool), *shared, *grad_maps, *self.grads_local)
+        return self.grad_q, *grads, *(None,) * 4
 
 
 def _forward(*args: Any) -> Tensor:
@@ -289,24 +252,17 @@ def _forward(*args: Any) -> Tensor:
     return out
 
 
-class _AggregatedAttention(torch.autograd.Function):
+class _AggregatedAttention(chunking.Recomputed):
     """`_forward`, keeping only its inputs for the backward pass."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
         return _forward(*args)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:-4])
-        ctx.sizes = inputs[-4:]
-
-    @staticmethod
     # pyrefly: ignore[bad-override]: as many gradients as forward has results
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        call = _Gradients(*ctx.saved_tensors, *ctx.sizes)
+        call = _Gradients(*ctx.saved_tensors, *ctx.how)
         for rows, batch in call.chunks():
             bias = call.read_bias(rows)
             grad = torch.zeros_like(bias)
@@ -324,16 +280,16 @@ def _attend_to_any_size(problem: AggregatedProblem, table: Tensor) -> Tensor:
     dtype, size, reach = problem.dtype, problem.size, problem.kernel_size // 2
 
     def heads_first(x: Tensor) -> Tensor:
-        """[B, H, W, N, D] -> [B, N, S, D]"""
+        """Copy [B, H, W, N, D] -> [B, N, S, D]."""
         x = x.to(dtype).permute(0, 3, 1, 2, 4)  # [B, N, H, W, D]
-        return x.clone(memory_format=torch.contiguous_format).flatten(2, 3)
+        return contiguous_copy(x).flatten(2, 3)  # [B, N, S, D]
 
-    unit, keys = (
-        F.normalize(heads_first(x), dim=-1) for x in (problem.q, problem.pool_k)
-    )  # [B, N, S or P, D]
+    maps = problem.q, problem.pool_k
+    unit, keys = (F.normalize(heads_first(x), dim=-1) for x in maps)  # [B, N, S or P, D]
     values = heads_first(problem.pool_v)
     length = unit.new_zeros(size) + math.prod(problem.pooled)  # [H, W]
-    places = []  # of the window: where its rows and columns lie [H], [W], and whether that is on the map [S]
+    # Per place of the window where its rows and columns lie [H], [W], and whether that is on the map [S].
+    places = []
     if problem.local_k is not None:
         axes = []
         for n in size:
@@ -346,9 +302,8 @@ def _attend_to_any_size(problem: AggregatedProblem, table: Tensor) -> Tensor:
                 length = length + there
                 places.append((row, column, there.flatten()))
     length = length.log().flatten()[:, None]  # [S, 1]
-    query = (unit + problem.query_embedding[:, None]) * (
-        problem.scale[:, None, None] * length
-    )  # [B, N, S, D]
+    scale = problem.scale[:, None, None] * length  # [N, S, 1]
+    query = (unit + problem.query_embedding[:, None]) * scale  # [B, N, S, D]
     bias = PositionBias(problem.axes, size, problem.pooled, table).all()  # [N, S, P]
     pooled = query @ keys.mT + bias  # [B, N, S, P]
     if problem.local_k is None or problem.local_v is None:
@@ -377,7 +332,7 @@ def _attend_to_any_size(problem: AggregatedProblem, table: Tensor) -> Tensor:
         for weight, value in zip((mixing * there).unbind(-1), near[len(places) :], strict=True):
             out = out + weight[..., None] * value
     out = out.unflatten(2, size).permute(0, 2, 3, 1, 4).to(problem.v.dtype)  # [B, H, W, N, Dv]
-    return out.clone(memory_format=torch.contiguous_format)
+    return contiguous_copy(out)
 
 
 def attend(problem: AggregatedProblem) -> Tensor:
@@ -385,10 +340,9 @@ def attend(problem: AggregatedProblem) -> Tensor:
     table = position_table(problem)
     if is_symbolic(*problem.size, *problem.pooled):
         return _attend_to_any_size(problem, table)
-    maps = (problem.q, problem.pool_k, problem.pool_v)
+    pooled = (problem.q, problem.pool_k, problem.pool_v)
     shared = (problem.scale, problem.query_embedding, table)
-    local = (problem.local_bias, problem.tokens, problem.token_bias)
-    tensors = (*maps, *shared, problem.local_k, problem.local_v, *local)
-    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    run = _AggregatedAttention.apply if trains else _forward
+    local = (problem.local_k, problem.local_v, problem.local_bias)
+    tensors = (*pooled, *shared, *local, problem.tokens, problem.token_bias)
+    run = _AggregatedAttention.apply if problem.trains() else _forward
     return run(*tensors, problem.axes, problem.size, problem.pooled, problem.kernel_size)

@@ -32,7 +32,8 @@ def can_run(problem: AggregatedProblem) -> str | None:
     """None, or why the kernels cannot run this call."""
     bias = problem.q.shape[1:4].numel() * problem.pool_k.shape[1:3].numel()
     if bias > _MOST:
-        return f"expected at most {_MOST} heads x queries x pooled keys for the position bias, got {bias}"
+        expected = f"at most {_MOST} heads x queries x pooled keys for the position bias"
+        return f"expected {expected}, got {bias}"
     return support.can_run(problem)
 
 
@@ -40,6 +41,7 @@ def can_run(problem: AggregatedProblem) -> str | None:
 def _reader(
     length: int, pooled: int, size: int, bins: int, device: torch.device
 ) -> tuple[Lookup, Tensor | None]:
+    """Find what `_read` looks up for the size x bins pairs of an axis, and its weights."""
     axis = Pooled(length, pooled)
     with torch.inference_mode(False):
         index, weight = interpolated(axis, size, bins, device)
@@ -56,26 +58,23 @@ def _read(table: Tensor, sizes: Sequence[int]) -> Tensor:
         lookup, weight = _reader(*axis, table.device)
         table = select(table, lookup)
         table = table.squeeze(-1) if weight is None else (table * weight.to(table)).sum(-1)
-        table = (
-            table.movedim(1, -1) if table.ndim == 4 else table
-        )  # [N, H, PH, V], then [N, H, PH, W, PW]
-    return table.transpose(2, 3).flatten(3).flatten(1, 2)  # [N, H * W, PH * PW]
+        if table.ndim == 4:  # [N, V, H, PH] -> [N, H, PH, V]; then it is [N, H, PH, W, PW]
+            table = table.movedim(1, -1)
+    return table.transpose(2, 3).flatten(3).flatten(1, 2)  # [N, H W, PH PW]
+
+
+def _empty(table: Tensor, sizes: Sequence[int]) -> Tensor:
+    return table.new_empty((table.shape[0], sizes[2] * sizes[6], sizes[3] * sizes[7]))
 
 
 def _read_any_size(table: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Do what `_read` does, in operations that do not depend on the sizes."""
     axes = [Pooled(*axis[:2]) for axis in (sizes[:4], sizes[4:])]
     return PositionBias(axes, sizes[2::4], sizes[3::4], table).all()
 
 
 # An op, as the lookups of `_reader` must not be made while a graph is traced.
-_read_positions = register(
-    "aggregated_positions",
-    _read,
-    fake=lambda table, sizes: table.new_empty(
-        (table.shape[0], sizes[2] * sizes[6], sizes[3] * sizes[7])
-    ),
-    decomposition=_read_any_size,
-)
+_read_positions = register("aggregated_positions", _read, fake=_empty, decomposition=_read_any_size)
 
 
 def attend(problem: AggregatedProblem) -> Tensor:
@@ -97,27 +96,19 @@ def attend(problem: AggregatedProblem) -> Tensor:
     pool_k, pool_v = flat(unit(problem.pool_k).to(q.dtype)), flat(problem.pool_v)
     if k is None or v is None:
         query = (unit_q + problem.query_embedding) * (scale * math.log(count))
-        out, _ = fused_attention(
-            flat(query.to(q.dtype)), pool_k, pool_v, [Whole(math.prod(size), count)], 1.0, bias=bias
-        )
+        query, axes = flat(query.to(q.dtype)), [Whole(math.prod(size), count)]
+        out, _ = fused_attention(query, pool_k, pool_v, axes, 1.0, bias=bias)
         return out.view(*q.shape[:-1], pool_v.shape[-1])  # [B, H, W, N, Dv]
 
     length = (visible(size, kernel_size, q.device).sum(-1) + count).to(dtype).log()  # [H, W]
-    query = ((unit_q + problem.query_embedding) * (scale * length[..., None, None])).to(q.dtype)
+    query = (unit_q + problem.query_embedding) * (scale * length[..., None, None])
+    query, key = (flat(x.to(q.dtype)) for x in (query, unit(k)))
     local_bias, tokens, token_bias = problem.local_bias, problem.tokens, problem.token_bias
-    out, _ = fused_attention(
-        flat(query),
-        flat(unit(k).to(q.dtype)),
-        flat(v),
-        [Clipped(n, kernel_size) for n in size],
-        1.0,
-        bias=None
-        if local_bias is None
-        else local_bias.unflatten(1, (kernel_size, kernel_size)),  # [N, K, K]
-        extra_k=pool_k,
-        extra_v=pool_v,
-        extra_bias=bias.transpose(0, 1)[None],  # [1, H W, N, P]
-    )
+    if local_bias is not None:
+        local_bias = local_bias.unflatten(1, (kernel_size, kernel_size))  # [N, K, K]
+    extra = {"extra_k": pool_k, "extra_v": pool_v, "extra_bias": bias.transpose(0, 1)[None]}
+    axes = [Clipped(n, kernel_size) for n in size]
+    out, _ = fused_attention(query, key, flat(v), axes, 1.0, bias=local_bias, **extra)
     out = out.view(v.shape)  # [B, H, W, N, Dv]
     if tokens is None and token_bias is None:
         return out

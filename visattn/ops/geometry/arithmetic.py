@@ -1,7 +1,5 @@
 """Arithmetic of sizes, which are ints or the symbols that stand for them while a graph is traced; products of axes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -16,13 +14,18 @@ sym_min = cast("Callable[[int, int], int]", torch.sym_min)
 
 
 def ceil_div(n: N, d: int) -> N:
-    """n / d, rounded up."""
+    """Divide n by d, rounded up."""
     return (n + d - 1) // d
 
 
 def is_symbolic(*sizes: Any) -> bool:
-    """True if one of the ints is not known while a graph is traced."""
+    """Tell whether one of the ints is not known while a graph is traced."""
     return torch.SymInt in map(type, sizes)
+
+
+def plain(sizes: Sequence[int]) -> list[int]:
+    """List sizes; as plain ints under `torch.jit.trace`, which is for one map size."""
+    return [int(n) for n in sizes] if torch.jit.is_tracing() else list(sizes)
 
 
 def outer_index(per_axis: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
@@ -35,14 +38,12 @@ def outer_index(per_axis: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
 
 
 def interleave(table: Tensor, axes: int) -> Tensor:
-    """[n, T_1, t_1, U_1, T_2, t_2, U_2, ...] -> [T_1 T_2 ..., n, t_1 t_2 ..., U_1 U_2 ...]; without T -> [n, t, U]."""
+    """Sort [n, T_1, t_1, U_1, T_2, ...] -> [T_1 T_2 ..., n, t_1 t_2 ..., U_1 U_2 ...]; without T -> [n, t, U]."""
     parts = (table.ndim - 1) // axes  # 3, or 2 without T
     *tile, query, key = ([1 + parts * a + part for a in range(axes)] for part in range(parts))
-    table = table.permute(
-        *(tile[0] if tile else ()), 0, *query, *key
-    )  # [T_1, T_2, ..., n, t_1, ..., U_1, ...]
+    table = table.permute(*(tile[0] if tile else ()), 0, *query, *key)
     table = table.flatten(-axes).flatten(-1 - axes, -2)  # [T_1, T_2, ..., n, t, U]
-    return table.flatten(0, axes - 1) if tile else table
+    return table.flatten(0, axes - 1) if tile else table  # [T, n, t, U] or [n, t, U]
 
 
 def read_table(table: Tensor, where: Sequence[Tensor]) -> Tensor:
@@ -51,7 +52,7 @@ def read_table(table: Tensor, where: Sequence[Tensor]) -> Tensor:
     One `index_select` per axis, last axis first, so that the large gather copies whole rows.
     """
     for a in reversed(range(len(where))):
-        table = table.index_select(a + 1, where[a].flatten())
+        table = table.index_select(a + 1, where[a].flatten())  # [N, ..., T_a t_a U_a, ...]
     for a in reversed(range(len(where))):
-        table = table.unflatten(a + 1, where[a].shape)
+        table = table.unflatten(a + 1, where[a].shape)  # [N, ..., T_a, t_a, U_a, ...]
     return interleave(table, len(where))

@@ -56,21 +56,19 @@ class Partition:
         """The window [length] of each token and its rank [length] inside it."""
         windows, slots, empty = self.layout()
         token = torch.arange(self.length, device=device) + empty
-        return (
-            (token % windows, token // windows) if self.is_grid else (token // slots, token % slots)
-        )
+        if self.is_grid:
+            return token % windows, token // windows
+        return token // slots, token % slots
 
     def occupied(self, device: torch.device | str | None = None) -> Tensor:
         """[windows, slots] whether a slot holds a token."""
         windows, slots, empty = self.layout()
-        window, slot = (
-            torch.arange(windows, device=device)[:, None],
+        slot, window = (
             torch.arange(slots, device=device),
+            torch.arange(windows, device=device)[:, None],
         )
-        token = (
-            slot * windows + window if self.is_grid else window * slots + slot - empty
-        )  # [windows, slots]
-        return torch.logical_and(token >= 0, token < self.length)
+        token = slot * windows + window if self.is_grid else window * slots + slot - empty
+        return torch.logical_and(token >= 0, token < self.length)  # [windows, slots]
 
     def pairs(self) -> int:
         """How many (query, key) pairs see each other."""
@@ -120,9 +118,8 @@ class Halo:
     def clipped(self, spare: int = 0) -> Halo:
         """The same blocks with no more slots than keys lie in, but for `spare` of them after the last key."""
         block = min(self.block, ceil_div(self.length + spare, self.stride) * self.stride)
-        return Halo(
-            self.length, block, min(self.halo, (self.blocks - 1) * self.block + spare), self.stride
-        )
+        halo = min(self.halo, (self.blocks - 1) * self.block + spare)
+        return Halo(self.length, block, halo, self.stride)
 
     def key_index(self, device: torch.device | str | None = None) -> Tensor:
         """[blocks, window] key in each slot; outside [0, length) there is none."""
@@ -138,11 +135,8 @@ class Halo:
         """How many (query, slot) pairs take part."""
         if not mask_border:
             return self.queries * self.window
-        ends = [
-            ((i + 1) * self.block + self.halo, i * self.block - self.halo)
-            for i in range(self.blocks)
-        ]
-        keys = [min(stop, self.length) - max(start, 0) for stop, start in ends]
+        starts = [i * self.block - self.halo for i in range(self.blocks)]
+        keys = [min(start + self.window, self.length) - max(start, 0) for start in starts]
         return sum(keys[i // self.queries_per_block] for i in range(self.queries))
 
 

@@ -6,8 +6,6 @@ the distance to a query is an integer.
 Source: TransNeXt (arXiv:2311.17132), section 3.1.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -47,10 +45,8 @@ class Pooled:
     def index(self, device: torch.device | str | None = None) -> Tensor:
         """[length, pooled] place of the distance of each query and key in `distances`."""
         start, stop = bin_edges(self.length, self.pooled, device)
-        (smallest, _, step), twice = (
-            self.bounds,
-            2 * torch.arange(self.length, device=device)[:, None],
-        )
+        smallest, _, step = self.bounds
+        twice = 2 * torch.arange(self.length, device=device)[:, None]  # [length, 1]
         return (twice - (start + stop - 1).mT - smallest) // step
 
 
@@ -59,14 +55,12 @@ def _stretch(size: int, new: int, device: torch.device | str | None) -> tuple[Te
 
     The outer edges of the first and the last value stay in place (`align_corners=False`).
     """
-    place = ((2 * torch.arange(new, device=device) + 1) * size - new).clamp(
-        min=0
-    )  # in units of 1 / (2 new)
+    # In units of 1 / (2 new).
+    place = ((2 * torch.arange(new, device=device) + 1) * size - new).clamp(min=0)  # [new]
     first = place // (2 * new)
     weight = (place - 2 * new * first).double() / (2 * new)
-    return torch.stack([first, (first + 1).clamp(max=size - 1)], -1), torch.stack(
-        [1 - weight, weight], -1
-    )
+    places = torch.stack([first, (first + 1).clamp(max=size - 1)], -1)  # [new, 2]
+    return places, torch.stack([1 - weight, weight], -1)
 
 
 def interpolated(
@@ -80,12 +74,11 @@ def interpolated(
     """
     index = axis.index(device)
     is_same = is_symbolic(axis.length, axis.pooled)  # only then are those of the map its own
-    if is_same or (
-        not is_symbolic(length, pooled) and (length, pooled) == (axis.length, axis.pooled)
-    ):
+    if not is_same and not is_symbolic(length, pooled):
+        is_same = (length, pooled) == (axis.length, axis.pooled)
+    if is_same:
         return index[..., None], None
-    (query, query_weight), (key, key_weight) = (
-        _stretch(*sizes, device) for sizes in ((axis.length, length), (axis.pooled, pooled))
-    )
-    index = index[query[:, None, :, None], key[None, :, None, :]].flatten(2)
+    query, query_weight = _stretch(axis.length, length, device)  # [length, 2]
+    key, key_weight = _stretch(axis.pooled, pooled, device)  # [pooled, 2]
+    index = index[query[:, None, :, None], key[None, :, None, :]].flatten(2)  # [length, pooled, 4]
     return index, (query_weight[:, None, :, None] * key_weight[None, :, None, :]).flatten(2)

@@ -8,8 +8,6 @@ Words used below, per axis of length `L` with dilation `D`:
 Sources: Neighborhood Attention (arXiv:2204.07143), Dilated NA (arXiv:2209.15001), Generalized NA (arXiv:2504.16922).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -133,9 +131,7 @@ def tiles(axis: Axis, tile: int, device: torch.device | str | None = None) -> Ti
     per_group = ceil_div(ceil_div(axis.length, d), t)
     number = torch.arange(d * per_group, device=device)
     group = number // per_group  # [T]
-    base = (
-        number - group * per_group
-    ) * t  # [T], without a remainder, which exporters refuse for a symbol
+    base = (number - group * per_group) * t  # [T]; exporters refuse a symbol's remainder
     length = _group_length(group, axis)
 
     token = torch.arange(axis.length, device=device)

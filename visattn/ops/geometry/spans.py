@@ -65,11 +65,9 @@ class Spans:
 
     def reversed(self) -> Spans:
         """The same relation with keys in the role of queries."""
-        position = torch.arange(self.key.shape[1]).expand_as(self.key)
-        first, last = (
-            torch.searchsorted(edge.contiguous(), position.contiguous(), right=True)
-            for edge in (self.stop, self.start)
-        )
+        position = torch.arange(self.key.shape[1]).expand_as(self.key).contiguous()
+        edges = self.stop.contiguous(), self.start.contiguous()
+        first, last = (torch.searchsorted(edge, position, right=True) for edge in edges)
         return Spans(self.key, self.query, first, last, self.offset, self.entries, -self.sign)
 
     def sees_all(self) -> bool:
@@ -78,43 +76,32 @@ class Spans:
 
     def cut(self, size: int) -> Cut:
         """Cut the queries of every group into tiles of `size`."""
-        groups, places = self.query.shape
+        (groups, places), keys = self.query.shape, self.key.shape[1]
         more = -places % size
-        query = F.pad(self.query, (0, more), value=OUTSIDE).view(-1, size)
-        start, stop = (
-            torch.cat([x, x[:, -1:].expand(-1, more)], 1).view(-1, size)
-            for x in (self.start, self.stop)
-        )
-        position = torch.arange(places + more).expand(groups, -1).reshape(-1, size)
-        group = torch.arange(groups).repeat_interleave((places + more) // size)
+        query = F.pad(self.query, (0, more), value=OUTSIDE).view(-1, size)  # [T, t]
+        edges = (torch.cat([x, x[:, -1:].expand(-1, more)], 1) for x in (self.start, self.stop))
+        start, stop = (x.view(-1, size) for x in edges)  # [T, t]
+        position = torch.arange(places + more).expand(groups, -1).reshape(-1, size)  # [T, t]
+        group = torch.arange(groups).repeat_interleave((places + more) // size)  # [T]
         there = query >= 0
         tiles = there.any(1)
-        query, start, stop, position, group, there = (
-            x[tiles] for x in (query, start, stop, position, group, there)
-        )
-        first = start.masked_fill(~there, self.key.shape[1]).amin(1)
+        query, start, stop, position = (x[tiles] for x in (query, start, stop, position))
+        group, there = group[tiles], there[tiles]
+        first = start.masked_fill(~there, keys).amin(1)
         union = max(1, int((stop.masked_fill(~there, 0).amax(1) - first).amax()))
-        first = first.clamp(max=max(self.key.shape[1] - union, 0))
+        first = first.clamp(max=max(keys - union, 0))
         place = first[:, None] + torch.arange(union)  # [T, U]
-        key = self.key[group[:, None], place.clamp(max=self.key.shape[1] - 1)]
-        key = key.masked_fill(place >= self.key.shape[1], NONE)
+        key = self.key[group[:, None], place.clamp(max=keys - 1)]
+        key = key.masked_fill(place >= keys, NONE)  # [T, U]
         if self.entries == 1 and self.sees_all():
             pattern = torch.zeros(1, 1, 1, dtype=torch.long).expand(1, size, union)
-            return Cut(
-                query,
-                key,
-                position,
-                place,
-                pattern,
-                torch.zeros(len(query), dtype=torch.long),
-                False,
-            )
+            kind = torch.zeros(len(query), dtype=torch.long)
+            return Cut(query, key, position, place, pattern, kind, False)
         visible = (place[:, None] >= start[..., None]) & (place[:, None] < stop[..., None])
-        entry = (self.sign * (place[:, None] - position[..., None]) + self.offset).clamp(
-            0, self.entries - 1
-        )
+        entry = self.sign * (place[:, None] - position[..., None]) + self.offset  # [T, t, U]
+        entry = entry.clamp(0, self.entries - 1).masked_fill(~visible, -1)
         masked = bool((~visible & there[..., None] & (key != NONE)[:, None]).any())
-        pattern, kind = torch.unique(entry.masked_fill(~visible, -1), dim=0, return_inverse=True)
+        pattern, kind = torch.unique(entry, dim=0, return_inverse=True)
         return Cut(query, key, position, place, pattern, kind, masked)
 
 
@@ -152,10 +139,7 @@ def spans(axis: AnyAxis) -> Spans:
 
 @spans.register
 def _(axis: Axis) -> Spans:
-    group, position = (
-        torch.arange(axis.dilation)[:, None],
-        _rank(ceil_div(axis.length, axis.dilation)),
-    )
+    group, position = _rank(axis.dilation).mT, _rank(ceil_div(axis.length, axis.dilation))
     token = position * axis.dilation + group
     token = token.masked_fill(token >= axis.length, OUTSIDE)
     start, stop = window(position, (token >= 0).sum(1, keepdim=True), axis)
@@ -168,14 +152,8 @@ def _(axis: Partition) -> Spans:
     windows, slots, _ = axis.layout()
     token = torch.full((windows, slots), OUTSIDE)
     token[axis.place()] = torch.arange(axis.length)
-    return Spans(
-        token,
-        token,
-        torch.zeros_like(token),
-        torch.full_like(token, slots),
-        axis.window - 1,
-        2 * axis.window - 1,
-    )
+    start, stop = torch.zeros_like(token), torch.full_like(token, slots)
+    return Spans(token, token, start, stop, axis.window - 1, 2 * axis.window - 1)
 
 
 @spans.register
@@ -190,9 +168,8 @@ def _(axis: Halo) -> Spans:
 @spans.register
 def _(axis: Whole) -> Spans:
     query = _rank(axis.queries)
-    return Spans(
-        query, _rank(axis.keys), torch.zeros_like(query), torch.full_like(query, axis.keys)
-    )
+    start, stop = torch.zeros_like(query), torch.full_like(query, axis.keys)
+    return Spans(query, _rank(axis.keys), start, stop)
 
 
 @spans.register
@@ -226,14 +203,11 @@ def tile_plan(axes: Sequence[Spans], extra: int = 0) -> tuple[Cut, ...]:
         options.append([(size, axis.cut(size)) for size in sizes if size <= 128 or size == longest])
 
     def cost(cuts: Sequence[Cut]) -> int:
-        tiles, rows = (
-            math.prod(len(c.query) for c in cuts),
-            padded_rows(math.prod(c.query.shape[1] for c in cuts)),
-        )
+        tiles = math.prod(len(c.query) for c in cuts)
+        rows = padded_rows(math.prod(c.query.shape[1] for c in cuts))
         keys = padded_rows(math.prod(c.key.shape[1] for c in cuts)) + extra
         blocks = ceil_div(rows, 64)
         return tiles * (keys * (rows + 64 * blocks) + 64 * 64 * blocks)
 
-    return min(
-        (tuple(cut for _, cut in choice) for choice in itertools.product(*options)), key=cost
-    )
+    choices = itertools.product(*options)
+    return min((tuple(cut for _, cut in choice) for choice in choices), key=cost)

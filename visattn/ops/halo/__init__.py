@@ -5,17 +5,16 @@ Gradients of the relative tables: `eager._Relative.gradients`; for Triton autogr
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from visattn.ops import checks
 from visattn.ops.autocast import to_autocast, without_autocast
-from visattn.ops.checks import check_dtypes, check_floating, check_tensors, default_scale, per_axis
+from visattn.ops.checks import check_tensors, default_scale, per_axis
 from visattn.ops.dispatch import AttentionProblem, Backends
-from visattn.ops.geometry import Halo, is_symbolic
+from visattn.ops.geometry import Halo, is_symbolic, plain
 from visattn.ops.halo import eager, reference, triton
 from visattn.ops.registration import traced_as_one
 
@@ -35,84 +34,62 @@ class HaloProblem(AttentionProblem):
     def __post_init__(self) -> None:
         q, k, v = self.q, self.k, self.v
         if q.ndim != 5 or k.ndim != 5 or v.shape[:-1] != k.shape[:-1] or k.shape[3:] != q.shape[3:]:
-            raise ValueError(
-                f"expected q [B, H', W', N, D], k [B, H, W, N, D] and v [B, H, W, N, Dv], got q {tuple(q.shape)}, "
-                f"k {tuple(k.shape)}, v {tuple(v.shape)}"
-            )
-        check_dtypes(q, k, v)
-        for b, h, s in zip(self.block_size, self.halo_size, self.stride, strict=True):
+            expected = "q [B, H', W', N, D], k [B, H, W, N, D] and v [B, H, W, N, Dv]"
+            raise ValueError(f"expected {expected}, got {checks.shapes(q=q, k=k, v=v)}")
+        checks.check_dtypes(q, k, v)
+        block, halo, stride = list(self.block_size), list(self.halo_size), list(self.stride)
+        for b, h, s in zip(block, halo, stride, strict=True):
             if b < 1 or h < 0 or s < 1 or b % s:
                 raise ValueError(
                     f"expected block_size >= 1, halo_size >= 0 and a stride that divides block_size on both axes, got "
-                    f"block_size {list(self.block_size)}, halo_size {list(self.halo_size)}, stride {list(self.stride)}"
+                    f"block_size {block}, halo_size {halo}, stride {stride}"
                 )
         axes = self.axes
         expected, got = (k.shape[0], *(axis.queries for axis in axes)), (q.shape[0], *self.size)
         if not is_symbolic(*expected, *got) and got != expected:
-            raise ValueError(
-                f"expected q with [B, H', W'] = {expected} (the keys' map over stride {list(self.stride)}, rounded "
-                f"up), got {got}"
-            )
-        for name, table, axis in zip(
-            ("rel_h", "rel_w"), (self.rel_h, self.rel_w), axes, strict=True
-        ):
-            check_floating(**{name: table})
-            if table is not None and tuple(table.shape) != (
-                shape := (2 * axis.window - 1, q.shape[-1])
-            ):
-                raise ValueError(
-                    f"expected {name} {shape} ([2 * (block + 2 * halo) - 1, D]), got {tuple(table.shape)}"
-                )
+            origin = f"the keys' map over stride {stride}, rounded up"
+            raise ValueError(f"expected q with [B, H', W'] = {expected} ({origin}), got {got}")
+        for name, table, axis in zip(("rel_h", "rel_w"), self.tables, axes, strict=True):
+            checks.check_floating(**{name: table})
+            shape = 2 * axis.window - 1, q.shape[-1]
+            checks.check_shape(name, table, shape, "([2 * (block + 2 * halo) - 1, D])")
+
+    @property
+    def tables(self) -> tuple[Tensor | None, Tensor | None]:
+        """The relative embeddings of each axis."""
+        return self.rel_h, self.rel_w
 
     @property
     def axes(self) -> tuple[Halo, Halo]:
         """How each axis of the keys' map is cut."""
-        sizes = [int(n) for n in self.k.shape[1:3]] if torch.jit.is_tracing() else self.k.shape[1:3]
-        rows, columns = (
-            Halo(*a) for a in zip(sizes, self.block_size, self.halo_size, self.stride, strict=True)
-        )
+        sizes = plain(self.k.shape[1:3]), self.block_size, self.halo_size, self.stride
+        rows, columns = (Halo(*axis) for axis in zip(*sizes, strict=True))
         return rows, columns
 
     def clipped(self) -> HaloProblem:
         """The same problem with blocks and halos no larger than the map can fill, if keys outside it take no part."""
         axes = self.axes
-        cut = [axis.clipped() for axis in axes]
-        if not self.mask_border or cut == list(axes):
+        a, b = cut = axes[0].clipped(), axes[1].clipped()
+        if not self.mask_border or cut == axes:
             return self
-        tables = []
-        for table, axis, c in zip((self.rel_h, self.rel_w), axes, cut, strict=True):
+        tables: list[Tensor | None] = []
+        for table, axis, c in zip(self.tables, axes, cut, strict=True):
             first = axis.block - c.block + 3 * (axis.halo - c.halo)
             tables.append(None if table is None else table[first : first + 2 * c.window - 1])
-        blocks, halos = [c.block for c in cut], [c.halo for c in cut]
-        return dataclasses.replace(
-            self, block_size=blocks, halo_size=halos, rel_h=tables[0], rel_w=tables[1]
-        )
+        sizes, (rel_h, rel_w) = ([a.block, b.block], [a.halo, b.halo], self.stride), tables
+        how = rel_h, rel_w, self.mask_border, self.scale
+        return HaloProblem(self.q, self.k, self.v, *sizes, *how)
 
     def flops(self) -> int:
-        """Those of the pairs that take part, and of the relative terms."""
-        axes, dim = self.axes, self.q.shape[-1]
-        pairs = axes[0].pairs(self.mask_border) * axes[1].pairs(self.mask_border)
-        tables = zip(axes, (self.rel_h, self.rel_w), strict=True)
-        relative = (
-            self.q.shape[1]
-            * self.q.shape[2]
-            * sum(a.window for a, table in tables if table is not None)
-        )
-        return (
-            2
-            * self.q.shape[0]
-            * self.q.shape[3]
-            * (pairs * (dim + self.v.shape[-1]) + relative * dim)
-        )
+        """Those of the pairs that take part, and of the decomposed relative position."""
+        (b, h, w, n, d), dv = self.q.shape, self.v.shape[-1]
+        rows, columns = (axis.pairs(self.mask_border) for axis in self.axes)
+        tables = zip(self.axes, self.tables, strict=True)
+        slots = sum(axis.window for axis, table in tables if table is not None)
+        return 2 * b * n * (rows * columns * (d + dv) + h * w * slots * d)
 
 
-_backends = Backends(
-    "halo_attention",
-    HaloProblem,
-    triton=triton.attend,
-    eager=eager.attend,
-    reference=reference.attend,
-)
+_backends = Backends("halo_attention", HaloProblem, triton.attend, eager.attend, reference.attend)
 
 
 @traced_as_one
@@ -162,23 +139,10 @@ def halo_attention(
     Source: arXiv:2103.12731 section 2.2 (blocked local attention with halos) and eq. 2 (relative embeddings).
     """
     check_tensors(q=q, k=k, v=v)
-    block, halo = (
-        per_axis("block_size", block_size, int, 2),
-        per_axis("halo_size", halo_size, int, 2),
-    )
-    step = per_axis("stride", stride, int, 2)
+    block = per_axis("block_size", block_size, int, 2)
+    halo, step = per_axis("halo_size", halo_size, int, 2), per_axis("stride", stride, int, 2)
+    scale = default_scale(q.shape[-1], scale)
     q, k, v = to_autocast(q, k, v)
-    problem = HaloProblem(
-        q,
-        k,
-        v,
-        block,
-        halo,
-        step,
-        rel_h,
-        rel_w,
-        bool(mask_border),
-        default_scale(q.shape[-1], scale),
-    )
+    problem = HaloProblem(q, k, v, block, halo, step, rel_h, rel_w, bool(mask_border), scale)
     with without_autocast(q.device):
         return _backends.choose(problem, backend)(problem)

@@ -1,25 +1,19 @@
 """Attentions whose cost grows linearly with the number of tokens. See README.md in this folder."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from visattn.ops import checks
 from visattn.ops.autocast import to_autocast, without_autocast
-from visattn.ops.checks import (
-    check_dtypes,
-    check_floating,
-    check_tensors,
-    default_scale,
-    spatial_axes,
-)
+from visattn.ops.checks import check_dtypes, check_tensors, default_scale, spatial_axes
 from visattn.ops.dispatch import AttentionProblem, Backends, Problem
 from visattn.ops.fused import support
-from visattn.ops.geometry import is_symbolic
+from visattn.ops.geometry import is_symbolic, plain
 from visattn.ops.linear import eager, reference, triton
 from visattn.ops.registration import traced_as_one
 
@@ -33,34 +27,29 @@ class LinearProblem(AttentionProblem):
         check_tensors(q=q, k=k, v=v)
         spatial_axes(k)
         if k.shape[0] != q.shape[0] or k.shape[-2:] != q.shape[-2:] or v.shape[:-1] != k.shape[:-1]:
-            raise ValueError(
-                f"expected q [B, *spatial, N, D], k [B, *other, N, D] and v [B, *other, N, Dv], got q "
-                f"{tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-            )
+            expected = "q [B, *spatial, N, D], k [B, *other, N, D] and v [B, *other, N, Dv]"
+            raise ValueError(f"expected {expected}, got {checks.shapes(q=q, k=k, v=v)}")
         check_dtypes(q, k, v)
 
     @property
     def key_size(self) -> list[int]:
-        """The spatial sizes of the keys; plain ints under `torch.jit.trace`."""
-        return (
-            [int(n) for n in self.k.shape[1:-2]]
-            if torch.jit.is_tracing()
-            else list(self.k.shape[1:-2])
-        )
+        """The spatial sizes of the keys."""
+        return plain(self.k.shape[1:-2])
+
+    @property
+    def multiplications(self) -> tuple[int, int]:
+        """Those of (q k^T) v and those of q (k^T v), per image and head."""
+        queries, keys = math.prod(self.size), math.prod(self.key_size)
+        d, dv = self.q.shape[-1], self.v.shape[-1]
+        return queries * keys * (d + dv), (queries + keys) * d * dv
 
     @property
     def is_quadratic(self) -> bool:
         """Whether (q k^T) v takes fewer multiplications than q (k^T v); not asked of symbolic sizes."""
-        size, key_size = self.size, self.key_size
-        if is_symbolic(*size, *key_size):
+        if is_symbolic(*self.size, *self.key_size):
             return False
-        queries, keys, d, dv = (
-            math.prod(size),
-            math.prod(key_size),
-            self.q.shape[-1],
-            self.v.shape[-1],
-        )
-        return queries * keys * (d + dv) < (queries + keys) * d * dv
+        quadratic, linear = self.multiplications
+        return quadratic < linear
 
     def flat(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v with one axis of positions: [B, L, N, D], [B, M, N, D], [B, M, N, Dv]."""
@@ -72,18 +61,7 @@ class LinearProblem(AttentionProblem):
 
     def flops(self) -> int:
         """Those of the two products in the cheaper order."""
-        queries, keys, d, dv = (
-            math.prod(self.size),
-            math.prod(self.key_size),
-            self.q.shape[-1],
-            self.v.shape[-1],
-        )
-        return (
-            2
-            * self.q.shape[0]
-            * self.q.shape[-2]
-            * min(queries * keys * (d + dv), (queries + keys) * d * dv)
-        )
+        return 2 * self.q.shape[0] * self.q.shape[-2] * min(*self.multiplications)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,28 +72,23 @@ class EfficientProblem(LinearProblem):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mask is None:
+        mask, shape = self.mask, self.k.shape[:-2]
+        if mask is None:
             return
-        check_tensors(mask=self.mask)
-        if self.mask.dtype != torch.bool or self.mask.shape != self.k.shape[:-2]:
-            raise ValueError(
-                f"expected a boolean mask {tuple(self.k.shape[:-2])}, got {self.mask.dtype} {tuple(self.mask.shape)}"
-            )
+        check_tensors(mask=mask)
+        if mask.dtype != torch.bool or mask.shape != shape:
+            got = f"{mask.dtype} {tuple(mask.shape)}"
+            raise ValueError(f"expected a boolean mask {tuple(shape)}, got {got}")
 
     def hidden(self) -> tuple[Tensor | None, Tensor | None]:
         """Keys and queries that are no tokens, [B, M, 1, 1] each; the queries' only if they are on the keys' map."""
         if self.mask is None:
             return None, None
-        hidden, size, key_size = (
-            ~self.mask.flatten(1)[..., None, None],
-            self.size,
-            self.key_size,
-        )  # [B, M, 1, 1]
-        same = len(size) == len(key_size)
-        same = same and all(
-            statically_known_true(n == m) for n, m in zip(size, key_size, strict=True)
-        )
-        return hidden, hidden if same else None
+        hidden = ~self.mask.flatten(1)[..., None, None]  # [B, M, 1, 1]
+        if len(self.size) != len(self.key_size):
+            return hidden, None
+        pairs = zip(self.size, self.key_size, strict=True)
+        return hidden, hidden if all(statically_known_true(n == m) for n, m in pairs) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,11 +113,8 @@ class FocusedProblem(LinearProblem):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_tensors(focus_scale=self.focus_scale)
-        check_floating(focus_scale=self.focus_scale)
-        if self.focus_scale.shape != self.q.shape[-2:]:
-            raise ValueError(
-                f"expected focus_scale {tuple(self.q.shape[-2:])} ([N, D]), got {tuple(self.focus_scale.shape)}"
-            )
+        checks.check_floating(focus_scale=self.focus_scale)
+        checks.check_shape("focus_scale", self.focus_scale, self.q.shape[-2:], "([N, D])")
         if not self.factor > 0:
             raise ValueError(f"expected factor > 0, got {self.factor}")
 
@@ -161,9 +131,9 @@ class DynamicConvProblem(Problem):
         check_tensors(x=x, kernels=kernels)
         taps = self.kernel_size**2 if kernels.ndim == 3 else 0
         if x.ndim != 4 or taps % 2 == 0 or kernels.shape != (x.shape[0], x.shape[-1], taps):
+            expected = "x [B, H, W, C] and kernels [B, C, K * K] with an odd K"
             raise ValueError(
-                f"expected x [B, H, W, C] and kernels [B, C, K * K] with an odd K, got {tuple(x.shape)} and "
-                f"{tuple(kernels.shape)}"
+                f"expected {expected}, got {tuple(x.shape)} and {tuple(kernels.shape)}"
             )
         check_dtypes(x, kernels)
 
@@ -181,41 +151,20 @@ class DynamicConvProblem(Problem):
         return 2 * math.prod(self.x.shape) * self.kernels.shape[-1]
 
 
+_FORMS = (triton, eager, reference)
+_how: Any = {"can_run": support.can_run_tensors, "automatic": triton.automatic}
 _efficient = Backends(
-    "efficient_attention",
-    EfficientProblem,
-    triton=triton.attend_efficient,
-    eager=eager.attend_efficient,
-    reference=reference.attend_efficient,
-    can_run=support.can_run_tensors,
-    automatic=triton.automatic,
+    "efficient_attention", EfficientProblem, *(form.attend_efficient for form in _FORMS), **_how
 )
 _inline = Backends(
-    "inline_attention",
-    InlineProblem,
-    triton=triton.attend_inline,
-    eager=eager.attend_inline,
-    reference=reference.attend_inline,
-    can_run=support.can_run_tensors,
-    automatic=triton.automatic,
+    "inline_attention", InlineProblem, *(form.attend_inline for form in _FORMS), **_how
 )
 _focused = Backends(
-    "focused_linear_attention",
-    FocusedProblem,
-    triton=triton.attend_focused,
-    eager=eager.attend_focused,
-    reference=reference.attend_focused,
-    can_run=support.can_run_tensors,
-    automatic=triton.automatic,
+    "focused_linear_attention", FocusedProblem, *(form.attend_focused for form in _FORMS), **_how
 )
+_how = {"can_run": support.can_run_tensors, "whole_on_cpu": True}
 _dynamic_conv = Backends(
-    "dynamic_depthwise_conv",
-    DynamicConvProblem,
-    triton=triton.convolve,
-    eager=eager.convolve,
-    reference=reference.convolve,
-    can_run=support.can_run_tensors,
-    whole_on_cpu=True,
+    "dynamic_depthwise_conv", DynamicConvProblem, *(form.convolve for form in _FORMS), **_how
 )
 
 
@@ -260,11 +209,9 @@ def inline_attention(
     They may be negative. Computed as mean(v) + scale / M * q ((k - mean(k))^T v). Differentiable in q, k and v.
 
     Args:
-        q: Queries [B, *spatial, N, D] with one, two or three spatial axes; N heads of D channels. Any strides.
-        k: Keys [B, *other, N, D], of any number M of positions.
-        v: Values [B, *other, N, Dv].
+        q, k, v: As in `efficient_attention`.
         scale: Factor of q k^T, > 0. Default: D ** -0.5.
-        backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
+        backend: As in `efficient_attention`.
 
     Returns:
         [B, *spatial, N, Dv] of v's dtype; under autocast of its dtype, to which q, k and v are cast.
@@ -292,12 +239,10 @@ def focused_linear_attention(
     Differentiable in every tensor.
 
     Args:
-        q: Queries [B, *spatial, N, D] with one, two or three spatial axes; N heads of D channels. Any strides.
-        k: Keys [B, *other, N, D], of any number M of positions.
-        v: Values [B, *other, N, Dv].
+        q, k, v: As in `efficient_attention`.
         focus_scale: [N, D].
         factor: Exponent, > 0.
-        backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
+        backend: As in `efficient_attention`.
 
     Returns:
         [B, *spatial, N, Dv] of v's dtype; under autocast of its dtype, to which q, k and v are cast.
@@ -322,7 +267,7 @@ def dynamic_depthwise_conv(x: Tensor, kernels: Tensor, backend: str = "auto") ->
     Args:
         x: Map [B, H, W, C]. Any strides.
         kernels: [B, C, K * K], rows first; K odd.
-        backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
+        backend: As in `efficient_attention`.
 
     Returns:
         [B, H, W, C] of x's dtype; under autocast of its dtype, to which both are cast.

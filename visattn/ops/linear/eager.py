@@ -6,7 +6,7 @@ Without gradients, on a CPU and on large maps, a sample at a time goes through i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,24 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visattn.ops import chunking
+from visattn.ops.cut import contiguous_copy
 from visattn.ops.geometry import is_symbolic
 
 if TYPE_CHECKING:
-    from visattn.ops.linear import (
-        DynamicConvProblem,
-        EfficientProblem,
-        FocusedProblem,
-        InlineProblem,
-        LinearProblem,
-    )
-
+    from visattn.ops import linear
 
 Map = Callable[[Tensor], Tensor]
 Read = Callable[[Tensor, Tensor | None], Tensor]
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+KeysOf, ReaderOf = Callable[[Tensor], Map], Callable[[Tensor, Tensor, Tensor], Read]
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor, scale: float, quadratic: bool) -> Tensor:
@@ -41,38 +32,29 @@ def _products(q: Tensor, k: Tensor, v: Tensor, scale: float, quadratic: bool) ->
         k, v, scale = k * scale**0.5, v * scale**0.5, 1.0
     if quadratic:
         return ((q @ k.mT * scale) @ v).transpose(1, 2)  # [B, L, N, Dv]
-    # Whether this copies is not asked of symbolic sizes.
-    k = k.clone(memory_format=torch.contiguous_format) if is_symbolic(*k.shape) else k.contiguous()
+    k = contiguous_copy(k) if is_symbolic(*k.shape) else k.contiguous()
     return (q @ (k.mT @ v * scale)).transpose(1, 2)  # [B, L, N, Dv]
 
 
-def _streams(problem: LinearProblem) -> bool:
+def _streams(problem: linear.LinearProblem) -> bool:
+    """Tell whether a map goes through in chunks of positions."""
     q, k, v = problem.q, problem.k, problem.v
-    if (
-        q.device.type != "cpu"
-        or is_symbolic(*q.shape, *k.shape)
-        or math.prod(v.shape[1:]) < chunking.STREAMED
-    ):
+    if q.device.type != "cpu" or is_symbolic(*q.shape, *k.shape):
         return False
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    trained = torch.is_grad_enabled() and any(t.requires_grad for t in problem.tensors())
-    return not traced and not trained and not problem.is_quadratic
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or problem.trains():
+        return False
+    return math.prod(v.shape[1:]) >= chunking.STREAMED and not problem.is_quadratic
 
 
-def _stream(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys_of: Callable[[Tensor], Map],
-    reader_of: Callable[[Tensor, Tensor, Tensor], Read],
-) -> Tensor:
+def _stream(qkv: Sequence[Tensor], keys_of: KeysOf, reader_of: ReaderOf) -> Tensor:
     """Attend [B, L, N, D] to [B, M, N, D] through a context, a sample at a time -> [B, L, N, Dv].
 
     For a sample's keys [M, N, D], `keys_of` gives the map that some of them go through; for the context sum(keys v^T)
     [N, D, Dv], sum(keys) [N, D] and values [M, N, Dv], `reader_of` gives the map from queries [l, N, D] to the output
     [N, l, Dv], which it writes into its second argument if there is one.
     """
-    dtype, rows = _wide(v), max(1, chunking.CHUNK // math.prod(v.shape[2:]))
+    (q, k, v), dtype = qkv, torch.promote_types(qkv[2].dtype, torch.float32)
+    rows = max(1, chunking.CHUNK // math.prod(v.shape[2:]))
     out = v.new_empty((*q.shape[:-1], v.shape[-1]))
     for query, key, value, result in zip(q, k, v, out, strict=True):
         keys = keys_of(key)
@@ -80,9 +62,8 @@ def _stream(
         context = torch.zeros((*key.shape[1:], value.shape[-1]), dtype=dtype)
         for some, values in zip(key.split(rows), value.split(rows), strict=True):
             some = keys(some.to(dtype))
-            context.baddbmm_(
-                some.permute(1, 2, 0), values.to(dtype).transpose(0, 1)
-            )  # [N, D, m] [N, m, Dv]
+            # [N, D, m] and [N, m, Dv]
+            context.baddbmm_(some.permute(1, 2, 0), values.to(dtype).transpose(0, 1))
             total += some.sum(0)
         read = reader_of(context, total, value)
         for some, results in zip(query.split(rows), result.split(rows), strict=True):
@@ -94,9 +75,9 @@ def _stream(
     return out
 
 
-def attend_efficient(problem: EfficientProblem) -> Tensor:
+def attend_efficient(problem: linear.EfficientProblem) -> Tensor:
     """See `visattn.ops.efficient_attention`."""
-    (q, k, v), dtype = problem.flat(), _wide(problem.v)
+    (q, k, v), dtype = problem.flat(), problem.dtype
     hidden, hidden_queries = problem.hidden()
     if hidden is not None:
         k, v = k.to(dtype).masked_fill(hidden, torch.finfo(dtype).min), v.masked_fill(hidden, 0)
@@ -112,7 +93,7 @@ def attend_efficient(problem: EfficientProblem) -> Tensor:
         return lambda query, out: torch.bmm(query.softmax(-1).transpose(0, 1), context, out=out)
 
     if _streams(problem):
-        out = _stream(q, k, v, keys_of, reader_of)
+        out = _stream((q, k, v), keys_of, reader_of)
     else:
         # Heads first, as `_products` multiplies them: softmax of another layout costs further copies.
         q, k = q.transpose(1, 2), k.transpose(1, 2)  # [B, N, L, D], [B, N, M, D]
@@ -122,9 +103,9 @@ def attend_efficient(problem: EfficientProblem) -> Tensor:
     return problem.unflat(out if hidden_queries is None else out.masked_fill(hidden_queries, 0))
 
 
-def attend_inline(problem: InlineProblem) -> Tensor:
+def attend_inline(problem: linear.InlineProblem) -> Tensor:
     """See `visattn.ops.inline_attention`."""
-    (q, k, v), dtype = problem.flat(), _wide(problem.v)
+    (q, k, v), dtype = problem.flat(), problem.dtype
     scale = problem.scale / math.prod(problem.key_size)
 
     def keys_of(key: Tensor) -> Map:
@@ -136,7 +117,7 @@ def attend_inline(problem: InlineProblem) -> Tensor:
         return lambda query, out: torch.baddbmm(mean, query.transpose(0, 1), context, out=out)
 
     if _streams(problem):
-        return problem.unflat(_stream(q, k, v, keys_of, reader_of))
+        return problem.unflat(_stream((q, k, v), keys_of, reader_of))
     out = _products(q, k - k.mean(1, keepdim=True), v, scale, problem.is_quadratic)
     return problem.unflat(out + v.mean(1, keepdim=True))
 
@@ -151,14 +132,14 @@ def _focus(x: Tensor, scale: Tensor, factor: float) -> Tensor:
     return (powered * (length / powered.norm(dim=-1, keepdim=True))).view(x.shape)
 
 
-def focused_pair(problem: FocusedProblem) -> tuple[Tensor, Tensor, float]:
+def focused_pair(problem: linear.FocusedProblem) -> tuple[Tensor, Tensor, float]:
     """Normalise f(q), and give f(k): [B, L, N, D], [B, M, N, D]; weights are their products times the last result.
 
     In float16 a channel's mean over the keys moves from these to the queries: small keys, and queries over the small
     normalisers that they make, would leave its range. So queries are at most 1, and keys M ** 0.5.
     """
     (q, k, v), positions = problem.flat(), math.prod(problem.key_size)
-    scale = F.softplus(problem.focus_scale.to(_wide(v)))
+    scale = F.softplus(problem.focus_scale.to(problem.dtype))
     q, k = _focus(q, scale, problem.factor), _focus(k, scale, problem.factor)
     mean = k.mean(1, keepdim=True)  # [B, 1, N, D]
     if v.dtype == torch.float16:
@@ -169,7 +150,7 @@ def focused_pair(problem: FocusedProblem) -> tuple[Tensor, Tensor, float]:
     return (q / total.transpose(1, 2)).to(v.dtype), k.to(v.dtype), 1 / positions
 
 
-def attend_focused(problem: FocusedProblem) -> Tensor:
+def attend_focused(problem: linear.FocusedProblem) -> Tensor:
     """See `visattn.ops.focused_linear_attention`."""
     positions = math.prod(problem.key_size)
 
@@ -186,13 +167,13 @@ def attend_focused(problem: FocusedProblem) -> Tensor:
         return read
 
     if _streams(problem):
-        scale = F.softplus(problem.focus_scale.to(_wide(problem.v)))
-        return problem.unflat(_stream(*problem.flat(), keys_of, reader_of))
+        scale = F.softplus(problem.focus_scale.to(problem.dtype))
+        return problem.unflat(_stream(problem.flat(), keys_of, reader_of))
     q, k, factor = focused_pair(problem)
     return problem.unflat(_products(q, k, problem.v.flatten(1, -3), factor, problem.is_quadratic))
 
 
-def _convolve_by_taps(problem: DynamicConvProblem) -> Tensor:
+def _convolve_by_taps(problem: linear.DynamicConvProblem) -> Tensor:
     """Sum K * K shifted maps [B, H, W, C] times their taps: no group, and no loop, over images."""
     x, (h, w), size = problem.x, problem.x.shape[1:3], problem.kernel_size
     kernels = problem.kernels[:, None, None]  # [B, 1, 1, C, K K]
@@ -205,7 +186,7 @@ def _convolve_by_taps(problem: DynamicConvProblem) -> Tensor:
     return out
 
 
-def convolve(problem: DynamicConvProblem) -> Tensor:
+def convolve(problem: linear.DynamicConvProblem) -> Tensor:
     """See `visattn.ops.dynamic_depthwise_conv`."""
     x, size = problem.x, problem.kernel_size
     if is_symbolic(*x.shape[1:]) or torch.jit.is_tracing() or not x.shape[0]:
@@ -215,14 +196,10 @@ def convolve(problem: DynamicConvProblem) -> Tensor:
     weight = problem.kernels.unflatten(-1, (1, size, size))  # [B, C, 1, K, K]
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         # PyTorch has a fast depthwise convolution of channels-last maps, but with a batch of kernels no such layout.
-        out = [
-            F.conv2d(m, k, padding=size // 2, groups=c)
-            for m, k in zip(maps.split(1), weight, strict=True)
-        ]
+        images = zip(maps.split(1), weight, strict=True)
+        out = [F.conv2d(image, k, padding=size // 2, groups=c) for image, k in images]
         return torch.cat(out).permute(0, 2, 3, 1)  # [B, H, W, C]
-    maps, weight = (
-        maps.reshape(1, b * c, h, w),
-        weight.flatten(0, 1),
-    )  # [1, B C, H, W], [B C, 1, K, K]
+    maps = maps.reshape(1, b * c, h, w)
+    weight = weight.flatten(0, 1)  # [B C, 1, K, K]
     out = F.conv2d(maps, weight, padding=size // 2, groups=b * c).view(b, c, h, w)
     return out.permute(0, 2, 3, 1)  # [B, H, W, C]

@@ -9,22 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from visattn.ops.linear import (
-        DynamicConvProblem,
-        EfficientProblem,
-        FocusedProblem,
-        InlineProblem,
-        LinearProblem,
-    )
+    from visattn.ops import linear
 
 
-def _flat(problem: LinearProblem) -> list[Tensor]:
+def _flat(problem: linear.LinearProblem) -> list[Tensor]:
     """Flatten [B, *spatial, N, D] -> [B, S, N, D], in float32 at least."""
-    dtype = torch.promote_types(problem.q.dtype, torch.float32)
-    return [t.to(dtype) for t in problem.flat()]
+    return [t.to(problem.dtype) for t in problem.flat()]
 
 
-def attend_efficient(problem: EfficientProblem) -> Tensor:
+def attend_efficient(problem: linear.EfficientProblem) -> Tensor:
     """See `visattn.ops.efficient_attention`."""
     query, key, value = _flat(problem)
     hidden, hidden_queries = problem.hidden()
@@ -39,26 +32,23 @@ def attend_efficient(problem: EfficientProblem) -> Tensor:
     return problem.unflat(out if hidden_queries is None else out.masked_fill(hidden_queries, 0))
 
 
-def attend_inline(problem: InlineProblem) -> Tensor:
+def attend_inline(problem: linear.InlineProblem) -> Tensor:
     """See `visattn.ops.inline_attention`."""
     (query, key, value), scale = _flat(problem), problem.scale
     context = torch.einsum("bmnd,bmne->bnde", key, value) * scale / key.shape[1]
     rest = 1 - scale * (query * key.mean(1, keepdim=True)).sum(-1, keepdim=True)
-    return problem.unflat(
-        torch.einsum("blnd,bnde->blne", query, context) + rest * value.mean(1, keepdim=True)
-    )
+    out = torch.einsum("blnd,bnde->blne", query, context)
+    return problem.unflat(out + rest * value.mean(1, keepdim=True))
 
 
-def attend_focused(problem: FocusedProblem) -> Tensor:
+def attend_focused(problem: linear.FocusedProblem) -> Tensor:
     """See `visattn.ops.focused_linear_attention`."""
     query, key, value = _flat(problem)
 
     def focus(x: Tensor) -> Tensor:
         x = (x.relu() + 1e-6) / F.softplus(problem.focus_scale.to(x.dtype))
-        powered = x**problem.factor
-        return (
-            powered / powered.norm(dim=(-2, -1), keepdim=True) * x.norm(dim=(-2, -1), keepdim=True)
-        )
+        powered, axes = x**problem.factor, (-2, -1)
+        return powered / powered.norm(dim=axes, keepdim=True) * x.norm(dim=axes, keepdim=True)
 
     query, key = focus(query), focus(key)
     total = (query * key.mean(1, keepdim=True)).sum(-1, keepdim=True) + 1e-6
@@ -66,7 +56,7 @@ def attend_focused(problem: FocusedProblem) -> Tensor:
     return problem.unflat(torch.einsum("blnd,bnde->blne", query, context) / total)
 
 
-def convolve(problem: DynamicConvProblem) -> Tensor:
+def convolve(problem: linear.DynamicConvProblem) -> Tensor:
     """See `visattn.ops.dynamic_depthwise_conv`."""
     x, kernels, size = problem.x, problem.kernels, problem.kernel_size
     dtype, pad = torch.promote_types(x.dtype, torch.float32), size // 2

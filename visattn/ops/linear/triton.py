@@ -11,23 +11,17 @@ from visattn.ops.fused import support
 from visattn.ops.linear.eager import focused_pair
 
 if TYPE_CHECKING:
-    from visattn.ops.linear import (
-        DynamicConvProblem,
-        EfficientProblem,
-        FocusedProblem,
-        InlineProblem,
-        LinearProblem,
-    )
+    from visattn.ops import linear
 
 
-def automatic(problem: LinearProblem) -> str | None:
+def automatic(problem: linear.LinearProblem) -> str | None:
     """None, or why "auto" should not take the kernels for an attention."""
     if problem.is_quadratic:
         return "few tokens of wide heads cost less token by token"
     return support.automatic(problem)
 
 
-def attend_efficient(problem: EfficientProblem) -> Tensor:
+def attend_efficient(problem: linear.EfficientProblem) -> Tensor:
     """See `visattn.ops.efficient_attention`."""
     from visattn.ops.fused.linear import apply, outer
 
@@ -43,7 +37,7 @@ def attend_efficient(problem: EfficientProblem) -> Tensor:
     return problem.unflat(out if hidden_queries is None else out.masked_fill(hidden_queries, 0))
 
 
-def attend_inline(problem: InlineProblem) -> Tensor:
+def attend_inline(problem: linear.InlineProblem) -> Tensor:
     """See `visattn.ops.inline_attention`."""
     from visattn.ops.fused.linear import apply, outer
 
@@ -52,7 +46,7 @@ def attend_inline(problem: InlineProblem) -> Tensor:
     return problem.unflat(apply(q, context) + v.mean(1, keepdim=True))
 
 
-def attend_focused(problem: FocusedProblem) -> Tensor:
+def attend_focused(problem: linear.FocusedProblem) -> Tensor:
     """See `visattn.ops.focused_linear_attention`."""
     from visattn.ops.fused.linear import apply, outer
 
@@ -60,7 +54,7 @@ def attend_focused(problem: FocusedProblem) -> Tensor:
     return problem.unflat(apply(q, outer(k, problem.v.flatten(1, -3)) * scale))
 
 
-def convolve(problem: DynamicConvProblem) -> Tensor:
+def convolve(problem: linear.DynamicConvProblem) -> Tensor:
     """See `visattn.ops.dynamic_depthwise_conv`."""
     from visattn.ops.fused.depthwise import dynamic_conv
 

@@ -1,25 +1,15 @@
 """Neighborhood attention (NA): each query attends to the keys nearest to it. See README.md in this folder."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
+from visattn.ops import checks
 from visattn.ops.autocast import to_autocast, without_autocast
-from visattn.ops.checks import (
-    check_dtypes,
-    check_floating,
-    check_qkv,
-    check_table,
-    default_scale,
-    per_axis,
-    spatial_axes,
-)
+from visattn.ops.checks import default_scale, per_axis, spatial_axes
 from visattn.ops.dispatch import AttentionProblem, Backends
 from visattn.ops.geometry import Axis, is_symbolic
 from visattn.ops.neighborhood import eager, reference, triton
@@ -45,77 +35,61 @@ class NeighborhoodProblem(AttentionProblem):
     return_lse: bool
 
     def __post_init__(self) -> None:
-        check_qkv(self.q, self.k, self.v)
+        checks.check_qkv(self.q, self.k, self.v)
         self._check_windows()
         self._check_extra()
         if self.bias is not None and any(self.is_causal):
-            raise ValueError(
-                f"expected no causal axis with a bias, got is_causal {list(self.is_causal)}"
-            )
-        check_table(self.q, self.bias, self.kernel_size)
+            got = list(self.is_causal)
+            raise ValueError(f"expected no causal axis with a bias, got is_causal {got}")
+        checks.check_table(self.q, self.bias, self.kernel_size)
 
     def _check_windows(self) -> None:
-        for k, d, s, n in zip(self.kernel_size, self.dilation, self.stride, self.size, strict=True):
+        kernel, dilation, stride, size = self.kernel_size, self.dilation, self.stride, self.size
+        for k, d, s, n in zip(kernel, dilation, stride, size, strict=True):
             if k < 1 or d < 1 or not 1 <= s <= k:
                 raise ValueError(
                     f"expected kernel_size >= 1, dilation >= 1 and 1 <= stride <= kernel_size on every axis, got "
-                    f"kernel_size {self.kernel_size}, dilation {self.dilation}, stride {self.stride}"
+                    f"kernel_size {kernel}, dilation {dilation}, stride {stride}"
                 )
             if not is_symbolic(n) and k * d > n:
                 raise ValueError(
-                    f"expected kernel_size * dilation <= size on every axis, got kernel_size {self.kernel_size}, "
-                    f"dilation {self.dilation} on a map of {tuple(self.size)}; try visattn.ops.pad_to_at_least before "
-                    "projecting q, k, v"
+                    f"expected kernel_size * dilation <= size on every axis, got kernel_size {kernel}, dilation "
+                    f"{dilation} on a map of {tuple(size)}; try visattn.ops.pad_to_at_least before projecting q, k, v"
                 )
 
     def _check_extra(self) -> None:
-        q, v, extra_k, extra_v, extra_bias = (
-            self.q,
-            self.v,
-            self.extra_k,
-            self.extra_v,
-            self.extra_bias,
-        )
-        check_floating(extra_k=extra_k, extra_v=extra_v, extra_bias=extra_bias)
+        q, extra_k, extra_v, extra_bias = self.q, self.extra_k, self.extra_v, self.extra_bias
+        checks.check_floating(extra_k=extra_k, extra_v=extra_v, extra_bias=extra_bias)
         if (extra_k is None) != (extra_v is None):
             raise ValueError("expected extra_k and extra_v together, got only one of them")
-        check_dtypes(q, extra_k, extra_v)
+        checks.check_dtypes(q, extra_k, extra_v)
         if extra_k is not None and extra_v is not None:
-            head = (q.shape[0], extra_k.shape[1], q.shape[-2])
-            if tuple(extra_k.shape) != (*head, q.shape[-1]) or tuple(extra_v.shape) != (
-                *head,
-                v.shape[-1],
-            ):
-                raise ValueError(
-                    f"expected extra_k {(*head, q.shape[-1])} and extra_v {(*head, v.shape[-1])} ([B, E, N, D]), "
-                    f"got {tuple(extra_k.shape)} and {tuple(extra_v.shape)}"
-                )
+            head = q.shape[0], extra_k.shape[1], q.shape[-2]
+            shapes = (*head, q.shape[-1]), (*head, self.v.shape[-1])
+            got = tuple(extra_k.shape), tuple(extra_v.shape)
+            if got != shapes:
+                expected = f"extra_k {shapes[0]} and extra_v {shapes[1]} ([B, E, N, D])"
+                raise ValueError(f"expected {expected}, got {got[0]} and {got[1]}")
         if extra_bias is not None:
             if extra_k is None:
-                raise ValueError(
-                    "expected extra_k and extra_v with extra_bias, got extra_bias alone"
-                )
+                got = "extra_bias alone"
+                raise ValueError(f"expected extra_k and extra_v with extra_bias, got {got}")
             target, got = (*q.shape[:-1], extra_k.shape[1]), tuple(extra_bias.shape)
             fits = all(n in (1, m) for n, m in zip(reversed(got), reversed(target), strict=False))
             if len(got) > len(target) or not fits:
-                raise ValueError(
-                    f"expected extra_bias broadcastable to {target} ([B, *spatial, N, E]), got {got}"
-                )
+                expected = f"extra_bias broadcastable to {target} ([B, *spatial, N, E])"
+                raise ValueError(f"expected {expected}, got {got}")
 
     @property
     def axes(self) -> tuple[Axis, ...]:
         """How windows lie on each axis."""
-        windows = zip(
-            self.size, self.kernel_size, self.dilation, self.stride, self.is_causal, strict=True
-        )
-        return tuple(Axis(*axis) for axis in windows)
+        windows = self.kernel_size, self.dilation, self.stride, self.is_causal
+        return tuple(Axis(*axis) for axis in zip(self.size, *windows, strict=True))
 
     def empty(self) -> Tensor | tuple[Tensor, ...]:
         """The result, and the log-sum-exps if they are asked for."""
         out = self.v.new_empty((*self.q.shape[:-1], self.v.shape[-1]))
-        lse = self.q.new_empty(
-            self.q.shape[:-1], dtype=torch.promote_types(self.q.dtype, torch.float32)
-        )
+        lse = self.q.new_empty(self.q.shape[:-1], dtype=self.dtype)
         return (out, lse) if self.return_lse else out
 
     def flops(self) -> int:
@@ -125,11 +99,7 @@ class NeighborhoodProblem(AttentionProblem):
 
 
 _backends = Backends(
-    "neighborhood_attention",
-    NeighborhoodProblem,
-    triton=triton.attend,
-    eager=eager.attend,
-    reference=reference.attend,
+    "neighborhood_attention", NeighborhoodProblem, triton.attend, eager.attend, reference.attend
 )
 
 
@@ -214,17 +184,7 @@ def neighborhood_attention(
         per_axis("is_causal", is_causal, bool, axes),
     )
     q, k, v, extra_k, extra_v = to_autocast(q, k, v, extra_k, extra_v)
-    problem = NeighborhoodProblem(
-        q,
-        k,
-        v,
-        *windows,
-        bias,
-        extra_k,
-        extra_v,
-        extra_bias,
-        default_scale(q.shape[-1], scale),
-        return_lse,
-    )
+    how = extra_k, extra_v, extra_bias, default_scale(q.shape[-1], scale), return_lse
+    problem = NeighborhoodProblem(q, k, v, *windows, bias, *how)
     with without_autocast(q.device):
         return _backends.choose(problem, backend)(problem)

@@ -21,17 +21,15 @@ def attend(problem: NeighborhoodProblem) -> Tensor | tuple[Tensor, Tensor]:
     index = outer_index([n.index for n in found], [a.length for a in axes])  # [S, M]
     hidden = outer_index([(~n.visible).long() for n in found], [2] * len(axes)) > 0
 
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = problem.dtype
     query = q.flatten(1, -3).to(dtype) * problem.scale  # [B, S, N, D]
     keys = k.flatten(1, -3).to(dtype)[:, index]  # [B, S, M, N, D]
     values = v.flatten(1, -3).to(dtype)[:, index]
     scores = torch.einsum("bsnd,bsmnd->bsnm", query, keys)
     if bias is not None:
         widths = [2 * a.kernel_size - 1 for a in axes]
-        table = bias.to(dtype).flatten(1)[
-            :, outer_index([n.displacement for n in found], widths)
-        ]  # [N, S, M]
-        scores = scores + table.transpose(0, 1)
+        entry = outer_index([n.displacement for n in found], widths)  # [S, M]
+        scores = scores + bias.to(dtype).flatten(1)[:, entry].transpose(0, 1)  # [S, N, M]
     scores = scores.masked_fill(hidden[:, None, :], float("-inf"))
     if extra_k is not None and extra_v is not None:
         extra = torch.einsum("bsnd,bend->bsne", query, extra_k.to(dtype))
@@ -39,10 +37,9 @@ def attend(problem: NeighborhoodProblem) -> Tensor | tuple[Tensor, Tensor]:
             extra = extra + extra_bias.to(dtype).expand(*q.shape[:-1], -1).flatten(1, -3)
         scores = torch.cat([scores, extra], dim=-1)
     weights = scores.softmax(dim=-1)
-    out = torch.einsum("bsnm,bsmnd->bsnd", weights[..., : index.shape[1]], values)
+    weights, rest = weights[..., : index.shape[1]], weights[..., index.shape[1] :]
+    out = torch.einsum("bsnm,bsmnd->bsnd", weights, values)
     if extra_v is not None:
-        out = out + torch.einsum(
-            "bsne,bend->bsnd", weights[..., index.shape[1] :], extra_v.to(dtype)
-        )
+        out = out + torch.einsum("bsne,bend->bsnd", rest, extra_v.to(dtype))
     out = out.to(v.dtype).reshape(*q.shape[:-1], v.shape[-1])
     return (out, scores.logsumexp(dim=-1).reshape(q.shape[:-1])) if problem.return_lse else out

@@ -23,16 +23,8 @@ def attend(problem: NeighborhoodProblem) -> Tensor | tuple[Tensor, Tensor]:
         wide = extra_bias.expand(*(1,) * (q.ndim - extra_bias.ndim), *extra_bias.shape)
         spatial = (1,) * len(problem.size) if wide.shape[1:-2].numel() == 1 else q.shape[1:-2]
         extra_bias = flat(wide.expand(-1, *spatial, -1, -1))  # [B or 1, S or 1, N or 1, E or 1]
-    out, lse = fused_attention(
-        flat(q),
-        flat(problem.k),
-        flat(problem.v),
-        problem.axes,
-        problem.scale,
-        bias=problem.bias,
-        extra_k=extra_k,
-        extra_v=extra_v,
-        extra_bias=extra_bias,
-    )
+    qkv = flat(q), flat(problem.k), flat(problem.v)
+    how = {"bias": problem.bias, "extra_k": extra_k, "extra_v": extra_v, "extra_bias": extra_bias}
+    out, lse = fused_attention(*qkv, problem.axes, problem.scale, **how)
     out = out.view(*q.shape[:-1], problem.v.shape[-1])  # [B, *spatial, N, Dv]
     return (out, lse.view(q.shape[:-1])) if problem.return_lse else out

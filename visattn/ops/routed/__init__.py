@@ -1,7 +1,5 @@
 """Routed attention: the queries of a region attend to a list of key regions. See README.md in this folder."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,28 +8,21 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from visattn.ops import checks
 from visattn.ops.autocast import to_autocast, without_autocast
-from visattn.ops.checks import (
-    check_dtypes,
-    check_floating,
-    check_tensors,
-    default_scale,
-    one_int,
-    per_axis,
-)
+from visattn.ops.checks import check_floating, check_tensors, default_scale, per_axis
 from visattn.ops.dispatch import AttentionProblem, Backends
-from visattn.ops.geometry import Partition, ceil_div, is_symbolic, sym_max
+from visattn.ops.geometry import Partition, ceil_div, is_symbolic, plain, sym_max
 from visattn.ops.registration import traced_as_one
 from visattn.ops.routed import eager, reference, triton
-from visattn.ops.routed.routing import Axes, pool_regions, route
+from visattn.ops.routed.routing import Axes, Router, choose, pool_regions, region_means
 
 
 def _axes(name: str, x: Tensor, size: Sequence[int]) -> Axes:
     """Cut both axes of a map [B, H, W, ...] into regions."""
     if len(size) != 2 or any(not is_symbolic(n) and n < 1 for n in size):
         raise ValueError(f"expected {name} of two ints from 1, got {list(size)}")
-    spatial = [int(n) for n in x.shape[1:3]] if torch.jit.is_tracing() else x.shape[1:3]
-    rows, columns = (Partition(n, s) for n, s in zip(spatial, size, strict=True))
+    rows, columns = (Partition(n, s) for n, s in zip(plain(x.shape[1:3]), size, strict=True))
     return rows, columns
 
 
@@ -41,25 +32,31 @@ def _count(axes: Axes) -> int:
 
 
 def _check_maps(q: Tensor, k: Tensor) -> None:
-    """Maps of queries and keys, of one batch, number of heads and width."""
+    """Check for maps of queries and keys of one batch, number of heads and width."""
     check_tensors(q=q, k=k)
     if q.ndim != 5 or k.ndim != 5 or q.shape[0] != k.shape[0] or q.shape[3:] != k.shape[3:]:
-        raise ValueError(
-            f"expected q [B, H, W, N, D] and k [B, Hk, Wk, N, D], got q {tuple(q.shape)}, k {tuple(k.shape)}"
-        )
+        expected = "q [B, H, W, N, D] and k [B, Hk, Wk, N, D]"
+        raise ValueError(f"expected {expected}, got {checks.shapes(q=q, k=k)}")
+
+
+def _check_values(q: Tensor, k: Tensor, v: Tensor, size: str) -> None:
+    """Check for values on the keys' map, whose axes the message calls `size`, and for one dtype."""
+    if v.shape[:-1] != k.shape[:-1]:
+        expected = f"v [B, {size}, N, Dv]"
+        raise ValueError(f"expected {expected}, got {tuple(v.shape)} for k {tuple(k.shape)}")
+    checks.check_dtypes(q, k, v)
 
 
 def _has_values(x: Tensor) -> bool:
-    """Whether they can be looked at without waiting for a device: not in graphs, nor in transforms."""
-    is_plain = (
-        type(x) is Tensor and x.device.type == "cpu" and not _get_current_dispatch_mode_stack()
-    )
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return is_plain and not is_traced and torch._C._functorch.peek_interpreter_stack() is None
+    """Tell whether they can be looked at without waiting for a device: not in graphs, nor in transforms."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
+        return False
+    in_transform = torch._C._functorch.peek_interpreter_stack() is not None
+    return x.device.type == "cpu" and not in_transform and not _get_current_dispatch_mode_stack()
 
 
 def _attention_flops(q: Tensor, v: Tensor, keys: int) -> int:
-    """FLOPs for so many keys per query."""
+    """Count the FLOPs for so many keys per query."""
     return 2 * math.prod(q.shape[:4]) * keys * (q.shape[4] + v.shape[4])
 
 
@@ -79,39 +76,24 @@ class RoutedProblem(AttentionProblem):
         _check_maps(q, k)
         check_tensors(v=v, index=index)
         check_floating(weight=weight)
-        if v.shape[:-1] != k.shape[:-1]:
-            raise ValueError(
-                f"expected v [B, Hk, Wk, N, Dv], got {tuple(v.shape)} for k {tuple(k.shape)}"
-            )
-        check_dtypes(q, k, v)
-        batch, heads, regions, keys = (
-            q.shape[0],
-            q.shape[3],
-            _count(self.q_axes),
-            _count(self.k_axes),
-        )
-        lists = index.shape[2:3] if is_symbolic(*index.shape[2:], regions) else [regions]
-        if index.ndim != 4 or tuple(index.shape[:3]) not in [
-            (batch, n, *lists) for n in (1, heads)
-        ]:
+        _check_values(q, k, v, "Hk, Wk")
+        batch, heads, regions, keys = *q.shape[::3], _count(self.q_axes), _count(self.k_axes)
+        got = tuple(index.shape)
+        # A symbolic number of lists is taken as it comes.
+        lists = got[2:3] if is_symbolic(*got[2:], regions) else (regions,)
+        if index.ndim != 4 or got[:3] not in [(batch, n, *lists) for n in (1, heads)]:
             expected = (batch, f"1 or {heads}", regions, "topk")
-            raise ValueError(
-                f"expected index {expected} (a list per query region), got {tuple(index.shape)}"
-            )
-        if not index.shape[3] or index.dtype != torch.int64:
-            raise ValueError(
-                f"expected index of at least one int64 region, got {index.shape[3]} of {index.dtype}"
-            )
+            raise ValueError(f"expected index {expected} (a list per query region), got {got}")
+        if not got[3] or index.dtype != torch.int64:
+            expected = "index of at least one int64 region"
+            raise ValueError(f"expected {expected}, got {got[3]} of {index.dtype}")
         if weight is not None and weight.shape != index.shape:
-            raise ValueError(
-                f"expected weight like index {tuple(index.shape)}, got {tuple(weight.shape)}"
-            )
+            raise ValueError(f"expected weight like index {got}, got {tuple(weight.shape)}")
         if _has_values(index) and index.numel():
             low, high = (int(n) for n in index.aminmax())
             if low < 0 or high >= keys:
-                raise ValueError(
-                    f"expected index of key regions from 0 to {keys - 1}, got {low} to {high}"
-                )
+                expected = f"index of key regions from 0 to {keys - 1}"
+                raise ValueError(f"expected {expected}, got {low} to {high}")
 
     @property
     def q_axes(self) -> Axes:
@@ -125,27 +107,19 @@ class RoutedProblem(AttentionProblem):
 
     def flops(self) -> int:
         """Those of full regions."""
-        tokens = math.prod(
-            min(n, s) for n, s in zip(self.k.shape[1:3], self.kv_region_size, strict=True)
-        )
+        sizes = zip(self.k.shape[1:3], self.kv_region_size, strict=True)
+        tokens = math.prod(min(n, s) for n, s in sizes)
         return _attention_flops(self.q, self.v, self.index.shape[-1] * tokens)
 
 
-_routed = Backends(
-    "routed_attention",
-    RoutedProblem,
-    triton=triton.attend,
-    eager=eager.attend,
-    reference=reference.attend,
-)
+_routed = Backends("routed_attention", RoutedProblem, triton.attend, eager.attend, reference.attend)
 
 
 def _region_sizes(spatial: Sequence[int], n_win: Sequence[int], rule: str) -> list[int]:
-    """Tokens of a region per axis, for a wished number of regions."""
+    """Find the tokens of a region per axis, for a wished number of regions."""
     if rule not in ("mask", "zero") or len(n_win) != 2 or any(n < 1 for n in n_win):
-        raise ValueError(
-            f"expected n_win of two ints from 1 and rule 'mask' or 'zero', got {list(n_win)} and {rule!r}"
-        )
+        expected = "n_win of two ints from 1 and rule 'mask' or 'zero'"
+        raise ValueError(f"expected {expected}, got {list(n_win)} and {rule!r}")
     if rule == "mask":
         return [ceil_div(n, w) for n, w in zip(spatial, n_win, strict=True)]
     return [sym_max(1, n // w) for n, w in zip(spatial, n_win, strict=True)]
@@ -172,14 +146,9 @@ class BilevelProblem(AttentionProblem):
         _check_maps(q, k)
         check_floating(v=v, router_weight=self.router_weight, router_bias=self.router_bias)
         if k.shape != q.shape or self.topk < 1:
-            raise ValueError(
-                f"expected k like q and topk >= 1, got q {tuple(q.shape)}, k {tuple(k.shape)}, topk {self.topk}"
-            )
-        if v.shape[:-1] != k.shape[:-1]:
-            raise ValueError(
-                f"expected v [B, H, W, N, Dv], got {tuple(v.shape)} for k {tuple(k.shape)}"
-            )
-        check_dtypes(q, k, v)
+            got = f"{checks.shapes(q=q, k=k)}, topk {self.topk}"
+            raise ValueError(f"expected k like q and topk >= 1, got {got}")
+        _check_values(q, k, v, "H, W")
         _region_sizes(self.size, self.n_win, self.rule)
 
     @property
@@ -187,29 +156,30 @@ class BilevelProblem(AttentionProblem):
         """How each axis of the map is cut."""
         return _axes("region_size", self.q, _region_sizes(self.size, self.n_win, self.rule))
 
+    @property
+    def router(self) -> Router:
+        """Weight and bias of the router."""
+        return self.router_weight, self.router_bias
+
     def routed(self) -> RoutedProblem:
         """Routed attention to the regions that were found best."""
-        q, k, v, axes = self.q, self.k, self.v, self.axes
-        router = self.router_weight, self.router_bias
-        index, weight = route(
-            q, k, axes, axes, self.topk, self.scale, self.per_head, self.diff, *router
-        )
-        k_axes = axes
+        q, k, v, axes, k_axes, scale = self.q, self.k, self.v, self.axes, self.axes, self.scale
+        means = region_means((q, k), (axes, axes), self.diff)
+        index, weight = choose(means, self.topk, scale, self.per_head, self.router)
         if self.kv_pool != "none":
             k, k_axes = pool_regions(k, axes, self.kv_pool, self.kv_size)
             v, _ = pool_regions(v, axes, self.kv_pool, self.kv_size)
         sizes = [axis.window for axis in axes], [axis.window for axis in k_axes]
-        return RoutedProblem(
-            q, k, v, index, *sizes, weight if self.soft else None, self.rule == "mask", self.scale
-        )
+        factors = weight if self.soft else None
+        return RoutedProblem(q, k, v, index, *sizes, factors, self.rule == "mask", scale)
 
     def flops(self) -> int:
         """Those of attention with full regions; routing is left out."""
         size, topk = [axis.window for axis in self.axes], min(self.topk, _count(self.axes))
-        if self.kv_pool != "none":
-            size = [
-                self.kv_size if self.kv_pool.startswith("ada_") else s // self.kv_size for s in size
-            ]
+        if self.kv_pool.startswith("ada_"):
+            size = [self.kv_size] * 2
+        elif self.kv_pool != "none":
+            size = [s // self.kv_size for s in size]
         return _attention_flops(self.q, self.v, topk * math.prod(size))
 
 
@@ -336,7 +306,8 @@ def region_routing(
     if topk < 1 or (n_win is None and topk > regions):
         raise ValueError(f"expected topk from 1 to the number of key regions {regions}, got {topk}")
     scale = default_scale(q.shape[3] * q.shape[4], scale)
-    return route(q, k, q_axes, k_axes, topk, scale, per_head, diff, router_weight, router_bias)
+    means = region_means((q, k), (q_axes, k_axes), diff)
+    return choose(means, topk, scale, per_head, (router_weight, router_bias))
 
 
 @traced_as_one
@@ -395,9 +366,8 @@ def bilevel_routing_attention(
     q, k, v = to_autocast(q, k, v)
     scale = default_scale(q.shape[3] * q.shape[4], scale)
     windows, router = per_axis("n_win", n_win, int, 2), (router_weight, router_bias)
-    topk, kv_size = one_int("topk", topk), one_int("kv_size", kv_size)
-    problem = BilevelProblem(
-        q, k, v, windows, topk, rule, per_head, soft, diff, *router, kv_pool, kv_size, scale
-    )
+    topk, kv_size = checks.one_int("topk", topk), checks.one_int("kv_size", kv_size)
+    how = (windows, topk, rule, per_head, soft, diff, *router, kv_pool, kv_size, scale)
+    problem = BilevelProblem(q, k, v, *how)
     with without_autocast(q.device):
         return _bilevel.choose(problem, backend)(problem)

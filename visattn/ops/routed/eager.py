@@ -11,6 +11,7 @@ With symbolic sizes all regions are copied at once, each with all its slots, and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visattn.ops import chunking
-from visattn.ops.cut import cut_blocks, join_blocks
+from visattn.ops.cut import contiguous_copy, cut_blocks, join_blocks
 from visattn.ops.geometry import Partition, is_symbolic
 from visattn.ops.routed.routing import Axes, choose, region_of, token_table
 
@@ -39,7 +40,8 @@ class _Map:
     def rows(self, x: Tensor) -> Tensor:
         """Lay [B, H, W, N, D] out as [B * (L + more), N * D]."""
         x = x.flatten(1, 2).flatten(2)  # [B, L, N D]
-        return (F.pad(x, (0, 0, 0, 1)) if self.more else x).flatten(0, 1)  # [B (L + more), N D]
+        rows = F.pad(x, (0, 0, 0, 1)) if self.more else x  # [B, L + more, N D]
+        return rows.flatten(0, 1)  # [B (L + more), N D]
 
     def map(self, rows: Tensor, heads: int) -> Tensor:
         """Undo `rows`: [B * (L + more), N * D] -> [B, H, W, N, D]."""
@@ -49,9 +51,7 @@ class _Map:
 
     def slots(self) -> Tensor:
         """Find where each token lies among those of all regions [R * t]: [L]."""
-        (region_a, rank_a), (region_b, rank_b) = (
-            axis.place(self.table.device) for axis in self.axes
-        )
+        (region_a, rank_a), (region_b, rank_b) = (a.place(self.table.device) for a in self.axes)
         (_, sa, _), (rb, sb, _) = (axis.layout() for axis in self.axes)
         rows, columns = region_a * (rb * sa * sb) + rank_a * sb, region_b * (sa * sb) + rank_b
         return (rows[:, None] + columns).flatten()  # [L]
@@ -65,21 +65,14 @@ class _Map:
 
 
 class _Call:
-    """What the chunks of a call share."""
+    """What the chunks of a call share; index and weight [B, R, topk], and the axes of queries and of keys."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        index: Tensor,
-        q_axes: Axes,
-        k_axes: Axes,
-        mask_border: bool,
-    ) -> None:
+    def __init__(self, *inputs: Any) -> None:
+        q, k, v, index, weight, q_axes, k_axes, mask_border, self.scale = inputs
         self.heads, images = q.shape[3], q.shape[0]
         self.q_map, self.k_map = (_Map(axes, images, q.device) for axes in (q_axes, k_axes))
         self.index = index.flatten(0, 1)  # [B * query regions, topk]
+        self.weight = None if weight is None else weight.flatten(0, 1)  # [B * query regions, topk]
         self.q, self.k, self.v = self.q_map.rows(q), self.k_map.rows(k), self.k_map.rows(v)
         self.q_rows = (self.q_map.table + self.q_map.first).flatten(0, 1)  # [B * query regions, t]
         keys = self.k_map.table[index].flatten(2)  # [B, query regions, topk * t]
@@ -102,24 +95,22 @@ class _Call:
     def take(self, x: Tensor, rows: Tensor, part: slice) -> Tensor:
         """Copy rows of a map [., N * D]: [regions of the part, N, tokens, D], a view of a copy."""
         rows = rows[part]
-        copy = x.index_select(0, rows.flatten()).view(
-            *rows.shape, self.heads, x.shape[1] // self.heads
-        )
-        return copy.transpose(1, 2)  # [regions, N, tokens, D]
+        copy, dim = x.index_select(0, rows.flatten()), x.shape[1] // self.heads
+        return copy.view(*rows.shape, self.heads, dim).transpose(1, 2)  # [regions, N, tokens, D]
 
     def take_mask(self, part: slice) -> Tensor | None:
         """Read the mask of the listed keys, [regions of the part, 1, 1, keys]."""
-        return (
-            None if self.mask is None else self.mask[self.index[part]].flatten(1)[:, None, None]
-        )  # [R, 1, 1, keys]
+        if self.mask is None:
+            return None
+        return self.mask[self.index[part]].flatten(1)[:, None, None]  # [regions, 1, 1, keys]
 
-    def factors(self, weight: Tensor, part: slice) -> Tensor:
+    def factors(self, part: slice) -> Tensor | None:
         """Repeat the factors of regions for their keys: [regions of the part, 1, keys, 1]."""
-        return (
-            weight[part]
-            .repeat_interleave(self.k_map.table.shape[1], 1)[:, None, :, None]
-            .to(self.q.dtype)
-        )
+        if self.weight is None:
+            return None
+        keys = self.k_map.table.shape[1]
+        factors = self.weight[part].repeat_interleave(keys, 1)  # [regions, topk keys]
+        return factors[:, None, :, None].to(self.q.dtype)  # [regions, 1, keys, 1]
 
     @staticmethod
     def lines(x: Tensor) -> Tensor:
@@ -135,112 +126,70 @@ class _Call:
             rows += self.sum_by_product(x)
 
     def sum_by_product(self, x: Tensor) -> Tensor:
-        """The sums of all parts' copies. Adding row by row has no fixed order on an accelerator, a product has."""
+        """Sum the copies of all parts. Adding row by row has no fixed order on an accelerator, a product has."""
         (regions, tokens), images = self.k_map.table.shape, self.k_map.images
-        listed = self.index.view(
-            images, 1, self.q_map.table.shape[0] * self.index.shape[1]
-        )  # [B, 1, listed]
-        member = (listed == torch.arange(regions, device=x.device)[:, None]).to(
-            x.dtype
-        )  # [B, R, listed]
-        total = member @ x.view(*member.shape[::2], tokens * x.shape[1])  # [B, R, t N D]
-        total = total.view(images, regions * tokens, x.shape[1]).index_select(
-            1, self.k_map.slots()
-        )  # [B, L, N D]
+        listed = self.q_map.table.shape[0] * self.index.shape[1]
+        index = self.index.view(images, 1, listed)  # [B, 1, listed]
+        region = torch.arange(regions, device=x.device)[:, None]  # [R, 1]
+        total = (index == region).to(x.dtype) @ x.view(images, listed, tokens * x.shape[1])
+        total = total.view(images, regions * tokens, x.shape[1])  # [B, R t, N D]
+        total = total.index_select(1, self.k_map.slots())  # [B, L, N D]
         return F.pad(total, (0, 0, 0, self.k_map.more)).flatten(0, 1)  # [B (L + more), N D]
 
 
-class _Listed(torch.autograd.Function):
+class _Listed(chunking.Recomputed):
     """The tokens of each query region attend to those listed for it; index and weight [B, R, topk]."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        index: Tensor,
-        weight: Tensor | None,
-        q_axes: Axes,
-        k_axes: Axes,
-        mask_border: bool,
-        scale: float,
-    ) -> Tensor:
-        call = _Call(q, k, v, index, q_axes, k_axes, mask_border)
-        weight = None if weight is None else weight.flatten(0, 1)
-        out = v.new_empty(*call.q_rows.shape, *v.shape[3:])
+    def forward(*inputs: Any) -> Tensor:
+        call = _Call(*inputs)
+        out = call.v.new_empty(*call.q_rows.shape, *inputs[2].shape[3:])  # [B R, t, N, Dv]
         for part in call.chunks():
-            query, key, value = (
-                call.take(x, rows, part)
-                for x, rows in ((call.q, call.q_rows), (call.k, call.k_rows), (call.v, call.k_rows))
-            )
-            if weight is not None:
-                factors = call.factors(weight, part)
+            query = call.take(call.q, call.q_rows, part)  # [regions, N, t, D]
+            key, value = (call.take(x, call.k_rows, part) for x in (call.k, call.v))
+            mask, factors = call.take_mask(part), call.factors(part)
+            if factors is not None:
                 key, value = key * factors, value * factors
-            mask = call.take_mask(part)
             if mask is not None:
                 mask = mask.expand(-1, -1, query.shape[2], -1)
-            found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-            out[part] = found.transpose(1, 2)
+            found = F.scaled_dot_product_attention(query, key, value, mask, scale=call.scale)
+            out[part] = found.transpose(1, 2)  # [regions, t, N, Dv]
         return call.q_map.join(out)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:5])
-        ctx.how = inputs[5:]
 
     @staticmethod
     # pyrefly: ignore[bad-override]: as many gradients as forward has results
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, index, weight = ctx.saved_tensors
-        q_axes, k_axes, mask_border, scale = ctx.how
-        call = _Call(q, k, v, index, q_axes, k_axes, mask_border)
-        shape, weight = index.shape, None if weight is None else weight.flatten(0, 1)
-        grad_rows = call.q_map.rows(grad_out)
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        grad_q = q.new_empty(*call.q_rows.shape, *q.shape[3:])
+        call, (q, k, v, index, _) = _Call(*ctx.saved_tensors, *ctx.how), ctx.saved_tensors
+        topk, keys = index.shape[2], call.k_map.table.shape[1]
+        grad_rows, dtype = call.q_map.rows(grad_out), torch.promote_types(q.dtype, torch.float32)
+        grad_q = q.new_empty(*call.q_rows.shape, *q.shape[3:])  # [B R, t, N, D]
         grad_k, grad_v = (torch.zeros_like(x, dtype=dtype) for x in (call.k, call.v))
-        grad_weight = None if weight is None else torch.empty_like(weight)
+        grad_weight = None if call.weight is None else torch.empty_like(call.weight)
         for part in call.chunks():
             # Matrices of each region and head lie apart: products would copy them every time otherwise.
-            query, grad = (
-                call.take(x, call.q_rows, part).contiguous() for x in (call.q, grad_rows)
-            )
+            copies = (call.take(x, call.q_rows, part) for x in (call.q, grad_rows))
+            query, grad = (x.contiguous() for x in copies)  # [regions, N, t, D]
             plain = [call.take(x, call.k_rows, part).contiguous() for x in (call.k, call.v)]
-            query, mask = query * scale, call.take_mask(part)
-            factors = None if weight is None else call.factors(weight, part)
+            query, mask, factors = query * call.scale, call.take_mask(part), call.factors(part)
             key, value = plain if factors is None else (x * factors for x in plain)
-            logits = query @ key.mT
+            logits = query @ key.mT  # [regions, N, t, keys]
             weights = (logits if mask is None else logits + mask).to(dtype).softmax(dim=-1)
             # The derivative of softmax: weights * (grad - sum of weights * grad).
-            grad_logits = (grad @ value.mT).to(dtype)
-            grad_logits = torch.ops.aten._softmax_backward_data(grad_logits, weights, -1, dtype).to(
-                q.dtype
-            )
-            grad_q[part] = (grad_logits @ key).transpose(1, 2) * scale
-            grads = grad_logits.mT @ query, weights.to(q.dtype).mT @ grad
+            grads = (grad @ value.mT).to(dtype)
+            grads = torch.ops.aten._softmax_backward_data(grads, weights, -1, dtype).to(q.dtype)
+            grad_q[part] = (grads @ key).transpose(1, 2) * call.scale  # [regions, t, N, D]
+            of_key, of_value = grads.mT @ query, weights.to(q.dtype).mT @ grad
             if factors is not None and grad_weight is not None:
-                of_keys, of_values = (
-                    (g * x).sum((1, 3)) for g, x in zip(grads, plain, strict=True)
-                )
-                products = of_keys + of_values
-                grad_weight[part] = (
-                    products.unflatten(1, (shape[2], call.k_map.table.shape[1]))
-                    .sum(2)
-                    .to(grad_weight.dtype)
-                )
-                grads = [g * factors for g in grads]
-            call.add(grad_k, part, grads[0])
-            call.add(grad_v, part, grads[1])
-        return (
-            call.q_map.join(grad_q),
-            call.k_map.map(grad_k.to(k.dtype), call.heads),
-            call.k_map.map(grad_v.to(v.dtype), call.heads),
-            None,
-            None if grad_weight is None else grad_weight.view(shape),
-            *(None,) * 4,
-        )
+                products = (of_key * plain[0]).sum((1, 3)) + (of_value * plain[1]).sum((1, 3))
+                products = products.unflatten(1, (topk, keys)).sum(2)  # [regions, topk]
+                grad_weight[part] = products.to(grad_weight.dtype)
+                of_key, of_value = of_key * factors, of_value * factors
+            call.add(grad_k, part, of_key)
+            call.add(grad_v, part, of_value)
+        grad_k = call.k_map.map(grad_k.to(k.dtype), call.heads)
+        grad_v = call.k_map.map(grad_v.to(v.dtype), call.heads)
+        grad_weight = None if grad_weight is None else grad_weight.view(index.shape)
+        return call.q_map.join(grad_q), grad_k, grad_v, None, grad_weight, *(None,) * 4
 
 
 def _dense(problem: RoutedProblem) -> Tensor:
@@ -250,14 +199,12 @@ def _dense(problem: RoutedProblem) -> Tensor:
     if not problem.mask_border:  # zeros outside the map take part
         more = [-axis.length % axis.layout()[1] for axis in k_axes]
         k, v = (F.pad(x, (0, 0, 0, 0, 0, more[1], 0, more[0])) if any(more) else x for x in (k, v))
-        rows, columns = (
-            Partition(axis.length + n, axis.window) for axis, n in zip(k_axes, more, strict=True)
-        )
+        full = zip(k_axes, more, strict=True)
+        rows, columns = (Partition(axis.length + n, axis.window) for axis, n in full)
     # How often a query region lists a key region is a factor of exp(logits).
     number = rows.layout()[0] * columns.layout()[0]
-    listed = q.new_zeros(*index.shape[:3], number).scatter_add(
-        3, index, q.new_ones(()).expand(index.shape)
-    )
+    ones = q.new_ones(()).expand(index.shape)
+    listed = q.new_zeros(*index.shape[:3], number).scatter_add(3, index, ones)
     queries, keys = region_of(problem.q_axes, q.device), region_of((rows, columns), q.device)
     mask = listed.log().index_select(3, keys).index_select(2, queries)  # [B, 1 or N, H W, keys]
     query, key, value = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # [B, N, tokens, D]
@@ -280,7 +227,7 @@ class _Cut(NamedTuple):
 def _regions(x: Tensor, cut: list[_Cut]) -> Tensor:
     """Cut [B, H, W, N, D] -> [B, N, R, t, D], zero where there is no token."""
     x = cut_blocks(x, [c.places(x.device) for c in cut]).flatten(1, 2).transpose(1, 2)
-    return x.clone(memory_format=torch.contiguous_format)  # [B, N, R, t, D]
+    return contiguous_copy(x)  # [B, N, R, t, D]
 
 
 def _tokens(cut: list[_Cut], device: torch.device) -> Tensor:
@@ -290,15 +237,10 @@ def _tokens(cut: list[_Cut], device: torch.device) -> Tensor:
 
 
 def _attend_regions(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    index: Tensor,
-    weight: Tensor | None,
-    takes_part: Tensor,
-    scale: float,
+    qkv: Sequence[Tensor], index: Tensor, weight: Tensor | None, takes_part: Tensor, scale: float
 ) -> Tensor:
     """Attend from [B, N, R, t, D] to keys [B, N, Rk, u, D] of listed regions, those that take part [Rk, u]."""
+    query, key, value = qkv
     image = torch.arange(query.shape[0], device=query.device)[:, None, None, None]
     head = torch.arange(query.shape[1], device=query.device)[:, None, None]
     keys, values = (x[image, head, index] for x in (key, value))  # [B, N, R, topk, u, D]
@@ -307,9 +249,8 @@ def _attend_regions(
         keys, values = keys * factor, values * factor  # [B, N, R, topk, u, D]
     hidden = ~takes_part[index].flatten(3)[..., None, :]  # [B, 1 or N, R, 1, topk u]
     scores = (query * scale) @ keys.flatten(3, 4).mT  # [B, N, R, t, topk u]
-    scores = scores.to(torch.promote_types(query.dtype, torch.float32)).masked_fill(
-        hidden, float("-inf")
-    )
+    scores = scores.to(torch.promote_types(query.dtype, torch.float32))
+    scores = scores.masked_fill(hidden, float("-inf"))
     return scores.softmax(-1).to(value.dtype) @ values.flatten(3, 4)  # [B, N, R, t, Dv]
 
 
@@ -326,14 +267,8 @@ def _whole(problem: RoutedProblem) -> Tensor:
     q_cut, k_cut = ([_Cut(axis.length, *axis.layout()[:2]) for axis in part] for part in axes)
     takes_part = _tokens(k_cut, problem.q.device)
     takes_part = takes_part if problem.mask_border else torch.ones_like(takes_part)
-    query, key, value = (
-        _regions(problem.q, q_cut),
-        _regions(problem.k, k_cut),
-        _regions(problem.v, k_cut),
-    )
-    out = _attend_regions(
-        query, key, value, problem.index, problem.weight, takes_part, problem.scale
-    )
+    qkv = _regions(problem.q, q_cut), _regions(problem.k, k_cut), _regions(problem.v, k_cut)
+    out = _attend_regions(qkv, problem.index, problem.weight, takes_part, problem.scale)
     return _join_regions(out, q_cut)
 
 
@@ -354,25 +289,19 @@ def attend_bilevel(problem: BilevelProblem) -> Tensor:
     windows = [axis.window for axis in problem.axes]
     numbers = [n if is_mask else 2 * n - 1 for n in problem.n_win]
     cut = [_Cut(*c) for c in zip(problem.size, numbers, windows, strict=True)]
-    query, key, value = (_regions(x, cut) for x in (problem.q, problem.k, problem.v))
-    there = _tokens(cut, query.device)
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    qkv = [_regions(x, cut) for x in (problem.q, problem.k, problem.v)]  # [B, N, R, t, D]
+    there, dtype = _tokens(cut, problem.q.device), problem.dtype
     number = there.sum(-1, dtype=dtype)  # [R]
-    empty = number == 0
-    means = [x if problem.diff else x.detach() for x in (query, key)]
-    means = [
-        x.to(dtype).sum(3).transpose(1, 2) / number.clamp(min=1)[:, None, None] for x in means
-    ]  # [B, R, N, D]
-    router = problem.router_weight, problem.router_bias
-    topk = min(problem.topk, empty.shape[0])
+    empty, number = number == 0, number.clamp(min=1)[:, None, None]
+    means = [x if problem.diff else x.detach() for x in qkv[:2]]
+    means = [x.to(dtype).sum(3).transpose(1, 2) / number for x in means]  # [B, R, N, D]
+    topk, scale = min(problem.topk, empty.shape[0]), problem.scale
     index, weight = choose(
-        means, topk, problem.scale, problem.per_head, *router, empty, counting=True
+        means, topk, scale, problem.per_head, problem.router, empty, counting=True
     )
     takes_part = there if is_mask else ~empty[:, None].expand_as(there)
-    factors = weight if problem.soft else None
-    return _join_regions(
-        _attend_regions(query, key, value, index, factors, takes_part, problem.scale), cut
-    )
+    out = _attend_regions(qkv, index, weight if problem.soft else None, takes_part, scale)
+    return _join_regions(out, cut)
 
 
 def attend(problem: RoutedProblem) -> Tensor:
@@ -386,16 +315,10 @@ def attend(problem: RoutedProblem) -> Tensor:
         return _dense(problem)
     images, heads = index.shape[:2]
     if heads > 1:  # every head is an image of its own
-        q, k, v = (
-            x.movedim(3, 1).flatten(0, 1)[:, :, :, None] for x in (q, k, v)
-        )  # [B N, H, W, 1, D]
+        q, k, v = (x.movedim(3, 1).flatten(0, 1).unsqueeze(3) for x in (q, k, v))  # [B N, .., 1, D]
     weight = None if weight is None else weight.flatten(0, 1)  # [B, R, topk], or [B N, R, topk]
-    out = _Listed.apply(
-        q, k, v, index.flatten(0, 1), weight, q_axes, k_axes, problem.mask_border, problem.scale
-    )
-    # [B, H, W, N, Dv]
-    return (
-        out.squeeze(3).unflatten(0, (images, heads)).movedim(1, 3).contiguous()
-        if heads > 1
-        else out
-    )
+    how = q_axes, k_axes, problem.mask_border, problem.scale
+    out = _Listed.apply(q, k, v, index.flatten(0, 1), weight, *how)  # [B or B N, H, W, N or 1, Dv]
+    if heads > 1:
+        return out.squeeze(3).unflatten(0, (images, heads)).movedim(1, 3).contiguous()
+    return out  # [B, H, W, N, Dv]

@@ -1,7 +1,5 @@
 """Which regions a query region attends to (BiFormer's region-level routing), and pooled keys per region."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 
@@ -13,6 +11,7 @@ from visattn.ops.cut import cut_blocks
 from visattn.ops.geometry import Partition, bins, is_symbolic
 
 Axes = tuple[Partition, Partition]
+Router = tuple[Tensor | None, Tensor | None]  # weight and bias of a linear layer
 
 
 def region_of(axes: Axes, device: torch.device) -> Tensor:
@@ -35,21 +34,20 @@ def token_table(axes: Axes, device: torch.device) -> Tensor:
 
 def _means(x: Tensor, axes: Axes) -> Tensor:
     """Average [B, H, W, N, D] over the tokens of each region, in at least float32: [B, R, N, D]."""
-    layouts = [axis.layout()[:2] for axis in axes]
-    is_known = not is_symbolic(*(axis.length for axis in axes))
-    if not is_known and not is_symbolic(
-        *(slots for _, slots in layouts)
-    ):  # pooling would tie the graph to a size
+    layouts, dtype = (
+        [axis.layout()[:2] for axis in axes],
+        torch.promote_types(x.dtype, torch.float32),
+    )
+    slots = [per_region for _, per_region in layouts]
+    if is_symbolic(*(axis.length for axis in axes)) and not is_symbolic(*slots):
+        # Pooling would tie the graph to a size.
         places = [torch.arange(n * s, device=x.device).view(n, s) for n, s in layouts]
-        rows, columns = (
-            (place < axis.length).sum(-1) for place, axis in zip(places, axes, strict=True)
-        )  # [regions] of an axis: their tokens
-        x = cut_blocks(x.to(torch.promote_types(x.dtype, torch.float32)), places).sum(4)
-        return (x / (rows[:, None] * columns)[..., None, None]).flatten(1, 2)  # [B, R, N, D]
-    maps = (
-        x.flatten(3).permute(0, 3, 1, 2).to(torch.promote_types(x.dtype, torch.float32))
-    )  # [B, N D, H, W]
-    maps = F.avg_pool2d(maps, [slots for _, slots in layouts], ceil_mode=True)
+        valid = [place < axis.length for place, axis in zip(places, axes, strict=True)]
+        tokens = valid[0].sum(-1)[:, None] * valid[1].sum(-1)  # [rows, columns] of regions
+        total = cut_blocks(x.to(dtype), places).sum(4)  # [B, rows, columns, ...]
+        return (total / tokens[..., None, None]).flatten(1, 2)  # [B, R, N, D]
+    maps = x.flatten(3).permute(0, 3, 1, 2).to(dtype)  # [B, N D, H, W]
+    maps = F.avg_pool2d(maps, slots, ceil_mode=True)
     return maps.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, x.shape[3:])  # [B, R, N, D]
 
 
@@ -74,8 +72,7 @@ def choose(
     topk: int,
     scale: float,
     per_head: bool,
-    router_weight: Tensor | None,
-    router_bias: Tensor | None,
+    router: Router,
     empty: Tensor | None = None,
     counting: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -83,12 +80,10 @@ def choose(
 
     Key regions that are `empty` [R] come last, with weight 0.
     """
-    if router_weight is not None:
-        bias = None if router_bias is None else router_bias.to(means[0].dtype)
-        weight = router_weight.to(means[0].dtype)
-        means = [
-            F.linear(m.flatten(2), weight, bias).unflatten(2, m.shape[2:]) for m in means
-        ]  # [B, R, N, D]
+    weight, bias = (None if x is None else x.to(means[0].dtype) for x in router)
+    if weight is not None:
+        routed = [F.linear(m.flatten(2), weight, bias) for m in means]  # [B, R, N D]
+        means = [r.unflatten(2, m.shape[2:]) for r, m in zip(routed, means, strict=True)]
     query, key = ((m if per_head else m.flatten(2)[:, :, None]).transpose(1, 2) for m in means)
     logits = (query * scale) @ key.mT  # [B, 1 or N, query regions, key regions]
     logits = logits if empty is None else logits.masked_fill(empty, float("-inf"))
@@ -96,23 +91,10 @@ def choose(
     return index, logits.softmax(dim=-1)
 
 
-def route(
-    q: Tensor,
-    k: Tensor,
-    q_axes: Axes,
-    k_axes: Axes,
-    topk: int,
-    scale: float,
-    per_head: bool,
-    diff: bool,
-    router_weight: Tensor | None,
-    router_bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """See `visattn.ops.region_routing`; the weights are in at least float32."""
-    if not diff:
-        q, k = q.detach(), k.detach()
-    means = [_means(q, q_axes), _means(k, k_axes)]
-    return choose(means, topk, scale, per_head, router_weight, router_bias)
+def region_means(maps: Sequence[Tensor], axes: Sequence[Axes], diff: bool) -> list[Tensor]:
+    """Average maps [B, H, W, N, D] over their regions [B, R, N, D]; without `diff` gradients end there."""
+    maps = maps if diff else [x.detach() for x in maps]
+    return [_means(x, a) for x, a in zip(maps, axes, strict=True)]
 
 
 def pool_regions(x: Tensor, axes: Axes, kind: str, size: int) -> tuple[Tensor, Axes]:
@@ -137,15 +119,10 @@ def pool_regions(x: Tensor, axes: Axes, kind: str, size: int) -> tuple[Tensor, A
         edges = [bins(n, size) for n in slots]
     else:
         edges = [[(i * size, i * size + size) for i in range(n // size)] for n in slots]
-    x = x.unflatten(2, (-1, slots[1])).unflatten(
-        1, (-1, slots[0])
-    )  # [B, rows, slots, columns, slots, N, D]
-    rows, columns = (len(e) for e in edges)
-    pooled = [
-        pool(x[:, :, a:b, :, c:d], dim=(2, 4)) for (a, b), (c, d) in itertools.product(*edges)
-    ]
-    x = torch.stack(pooled, dim=2).unflatten(
-        2, (rows, columns)
-    )  # [B, regions_h, rows, columns, regions_w, N, D]
+    # [B, regions_h, t_h, regions_w, t_w, N, D]
+    x = x.unflatten(2, (-1, slots[1])).unflatten(1, (-1, slots[0]))
+    (rows, columns), parts = (len(e) for e in edges), itertools.product(*edges)
+    pooled = [pool(x[:, :, a:b, :, c:d], dim=(2, 4)) for (a, b), (c, d) in parts]
+    x = torch.stack(pooled, 2).unflatten(2, (rows, columns))  # [B, R_h, rows, columns, R_w, N, D]
     x = x.transpose(3, 4).flatten(3, 4).flatten(1, 2)  # [B, H', W', N, D]
     return x, (Partition(x.shape[1], rows), Partition(x.shape[2], columns))

@@ -14,15 +14,8 @@ def attend(problem: RoutedProblem) -> Tensor:
     """See `visattn.ops.routed_attention`."""
     from visattn.ops.fused.attention import flat, fused_attention
 
-    q, k, v = problem.q, problem.k, problem.v
-    out, _ = fused_attention(
-        flat(q),
-        flat(k),
-        flat(v),
-        (*problem.q_axes, *problem.k_axes),
-        problem.scale,
-        kv_indices=problem.index,
-        weight=problem.weight,
-        zero_keys=not problem.mask_border,
-    )
-    return out.view(*q.shape[:-1], v.shape[-1])  # [B, H, W, N, Dv]
+    q, k, v = flat(problem.q), flat(problem.k), flat(problem.v)
+    axes, zero_keys = (*problem.q_axes, *problem.k_axes), not problem.mask_border
+    how = {"kv_indices": problem.index, "weight": problem.weight, "zero_keys": zero_keys}
+    out, _ = fused_attention(q, k, v, axes, problem.scale, **how)
+    return out.view(*problem.q.shape[:-1], problem.v.shape[-1])  # [B, H, W, N, Dv]

@@ -3,8 +3,6 @@
 Which tokens see each other: `geometry.Partition`, read by `reference`, `eager._hidden` and (Triton) `geometry.spans`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,9 +31,10 @@ class WindowProblem(AttentionProblem):
         check_qkv(self.q, self.k, self.v)
         for w, s in zip(self.window_size, self.shift, strict=True):
             if w < 1 or not 0 <= s < w or (self.grid and s):
+                got = f"window_size {list(self.window_size)}, shift {list(self.shift)}"
                 raise ValueError(
                     f"expected window_size >= 1 and 0 <= shift < window_size on every axis, no shift of a grid, got "
-                    f"window_size {list(self.window_size)}, shift {list(self.shift)}, grid {self.grid}"
+                    f"{got}, grid {self.grid}"
                 )
         check_table(self.q, self.bias, self.window_size)
 
@@ -47,20 +46,12 @@ class WindowProblem(AttentionProblem):
 
     def flops(self) -> int:
         """Those of the pairs that see each other."""
-        batch, heads, pairs = (
-            self.q.shape[0],
-            self.q.shape[-2],
-            math.prod(axis.pairs() for axis in self.axes),
-        )
-        return 2 * batch * heads * pairs * (self.q.shape[-1] + self.v.shape[-1])
+        (batch, *_, heads, d), dv = self.q.shape, self.v.shape[-1]
+        return 2 * batch * heads * math.prod(axis.pairs() for axis in self.axes) * (d + dv)
 
 
 _backends = Backends(
-    "window_attention",
-    WindowProblem,
-    triton=triton.attend,
-    eager=eager.attend,
-    reference=reference.attend,
+    "window_attention", WindowProblem, triton.attend, eager.attend, reference.attend
 )
 
 
@@ -105,10 +96,8 @@ def window_attention(
     Sources: arXiv:2103.14030 eq. 4 and section 3.2 (windows, shift, bias), arXiv:2204.01697 section 3.2 (grid).
     """
     axes = spatial_axes(q)
-    window, offset = (
-        per_axis("window_size", window_size, int, axes),
-        per_axis("shift", shift, int, axes),
-    )
+    window = per_axis("window_size", window_size, int, axes)
+    offset = per_axis("shift", shift, int, axes)
     q, k, v = to_autocast(q, k, v)
     problem = WindowProblem(q, k, v, window, offset, grid, bias, default_scale(q.shape[-1], scale))
     with without_autocast(q.device):

@@ -22,19 +22,17 @@ def attend(problem: WindowProblem) -> Tensor:
         outer = [1] * (2 * len(axes))
         outer[a] = outer[a + len(axes)] = axis.length
         together = together & (window[:, None] == window).reshape(outer)
-        entry.append(
-            (rank - rank[:, None] + axis.window - 1).clamp(0, 2 * axis.window - 2).reshape(outer)
-        )
+        displacement = rank - rank[:, None] + axis.window - 1  # [length, length]
+        entry.append(displacement.clamp(0, 2 * axis.window - 2).reshape(outer))
+    together = together.expand(*sizes, *sizes)
     tokens = q.shape[1:-2].numel()
 
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = problem.dtype
     query, key, value = (x.flatten(1, -3).to(dtype) for x in (q, problem.k, v))  # [B, S, N, D]
     scores = torch.einsum("bqnd,bknd->bnqk", query * problem.scale, key)
     if bias is not None:
         table = bias.to(dtype)[(slice(None), *(e.expand(*sizes, *sizes) for e in entry))]
         scores = scores + table.reshape(len(bias), tokens, tokens)
-    scores = scores.masked_fill(
-        ~together.expand(*sizes, *sizes).reshape(tokens, tokens), float("-inf")
-    )
+    scores = scores.masked_fill(~together.reshape(tokens, tokens), float("-inf"))
     out = torch.einsum("bnqk,bknd->bqnd", scores.softmax(dim=-1), value)
     return out.to(v.dtype).reshape(*q.shape[:-1], v.shape[-1])

@@ -15,7 +15,5 @@ def attend(problem: WindowProblem) -> Tensor:
     from visattn.ops.fused.attention import flat, fused_attention
 
     q, k, v = flat(problem.q), flat(problem.k), flat(problem.v)
-    out, _ = fused_attention(
-        q, k, v, problem.axes, problem.scale, bias=problem.bias
-    )  # [B, S, N, Dv]
-    return out.view(problem.v.shape)
+    out, _ = fused_attention(q, k, v, problem.axes, problem.scale, bias=problem.bias)
+    return out.view(problem.v.shape)  # [B, *spatial, N, Dv]
