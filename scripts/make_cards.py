@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import functools
 import re
 import sys
 from collections.abc import Iterable
@@ -29,6 +28,7 @@ from timm.models import PretrainedCfg
 
 import visattn
 from visattn.flops import forward_flops
+from visattn.models import FAMILIES
 
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
 CONFIGS = CARDS.parent / "configs"
@@ -144,6 +144,8 @@ def load(path: Path) -> Card:
     name = path.name
     card = build(Card, _read(path), name)
     card.families = card.families or [path.stem]
+    if unknown := sorted(set(card.families) - set(FAMILIES)):
+        raise CardError(f"expected families of {', '.join(FAMILIES)} in {name}, got {', '.join(unknown)}")
     shared = _read(CARDS / PAPERS)
     if unknown := [paper for paper in card.papers if isinstance(paper, str) and paper not in shared]:
         raise CardError(f"expected papers of {PAPERS} in {name}, got {', '.join(unknown)}; try {', '.join(shared)}")
@@ -163,7 +165,9 @@ def load(path: Path) -> Card:
     known = [*weights, *(f"{model}.{cfg.tag}" for model, cfgs in weights.items() for cfg in cfgs)]
     for key in card.published:
         if key not in known:
-            raise CardError(f"expected a model of {name}'s families in published, got {key!r}; try {_close(key, known)}")
+            raise CardError(
+                f"expected a model of its families in {name}: published, got {key!r}; try {_close(key, known)}"
+            )
     for pattern in card.weights.file_only:
         matched = [model for model in weights if fnmatch(model, pattern)]
         if not matched or any(cfg.has_weights for model in matched for cfg in weights[model]):
@@ -197,7 +201,6 @@ def address(cfg: PretrainedCfg) -> str:
     return f"https://huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url or ""
 
 
-@functools.cache
 def measure(model: str, tag: str) -> tuple[int, float]:
     """Parameters and GMACs of a model at the input size and classes of a tag."""
     network = timm.create_model(f"{model}.{tag}", device="meta")
@@ -237,6 +240,7 @@ def _weights(card: Card) -> str:
             found = [f"fetchable (`pretrained=True`) from {_host(cfg)}" for cfg in weights_of(name) if cfg.has_weights]
         for kind in dict.fromkeys(found or ["none: random initialisation only"]):
             kinds.setdefault(kind, []).append(name)
+    kinds = dict(sorted(kinds.items(), key=lambda item: item[0].split()[0]))  # fetchable, file only, none
     rows = [[", ".join(_patterns(members, names)), kind] for kind, members in kinds.items()]
     return _table(["models", "weights"], rows, left=(0, 1))
 
