@@ -88,8 +88,8 @@ def test_one_row_for_each_set_of_weights(monkeypatch):
 @pytest.mark.parametrize(
     ("family", "rows"),
     [
-        ("nat", ["| `nat*`, `dinat*`, `vitrpb*` | fetchable (`pretrained=True`) from shi-labs.com |"]),
-        ("resnest", ["| `resnest14_va`, `resnest26_va` | fetchable (`pretrained=True`) from the Hugging Face hub (timm) |"]),
+        ("pvt", ["| `agent*`, `inline*` | fetchable (`pretrained=True`) from cloud.tsinghua.edu.cn |"]),
+        ("resnest", ["| `resnest14_va`, `resnest26_va` | fetchable (`pretrained=True`) from the Hugging Face hub (timm)"]),
         ("biformer", ["| `biformer*` | file only: ", "| `test_biformer` | none: random initialisation only |"]),
     ],
 )  # fmt: skip
