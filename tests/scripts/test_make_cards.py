@@ -89,7 +89,7 @@ def test_one_row_for_each_set_of_weights(monkeypatch):
     ("family", "rows"),
     [
         ("pvt", ["| `agent*`, `inline*` | fetchable (`pretrained=True`) from cloud.tsinghua.edu.cn |"]),
-        ("resnest", ["| `resnest14_va`, `resnest26_va` | fetchable (`pretrained=True`) from the Hugging Face hub (timm)"]),
+        ("resnest", ["| `resnest14_va`, `resnest26_va` | fetchable (`pretrained=True`) from the Hugging Face hub"]),
         ("biformer", ["| `biformer*` | file only: ", "| `test_biformer` | none: random initialisation only |"]),
     ],
 )  # fmt: skip
