@@ -1,13 +1,12 @@
-"""Render model_cards/<family>.md from model_cards/<family>.yaml, and check the data against the models.
+"""Render model_cards/<family>.md from model_cards/<family>.yaml and the code.
 
-    python scripts/make_cards.py                  # write every .md
-    python scripts/make_cards.py --check          # CI: exit 1 and say what differs
-    python scripts/make_cards.py --update nat     # recompute params and gmacs of one family, then write its .md
+    python scripts/make_cards.py             # write every .md
+    python scripts/make_cards.py nat         # write one
+    python scripts/make_cards.py --check     # CI: exit 1 and show where an .md differs
 
-The check compares the rendering with the file on disk; parameters, GMACs, input size and classes with the models; the
-listed names with timm's registry; tags, sizes, classes, addresses and licences of weights with `default_cfgs`. Models
-are built on the meta device, so no weights are allocated. Published numbers are the authors': they are shown as given
-and never computed.
+The yaml holds what the code does not know: text, and the authors' numbers with their sources. Names, parameters, GMACs
+and weights (tag, address, input size, crop, classes, licence) are read from the registered models, which are built on
+the meta device. The dataclasses below are the yaml's keys; those without a default are required.
 """
 
 from __future__ import annotations
@@ -19,22 +18,30 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import timm
 import yaml
+from timm.models import PretrainedCfg
+
+import visattn
+from visattn.flops import forward_flops
+from visattn.models import FAMILIES
 
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
 CONFIGS = CARDS.parent / "configs"
-PACKAGE = "visattn"
+PAPERS = "_papers.yaml"  # cited by several cards
 
 
 class CardError(ValueError):
-    """A card that is incomplete or contradicts itself."""
+    """A card that is incomplete, or contradicts itself or the code."""
 
 
 @dataclass
 class Published:
-    """What is reported of one variant or one of its weights; `gflops` of papers counts multiply-adds, our GMACs."""
+    """What is reported of a model or of one of its tags; `gflops` of papers counts multiply-adds, our GMACs."""
 
     source: str
     top1: float | None = None
@@ -43,50 +50,18 @@ class Published:
 
 
 @dataclass
-class Pretrained:
-    """One pretrained tag, at `file` (below `weights.base`, or a full URL) or at the Hugging Face hub id `hub`.
-
-    `size` and `classes` are the variant's, `licence_id` is that of the card's weights, unless given.
-    """
-
-    tag: str
-    size: int
-    classes: int
-    licence_id: str
-    file: str | None = None
-    hub: str | None = None
-    published: Published | None = None
-
-
-@dataclass
-class Variant:
-    """One registered model. `params` and `gmacs` are ours, computed with `classes` outputs at `size` x `size`.
-
-    Published numbers belong to the pretrained tags; a variant without weights has its own.
-    """
-
-    name: str
-    size: int
-    classes: int
-    params: int | None
-    gmacs: float | None
-    pretrained: list[Pretrained] = field(default_factory=list)
-    published: Published | None = None
-
-
-@dataclass
 class Results:
-    """One table of published results; a row gives a variant, the columns' values and, if any has one, a file.
+    """One table of published results; a row gives a model, the columns' values and, if any has one, a file.
 
-    A file is a path below `weights.base` or a full URL. `config` names the rows' files below configs/, where {model} is
-    the variant and another field a column's value, both in lower case and with dashes.
+    A file is a path below the card's `base` or a full URL. `config` names the rows' files below configs/, where {model}
+    is the model and another field a column's value, both in lower case and with dashes.
     """
 
     title: str
     source: str
     columns: list[str]
     rows: list[list]
-    note: str | None = None
+    note: str = ""
     config: str | None = None
 
 
@@ -101,6 +76,8 @@ class Paper:
 
 @dataclass
 class Code:
+    """The official code."""
+
     url: str
     commit: str
     licence: str
@@ -108,34 +85,33 @@ class Code:
 
 @dataclass
 class Weights:
-    """The weights' terms, and where files with a relative path lie."""
+    """The terms of the weights, what to know of them, and what is loaded from a file only: {pattern of names: how}."""
 
-    licence: str
-    note: str
-    licence_id: str = ""
-    base: str = ""
+    licence: str = ""
+    note: str = ""
+    file_only: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class Card:
-    """The contents of one yaml file."""
+    """The contents of one yaml file. A paper is given or named in _papers.yaml; `published` is keyed by model or
+    model.tag, where the model alone is its default tag; `families` are files of visattn/models, by default the card's
+    name.
+    """
 
-    family: str
     title: str
-    modules: list[str]
     summary: str
     papers: list[Paper]
-    weights: Weights
-    sources: dict[str, str]
     usage: str
-    input: list[str]
-    limits: list[str]
-    variants: list[Variant]
-    code: Code | None = None
+    families: list[str] = field(default_factory=list)
+    weights: Weights = field(default_factory=Weights)
+    input: list[str] = field(default_factory=list)
+    limits: list[str] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)
+    published: dict[str, Published] = field(default_factory=dict)
     results: list[Results] = field(default_factory=list)
-
-
-NESTED = {"papers": [Paper], "code": Code, "weights": Weights, "variants": [Variant], "results": [Results]}
+    code: Code | None = None
+    base: str = ""
 
 
 def build(cls, data, where: str):
@@ -145,74 +121,196 @@ def build(cls, data, where: str):
     fields = {item.name: item for item in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1)
-            raise CardError(f"expected a known key at {where}, got {key!r}; try {close[0] if close else list(fields)}")
+            raise CardError(f"expected a known key at {where}, got {key!r}; try {_close(key, fields)}")
     required = [key for key, item in fields.items() if item.default is item.default_factory is dataclasses.MISSING]
     if missing := [key for key in required if key not in data]:
         raise CardError(f"expected {', '.join(missing)} at {where}, got {', '.join(map(str, data))}")
     return cls(**data)
 
 
-def load(path: Path) -> Card:
-    """Read and cross-check one yaml file."""
+def _close(word, known: Iterable[str]) -> str:
+    return " or ".join(difflib.get_close_matches(str(word), known, n=1)) or ", ".join(known)
+
+
+def _read(path: Path):
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise CardError(f"expected yaml in {path.name}, got: {error}") from error
-    card = build(Card, data, path.name)
-    for key, kind in NESTED.items():
-        value = getattr(card, key)
-        if isinstance(kind, list):
-            value = [build(kind[0], item, f"{path.name}: {key}[{index}]") for index, item in enumerate(value)]
-        elif value is not None:
-            value = build(kind, value, f"{path.name}: {key}")
-        setattr(card, key, value)
-    for variant in card.variants:
-        where = f"{path.name}: {variant.name}"
-        variant.published = _published(variant.published, where)
-        defaults = {"size": variant.size, "classes": variant.classes, "licence_id": card.weights.licence_id}
-        variant.pretrained = [_pretrained(item, defaults, where) for item in variant.pretrained]
-        if variant.pretrained and variant.published:
-            raise CardError(f"expected published numbers below each tag, got them at {where}; try its first tag")
 
-    names = [variant.name for variant in card.variants]
-    if card.family != path.stem:
-        raise CardError(f"expected family {path.stem!r} in {path.name}, got {card.family!r}")
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise CardError(f"expected each variant of {path.name} once, got {', '.join(repeated)} again")
-    used = [table.source for table in card.results] + [published.source for published in _all_published(card)]
+
+def load(path: Path) -> Card:
+    """Read one yaml file and check it against itself and the registered models."""
+    name = path.name
+    card = build(Card, _read(path), name)
+    card.families = card.families or [path.stem]
+    if unknown := sorted(set(card.families) - set(FAMILIES)):
+        raise CardError(f"expected families of {', '.join(FAMILIES)} in {name}, got {', '.join(unknown)}")
+    shared = _read(CARDS / PAPERS)
+    if unknown := [paper for paper in card.papers if isinstance(paper, str) and paper not in shared]:
+        raise CardError(f"expected papers of {PAPERS} in {name}, got {', '.join(unknown)}; try {', '.join(shared)}")
+    papers = [shared[paper] if isinstance(paper, str) else paper for paper in card.papers]
+    card.papers = [build(Paper, paper, f"{name}: papers[{index}]") for index, paper in enumerate(papers)]
+    if card.code is not None:
+        card.code = build(Code, card.code, f"{name}: code")
+    if not isinstance(card.weights, Weights):
+        card.weights = build(Weights, card.weights, f"{name}: weights")
+    card.results = [build(Results, table, f"{name}: results[{index}]") for index, table in enumerate(card.results)]
+    card.published = {key: build(Published, data, f"{name}: {key}") for key, data in card.published.items()}
+
+    used = [item.source for item in (*card.results, *card.published.values())]
     if unknown := sorted(set(used) - set(card.sources)):
-        raise CardError(f"expected sources named in {path.name}, got {', '.join(unknown)}; try {list(card.sources)}")
+        raise CardError(f"expected sources named in {name}, got {', '.join(unknown)}; try {', '.join(card.sources)}")
+    weights = {model: weights_of(model) for model in models(card)}
+    known = [*weights, *(f"{model}.{cfg.tag}" for model, cfgs in weights.items() for cfg in cfgs)]
+    for key in card.published:
+        if key not in known:
+            raise CardError(
+                f"expected a model of its families in {name}: published, got {key!r}; try {_close(key, known)}"
+            )
+    for pattern in card.weights.file_only:
+        matched = [model for model in weights if fnmatch(model, pattern)]
+        if not matched or any(cfg.has_weights for model in matched for cfg in weights[model]):
+            got = f"{pattern!r}, which is {', '.join(matched) or 'none'}"
+            raise CardError(f"expected models without an address at file_only of {name}, got {got}")
     for table in card.results:
         length = len(table.columns) + (2 if _has_files(table) else 1)
         for row in table.rows:
-            if len(row) != length or row[0] not in names:
-                raise CardError(
-                    f"expected [variant, {', '.join(table.columns)}, file] in {table.title!r} of {path.name}, got {row}"
-                )
+            if len(row) != length or row[0] not in weights:
+                expected = f"[model, {', '.join(table.columns)}{', file' * _has_files(table)}]"
+                raise CardError(f"expected {expected} in {table.title!r} of {name}, got {row}")
+            if table.config and not (CONFIGS / config_of(table, row)).is_file():
+                raise CardError(f"expected the config of {row} of {name}, got no configs/{config_of(table, row)}")
     return card
 
 
-def _published(data, where: str) -> Published | None:
-    return None if data is None else build(Published, data, f"{where}.published")
+def models(card: Card) -> list[str]:
+    """The card's models: those with published numbers in their order, the others by name, test models last."""
+    order = list(dict.fromkeys(key.partition(".")[0] for key in card.published))
+    names = [name for family in card.families for name in visattn.list_models(family=family)]
+    return sorted(names, key=lambda n: (n.startswith("test_"), order.index(n) if n in order else len(order)))
 
 
-def _pretrained(data, defaults: dict, where: str) -> Pretrained:
-    where = f"{where}.pretrained"
-    item = build(Pretrained, {**defaults, **data} if isinstance(data, dict) else data, where)
-    if bool(item.file) == bool(item.hub):
-        raise CardError(f"expected either file or hub at {where}, got {', '.join(data)}")
-    item.published = _published(item.published, f"{where}[{item.tag}]")
-    return item
+def weights_of(model: str) -> list[PretrainedCfg]:
+    """The default configurations of a model that name weights, else its first one."""
+    cfgs = list(timm.models.get_arch_pretrained_cfgs(model).values())
+    return [cfg for cfg in cfgs if cfg.has_weights] or cfgs[:1]
 
 
-def _all_published(card: Card) -> list[Published]:
-    items = [item for variant in card.variants for item in (variant, *variant.pretrained)]
-    return [item.published for item in items if item.published is not None]
+def address(cfg: PretrainedCfg) -> str:
+    return f"https://huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url or ""
 
 
-def _has_files(table: Results) -> bool:
-    return any(len(row) > len(table.columns) + 1 for row in table.rows)
+def measure(model: str, tag: str) -> tuple[int, float]:
+    """Parameters and GMACs of a model at the input size and classes of a tag."""
+    network = timm.create_model(f"{model}.{tag}", device="meta")
+    params = sum(parameter.numel() for parameter in network.parameters())
+    return params, forward_flops(network, *network.pretrained_cfg["input_size"]) / 2e9
+
+
+def render(card: Card) -> str:
+    """The markdown of a card."""
+    parts = ["<!-- Generated by scripts/make_cards.py from the .yaml beside it and the code: edit those. -->"]
+    parts += [f"# {card.title}", card.summary.strip(), "## Weights", _weights(card), card.weights.note.strip()]
+    parts += ["## Models", _models(card), _models_note(card)]
+    parts += ["## How to use", f"```python\n{card.usage.strip()}\n```"]
+    parts += ["## Input", _bullets(card.input)] if card.input else []
+    parts += ["## Limits", _bullets(card.limits)] if card.limits else []
+    if card.results:
+        parts += ["## Published results", "Official numbers, not reproduced here; each table names its source."]
+        if any(table.config for table in card.results):
+            parts.append("`config` is the file of this repository with the settings behind a row.")
+        for table in card.results:
+            note = f"{table.note} Source: {card.sources[table.source]}."
+            parts += [f"### {table.title}", _results(card, table), note.strip()]
+    parts += ["## Licence", _licence(card), "## Citation", _papers(card)]
+    parts += [f"```bibtex\n{paper.bibtex.strip()}\n```" for paper in card.papers]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _weights(card: Card) -> str:
+    """Which models have weights, and where from."""
+    kinds: dict[str, list[str]] = {}
+    names = models(card)
+    for name in names:
+        by_hand = [how for pattern, how in card.weights.file_only.items() if fnmatch(name, pattern)]
+        if by_hand:
+            found = [f"file only: {by_hand[0].strip()}"]
+        else:
+            found = [f"fetchable (`pretrained=True`) from {_host(cfg)}" for cfg in weights_of(name) if cfg.has_weights]
+        for kind in dict.fromkeys(found or ["none: random initialisation only"]):
+            kinds.setdefault(kind, []).append(name)
+    kinds = dict(sorted(kinds.items(), key=lambda item: item[0].split()[0]))  # fetchable, file only, none
+    rows = [[", ".join(_patterns(members, names)), kind] for kind, members in kinds.items()]
+    return _table(["models", "weights"], rows, left=(0, 1))
+
+
+def _host(cfg: PretrainedCfg) -> str:
+    owner = cfg.hf_hub_id and cfg.hf_hub_id.partition("/")[0]
+    return f"the Hugging Face hub ({owner})" if owner else f"{urlsplit(cfg.url).hostname}"
+
+
+def _patterns(members: list[str], names: list[str]) -> list[str]:
+    """Members as the shortest patterns `prefix*` that match no other name."""
+    found = []
+    for name in members:
+        parts = name.split("_")
+        for length in range(1, len(parts)):
+            prefix = "_".join(parts[:length])
+            matched = [other for other in names if other.startswith(prefix)]
+            if len(matched) > 1 and set(matched) <= set(members):
+                name = f"{prefix}*"
+                break
+        found.append(f"`{name}`")
+    return list(dict.fromkeys(found))
+
+
+def _models(card: Card) -> str:
+    rows = []
+    for name in models(card):
+        for index, cfg in enumerate(weights_of(name)):
+            params, gmacs = measure(name, cfg.tag)
+            key = f"{name}.{cfg.tag}"
+            published = card.published.get(key) or (None if index else card.published.get(name))
+            crop = f"{cfg.crop_pct}" if cfg.crop_mode == "center" else f"{cfg.crop_pct} {cfg.crop_mode}"
+            link = address(cfg)
+            rows.append([
+                f"`{key if cfg.has_weights else name}`", f"{params / 1e6:.2f}", f"{gmacs:.3f}", f"{cfg.input_size[-1]}",
+                crop, f"{cfg.num_classes}", _link(cfg.hf_hub_id or link.rpartition("/")[2], link),
+                _cell(cfg.license if cfg.has_weights else None),
+                *(_cell(published and getattr(published, key)) for key in ("top1", "gflops", "params_m", "source")),
+            ])  # fmt: skip
+    head = ["name", "params (M)", "GMACs", "size", "crop", "classes", "weights", "licence"]
+    head += ["top-1, published (%)", "GFLOPs, published", "params, published (M)", "source"]
+    return _table(head, rows, left=(0, 6, 7, 11))
+
+
+def _models_note(card: Card) -> str:
+    text = (
+        "Parameters and GMACs (multiply-adds of matrix products, convolutions and attention, one image of the given "
+        "size) are counted from the models in this repository. What papers call FLOPs are multiply-adds too. A licence "
+        "of – with weights: their authors state none."
+    )
+    used = dict.fromkeys(item.source for item in card.published.values())
+    return f"{text}\n\nSources:\n\n{_bullets(f'{key}: {card.sources[key]}.' for key in used)}" if used else text
+
+
+def _results(card: Card, table: Results) -> str:
+    number, files = len(table.columns), _has_files(table)
+    rows = []
+    for row in table.rows:
+        cells = [f"`{row[0]}`", *map(_cell, row[1 : number + 1])]
+        if table.config:
+            config = config_of(table, row)
+            cells.append(_link(Path(config).stem, f"../configs/{config}"))
+        if files:
+            file = row[-1] or ""
+            cells.append(_link(file.rpartition("/")[2], file if "://" in file else card.base + file))
+        rows.append(cells)
+    texts = {i for i, _ in enumerate(table.columns, 1) if any(isinstance(row[i], str) for row in table.rows)}
+    titles = [name if i in texts else f"{name}, published" for i, name in enumerate(table.columns, 1)]
+    head = ["backbone", *titles, *(["config"] if table.config else []), *(["checkpoint"] if files else [])]
+    return _table(head, rows, left={0, *texts, number + 1, number + 2})
 
 
 def config_of(table: Results, row: list) -> str:
@@ -222,193 +320,25 @@ def config_of(table: Results, row: list) -> str:
     return f"{table.config.format_map(slugs)}.py"
 
 
-def address(card: Card, file: str | None, hub: str | None = None) -> str:
-    """The URL of a file or of a page of the Hugging Face hub."""
-    if hub:
-        return f"https://huggingface.co/{hub}"
-    return file if "://" in file else card.weights.base + file
-
-
-def registered(modules: Iterable[str]) -> list[str]:
-    """visattn's models that timm lists under these registry modules."""
-    import timm
-
-    import visattn  # noqa: F401  registers the models
-
-    names = timm.list_models(module=list(modules))
-    return [name for name in names if timm.model_entrypoint(name).__module__.startswith(f"{PACKAGE}.")]
-
-
-def measure(name: str, size: int) -> tuple[int, float, int]:
-    """Parameters, GMACs (rounded to 3 decimals) and classes of a model at a square input, on the meta device."""
-    import timm
-
-    from visattn.flops import forward_flops
-
-    model = timm.create_model(name, device="meta")
-    params = sum(parameter.numel() for parameter in model.parameters())
-    return params, round(forward_flops(model, model.in_chans, size, size) / 2e9, 3), model.num_classes
-
-
-def check_models(card: Card, only: Iterable[str] | None = None) -> list[str]:
-    """What differs between the card and the models; `only` limits the measured variants, not the list of names."""
-    import timm
-
-    problems = []
-    found, listed = set(registered(card.modules)), {variant.name for variant in card.variants}
-    for name in sorted(listed - found):
-        problems.append(f"{name}: listed, but not registered by modules {', '.join(card.modules)}")
-    for name in sorted(found - listed):
-        problems.append(f"{name}: registered, but not listed")
-
-    for variant in card.variants:
-        if variant.name not in found or (only is not None and variant.name not in only):
-            continue
-        params, gmacs, classes = measure(variant.name, variant.size)
-        configs = list(timm.models.get_arch_pretrained_cfgs(variant.name).values())
-        tags = [config.tag for config in configs if config.has_weights]
-        problems += _differences(
-            variant.name,
-            params=(variant.params, params),
-            gmacs=(variant.gmacs, gmacs),
-            classes=(variant.classes, classes),
-            size=(variant.size, configs[0].input_size[-1] if configs else None),
-            tags=([item.tag for item in variant.pretrained], tags),
-        )
-        for item in variant.pretrained:
-            if item.tag in tags:
-                config = next(config for config in configs if config.tag == item.tag)
-                problems += _differences(
-                    f"{variant.name}.{item.tag}",
-                    size=(item.size, config.input_size[-1]),
-                    classes=(item.classes, config.num_classes),
-                    licence=(item.licence_id, config.license),
-                    weights=(address(card, item.file, item.hub), address(card, config.url, config.hf_hub_id)),
-                )
-    return problems
-
-
-def _differences(name: str, **values: tuple) -> list[str]:
-    return [
-        f"{name}: {key} is {ours} in the card, {theirs} in the model"
-        for key, (ours, theirs) in values.items()
-        if ours != theirs
-    ]
-
-
-def update(path: Path) -> None:
-    """Rewrite params and gmacs in the yaml text, leaving everything else as it was typed."""
-    card, text = load(path), path.read_text(encoding="utf-8")
-    found = set(registered(card.modules))
-    edits = []
-    for node in _entry(yaml.compose(text), "variants").value:
-        name = _entry(node, "name").value
-        if name not in found:
-            print(f"{path.name}: {name} is not registered, left as it is", file=sys.stderr)
-            continue
-        params, gmacs, _ = measure(name, int(_entry(node, "size").value))
-        for key, value in {"params": params, "gmacs": gmacs}.items():
-            mark = _entry(node, key)
-            edits.append((mark.start_mark.index, mark.end_mark.index, str(value)))
-    for start, end, value in sorted(edits, reverse=True):
-        text = text[:start] + value + text[end:]
-    path.write_text(text, encoding="utf-8")
-
-
-def _entry(mapping: yaml.MappingNode, key: str) -> yaml.Node:
-    return next(value for name, value in mapping.value if name.value == key)
-
-
-def render(card: Card) -> str:
-    """The markdown of a card."""
-    parts = [f"<!-- Generated by scripts/make_cards.py from {card.family}.yaml: edit that file. -->", f"# {card.title}"]
-    parts += [card.summary.strip(), "## Models", _variants(card), _variants_note(card)]
-    parts += ["## How to use", f"```python\n{card.usage.strip()}\n```"]
-    parts += ["## Input", _bullets(card.input), "## Limits", _bullets(card.limits)]
-    if card.results:
-        parts += ["## Published results", "Official numbers, not reproduced here; each table names its source."]
-        if any(results.config for results in card.results):
-            parts.append("`config` is the file of this repository with the settings behind a row.")
-        for results in card.results:
-            source = f"Source: {card.sources[results.source]}."
-            parts += [f"### {results.title}", _results(card, results), f"{results.note or ''} {source}".strip()]
-    parts += ["## Licence", _licence(card), "## Citation", _papers(card)]
-    parts += [f"```bibtex\n{paper.bibtex.strip()}\n```" for paper in card.papers]
-    return "\n\n".join(parts) + "\n"
-
-
-def _variants(card: Card) -> str:
-    rows = []
-    for variant in card.variants:
-        params = "–" if variant.params is None else f"{variant.params / 1e6:.2f}"
-        gmacs = "–" if variant.gmacs is None else f"{variant.gmacs:.3f}"
-        for item in variant.pretrained:
-            # ours are counted at the variant's size and classes only
-            counted = (item.size, item.classes) == (variant.size, variant.classes)
-            counts = [params, gmacs] if counted else ["–", "–"]
-            link = _link(card, item.file, item.hub)
-            rows.append(_row(f"{variant.name}.{item.tag}", counts, item, link))
-        if not variant.pretrained:
-            rows.append(_row(variant.name, [params, gmacs], variant, "–"))
-    head = ["name", "params (M)", "GMACs", "GFLOPs, published", "size", "classes", "top-1, published (%)", "weights"]
-    return _table(head, rows, left=(0, 7))
-
-
-def _row(name: str, counts: list[str], item: Variant | Pretrained, link: str) -> list[str]:
-    published = item.published
-    gflops = "–" if published is None or published.gflops is None else f"{published.gflops:g}"
-    top1 = "–" if published is None else _cell(published.top1)
-    return [f"`{name}`", *counts, gflops, f"{item.size}", f"{item.classes}", top1, link]
-
-
-def _variants_note(card: Card) -> str:
-    text = (
-        "Parameters and GMACs (multiply-adds of matrix products, convolutions and attention, one image of the given "
-        "size) are counted from the models in this repository. What papers call FLOPs are multiply-adds too."
-    )
-    if used := sorted({published.source for published in _all_published(card)}):
-        text += f" Published numbers: {'; '.join(card.sources[key] for key in used)}."
-    return f"{text}\n\n{card.weights.note.strip()}"
-
-
-def _results(card: Card, results: Results) -> str:
-    number, files = len(results.columns), _has_files(results)
-    rows = [
-        [
-            f"`{row[0]}`",
-            *map(_cell, row[1 : number + 1]),
-            *([_config_link(results, row)] if results.config else []),
-            *([_link(card, row[-1])] if files else []),
-        ]
-        for row in results.rows
-    ]
-    texts = {i for i, _ in enumerate(results.columns, 1) if any(isinstance(row[i], str) for row in results.rows)}
-    titles = [name if i in texts else f"{name}, published" for i, name in enumerate(results.columns, 1)]
-    head = ["backbone", *titles, *(["config"] if results.config else []), *(["checkpoint"] if files else [])]
-    return _table(head, rows, left={0, *texts, number + 1, number + 2})
-
-
-def _config_link(table: Results, row: list) -> str:
-    config = config_of(table, row)
-    return f"[{Path(config).stem}](../configs/{config})"
+def _has_files(table: Results) -> bool:
+    return any(len(row) > len(table.columns) + 1 for row in table.rows)
 
 
 def _cell(value) -> str:
     return "–" if value is None else str(value)
 
 
-def _link(card: Card, file: str | None, hub: str | None = None) -> str:
-    return f"[{hub or file.rpartition('/')[2]}]({address(card, file, hub)})" if hub or file else "–"
+def _link(text: str, target: str) -> str:
+    return f"[{text}]({target})" if text else "–"
 
 
 def _licence(card: Card) -> str:
-    code = "The algorithm follows the paper; the authors published no code."
-    if card.code is not None:
-        code = (
-            f"The algorithm follows [{card.code.url.partition('://')[2]}]({card.code.url}) at commit "
-            f"`{card.code.commit[:7]}` ({card.code.licence}); no code is copied."
-        )
-    return f"{code} This repository: Apache-2.0.\n\nWeights: {card.weights.licence.strip()}"
+    text = "The algorithm follows the paper; the authors published no code."
+    if code := card.code:
+        link = _link(code.url.partition("://")[2], code.url)
+        text = f"The algorithm follows {link} at commit `{code.commit[:7]}` ({code.licence}); no code is copied."
+    licence = card.weights.licence.strip()
+    return f"{text} This repository: Apache-2.0." + (f"\n\nWeights: {licence}" if licence else "")
 
 
 def _papers(card: Card) -> str:
@@ -427,53 +357,35 @@ def _table(head: list[str], rows: list[list[str]], left: Iterable[int]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
 
 
-def check(path: Path, only: Iterable[str] | None = None) -> list[str]:
-    """All problems of one card, empty when it is right."""
-    card = load(path)
-    target = path.with_suffix(".md")
-    on_disk = target.read_text(encoding="utf-8") if target.is_file() else ""
-    lines = difflib.unified_diff(
-        on_disk.splitlines(),
-        render(card).splitlines(),
-        f"{target.name} on disk",
-        f"{target.name} rendered",
-        lineterm="",
-    )
-    configs = {config_of(table, row) for table in card.results if table.config for row in table.rows}
-    absent = [
-        f"configs/{config}: named, but not there" for config in sorted(configs) if not (CONFIGS / config).is_file()
-    ]
-    return [*lines, *absent, *check_models(card, only)]
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="file names without .yaml (default: every card)")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--check", action="store_true", help="write nothing; exit 1 when anything differs")
-    mode.add_argument("--update", action="store_true", help="recompute params and gmacs before rendering")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when anything differs")
     parser.add_argument("--cards", type=Path, default=CARDS, help="folder of the cards")
     args = parser.parse_args(argv)
 
-    known = {path.stem: path for path in sorted(args.cards.glob("*.yaml"))}
+    known = {path.stem: path for path in sorted(args.cards.glob("[!_]*.yaml"))}
     unknown = sorted(set(args.families) - set(known))
     if unknown or not known:
         print(f"error: expected cards in {args.cards}, got no {', '.join(unknown) or '*.yaml'}", file=sys.stderr)
         return 1
     status = 0
     for family in args.families or known:
-        path = known[family]
+        target = known[family].with_suffix(".md")
         try:
-            if args.check:
-                problems = check(path)
-                print("\n".join([f"{path.name}: {len(problems) or 'no'} difference(s)", *problems]))
-                status |= bool(problems)
-                continue
-            if args.update:
-                update(path)
-            path.with_suffix(".md").write_text(render(load(path)), encoding="utf-8")
+            text = render(load(known[family]))
         except CardError as error:
             print(f"error: {error}", file=sys.stderr)
+            status = 1
+            continue
+        if not args.check:
+            target.write_text(text, encoding="utf-8")
+            continue
+        on_disk = target.read_text(encoding="utf-8") if target.is_file() else ""
+        if on_disk != text:
+            lines = [on_disk.splitlines(), text.splitlines()]
+            diff = difflib.unified_diff(*lines, f"{target.name} on disk", f"{target.name} rendered", lineterm="")
+            print(f"{target.name} is out of date: run python scripts/make_cards.py {family}", *diff, sep="\n")
             status = 1
     return status
 
