@@ -7,9 +7,11 @@ import pytest
 import timm
 import yaml
 
+from visattn.train.arguments import parse
 from visattn.train.checks import check
-from visattn.train.config import Config, parse, read_yaml, recipe
+from visattn.train.config import Config, recipe
 from visattn.train.errors import ConfigError
+from visattn.train.recipes import read_yaml
 
 # Every option with its default. People's recipes and scripts rely on both.
 FROZEN = """
