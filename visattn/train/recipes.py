@@ -46,15 +46,16 @@ def find_recipe(name: str) -> Config:
 
     Such a file maps shell patterns of names to options. All patterns that match count, later ones over earlier ones.
     """
-    name = get_deprecated_models().get(name, name)
+    name = get_deprecated_models().get(name) or name
     models = list_models()
     if name not in models:
         near = difflib.get_close_matches(name, models, n=1, cutoff=0.0)[0]
         raise ConfigError(f"--recipe: expected a recipe, named as a model of visattn, got {shown(name)}; try {near}")
     family = timm.model_entrypoint(name).__module__.rpartition(".")[2]
     cfg = get_pretrained_cfg(name)
-    options = {key: getattr(cfg, key) for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
-    options |= {"model": name, "in_chans": cfg.input_size[0], "img_size": cfg.input_size[-1]}
+    keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "input_size")
+    options = {"model": name} | {key: getattr(cfg, key) for key in keys}
+    options["in_chans"], _, options["img_size"] = options.pop("input_size")
     path = configs_folder() / "imagenet" / f"{family}.yaml"
     for pattern, values in _read(path, "a new installation").items():
         if not isinstance(values, dict):
