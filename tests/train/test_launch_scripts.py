@@ -54,6 +54,7 @@ def test_scripts_parse_can_be_started_and_ask_for_what_is_missing(path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("script", ["torchrun_single_node.sh", "torchrun_multi_node.sh"])
 def test_the_same_command_begins_and_continues_a_run(script):
     nodes = 2 if "multi" in script else 1
@@ -68,6 +69,7 @@ def test_the_same_command_begins_and_continues_a_run(script):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_finetune_trains_with_the_preset():
     words = ("linear_probe", "test_dinat", "digits", "--no-pretrained", "--amp", "none", "--device", "cpu")
     process = launch("finetune.sh", *words, "--img-size", 32, "--workers", 0, "--epochs", 2, "--name", "r")
@@ -77,6 +79,7 @@ def test_finetune_trains_with_the_preset():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_slurm_sends_a_run_back_to_the_queue_at_its_time_limit_and_continues_it():
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         Path(name).write_text(text)
@@ -86,11 +89,11 @@ def test_slurm_sends_a_run_back_to_the_queue_at_its_time_limit_and_continues_it(
     while not Path("output/r/log.csv").is_file() and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGUSR1)  # to the script alone, as B: says
-    output = process.communicate(timeout=100)[0]
+    output = process.communicate(timeout=250)[0]
     assert process.returncode == 143, output
     assert Path("requeued").read_text() == "requeue 7\n"
     process = launch("slurm_requeue.sh", "r", *TINY, "--epochs", 3, **where)
-    output = process.communicate(timeout=100)[0]
+    output = process.communicate(timeout=250)[0]
     assert process.returncode == 0, output
     assert len(rows(Path("output/r"))) == 3
     assert Path("requeued").read_text() == "requeue 7\n"

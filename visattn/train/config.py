@@ -49,7 +49,7 @@ def number(default: Any, low: float, high: float, tiny: float = 1e-12) -> Any:
 class Config:
     """Train an image classifier. Without arguments: handwritten digits on a CPU, in about a minute."""
 
-    recipe: str | None = None  # model to train as published (configs/imagenet); the command line overrides it
+    recipe: str | None = None  # model to train by its recipe (configs/imagenet); the command line overrides it
     config: Path | None = None  # flat YAML file with any of the options below instead; likewise
     print_config: bool = False  # only show what results, in full, as a file for --config
     resume: Path | None = None  # run folder to continue, at the very step; `auto`: --name's folder, if there is one
