@@ -23,7 +23,7 @@ MOST_YAML = 50_000  # characters of a file; families have some thousand
 class _Loader(yaml.SafeLoader):
     """Safe, and no larger in memory than in the file: only single values have aliases."""
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         node = super().compose_node(parent, index)
         if isinstance(event, yaml.AliasEvent) and not isinstance(node, yaml.ScalarNode):
@@ -54,7 +54,7 @@ def find_recipe(name: str) -> Config:
     family = timm.model_entrypoint(name).__module__.rpartition(".")[2]
     cfg = get_pretrained_cfg(name)
     keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "input_size")
-    options = {"model": name} | {key: getattr(cfg, key) for key in keys}
+    options: dict[str, Any] = {"model": name} | {key: getattr(cfg, key) for key in keys}
     options["in_chans"], _, options["img_size"] = options.pop("input_size")
     path = configs_folder() / "imagenet" / f"{family}.yaml"
     for pattern, values in _read(path, "a new installation").items():
