@@ -32,7 +32,8 @@ from timm.utils import AverageMeter, dispatch_clip_grad
 
 import visattn  # noqa: F401  registers the models
 from visattn.train import distributed, metrics
-from visattn.train.config import Config, parse
+from visattn.train.arguments import parse
+from visattn.train.config import Config
 from visattn.train.data import open_data
 from visattn.train.loader import _allow_no_bits
 from visattn.train.model import make_model, make_optimizer, make_scheduler, make_task

@@ -12,8 +12,8 @@ from safetensors import safe_open
 
 from visattn.train import distributed, metrics
 from visattn.train import run as trainer
+from visattn.train.arguments import parse
 from visattn.train.checks import CONTROL
-from visattn.train.config import parse
 from visattn.train.errors import TrainError
 
 SMALL = ("--img-size", 32, "--batch-size", 8, "--warmup-epochs", 0)

@@ -1,7 +1,7 @@
-"""Recipes and presets: every model has one, they follow from their table, parse, and fit their models."""
+"""Recipes and presets: every model has one, they parse, and fit their models."""
 
+import dataclasses
 import fnmatch
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,16 +13,19 @@ from timm.layers import DropPath
 from timm.models import resolve_model_input_args
 from timm.optim import list_optimizers
 
-ROOT = Path(__file__).resolve().parents[2]
+import visattn
+from visattn.models import FAMILIES
+from visattn.train import files, recipes
+from visattn.train.__main__ import main
+from visattn.train.arguments import parse
+from visattn.train.checks import check
+from visattn.train.config import Config
+from visattn.train.errors import ConfigError
+from visattn.train.recipes import find_recipe, read_yaml
 
-import make_recipes  # noqa: E402
-
-from visattn.train.checks import check  # noqa: E402
-from visattn.train.config import LAUNCH_ONLY, Config, read_yaml  # noqa: E402
-
-MODELS = make_recipes.models()
-PRESETS = sorted((ROOT / "configs" / "finetune").glob("*.yaml"))
-TABLE = yaml.safe_load(make_recipes.SOURCE.read_text())
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+MODELS = [name for name in visattn.list_models() if not name.startswith("test_")]
+PRESETS = sorted((CONFIGS / "finetune").glob("*.yaml"))
 # One model of each family; the rest is built in the slow suite.
 SAMPLE = {timm.model_entrypoint(name).__module__: name for name in MODELS}.values()
 ALL = [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow) for name in MODELS]
@@ -37,85 +40,111 @@ HEADS = (
 )
 
 
-def recipe_of(name: str) -> Config:
-    return read_yaml(make_recipes.RECIPES / f"{name}.yaml")
+@pytest.fixture
+def family_file(tmp_path, monkeypatch):
+    """Writes the file of NAT in a folder of its own."""
+    monkeypatch.setattr(recipes, "configs_folder", lambda: tmp_path)
+    (tmp_path / "imagenet").mkdir()
+    return (tmp_path / "imagenet" / "nat.yaml").write_text
 
 
-@pytest.fixture(scope="module")
-def rendered():
-    return make_recipes.render_all()
+def test_every_family_has_a_file_and_every_pattern_of_it_serves_a_model():
+    assert {path.stem for path in (CONFIGS / "imagenet").glob("*.yaml")} == set(FAMILIES)
+    for family in FAMILIES:
+        text = (CONFIGS / "imagenet" / f"{family}.yaml").read_text()
+        assert max(map(len, text.splitlines())) <= 120
+        for pattern in yaml.safe_load(text):
+            assert fnmatch.filter(visattn.list_models(family=family), pattern), (family, pattern)
 
 
-def test_files_are_those_of_the_table(rendered):
-    on_disk = {path: path.read_text() for path in make_recipes.RECIPES.glob("*.yaml")}
-    differ = {path.name for path in on_disk.keys() | rendered.keys() if on_disk.get(path) != rendered.get(path)}
-    assert not differ, f"run `python scripts/make_recipes.py`: {sorted(differ)}"
-    assert {path.stem for path in rendered} == set(MODELS)
+def test_every_model_has_a_recipe_that_can_run():
     assert len(MODELS) > 100
-
-
-def test_check_tells_changed_orphaned_and_missing_files(tmp_path, monkeypatch, capsys, rendered):
-    folder = shutil.copytree(make_recipes.RECIPES, tmp_path / "configs")
-    monkeypatch.setattr(make_recipes, "ROOT", tmp_path)
-    monkeypatch.setattr(make_recipes, "RECIPES", folder)
-    monkeypatch.setattr(
-        make_recipes, "render_all", lambda: {folder / path.name: text for path, text in rendered.items()}
-    )
-    assert make_recipes.main(["--check"]) == 0
-    (folder / "nat_mini.yaml").write_text("lr: 1.0")
-    (folder / "nat_minus.yaml").write_text("")
-    (folder / "nat_tiny.yaml").unlink()
-    assert make_recipes.main(["--check"]) == 1
-    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == [
-        "configs/nat_mini.yaml",
-        "configs/nat_tiny.yaml",
-        "configs/nat_minus.yaml",
-    ]
-    assert make_recipes.main([]) == 0
-    assert make_recipes.main(["--check"]) == 0
-    (folder / "nat_minus.yaml").write_text("")
-    assert make_recipes.main(["--check"]) == 1
-
-
-def test_table_without_an_entry_or_with_an_unknown_option_is_refused():
-    with pytest.raises(make_recipes.RecipeError, match="none for nat_mini"):
-        make_recipes.find({"recipes": []}, "nat_mini")
-    entry = {"models": ["nat_*"], "source": "", "options": {"lrr": 1}}
-    with pytest.raises(make_recipes.RecipeError, match="lrr"):
-        make_recipes.find({"common": {}, "recipes": [entry]}, "nat_mini")
-
-
-def test_every_pattern_of_the_table_serves_a_model():
-    unused = {(id(entry), key) for entry in TABLE["recipes"] for key in (*entry["models"], *entry.get("sizes", ()))}
     for name in MODELS:
-        entry = make_recipes.entry_of(TABLE, name)
-        unused -= {(number, key) for number, key in unused if number == id(entry) and make_recipes.matches(name, [key])}
-    # Blocks of sizes are shared by recipes, of which not all have InLine models or a 288-pixel one.
-    assert {key for _, key in unused} <= {"inline_*", "*_288"}
-
-
-def test_recipes_are_complete_valid_and_short(rendered):
-    for path, text in rendered.items():
-        config = read_yaml(path)
+        config = find_recipe(name)
         check(config)
-        assert set(yaml.safe_load(text)) == set(make_recipes.OPTIONS)
-        assert config.model == path.stem
+        assert (config.model, config.data) == (name, "imagenet")
         assert config.opt in list_optimizers()
-        lines = text.splitlines()
-        assert len(lines) <= 80
-        assert max(map(len, lines)) <= 120
-        assert f"configs/imagenet/{path.name}" in text
-        if config.pretrained or "--weights FILE" in text:
-            assert config.epochs <= 30
         make = auto_augment_transform if config.auto_augment == "original" else rand_augment_transform
         if config.auto_augment:
             make(config.auto_augment, {})
-    assert not {*LAUNCH_ONLY, "name", "output", "device", "engine"} & set(make_recipes.OPTIONS)
+        if config.pretrained:
+            assert config.epochs <= 30
+
+
+def test_defaults_under_registered_input_under_patterns_under_the_command_line(family_file):
+    family_file('{"*": {lr: 0.5, epochs: 7, warmup_epochs: 1}, "*_mini": {lr: 0.25, crop_pct: 0.5}, nat_tiny: {lr: 2}}')
+    config = parse(["--recipe", "nat_mini", "--epochs", "9"])
+    assert (config.lr, config.epochs, config.crop_pct, config.warmup_epochs) == (0.25, 9, 0.5, 1)
+    assert (config.mean, config.img_size, config.in_chans) == ((0.485, 0.456, 0.406), 224, 3)
+    assert (config.batch_size, config.data) == (Config.batch_size, Config.data)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("--recipe", "dinat_minni"),
+            "expected a recipe, named as a model of visattn, got 'dinat_minni'; try dinat_mini",
+        ),
+        (("--recipe", "dinat_mini.in1k"), "got 'dinat_mini.in1k'; try dinat_mini"),
+        (("--recipe", "../secret"), "expected a recipe"),
+        (("--recipe", ""), "expected a recipe, named as a model of visattn, got ''; try "),
+        (("--recipe", "nat_mini", "--config", "a.yaml"), "expected --recipe or --config, got both; try "),
+        (("--recipe", "nat_mini", "--resume", "a"), "expected --recipe or --resume, got both; try "),
+        (("--config", str(CONFIGS / "imagenet" / "nat.yaml")), "got unknown key '*'; try --recipe NAME"),
+    ],
+)
+def test_unknown_recipes_and_two_sources_are_refused(words, message):
+    with pytest.raises(ConfigError) as caught:
+        parse(list(words))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nat_tiny: {lrr: 1}", r"nat.yaml: nat_tiny: expected an option name, got unknown key 'lrr'; try 'lr'"),
+        ("nat_tiny: {resume: a}", r"nat_tiny: expected an option name, got unknown key 'resume'"),
+        ("nat_tiny: {lr: high}", r"nat.yaml: nat_tiny: lr: expected float, got 'high'; try "),
+        ("lr: 1", "nat.yaml: expected options under each pattern, got 1; try "),
+        ("[]", "expected `option: value` lines, got a list"),
+        ("a: &a {lr: 1}\nb: *a", r"an alias of more than one value"),
+    ],
+)
+def test_mistakes_in_a_family_file_are_said_for_every_model_of_it(family_file, text, message):
+    family_file(text)
+    with pytest.raises(ConfigError, match=message):
+        find_recipe("nat_mini")
+
+
+def test_old_names_of_models_have_their_recipe():
+    assert find_recipe("pvt_tiny_va") == find_recipe("pvt_tiny")
+
+
+def test_what_print_config_shows_can_be_the_config(tmp_path, capsys):
+    words = ["--recipe", "dinat_large_21k_11x11", "--lr", "1e-5"]
+    assert main([*words, "--print-config"]) == 0
+    shown = tmp_path / "a.yaml"
+    shown.write_text(capsys.readouterr().out)
+    assert read_yaml(shown) == dataclasses.replace(parse(words), recipe=None)
+    assert main(["--config", str(shown), "--print-config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(shown.read_text())
+    assert yaml.safe_load(shown.read_text())["lr"] == 1e-5
+
+
+def test_configs_are_found_in_an_installed_package_and_in_a_clone(tmp_path, monkeypatch):
+    assert files.configs_folder() == CONFIGS
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "visattn" / "train" / "files.py"))
+    with pytest.raises(ConfigError, match=r"expected the folder of recipes in .*visattn or beside it, got none; try "):
+        files.configs_folder()
+    for folder in (tmp_path, tmp_path / "visattn"):
+        (folder / "configs" / "imagenet").mkdir(parents=True)
+        assert files.configs_folder() == folder / "configs"
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_models_take_size_and_drop_path_of_their_recipe(name):
-    config = recipe_of(name)
+    config = find_recipe(name)
     arguments = resolve_model_input_args(
         name, {"in_chans": config.in_chans, "img_size": config.img_size}, num_classes=1000
     )
@@ -152,13 +181,13 @@ def table(text: str) -> list[list[str]]:
 
 def test_drop_path_batch_and_rate_are_the_published_ones():
     for name, rate in table(PUBLISHED_DROP_PATH):
-        assert recipe_of(name).drop_path == float(rate), name
+        assert find_recipe(name).drop_path == float(rate), name
     for name, batch, rate in table(PUBLISHED):
-        assert (recipe_of(name).batch_size, recipe_of(name).lr) == (int(batch), float(rate)), name
+        assert (find_recipe(name).batch_size, find_recipe(name).lr) == (int(batch), float(rate)), name
 
 
 def test_repeated_augmentation_averages_and_squashed_test_images_are_where_the_sources_have_them():
-    recipes = {name: recipe_of(name) for name in MODELS}
+    recipes = {name: find_recipe(name) for name in MODELS}
     repeated = {name.split("_")[0] for name, config in recipes.items() if config.aug_repeats == 3}
     assert repeated == {"biformer", "transnext", "deit", "pvt", "efficient", "halonet26t", "halonet50ts"}
     assert {recipes[f"{host}_cswin_base"].ema_decay for host in ("agent", "focused")} == {0.99992, 0.99982}
@@ -183,7 +212,7 @@ def test_there_are_presets():
 
 @pytest.mark.parametrize("name", [*timm.list_models("test_*", module=""), *HEADS])
 def test_linear_probe_trains_the_head_alone(name):
-    patterns = read_yaml(ROOT / "configs" / "finetune" / "linear_probe.yaml").train_only
+    patterns = read_yaml(CONFIGS / "finetune" / "linear_probe.yaml").train_only
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=5)
         body = {key for key, _ in timm.create_model(name, num_classes=0).named_parameters() if "head" not in key}

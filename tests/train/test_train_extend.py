@@ -5,7 +5,7 @@ import yaml
 from runs import PLAIN, SMALL, build, column, newest, rows
 
 from visattn.train import run as trainer
-from visattn.train.config import parse
+from visattn.train.arguments import parse
 from visattn.train.errors import CheckpointError, ConfigError
 
 

@@ -4,9 +4,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from visattn.train.arguments import parse
 from visattn.train.checks import check
-from visattn.train.config import Config, parse, read_yaml, recipe
+from visattn.train.config import Config, recipe
 from visattn.train.errors import TrainError
+from visattn.train.recipes import read_yaml
 
 NAMES = sorted(recipe(Config()))
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)

@@ -14,7 +14,8 @@ import torch
 from runs import PLAIN, SMALL, assert_same_tensors, build, column, newest, rows
 
 from visattn.train import checkpoint, engine, files, outputs, weights
-from visattn.train.config import Config, parse
+from visattn.train.arguments import parse
+from visattn.train.config import Config
 from visattn.train.errors import CheckpointError, ConfigError
 from visattn.train.lock import FolderLock
 from visattn.train.metrics import make_console

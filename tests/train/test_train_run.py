@@ -15,7 +15,7 @@ from runs import newest, rows
 
 from visattn.train import distributed, metrics
 from visattn.train import run as trainer
-from visattn.train.config import parse
+from visattn.train.arguments import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ("--img-size", 32, "--batch-size", 8, "--epochs", 2, "--warmup-epochs", 0)

@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 
 from visattn.train import distributed, metrics
 from visattn.train import run as trainer
+from visattn.train.arguments import parse
 from visattn.train.checks import check
-from visattn.train.config import LAUNCH_ONLY, Config, parse, read_yaml, recipe
+from visattn.train.config import LAUNCH_ONLY, Config, recipe
 from visattn.train.errors import ConfigError
+from visattn.train.recipes import read_yaml
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 HINTS = typing.get_type_hints(Config)

@@ -10,10 +10,12 @@ if __name__ == "__main__":
     begin()
 
 import torch
+import yaml
 
 import visattn  # noqa: F401  registers its models with timm
 from visattn.train import distributed, signals
-from visattn.train.config import parse
+from visattn.train.arguments import parse
+from visattn.train.config import recipe
 from visattn.train.errors import DataError, DeviceMemoryError, Interrupted, PeerError, TrainError, exhausted
 from visattn.train.metrics import make_console
 from visattn.train.run import build, report, train
@@ -27,6 +29,10 @@ def main(argv: list[str] | None = None) -> int:
     console = make_console(enabled=rank == 0)
     try:
         config = parse(argv)
+        if config.print_config:
+            if rank == 0:
+                print(yaml.safe_dump(recipe(config), sort_keys=False), end="")
+            return 0
         world = distributed.start(config)
         run = build(config, world, console)
         with run.lock:

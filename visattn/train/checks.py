@@ -1,18 +1,13 @@
 """Values and combinations of options that no run can use, refused before anything is built."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from visattn.train.config import Config
 from visattn.train.errors import ConfigError, shown
-
-if TYPE_CHECKING:
-    from visattn.train.config import Config
 
 # What moves a terminal's cursor, ends a line, turns the direction of writing, or is no text at all (surrogates).
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -24,29 +19,6 @@ LARGEST_PASS = 2**31  # pixel values; kernels count them in 32 bits
 OWN_OPTION = {"drop_path_rate": "drop_path", "img_size": "img_size", "in_chans": "in_chans", "pretrained": "pretrained"}
 # What timm's augmentation strings are made of; three digits keep the number of operations finite in practice.
 AUGMENT = re.compile(r"[a-z0-9]+(-[a-z]+([0-9]{1,3}(\.[0-9]+)?)?[a-z]*)*")
-
-
-@dataclass(frozen=True)
-class Range:
-    """Numbers from `low` to `high`. Where 0 is one of them, `tiny` is the next: what is nearer is a slip."""
-
-    low: float
-    high: float
-    tiny: float
-
-    def __contains__(self, value: float) -> bool:
-        return self.low <= value <= self.high and (self.low > 0 or value == 0 or value >= self.tiny)
-
-    def said(self, value: float) -> str:
-        """What is expected in the stead of `value`."""
-        if isinstance(value, float) and self.low == 0:
-            return f"0, or {self.tiny:g} to {self.high:.10g}"
-        return f"{self.low:.10g} to {self.high:.10g}"
-
-
-def number(default: Any, low: float, high: float, tiny: float = 1e-12) -> Any:
-    """A field for a number, or a tuple of numbers, each in this range. None is always right: it means "not given"."""
-    return dataclasses.field(default=default, metadata={"range": Range(low, high, tiny)})
 
 
 def check(config: Config) -> None:
@@ -185,7 +157,7 @@ def _check_model(config: Config) -> None:
             f"expected --pretrained or --weights, got both, the latter {config.weights}; try --no-pretrained"
         )
     if config.kd_model is None:
-        default = type(config)()
+        default = Config()
         for name in ("kd_weights", "kd_type", "kd_weight", "kd_temperature"):
             if getattr(config, name) != getattr(default, name):
                 raise ConfigError(

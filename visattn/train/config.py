@@ -1,26 +1,12 @@
-"""Options of a run: one flat dataclass, filled from its defaults, then a flat YAML file, then the command line."""
+"""Options of a run: one flat dataclass, with the range of every number."""
 
-import argparse
 import dataclasses
-import difflib
-import os
-import sys
-import types
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-import yaml
-
-from visattn.train.checks import check, check_words, number
-from visattn.train.errors import CheckpointError, ConfigError, shown
-
-# How a run is started, not what it computes: kept out of the recipe files.
-LAUNCH_ONLY = ("config", "resume", "override")
-AUTO = Path("auto")
-MOST_YAML = 50_000  # characters of a file; recipes have two thousand
+# How a run is started, not what it computes: kept out of files.
+LAUNCH_ONLY = ("recipe", "config", "print_config", "resume", "override")
 # A resumed run may change what leaves its mathematics alone, its `epochs`, and with `override` what has no state.
 FREE_ON_RESUME = (
     *("output", "name", "device", "engine", "workers", "micro_batch", "compile", "channels_last", "grad_checkpointing"),
@@ -37,10 +23,35 @@ Resize = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
 
 @dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`. Where 0 is one of them, `tiny` is the next: what is nearer is a slip."""
+
+    low: float
+    high: float
+    tiny: float
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high and (self.low > 0 or value == 0 or value >= self.tiny)
+
+    def said(self, value: float) -> str:
+        """What is expected in the stead of `value`."""
+        if isinstance(value, float) and self.low == 0:
+            return f"0, or {self.tiny:g} to {self.high:.10g}"
+        return f"{self.low:.10g} to {self.high:.10g}"
+
+
+def number(default: Any, low: float, high: float, tiny: float = 1e-12) -> Any:
+    """A field for a number, or a tuple of numbers, each in this range. None is always right: it means "not given"."""
+    return dataclasses.field(default=default, metadata={"range": Range(low, high, tiny)})
+
+
+@dataclass(frozen=True)
 class Config:
     """Train an image classifier. Without arguments: handwritten digits on a CPU, in about a minute."""
 
-    config: Path | None = None  # flat YAML file with any of the options below; the command line overrides it
+    recipe: str | None = None  # model to train by its recipe (configs/imagenet); the command line overrides it
+    config: Path | None = None  # flat YAML file with any of the options below instead; likewise
+    print_config: bool = False  # only show what results, in full, as a file for --config
     resume: Path | None = None  # run folder to continue, at the very step; `auto`: --name's folder, if there is one
     override: bool = False  # let --resume change more than --epochs: learning rate, batch size, regularization, ...
 
@@ -116,120 +127,6 @@ class Config:
     wandb: Literal["off", "offline", "online"] = "off"  # Weights & Biases; offline writes to the run's folder only
     wandb_project: str = "visattn"
     peak_tflops: float | None = number(None, 1e-3, 1e6)  # of one device, for the MFU; None: known for common GPUs
-
-
-def parse(argv: list[str] | None = None) -> Config:
-    """Read the command line (and the file it names) into a checked Config."""
-    check_words(sys.argv[1:] if argv is None else argv)
-    early = argparse.ArgumentParser(prog="python -m visattn.train", add_help=False, allow_abbrev=False)
-    early.add_argument("--config", type=Path)
-    early.add_argument("--resume", type=Path)
-    early.add_argument("--name")
-    early.add_argument("--output", type=Path, default=Config.output)
-    named, _ = early.parse_known_args(argv)
-    check_words([str(path) for path in (named.config, named.resume) if path], names=True)
-    automatic = named.resume == AUTO
-    if automatic and not named.name:
-        raise ConfigError("--resume auto: expected the name of the run too, got none; try --name NAME")
-    if named.config and named.resume and not automatic:
-        raise ConfigError("expected --config or --resume, got both; try --resume alone: a run keeps its own args.yaml")
-
-    base = Config()
-    folder = named.resume
-    if automatic:
-        folder = named.output / named.name
-        folder = folder if os.path.isfile(folder / "args.yaml") else None
-    if folder:
-        base = read_yaml(run_folder(folder) / "args.yaml", hint="--resume output/RUN")
-    elif named.config:
-        base = read_yaml(named.config)
-    config = tyro.cli(Config, args=argv, default=base, prog="python -m visattn.train")
-    if config.override and not named.resume:
-        raise ConfigError("--override: expected --resume, whose options it changes, got none; try without it")
-    config = dataclasses.replace(config, resume=folder)
-    check(config)
-    return config
-
-
-def run_folder(resume: Path) -> Path:
-    """The folder of the run that `--resume` names by itself or by one of its files."""
-    for folder in (resume, resume.parent, resume.parent.parent):
-        if os.path.isfile(folder / "args.yaml"):  # Path.is_file raises where a name is too long
-            return folder
-    raise CheckpointError(f"--resume: expected a run folder, got no args.yaml in {resume}; try --resume output/RUN")
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe, and no larger in memory than in the file: only single values have aliases."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        event = self.peek_event()
-        node = super().compose_node(parent, index)
-        if isinstance(event, yaml.AliasEvent) and not isinstance(node, yaml.ScalarNode):
-            raise yaml.composer.ComposerError(None, None, f"an alias of more than one value, *{event.anchor}")
-        return node
-
-
-def load_yaml(text: str) -> Any:
-    """Plain values from YAML. Raises ValueError, in one line, for anything that is not."""
-    try:
-        return _Loader(text).get_single_data()
-    except RecursionError:
-        raise ValueError("values nested too deeply") from None
-    except Exception as error:  # for `!!int ""` and the like whatever parsing those raises
-        raise ValueError(" ".join(str(error).split())[:300] or type(error).__name__) from error
-
-
-def read_yaml(path: Path, hint: str = "configs/imagenet/*.yaml") -> Config:
-    """Read a flat recipe file; every key must be an option and every value of its type."""
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):  # a device might never end
-            raise ValueError("something else than a plain file")
-        with open(path, encoding="utf-8") as file:
-            text = file.read(MOST_YAML + 1)
-        if len(text) > MOST_YAML:
-            raise ValueError(f"more than {MOST_YAML} characters")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"expected a YAML file at {path}, got {error}; try {hint}") from error
-    try:
-        values = load_yaml(text)
-    except ValueError as error:
-        raise ConfigError(f"{path}: expected flat YAML, got {error}; try one `option: value` a line") from error
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected `option: value` lines, got a {type(values).__name__}; try `epochs: 10`")
-
-    hints = {name: hint for name, hint in typing.get_type_hints(Config).items() if name not in LAUNCH_ONLY}
-    for key in values:
-        if key not in hints:
-            near = difflib.get_close_matches(shown(key).replace("-", "_"), hints, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"{path}: expected an option name, got unknown key {shown(key)}; try {near!r}")
-    return Config(**{key: _convert(value, hints[key], f"{path}: {key}") for key, value in values.items()})
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """Return `value` as the type `hint`; YAML itself reads `1e-3` as a string and `1` as an int."""
-    kind, args = typing.get_origin(hint), typing.get_args(hint)
-    if kind in (types.UnionType, typing.Union):
-        hint = next(arg for arg in args if arg is not type(None))
-        return None if value is None else _convert(value, hint, where)
-    if kind is tuple and isinstance(value, list) and (args[-1] is Ellipsis or len(value) == len(args)):
-        return tuple(_convert(item, args[0], where) for item in value)
-    if kind is Literal and value in args:
-        return value
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint in (str, Path) and isinstance(value, str):
-        return hint(value)
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (ValueError, OverflowError):
-            pass
-    wanted = f"one of {', '.join(args)}" if kind is Literal else hint if kind else hint.__name__
-    raise ConfigError(f"{where}: expected {wanted}, got {shown(value)}; try `python -m visattn.train --help`")
 
 
 def recipe(config: Config) -> dict[str, Any]:

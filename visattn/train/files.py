@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from visattn.train.errors import ConfigError
+
 
 def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
     """Write a temporary file, flush it to the disk, rename it over `path`, flush the folder."""
@@ -74,6 +76,15 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def configs_folder() -> Path:
+    """`configs/`: inside the installed package or, in a clone, beside it."""
+    package = Path(__file__).parents[1]
+    for folder in (package / "configs", package.parent / "configs"):
+        if os.path.isdir(folder / "imagenet"):
+            return folder
+    raise ConfigError(f"expected the folder of recipes in {package} or beside it, got none; try a new installation")
 
 
 def open_regular(path: str | bytes | Path) -> BinaryIO:

@@ -24,11 +24,12 @@ from timm.utils import unwrap_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from visattn.train.config import Config, load_yaml
+from visattn.train.config import Config
 from visattn.train.distributed import World
 from visattn.train.errors import ConfigError, TrainError, shown
 from visattn.train.loader import Batches
 from visattn.train.metrics import say
+from visattn.train.recipes import load_yaml
 from visattn.train.weights import load_into
 from visattn.weights import first_line
 

@@ -13,7 +13,8 @@ import yaml
 from rich.console import Console
 
 from visattn.train import checkpoint, metrics
-from visattn.train.config import Config, recipe, run_folder
+from visattn.train.arguments import run_folder
+from visattn.train.config import Config, recipe
 from visattn.train.errors import CheckpointError, ConfigError, OutputError, printable
 from visattn.train.files import write_atomic
 from visattn.train.lock import FolderLock

@@ -13,7 +13,7 @@ from rich.console import Console
 from timm.models import resolve_model_input_args
 
 from visattn.train import checkpoint, metrics, outputs
-from visattn.train.config import OVERRIDABLE, Config, read_yaml, recipe
+from visattn.train.config import OVERRIDABLE, Config, recipe
 from visattn.train.data import open_data, resolve
 from visattn.train.distributed import World, prepare
 from visattn.train.engine import Engine, TrainState
@@ -26,6 +26,7 @@ from visattn.train.metrics import Meter, Speed, say
 from visattn.train.model import check_names, make_model, make_optimizer, make_scheduler, make_task, try_training
 from visattn.train.outputs import open_folder
 from visattn.train.progress import EpochBar, Status
+from visattn.train.recipes import read_yaml
 from visattn.train.seeding import seed_everything
 
 LOG_EVERY = 10  # updates between two lines of the loggers

@@ -28,7 +28,7 @@ from torchvision.transforms import Compose, FiveCrop, TenCrop
 import visattn  # noqa: F401  registers its models with timm
 from visattn.train import signals
 from visattn.train.checks import check_images, check_pass, check_values, check_words
-from visattn.train.config import Config, read_yaml
+from visattn.train.config import Config
 from visattn.train.data import open_eval, resolve
 from visattn.train.distributed import pick_device
 from visattn.train.engine import autocast
@@ -37,6 +37,7 @@ from visattn.train.files import write_atomic
 from visattn.train.loader import Loader, TestImages, allow_files, make_test_transform, plain_errors
 from visattn.train.metrics import make_console, say
 from visattn.train.model import check_names, make_model
+from visattn.train.recipes import read_yaml
 from visattn.train.robustness import open_robustness
 from visattn.train.sources import Source
 from visattn.train.weights import load_into
