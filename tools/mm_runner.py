@@ -117,7 +117,9 @@ def start_from(config: Config, args: argparse.Namespace) -> None:
         return
     backbone = config.get("model", {}).get("backbone", {})
     if "model_name" not in backbone:
-        stop(f"expected a config with visattn.TimmBackbone, got {backbone.get('type')}; try its own way to load weights")
+        stop(
+            f"expected a config with visattn.TimmBackbone, got {backbone.get('type')}; try its own way to load weights"
+        )
     if args.weights is not None and args.resume is not None:
         stop("expected --weights or --resume, got both; try --resume alone to go on")
     try:
