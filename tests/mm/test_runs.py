@@ -38,6 +38,13 @@ class SameWeights(Hook):
             assert torch.equal(value, self.weights[key]), key
 
 
+class FirstWeights(Hook):
+    """Keeps what a run begins with."""
+
+    def before_train(self, runner):
+        self.weights = {key: value.clone() for key, value in runner.model.state_dict().items()}
+
+
 def test_a_resumed_run_goes_on(nuclei, tmp_path):
     """From a file of plain values, with the optimizer, the schedule and the history."""
     warmup = {"param_scheduler": [{"type": "LinearLR", "start_factor": 0.1, "by_epoch": False, "begin": 0, "end": 10}]}
@@ -222,17 +229,11 @@ def test_weights_of_a_backbone_and_of_a_whole_model(nuclei, tmp_path, monkeypatc
     part = {key.removeprefix(begin): value for key, value in whole.items() if key.startswith(begin)}
     for name, weights in (("whole", whole), ("backbone", part)):
         torch.save(weights, tmp_path / f"{name}.pth")
-        found = {}
+        hook, build = FirstWeights(), Runner.from_cfg
 
-        class Begin(SameWeights):
-            def before_train(self, runner):
-                found.update({key: value.clone() for key, value in runner.model.state_dict().items()})
-
-        build = Runner.from_cfg
-
-        def from_cfg(config, build=build, hook=Begin):
+        def from_cfg(config, hook=hook, build=build):
             runner = build(config)
-            runner.register_hook(hook({}))
+            runner.register_hook(hook)
             return runner
 
         with monkeypatch.context() as patch:
@@ -240,7 +241,7 @@ def test_weights_of_a_backbone_and_of_a_whole_model(nuclei, tmp_path, monkeypatc
             args = ["train_seg.py", str(tmp_path / "own.py"), "--weights", str(tmp_path / f"{name}.pth"), "--no-check"]
             patch.setattr(sys, "argv", args)
             mm_runner.main("mmseg", "train", "")
-        same = {key for key, value in found.items() if torch.equal(value, whole[key])}
+        same = {key for key, value in hook.weights.items() if torch.equal(value, whole[key])}
         assert {key for key in whole if key.startswith(begin)} <= same
         assert ("decode_head.conv_seg.weight" in same) == (name == "whole")
 
