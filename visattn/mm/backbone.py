@@ -249,7 +249,7 @@ def check_published(model_name: str) -> None:
         if not isinstance(huggingface_hub.try_to_load_from_cache(config.hf_hub_id, name), str):
             _reach(huggingface_hub.constants.ENDPOINT)
     elif config.url and not check_cached_file(config.url):
-        _reach(config.url)
+        _reach(config.url if isinstance(config.url, str) else config.url[0])  # with a file name
 
 
 def _reach(url: str) -> None:
