@@ -30,7 +30,7 @@ try:
     from mmengine.hooks import Hook
     from mmengine.runner import Runner
 
-    from visattn.mm import TimmBackboneVA
+    from visattn.mm import TimmBackbone
 except ImportError as error:
     sys.exit(f"expected mmengine, mmcv, mmdet and mmsegmentation ({error}); try tools/install_mm.sh")
 
@@ -74,7 +74,7 @@ def load(args: Any, *files: str) -> Config:
             config[f"{split}_evaluator"].ann_file = str(folder / "val.json")
     mean, std = statistics(folder / "train")
     config.model.data_preprocessor.update(mean=mean, std=std)
-    config.model.backbone = {"type": "TimmBackboneVA", "model_name": args.model, "out_norm": "layer"}
+    config.model.backbone = {"type": "visattn.TimmBackbone", "model_name": args.model, "out_norm": "layer"}
     return config
 
 
@@ -82,7 +82,7 @@ def channels(config: Config) -> list[int]:
     """What the config's backbone gives to a neck."""
     try:
         with torch.device("meta"):
-            backbone = TimmBackboneVA(config.model.backbone.model_name)
+            backbone = TimmBackbone(config.model.backbone.model_name)
     except (TypeError, ValueError) as error:
         sys.exit(str(error))
     if backbone.out_strides != STRIDES:

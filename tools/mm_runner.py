@@ -15,10 +15,10 @@ try:
     from mmengine.runner import Runner
     from mmengine.utils.dl_utils import set_multi_processing
 
-    import visattn.mm  # noqa: F401 - registers the backbone and what goes with it
+    from visattn.mm import check_published, fit_channels
 except ImportError as error:
     sys.exit(f"expected mmengine, mmcv, mmdet and mmsegmentation ({error}); try tools/install_mm.sh")
-from visattn.weights import WeightsError, first_line
+from visattn.weights import WeightsError, first_line, load_weights
 
 LOGGERS = {"tensorboard": "TensorboardVisBackend", "wandb": "WandbVisBackend"}
 
@@ -41,6 +41,11 @@ def main(scope: str, job: str, description: str) -> None:
         parser.add_argument("--amp", choices=("bfloat16", "float16"), help="backbone and neck in this precision")
         parser.add_argument(
             "--resume", nargs="?", const="auto", metavar="FILE", help="go on from this checkpoint, or from the last one"
+        )
+        start = parser.add_mutually_exclusive_group()
+        start.add_argument("--pretrained", action="store_true", help="start from the backbone's published weights")
+        start.add_argument(
+            "--weights", type=Path, metavar="FILE", help="start from these, of the backbone or of the whole model"
         )
     parser.add_argument("--work-dir", help="default: output/CONFIG")
     parser.add_argument("--log", nargs="+", default=[], choices=sorted(LOGGERS), help="report there too")
@@ -81,11 +86,13 @@ def main(scope: str, job: str, description: str) -> None:
         config.load_from = config.get("load_from") if args.resume in (None, "auto") else args.resume
         if args.amp:
             config.optim_wrapper.update(type="AutocastOptimWrapper", dtype=args.amp)
+        start_from(config, args)
     start_processes(config)
     if not args.no_check:
         check(config, job)
     runner = None
     try:
+        fit_channels(config.model.get("module", config.model))  # "module" is the model under --tta
         runner = Runner.from_cfg(config)
         getattr(runner, job)()
     except WeightsError as error:
@@ -102,6 +109,29 @@ def main(scope: str, job: str, description: str) -> None:
 def stop(message: str) -> NoReturn:
     """End with one line."""
     sys.exit(f"error: {message}")
+
+
+def start_from(config: Config, args: argparse.Namespace) -> None:
+    """Put the weights that the command line asks for into the config; stop where they cannot be had."""
+    if not args.pretrained and args.weights is None:
+        return
+    backbone = config.get("model", {}).get("backbone", {})
+    if "model_name" not in backbone:
+        stop(
+            f"expected a config with visattn.TimmBackbone, got {backbone.get('type')}; try its own way to load weights"
+        )
+    if args.weights is not None and args.resume is not None:
+        stop("expected --weights or --resume, got both; try --resume alone to go on")
+    try:
+        if args.pretrained:
+            check_published(backbone.model_name)
+            backbone.update(pretrained=True, checkpoint=None)
+        elif any(key.startswith("backbone.") for key in load_weights(args.weights)):
+            config.load_from = str(args.weights)
+        else:
+            backbone.update(pretrained=False, checkpoint=str(args.weights))
+    except WeightsError as error:
+        stop(str(error))
 
 
 def check(config: Config, job: str) -> None:

@@ -1,15 +1,13 @@
 # Settings of SHI-Labs/Neighborhood-Attention-Transformer at d334f5b. Official runs are in float16, `--amp float16`, but
-# that of DiNAT-Large. Official, not reproduced here: box AP 52.9, mask AP 45.8 (model_cards/nat.md). Written by
-# tools/make_mm_configs.py from tools/mm_recipes.yaml.
+# that of DiNAT-Large. Official numbers, not reproduced here: model_cards/nat.md.
 _base_ = ["_base_/cascade_mask_rcnn.py", "_base_/coco_multiscale.py", "_base_/schedule_3x.py", "_base_/runtime.py"]
 model = dict(
     backbone=dict(
-        type="TimmBackboneVA",
+        type="visattn.TimmBackbone",
         model_name="dinat_small",
         out_norm="layer",
         drop_path_rate=0.5,
         dilations="detection",
-        pretrained=True,
     ),
     neck=dict(in_channels=[96, 192, 384, 768]),
 )

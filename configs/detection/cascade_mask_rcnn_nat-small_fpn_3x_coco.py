@@ -1,9 +1,8 @@
 # Settings of SHI-Labs/Neighborhood-Attention-Transformer at d334f5b. Official runs are in float16, `--amp float16`, but
-# that of DiNAT-Large. Official, not reproduced here: box AP 52.0, mask AP 44.9 (model_cards/nat.md). Written by
-# tools/make_mm_configs.py from tools/mm_recipes.yaml.
+# that of DiNAT-Large. Official numbers, not reproduced here: model_cards/nat.md.
 _base_ = ["_base_/cascade_mask_rcnn.py", "_base_/coco_multiscale.py", "_base_/schedule_3x.py", "_base_/runtime.py"]
 model = dict(
-    backbone=dict(type="TimmBackboneVA", model_name="nat_small", out_norm="layer", drop_path_rate=0.3, pretrained=True),
+    backbone=dict(type="visattn.TimmBackbone", model_name="nat_small", out_norm="layer", drop_path_rate=0.3),
     neck=dict(in_channels=[96, 192, 384, 768]),
 )
 optim_wrapper = dict(

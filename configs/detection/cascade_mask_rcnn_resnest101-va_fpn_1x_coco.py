@@ -1,8 +1,7 @@
-# Settings of mmdet 3.3.0, configs/resnest. Official, not reproduced here: box AP 47.7, mask AP 41.4
-# (model_cards/resnest.md). Written by tools/make_mm_configs.py from tools/mm_recipes.yaml.
+# Settings of mmdet 3.3.0, configs/resnest. Official numbers, not reproduced here: model_cards/resnest.md.
 _base_ = ["_base_/cascade_mask_rcnn.py", "_base_/coco_range.py", "_base_/schedule_1x.py", "_base_/runtime.py"]
 model = dict(
-    backbone=dict(type="TimmBackboneVA", model_name="resnest101_va", frozen_stages=1, pretrained=True),
+    backbone=dict(type="visattn.TimmBackbone", model_name="resnest101_va", frozen_stages=1),
     neck=dict(in_channels=[256, 512, 1024, 2048]),
     data_preprocessor=dict(mean=[123.68, 116.779, 103.939], std=[58.393, 57.12, 57.375]),
     roi_head=dict(

@@ -1,16 +1,15 @@
 # Settings of DaiShiResearch/TransNeXt at c8a9974. Official runs leave the last stage's patch embedding and norm at the
-# full rate, by an oversight in the patterns of names; here the whole backbone has a tenth. Official, not reproduced
-# here: box AP 57.1 (model_cards/transnext.md). Written by tools/make_mm_configs.py from tools/mm_recipes.yaml.
+# full rate, by an oversight in the patterns of names; here the whole backbone has a tenth. Official numbers, not
+# reproduced here: model_cards/transnext.md.
 _base_ = ["_base_/dino_5scale.py", "_base_/coco_dino.py", "_base_/schedule_12e_transnext.py", "_base_/runtime.py"]
 model = dict(
     backbone=dict(
-        type="TimmBackboneVA",
+        type="visattn.TimmBackbone",
         model_name="transnext_base",
         out_norm="own",
         position_bias="interpolate",
         bias_img_size=800,
         drop_path_rate=0.6,
-        pretrained=True,
     ),
     neck=dict(in_channels=[96, 192, 384, 768]),
 )

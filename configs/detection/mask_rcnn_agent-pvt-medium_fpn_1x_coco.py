@@ -1,13 +1,11 @@
-# Settings of LeapLabTHU/Agent-Attention at 207ce3e. Official, not reproduced here: box AP 45.9, mask AP 42.0
-# (model_cards/pvt.md). Written by tools/make_mm_configs.py from tools/mm_recipes.yaml.
+# Settings of LeapLabTHU/Agent-Attention at 207ce3e. Official numbers, not reproduced here: model_cards/pvt.md.
 _base_ = ["_base_/mask_rcnn.py", "_base_/coco.py", "_base_/schedule_1x.py", "_base_/runtime.py"]
 model = dict(
     backbone=dict(
-        type="TimmBackboneVA",
+        type="visattn.TimmBackbone",
         model_name="agent_pvt_medium",
         attention_args=[dict(num_agents=n, agent_size=(s, s)) for n, s in ((9, 12), (16, 16), (49, 28), (49, 28))],
         drop_path_rate=0.1,
-        pretrained=True,
     ),
     neck=dict(in_channels=[64, 128, 320, 512]),
 )

@@ -1,10 +1,9 @@
 # Settings of rayleizhu/BiFormer at 1697bbb. Official runs are in float16, `--amp float16`. Weights to start from:
-# model.backbone.checkpoint. Official, not reproduced here: box AP 48.6, mask AP 43.7 (model_cards/biformer.md). Written
-# by tools/make_mm_configs.py from tools/mm_recipes.yaml.
+# `--weights FILE`. Official numbers, not reproduced here: model_cards/biformer.md.
 _base_ = ["_base_/mask_rcnn.py", "_base_/coco.py", "_base_/schedule_1x.py", "_base_/runtime.py"]
 model = dict(
     backbone=dict(
-        type="TimmBackboneVA",
+        type="visattn.TimmBackbone",
         model_name="biformer_base",
         out_norm="layer",
         n_win="detection",

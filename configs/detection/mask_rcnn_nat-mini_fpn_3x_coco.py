@@ -1,9 +1,8 @@
 # Settings of SHI-Labs/Neighborhood-Attention-Transformer at d334f5b. Official runs are in float16, `--amp float16`.
-# Official, not reproduced here: box AP 46.5, mask AP 41.7 (model_cards/nat.md). Written by tools/make_mm_configs.py
-# from tools/mm_recipes.yaml.
+# Official numbers, not reproduced here: model_cards/nat.md.
 _base_ = ["_base_/mask_rcnn.py", "_base_/coco_multiscale.py", "_base_/schedule_3x.py", "_base_/runtime.py"]
 model = dict(
-    backbone=dict(type="TimmBackboneVA", model_name="nat_mini", out_norm="layer", drop_path_rate=0.2, pretrained=True),
+    backbone=dict(type="visattn.TimmBackbone", model_name="nat_mini", out_norm="layer", drop_path_rate=0.2),
     neck=dict(in_channels=[64, 128, 256, 512]),
 )
 optim_wrapper = dict(

@@ -1,16 +1,14 @@
 # Settings of DaiShiResearch/TransNeXt at c8a9974. The official run of the base model is in float16, `--amp float16`.
-# Official, not reproduced here: box AP 49.9, mask AP 44.6 (model_cards/transnext.md). Written by
-# tools/make_mm_configs.py from tools/mm_recipes.yaml.
+# Official numbers, not reproduced here: model_cards/transnext.md.
 _base_ = ["_base_/mask_rcnn.py", "_base_/coco.py", "_base_/schedule_1x.py", "_base_/runtime.py"]
 model = dict(
     backbone=dict(
-        type="TimmBackboneVA",
+        type="visattn.TimmBackbone",
         model_name="transnext_tiny",
         out_norm="own",
         position_bias="interpolate",
         bias_img_size=800,
         drop_path_rate=0.4,
-        pretrained=True,
     ),
     neck=dict(in_channels=[72, 144, 288, 576]),
 )

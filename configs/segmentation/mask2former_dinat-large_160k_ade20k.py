@@ -1,16 +1,14 @@
 # Settings of SHI-Labs/Neighborhood-Attention-Transformer at d334f5b. Official code is detectron2; what its shared file
 # says (rates, clipping, decay) is recalled, and is what mmsegmentation has for Mask2Former. There relative position
-# biases decay, here not. Official, not reproduced here: mIoU (multi-scale) 58.1 (model_cards/nat.md). Written by
-# tools/make_mm_configs.py from tools/mm_recipes.yaml.
+# biases decay, here not. Official numbers, not reproduced here: model_cards/nat.md.
 _base_ = ["_base_/mask2former.py", "_base_/ade20k_640_choice.py", "_base_/schedule_160k_nat.py", "_base_/runtime.py"]
 model = dict(
     backbone=dict(
-        type="TimmBackboneVA",
+        type="visattn.TimmBackbone",
         model_name="dinat_large_21k_11x11",
         out_norm="layer",
         drop_path_rate=0.3,
         dilations="mask2former_k11",
-        pretrained=True,
     ),
     decode_head=dict(in_channels=[192, 384, 768, 1536]),
     data_preprocessor=dict(size=[640, 640]),

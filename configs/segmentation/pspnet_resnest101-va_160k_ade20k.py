@@ -1,8 +1,8 @@
-# Settings of mmsegmentation 1.2.2, configs/resnest. The rate is for 4 GPUs. Official, not reproduced here: mIoU 45.44,
-# mIoU (multi-scale) 46.28 (model_cards/resnest.md). Written by tools/make_mm_configs.py from tools/mm_recipes.yaml.
+# Settings of mmsegmentation 1.2.2, configs/resnest. The rate is for 4 GPUs. Official numbers, not reproduced here:
+# model_cards/resnest.md.
 _base_ = ["_base_/pspnet.py", "_base_/ade20k.py", "_base_/schedule_160k.py", "_base_/runtime.py"]
 model = dict(
-    backbone=dict(type="TimmBackboneVA", model_name="resnest101_va", output_stride=8, pretrained=True),
+    backbone=dict(type="visattn.TimmBackbone", model_name="resnest101_va", output_stride=8),
     decode_head=dict(in_channels=2048),
     auxiliary_head=dict(in_channels=1024),
 )

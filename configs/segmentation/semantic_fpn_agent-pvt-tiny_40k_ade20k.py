@@ -1,13 +1,11 @@
-# Settings of LeapLabTHU/Agent-Attention at 207ce3e. Official, not reproduced here: mIoU 40.18, mAcc 51.76
-# (model_cards/pvt.md). Written by tools/make_mm_configs.py from tools/mm_recipes.yaml.
+# Settings of LeapLabTHU/Agent-Attention at 207ce3e. Official numbers, not reproduced here: model_cards/pvt.md.
 _base_ = ["_base_/semantic_fpn.py", "_base_/ade20k.py", "_base_/schedule_40k.py", "_base_/runtime.py"]
 model = dict(
     backbone=dict(
-        type="TimmBackboneVA",
+        type="visattn.TimmBackbone",
         model_name="agent_pvt_tiny",
         attention_args=[dict(num_agents=n, agent_size=(s, s)) for n, s in ((9, 12), (16, 16), (49, 28), (49, 28))],
         drop_path_rate=0.1,
-        pretrained=True,
     ),
     neck=dict(in_channels=[64, 128, 320, 512]),
 )

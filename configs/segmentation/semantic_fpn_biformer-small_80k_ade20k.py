@@ -1,10 +1,10 @@
 # Settings of rayleizhu/BiFormer at 1697bbb. Official runs are in float16, `--amp float16`; official tests resize images
-# to multiples of 32, here they keep their ratio. Weights to start from: model.backbone.checkpoint. Official, not
-# reproduced here: mIoU 48.9 (model_cards/biformer.md). Written by tools/make_mm_configs.py from tools/mm_recipes.yaml.
+# to multiples of 32, here they keep their ratio. Weights to start from: `--weights FILE`. Official numbers, not
+# reproduced here: model_cards/biformer.md.
 _base_ = ["_base_/semantic_fpn.py", "_base_/ade20k.py", "_base_/schedule_80k.py", "_base_/runtime.py"]
 model = dict(
     backbone=dict(
-        type="TimmBackboneVA",
+        type="visattn.TimmBackbone",
         model_name="biformer_small",
         out_norm="layer",
         n_win="segmentation",

@@ -1,15 +1,13 @@
-# Settings of LeapLabTHU/Agent-Attention at 207ce3e. Official, not reproduced here: mIoU 46.68, mAcc 58.53
-# (model_cards/swin_va.md). Written by tools/make_mm_configs.py from tools/mm_recipes.yaml.
+# Settings of LeapLabTHU/Agent-Attention at 207ce3e. Official numbers, not reproduced here: model_cards/swin_va.md.
 _base_ = ["_base_/upernet.py", "_base_/ade20k.py", "_base_/schedule_160k.py", "_base_/runtime.py"]
 model = dict(
     backbone=dict(
-        type="TimmBackboneVA",
+        type="visattn.TimmBackbone",
         model_name="agent_swin_tiny",
         out_norm="layer",
         always_shift=True,
         attention_args=[dict(num_agents=n, agent_size=(s, s)) for n, s in ((9, 9), (16, 12), (49, 14), (49, 7))],
         drop_path_rate=0.3,
-        pretrained=True,
     ),
     decode_head=dict(in_channels=[96, 192, 384, 768]),
     auxiliary_head=dict(in_channels=384),

@@ -1,10 +1,9 @@
 # Settings of rayleizhu/BiFormer at 1697bbb. Official runs are in float16, `--amp float16`, or float32 where that gives
-# NaN. Weights to start from: model.backbone.checkpoint. Official, not reproduced here: mIoU 51.0, mIoU (multi-scale)
-# 51.7 (model_cards/biformer.md). Written by tools/make_mm_configs.py from tools/mm_recipes.yaml.
+# NaN. Weights to start from: `--weights FILE`. Official numbers, not reproduced here: model_cards/biformer.md.
 _base_ = ["_base_/upernet.py", "_base_/ade20k.py", "_base_/schedule_160k.py", "_base_/runtime.py"]
 model = dict(
     backbone=dict(
-        type="TimmBackboneVA",
+        type="visattn.TimmBackbone",
         model_name="biformer_base",
         out_norm="layer",
         n_win="segmentation",

@@ -1,15 +1,13 @@
 # Settings of SHI-Labs/Neighborhood-Attention-Transformer at d334f5b. Official runs are in float16, `--amp float16`.
-# Official, not reproduced here: mIoU 45.8, mIoU (multi-scale) 47.2 (model_cards/nat.md). Written by
-# tools/make_mm_configs.py from tools/mm_recipes.yaml.
+# Official numbers, not reproduced here: model_cards/nat.md.
 _base_ = ["_base_/upernet.py", "_base_/ade20k.py", "_base_/schedule_160k.py", "_base_/runtime.py"]
 model = dict(
     backbone=dict(
-        type="TimmBackboneVA",
+        type="visattn.TimmBackbone",
         model_name="dinat_mini",
         out_norm="layer",
         drop_path_rate=0.2,
         dilations="segmentation",
-        pretrained=True,
     ),
     decode_head=dict(in_channels=[64, 128, 256, 512]),
     auxiliary_head=dict(in_channels=256),

@@ -1,15 +1,13 @@
 # Settings of SHI-Labs/Neighborhood-Attention-Transformer at d334f5b. Official runs are in float16, `--amp float16`.
-# Official, not reproduced here: mIoU 48.6, mIoU (multi-scale) 49.9 (model_cards/nat.md). Written by
-# tools/make_mm_configs.py from tools/mm_recipes.yaml.
+# Official numbers, not reproduced here: model_cards/nat.md.
 _base_ = ["_base_/upernet.py", "_base_/ade20k.py", "_base_/schedule_160k.py", "_base_/runtime.py"]
 model = dict(
     backbone=dict(
-        type="TimmBackboneVA",
+        type="visattn.TimmBackbone",
         model_name="dinat_s_small",
         out_norm="layer",
         drop_path_rate=0.3,
         dilations="segmentation",
-        pretrained=True,
     ),
     decode_head=dict(in_channels=[96, 192, 384, 768]),
     auxiliary_head=dict(in_channels=384),

@@ -1,9 +1,8 @@
 # Settings of SHI-Labs/Neighborhood-Attention-Transformer at d334f5b. Official runs are in float16, `--amp float16`.
-# Official, not reproduced here: mIoU 48.5, mIoU (multi-scale) 49.7 (model_cards/nat.md). Written by
-# tools/make_mm_configs.py from tools/mm_recipes.yaml.
+# Official numbers, not reproduced here: model_cards/nat.md.
 _base_ = ["_base_/upernet.py", "_base_/ade20k.py", "_base_/schedule_160k.py", "_base_/runtime.py"]
 model = dict(
-    backbone=dict(type="TimmBackboneVA", model_name="nat_base", out_norm="layer", drop_path_rate=0.5, pretrained=True),
+    backbone=dict(type="visattn.TimmBackbone", model_name="nat_base", out_norm="layer", drop_path_rate=0.5),
     decode_head=dict(in_channels=[128, 256, 512, 1024]),
     auxiliary_head=dict(in_channels=512),
 )

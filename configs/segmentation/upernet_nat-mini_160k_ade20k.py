@@ -1,9 +1,8 @@
 # Settings of SHI-Labs/Neighborhood-Attention-Transformer at d334f5b. Official runs are in float16, `--amp float16`.
-# Official, not reproduced here: mIoU 45.1, mIoU (multi-scale) 46.4 (model_cards/nat.md). Written by
-# tools/make_mm_configs.py from tools/mm_recipes.yaml.
+# Official numbers, not reproduced here: model_cards/nat.md.
 _base_ = ["_base_/upernet.py", "_base_/ade20k.py", "_base_/schedule_160k.py", "_base_/runtime.py"]
 model = dict(
-    backbone=dict(type="TimmBackboneVA", model_name="nat_mini", out_norm="layer", drop_path_rate=0.2, pretrained=True),
+    backbone=dict(type="visattn.TimmBackbone", model_name="nat_mini", out_norm="layer", drop_path_rate=0.2),
     decode_head=dict(in_channels=[64, 128, 256, 512]),
     auxiliary_head=dict(in_channels=256),
 )

@@ -1,17 +1,14 @@
 # Settings of DaiShiResearch/TransNeXt at c8a9974. Multi-scale tests have bias_img_size=800, or
-# position_bias="extrapolate", and mode="whole". Official, not reproduced here: mIoU 53.0, mIoU (multi-scale,
-# interpolated bias) 53.5, mIoU (multi-scale, extrapolated bias) 53.7 (model_cards/transnext.md). Written by
-# tools/make_mm_configs.py from tools/mm_recipes.yaml.
+# position_bias="extrapolate", and mode="whole". Official numbers, not reproduced here: model_cards/transnext.md.
 _base_ = ["_base_/upernet.py", "_base_/ade20k.py", "_base_/schedule_160k.py", "_base_/runtime.py"]
 model = dict(
     backbone=dict(
-        type="TimmBackboneVA",
+        type="visattn.TimmBackbone",
         model_name="transnext_base",
         out_norm="own",
         position_bias="interpolate",
         bias_img_size=512,
         drop_path_rate=0.7,
-        pretrained=True,
     ),
     decode_head=dict(in_channels=[96, 192, 384, 768]),
     auxiliary_head=dict(in_channels=384),

@@ -76,7 +76,7 @@ def small_config(kind, model_name, data, work_dir, iterations, **changes):
         config.merge_from_dict(Config.fromfile(CONFIGS / task / "_base_" / f"{name}.py").to_dict())
     channels = [level["num_chs"] for level in timm.create_model(model_name).feature_info[-4:]]
     config.merge_from_dict({"model": parts(kind, channels)})
-    config.model.backbone = ConfigDict(type="TimmBackboneVA", model_name=model_name, out_norm="layer")
+    config.model.backbone = ConfigDict(type="visattn.TimmBackbone", model_name=model_name, out_norm="layer")
     if task == "segmentation":
         config.model.data_preprocessor.size = (256, 256)
     for split in ("train", "val", "test"):

@@ -16,7 +16,7 @@ from torch import nn
 from tests.golden import fill
 from tests.models.golden import load, official_weights
 from tests.tolerances import MODEL_GOLDEN, relative_error
-from visattn.mm import TimmBackboneVA
+from visattn.mm import TimmBackbone
 from visattn.weights import WeightsError
 
 OURS = [n for n in timm.list_models() if timm.model_entrypoint(n).__module__.startswith("visattn.")]
@@ -33,7 +33,7 @@ SWIN_AGENTS = agents((9, 9), (16, 12), (49, 14), (49, 7))
 @pytest.mark.parametrize("name", OURS)
 def test_four_maps_of_a_detectors_image(name):
     with torch.device("meta"):
-        backbone = MODELS.build({"type": "TimmBackboneVA", "model_name": name}).eval()
+        backbone = MODELS.build({"type": "visattn.TimmBackbone", "model_name": name}).eval()
         maps = backbone(torch.empty(1, 3, 800, 1216))
     info = timm.create_model(name, device="meta").feature_info[-4:]
     assert [m.shape[1] for m in maps] == backbone.out_channels == [level["num_chs"] for level in info]
@@ -58,7 +58,7 @@ def test_dense_goldens(golden, name, options):
     """The official backbones' maps, with the weights as a detector's file has them."""
     golden = load(golden)
     detector = nn.Module()
-    detector.backbone = TimmBackboneVA(name, **options).eval()
+    detector.backbone = TimmBackbone(name, **options).eval()
     detector.neck = nn.Linear(1, 1)
     weights = {f"backbone.{key}": value for key, value in official_weights(golden).items()}
     detector.load_state_dict({**weights, "neck.weight": torch.ones(1, 1), "neck.bias": torch.ones(1)})
@@ -86,7 +86,7 @@ def test_official_detectors_load(name, norm):
     """Keys of the official backbones for dense tasks: those of the classifier without head, and norms per output."""
     options = {"dilations": "detection"} if name.startswith("dinat") else {}
     detector = nn.Module()
-    detector.backbone = TimmBackboneVA(name, out_norm="layer", **options)
+    detector.backbone = TimmBackbone(name, out_norm="layer", **options)
     weights = official_weights(load(name)).items()
     weights = {key: value for key, value in weights if not key.startswith(("head.", "norm."))}
     for i, channels in enumerate(detector.backbone.out_channels):
@@ -96,7 +96,7 @@ def test_official_detectors_load(name, norm):
         assert layer.weight.eq(i + 0.5).all()
         assert layer.bias.eq(i + 0.5).all()
     state = detector.backbone.state_dict()
-    again = TimmBackboneVA(name, out_norm="layer", **options)
+    again = TimmBackbone(name, out_norm="layer", **options)
     again.load_state_dict(state)
     assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
 
@@ -133,7 +133,7 @@ def test_checkpoints_give_the_models_maps(tmp_path, name):
     expected = model.forward_intermediates(image, indices=kept, intermediates_only=True)
     for path in files_of_weights(tmp_path, model):
         for out_norm in (None, "layer"):
-            backbone = TimmBackboneVA(name, kept, out_norm, checkpoint=str(path), **options).eval()
+            backbone = TimmBackbone(name, kept, out_norm, checkpoint=str(path), **options).eval()
             backbone.init_weights()
             assert backbone.out_indices == tuple(kept)
             maps = backbone(image)
@@ -150,7 +150,7 @@ def test_every_parameter_is_used():
     """Else a DistributedDataParallel run would stop."""
     for name in FAMILIES:
         for out_norm in (None, "own"):
-            backbone = TimmBackboneVA(name, out_norm=out_norm).train()
+            backbone = TimmBackbone(name, out_norm=out_norm).train()
             sum(m.square().sum() for m in backbone(torch.randn(2, 3, 160, 160))).backward()
             unused = [key for key, parameter in backbone.named_parameters() if parameter.grad is None]
             assert not unused or name in ("test_vit", "test_agent_deit"), (name, unused)
@@ -173,7 +173,7 @@ def test_weights_of_another_model_are_refused_as_a_whole(tmp_path, kind, change,
     weights = change({key: value + 1 for key, value in timm.create_model("test_dinat").state_dict().items()})
     path = tmp_path / f"model.{kind}"
     (safetensors.torch.save_file if kind == "safetensors" else torch.save)(weights, path)
-    backbone = TimmBackboneVA("test_dinat", out_norm="own", checkpoint=str(path))
+    backbone = TimmBackbone("test_dinat", out_norm="own", checkpoint=str(path))
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     with pytest.raises(WeightsError, match=f"(?s)expected weights of test_dinat, got .*{message}"):
         backbone.init_weights()
@@ -186,7 +186,7 @@ def test_weights_of_another_model_are_refused_as_a_whole(tmp_path, kind, change,
 def test_a_detectors_weights_change_its_backbone_only_if_they_fit(name, official, kind):
     """However they are loaded; unknown keys of our own layout are for `strict`, which is torch's and mmengine's."""
     detector = nn.Module()
-    detector.backbone = TimmBackboneVA(name)
+    detector.backbone = TimmBackbone(name)
     before = {key: value.clone() for key, value in detector.backbone.state_dict().items()}
     weights = {key.removeprefix("model.") if official else key: value + 1 for key, value in before.items()}
     key = list(weights)[-2]
@@ -220,7 +220,7 @@ def test_damaged_checkpoints_are_refused(tmp_path):
     for name in ("w.pth", "pipe.pth"):
         for attempt in (
             lambda path: CheckpointLoader.load_checkpoint(path, "cpu"),
-            lambda path: TimmBackboneVA("test_dinat", checkpoint=path).init_weights(),
+            lambda path: TimmBackbone("test_dinat", checkpoint=path).init_weights(),
         ):
             with pytest.raises(WeightsError, match=r"checksum|got a pipe"):
                 attempt(str(tmp_path / name))
@@ -240,7 +240,7 @@ class Touch:
 def test_a_malicious_checkpoint_is_refused(tmp_path, name):
     canary = tmp_path / "canary"
     torch.save({"state_dict": {"backbone.norm.weight": Touch(canary)}}, tmp_path / name)
-    backbone = TimmBackboneVA("test_dinat", checkpoint=str(tmp_path / name))
+    backbone = TimmBackbone("test_dinat", checkpoint=str(tmp_path / name))
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     with pytest.raises(WeightsError, match=r"expected plain tensors at .*, got a damaged or unsafe file .*; try"):
         backbone.init_weights()
@@ -255,7 +255,7 @@ def test_a_malicious_checkpoint_is_refused(tmp_path, name):
 
 def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(WeightsError, match="got no file"):
-        TimmBackboneVA("test_dinat", checkpoint=str(tmp_path / "nothing.pth")).init_weights()
+        TimmBackbone("test_dinat", checkpoint=str(tmp_path / "nothing.pth")).init_weights()
     with pytest.raises(WeightsError, match="got no file"):
         CheckpointLoader.load_checkpoint(str(tmp_path / "nothing.pth"), "cpu")
 
@@ -275,13 +275,13 @@ def test_a_missing_checkpoint_is_named(tmp_path):
 )
 def test_mistakes_are_refused(options, error, message):
     with pytest.raises(error, match=message):
-        TimmBackboneVA(**{"model_name": "test_dinat", **options})
+        TimmBackbone(**{"model_name": "test_dinat", **options})
 
 
 @pytest.mark.parametrize("name", ["test_dinat", "test_biformer", "test_resnest_va", "resnet10t"])
 @pytest.mark.parametrize("frozen", [-1, 0, 2, 4])
 def test_frozen_stages_do_not_change(name, frozen):
-    backbone = TimmBackboneVA(name, frozen_stages=frozen, out_norm="layer", drop_path_rate=0.5).train()
+    backbone = TimmBackbone(name, frozen_stages=frozen, out_norm="layer", drop_path_rate=0.5).train()
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in backbone.parameters() if p.requires_grad], 1.0)
     sum(m.square().sum() for m in backbone(torch.randn(2, 3, 64, 64))).backward()
@@ -297,14 +297,14 @@ def test_frozen_stages_do_not_change(name, frozen):
 
 
 def test_a_frozen_stem_includes_tokens_and_positions():
-    backbone = TimmBackboneVA("test_agent_deit", frozen_stages=0)
+    backbone = TimmBackbone("test_agent_deit", frozen_stages=0)
     fixed = {key.split(".")[1] for key, p in backbone.named_parameters() if not p.requires_grad}
     assert fixed == {"cls_token", "pos_embed", "patch_embed"}
 
 
 def test_norm_eval_keeps_the_statistics():
     for norm_eval in (True, False):
-        backbone = TimmBackboneVA("test_biformer", norm_eval=norm_eval).train()
+        backbone = TimmBackbone("test_biformer", norm_eval=norm_eval).train()
         before = {key: value.clone() for key, value in backbone.named_buffers() if "running" in key}
         assert before
         backbone(torch.randn(2, 3, 64, 64))
@@ -317,7 +317,7 @@ def test_activation_checkpointing_changes_nothing():
     results = []
     for with_cp in (False, True):
         torch.manual_seed(0)
-        backbone = TimmBackboneVA("test_dinat", with_cp=with_cp).train()
+        backbone = TimmBackbone("test_dinat", with_cp=with_cp).train()
         assert {stage.grad_checkpointing for stage in backbone.model.stages} == {with_cp}
         loss = sum(m.square().sum() for m in backbone(image))
         loss.backward()
@@ -331,7 +331,7 @@ def test_a_detector_initialises_its_backbone_once(tmp_path):
     model = timm.create_model("test_dinat")
     safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
     detector = BaseModule()
-    detector.backbone = TimmBackboneVA("test_dinat", checkpoint=str(tmp_path / "model.safetensors"))
+    detector.backbone = TimmBackbone("test_dinat", checkpoint=str(tmp_path / "model.safetensors"))
     detector.init_weights()
     state = model.state_dict()
     for key, value in detector.backbone.model.state_dict().items():
@@ -339,6 +339,6 @@ def test_a_detector_initialises_its_backbone_once(tmp_path):
 
 
 def test_published_weights_that_cannot_be_had_are_one_line():
-    backbone = TimmBackboneVA("test_dinat", pretrained=True)
-    with pytest.raises(WeightsError, match=r"expected the published weights of test_dinat, got No pretrained.*; try"):
+    backbone = TimmBackbone("test_dinat", pretrained=True)
+    with pytest.raises(WeightsError, match=r"expected the published weights of test_dinat, got no address of any; try"):
         backbone.init_weights()

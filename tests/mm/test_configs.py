@@ -13,15 +13,12 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope, init_default_scope
 from mmseg.registry import MODELS as SEG_MODELS
 
-import visattn.mm  # noqa: F401 - registers what the configs name
+from visattn.mm import TimmBackbone, fit_channels
 
 ROOT = Path(__file__).parents[2]
-
-import make_mm_configs  # noqa: E402
-
 CONFIGS = ROOT / "configs"
 FOLDERS = ("detection", "segmentation")
-LEAVES = sorted(str(path.relative_to(CONFIGS)) for folder in FOLDERS for path in (CONFIGS / folder).glob("*.py"))
+LEAVES = sorted(str(path.relative_to(CONFIGS)) for folder in FOLDERS for path in (CONFIGS / folder).glob("[!o]*.py"))
 # One leaf of every kind and family is built in every run, all others in the slow one.
 BUILT = [
     "detection/cascade_mask_rcnn_agent-swin-tiny_fpn_1x_coco.py",
@@ -81,20 +78,46 @@ def groups(leaf):
     }
 
 
+NECKS = {"fpn": "FPN", "ea-fpn": "EfficientAttentionFPN"}
+FOLDS = {"coco": "data/coco/", "ade20k": "data/ade/ADEChallengeData2016", "cityscapes": "data/cityscapes/"}
+
+
 @every_leaf
-def test_a_leaf_is_short_and_names_bases_alone(leaf):
-    text = (CONFIGS / leaf).read_text()
-    bases = re.search(r"^_base_ = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)[1]
+def test_a_leaf_is_short_and_what_its_name_says(leaf):
+    """{head}_{model}[_{neck}]_{schedule}_{data}: see visattn/mm/README.md."""
+    text, stem, config = (CONFIGS / leaf).read_text(), Path(leaf).stem, read(leaf)
+    bases = re.findall(r'"(.*?)"', re.search(r"^_base_ = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)[1])
     assert len(text.splitlines()) <= 25
-    assert all(name.startswith("_base_/") for name in re.findall(r'"(.*?)"', bases))
-    assert "official, not reproduced here" in " ".join(text.split()).replace("# ", "").lower()
+    assert "pretrained" not in text
+    assert all(base.startswith("_base_/") for base in bases)  # which have no bases themselves
+    head, model = Path(bases[0]).stem.removesuffix("_panoptic"), config.model.backbone.model_name
+    model = re.sub("_21k.*", "", model).replace("_", "-")  # weights of ImageNet-22k go without saying
+    assert stem.startswith(f"{head}_{model}_")
+    *neck, schedule, data = stem.removeprefix(f"{head}_{model}_").split("_")
+    assert not neck or config.model.neck.type == NECKS[neck[0]]
+    number, unit = int(schedule[:-1]), schedule[-1]
+    end = config.train_cfg.get("max_epochs") or config.train_cfg.max_iters
+    epoch = 1 if "max_epochs" in config.train_cfg else 7375  # batches of 16 in COCO
+    assert end == number * {"x": 12, "e": epoch, "k": 1000}[unit]
+    data, _, task = data.partition("-")
+    assert config.train_dataloader.dataset.data_root == FOLDS[data]
+    instance = "instance" if (head, data) == ("mask2former", "coco") else ""
+    assert task == ("panoptic" if "panoptic" in bases[0] else instance)
+    card = re.search(r"[Oo]fficial numbers, not reproduced here: (model_cards/\w+\.md)\.", text.replace("\n# ", " "))[1]
+    assert f"{Path(leaf).name})" in (ROOT / card).read_text()
 
 
 @every_leaf
-def test_the_backbone_is_a_model_with_weights_and_the_images_are_its_own(leaf):
+def test_channels_are_the_backbones(leaf):
+    config, fitted = read(leaf), read(leaf)
+    fit_channels(fitted.model)
+    assert fitted.model.to_dict() == config.model.to_dict()
+
+
+@every_leaf
+def test_the_images_are_those_of_the_backbone(leaf):
     config = read(leaf)
     weights = timm.get_pretrained_cfg(config.model.backbone.model_name)
-    assert config.model.backbone.get("pretrained", False) == bool(weights.has_weights)
     assert config.model.data_preprocessor.mean == pytest.approx([255 * v for v in weights.mean], rel=5e-3)
     assert config.model.data_preprocessor.std == pytest.approx([255 * v for v in weights.std], rel=1e-3)
     assert config.custom_hooks == [{"type": "PlainCheckpointHook"}]
@@ -270,6 +293,12 @@ def test_the_rest_of_the_transformers_and_of_tests_is_official():
     assert read("segmentation/upernet_dinat-tiny_160k_ade20k.py").model.test_cfg.mode == "whole"
 
 
-def test_the_leaves_are_those_of_the_table(monkeypatch, capsys):
-    """As `python scripts/make_mm_configs.py --check`, with channels of backbones that the other tests compare."""
-    assert make_mm_configs.main(["--check"]) == 0, capsys.readouterr().err
+@pytest.mark.parametrize(("model", "scope"), [("mask_rcnn", "mmdet"), ("upernet", "mmseg")])
+@pytest.mark.parametrize("name", ["visattn.TimmBackbone", "TimmBackboneVA"])
+def test_both_packages_find_the_backbone_under_its_name_and_the_old_one(model, scope, name):
+    registry = DET_MODELS if scope == "mmdet" else SEG_MODELS
+    config = Config.fromfile(CONFIGS / ("detection" if scope == "mmdet" else "segmentation") / "_base_" / f"{model}.py")
+    config.model.backbone = {"type": name, "model_name": "test_dinat", "out_norm": "layer"}
+    fit_channels(config.model)
+    init_default_scope(scope)
+    assert type(registry.build(config.model).backbone) is TimmBackbone

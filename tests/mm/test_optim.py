@@ -6,13 +6,13 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from visattn.mm import EfficientAttentionFPN, TimmBackboneVA
+from visattn.mm import EfficientAttentionFPN, TimmBackbone
 
 
 class Detector(nn.Module):
     def __init__(self, **backbone):
         super().__init__()
-        self.backbone = TimmBackboneVA(**backbone)
+        self.backbone = TimmBackbone(**backbone)
         self.head = nn.Linear(4, 4)
 
 

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -35,6 +36,13 @@ class SameWeights(Hook):
     def before_train(self, runner):
         for key, value in runner.model.state_dict().items():
             assert torch.equal(value, self.weights[key]), key
+
+
+class FirstWeights(Hook):
+    """Keeps what a run begins with."""
+
+    def before_train(self, runner):
+        self.weights = {key: value.clone() for key, value in runner.model.state_dict().items()}
 
 
 def test_a_resumed_run_goes_on(nuclei, tmp_path):
@@ -173,6 +181,69 @@ def test_mistakes_on_the_command_line(args, message, nuclei, tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", ["train_seg.py", *args])
     with pytest.raises(SystemExit, match=f"^error: {message}"):
         main("mmseg", "train", "")
+
+
+@pytest.mark.parametrize(
+    ("model_name", "args", "message"),
+    [
+        ("biformer_small", ["--pretrained"], "expected the published weights of biformer_small, got no address of any"),
+        ("nat_mini", ["--pretrained"], r"expected weights at https://\S*, got \S.*; try a file"),
+        ("test_dinat", ["--weights", "nothing.pth"], "expected weights at nothing.pth, got no file"),
+        ("test_dinat", ["--weights", "nothing.pth", "--resume"], "expected --weights or --resume, got both"),
+        (None, ["--pretrained"], "expected a config with visattn.TimmBackbone, got ResNet"),
+    ],
+)
+def test_weights_that_cannot_be_had_end_the_run_at_once(model_name, args, message, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import mm_runner
+
+    def no_network(*args, **kwargs):
+        time.sleep(30)  # as a resolver without a network does
+
+    monkeypatch.setattr("visattn.mm.backbone.urlopen", no_network)
+    monkeypatch.setattr("visattn.mm.backbone.ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("visattn.mm.backbone.check_cached_file", lambda url: False)
+    monkeypatch.setattr(mm_runner, "check", lambda *_: pytest.fail("the data came first"))
+    config = small_config("upernet", "test_dinat", "nowhere", tmp_path, 1)
+    config.model.backbone = {"type": "ResNet"} if model_name is None else {**config.model.backbone}
+    if model_name is not None:
+        config.model.backbone.model_name = model_name
+    config.dump(tmp_path / "own.py")
+    monkeypatch.setattr(sys, "argv", ["train_seg.py", str(tmp_path / "own.py"), *args])
+    start = time.perf_counter()
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
+        mm_runner.main("mmseg", "train", "")
+    assert time.perf_counter() - start < 10
+
+
+def test_weights_of_a_backbone_and_of_a_whole_model(nuclei, tmp_path, monkeypatch):
+    """And the channels of another backbone than the one that the config was written for."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import mm_runner
+
+    config = small_config("upernet", "test_dinat", nuclei, tmp_path / "run", 1)
+    whole = Runner.from_cfg(config).model.state_dict()
+    config.model.decode_head.in_channels = [1, 2, 3, 4]
+    config.dump(tmp_path / "own.py")
+    begin = "backbone.model."
+    part = {key.removeprefix(begin): value for key, value in whole.items() if key.startswith(begin)}
+    for name, weights in (("whole", whole), ("backbone", part)):
+        torch.save(weights, tmp_path / f"{name}.pth")
+        hook, build = FirstWeights(), Runner.from_cfg
+
+        def from_cfg(config, hook=hook, build=build):
+            runner = build(config)
+            runner.register_hook(hook)
+            return runner
+
+        with monkeypatch.context() as patch:
+            patch.setattr(mm_runner.Runner, "from_cfg", from_cfg)
+            args = ["train_seg.py", str(tmp_path / "own.py"), "--weights", str(tmp_path / f"{name}.pth"), "--no-check"]
+            patch.setattr(sys, "argv", args)
+            mm_runner.main("mmseg", "train", "")
+        same = {key for key, value in hook.weights.items() if torch.equal(value, whole[key])}
+        assert {key for key in whole if key.startswith(begin)} <= same
+        assert ("decode_head.conv_seg.weight" in same) == (name == "whole")
 
 
 @pytest.mark.parametrize("seed", ["-1", str(2**32), str(2**63)])

@@ -1,11 +1,12 @@
 """visattn in mmdet and mmsegmentation: a config that says `custom_imports = dict(imports=["visattn.mm"])` may name
 
-`TimmBackboneVA`, `EfficientAttentionFPN`, `BackboneOptimWrapperConstructor`, `AutocastOptimWrapper` and
-`PlainCheckpointHook`. All are in mmengine's root registries, so both packages find them without a prefix.
-`tools/install_mm.sh` brings the packages.
+`visattn.TimmBackbone`, and `EfficientAttentionFPN`, `BackboneOptimWrapperConstructor`, `AutocastOptimWrapper` and
+`PlainCheckpointHook`. The backbone is in a scope of its own, as mmsegmentation and mmpretrain have a `TIMMBackbone`;
+the others are in mmengine's root registries, so that both packages find them without a prefix. `tools/install_mm.sh`
+brings the packages.
 """
 
-from visattn.mm.backbone import TimmBackboneVA
+from visattn.mm.backbone import TimmBackbone, check_published, fit_channels
 from visattn.mm.checkpoints import PlainCheckpointHook
 from visattn.mm.neck import EfficientAttentionFPN
 from visattn.mm.optim import AutocastOptimWrapper, BackboneOptimWrapperConstructor
@@ -15,5 +16,7 @@ __all__ = [
     "BackboneOptimWrapperConstructor",
     "EfficientAttentionFPN",
     "PlainCheckpointHook",
-    "TimmBackboneVA",
+    "TimmBackbone",
+    "check_published",
+    "fit_channels",
 ]

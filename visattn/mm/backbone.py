@@ -4,13 +4,20 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import partial
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
 from typing import Any, cast
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
+import huggingface_hub
 import timm
-from mmengine.registry import MODELS
+import torch
+from mmengine.registry import MODELS as ROOT_MODELS
+from mmengine.registry import Registry
 from timm.layers import LayerNorm2d
 from timm.models import group_parameters
-from timm.models._hub import download_cached_file
+from timm.models._hub import check_cached_file, download_cached_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -25,9 +32,14 @@ from visattn.weights import (
     load_weights,
 )
 
+MODELS = Registry("model", parent=ROOT_MODELS, scope="visattn")
+TYPES = ("visattn.TimmBackbone", "TimmBackboneVA")  # the second is the name in older configs
+ANSWER_SECONDS = 10.0
 
+
+@ROOT_MODELS.register_module("TimmBackboneVA")
 @MODELS.register_module()
-class TimmBackboneVA(ChecksWeights):
+class TimmBackbone(ChecksWeights):
     """A timm model as backbone: [B, C, H, W] images of any size -> a tuple of [B, C', H', W'] maps.
 
     The attributes `out_channels` and `out_strides` say what a neck gets. Checkpoints of detectors and segmentors whose
@@ -45,7 +57,7 @@ class TimmBackboneVA(ChecksWeights):
         checkpoint: Path or URL of weights, of the model itself or of a detector or segmentor with it; in any layout
             that the family's `checkpoint_filter_fn` knows. Read when `init_weights` is called, as a Runner does before
             training; nothing in it is ever unpickled. `out_norm` may be new, nothing else may be missing.
-        pretrained: Load the published weights that timm knows for the name, likewise.
+        pretrained: Fetch the published weights of the name, likewise.
         with_cp: Recompute activations in the backward pass instead of keeping them (activation checkpointing).
         **options: Of the model's constructor, such as `drop_path_rate` or `dilations="detection"`.
 
@@ -133,7 +145,7 @@ class TimmBackboneVA(ChecksWeights):
                 frozen.append(name)
         return frozen
 
-    def train(self, mode: bool = True) -> "TimmBackboneVA":
+    def train(self, mode: bool = True) -> "TimmBackbone":
         """As for any module, but frozen stages stay in evaluation mode, and with `norm_eval` all batch norms."""
         super().train(mode)
         for name in self._frozen:
@@ -158,14 +170,14 @@ class TimmBackboneVA(ChecksWeights):
                 weights = part or weights
             self._load(convert_weights(weights, self.model, source), source)
         elif self.pretrained:
+            check_published(self.model_name)
             try:
                 published = self._create(pretrained=True)
             except WeightsError:
                 raise
-            except (OSError, RuntimeError) as error:  # no network, or no weights
+            except (OSError, RuntimeError) as error:  # the network went, or the file is another
                 raise WeightsError(
-                    f"expected the published weights of {self.model_name}, got {first_line(error)}; try "
-                    "model.backbone.checkpoint=FILE, or model.backbone.pretrained=False"
+                    f"expected the published weights of {self.model_name}, got {first_line(error)}; try a file"
                 ) from error
             self._load(published.state_dict(), "the published weights")
 
@@ -194,16 +206,86 @@ class TimmBackboneVA(ChecksWeights):
         return tuple(maps)
 
 
+def fit_channels(model: dict[str, Any]) -> None:
+    """Set, in place, the channels that the neck of a model's config, or its heads without one, expect.
+
+    They are those of its `visattn.TimmBackbone`; a config with another backbone is left as it is.
+
+    Raises:
+        TypeError, ValueError: Options that do not fit the backbone.
+    """
+    backbone = model.get("backbone", {})
+    if backbone.get("type") not in TYPES:
+        return
+    with torch.device("meta"):
+        channels = TimmBackbone(**{key: value for key, value in backbone.items() if key != "type"}).out_channels
+    if model.get("neck"):
+        neck = model["neck"]
+        (neck[0] if isinstance(neck, list) else neck)["in_channels"] = channels
+        return
+    for key in ("panoptic_head", "decode_head", "auxiliary_head"):
+        heads = model.get(key) or []
+        for head in heads if isinstance(heads, list) else [heads]:
+            index = head.get("in_index", list(range(len(channels))))
+            head["in_channels"] = channels[index] if isinstance(index, int) else [channels[i] for i in index]
+            if "c1_in_channels" in head:  # of DeepLabV3+
+                head["c1_in_channels"] = channels[0]
+
+
+def check_published(model_name: str) -> None:
+    """Refuse a model whose weights cannot be fetched, before anything is.
+
+    Raises:
+        visattn.weights.WeightsError: None are published under an address, or its host does not answer.
+    """
+    config = timm.get_pretrained_cfg(model_name, allow_unregistered=True)
+    if config is None or not config.has_weights:
+        raise WeightsError(
+            f"expected the published weights of {model_name}, got no address of any; try a file of weights, "
+            "or another model: model_cards/ say which have some"
+        )
+    if config.hf_hub_id:
+        name = config.hf_hub_filename or "model.safetensors"
+        if not isinstance(huggingface_hub.try_to_load_from_cache(config.hf_hub_id, name), str):
+            _reach(huggingface_hub.constants.ENDPOINT)
+    elif config.url and not check_cached_file(config.url):
+        _reach(config.url if isinstance(config.url, str) else config.url[0])  # with a file name
+
+
+def _reach(url: str) -> None:
+    """Refuse a host that does not answer soon: without a network, looking for its address alone takes a minute."""
+    answers: Queue[str] = Queue()
+
+    def ask() -> None:
+        try:
+            urlopen(Request(url, method="HEAD"), timeout=ANSWER_SECONDS).close()
+            answers.put("")
+        except HTTPError:  # it answers; what it says is for the download
+            answers.put("")
+        except (OSError, ValueError) as error:
+            answers.put(first_line(error))
+
+    Thread(target=ask, daemon=True).start()
+    try:
+        error = answers.get(timeout=ANSWER_SECONDS)
+    except Empty:
+        error = f"no answer in {ANSWER_SECONDS:.0f} s"
+    if error:
+        raise WeightsError(f"expected weights at {url}, got {error}; try a file")
+
+
 def _local_file(source: str) -> Path:
     if not source.startswith(("http://", "https://")):
         return Path(source)
     try:
+        if not check_cached_file(source):
+            _reach(source)
         return Path(download_cached_file(source))
     except OSError as error:
         raise WeightsError(f"expected weights at {source}, got {first_line(error)}; try a file") from error
 
 
-def _convert_official(backbone: TimmBackboneVA, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _convert_official(backbone: TimmBackbone, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Replace, in place, keys of an official backbone below `prefix` by those of `backbone`; refuse what does not fit.
 
     A detector's `load_state_dict` calls this before the first tensor of the backbone is copied.

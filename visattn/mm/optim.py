@@ -14,7 +14,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from timm.models._manipulate import group_with_matcher
 from torch import nn
 
-from visattn.mm.backbone import TimmBackboneVA
+from visattn.mm.backbone import TimmBackbone
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -45,7 +45,7 @@ class BackboneOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         """Append a group per parameter of `module` to `params`."""
         super().add_params(params, module, prefix, is_dcn_module)
         backbone = getattr(module, "backbone", None)
-        if prefix or not isinstance(backbone, TimmBackboneVA):
+        if prefix or not isinstance(backbone, TimmBackbone):
             return
         model = backbone.model
         # timm puts norms of the outputs, which no pattern matches, with the heads; so does a name that is not there.
