@@ -193,7 +193,20 @@ _TEST = {
     "dilations": ((1, 4), (1, 2), (1, 2), (1,)),
 }
 
+# Maps of images of 32 pixels have 8, 4, 2 and 1 per axis: kernels of 7 would see mostly their border.
+_ATTO = {
+    "embed_dim": 24,
+    "depths": (2, 2, 2, 1),
+    "num_heads": (1, 2, 4, 8),
+    "kernel_size": 3,
+    "mlp_ratio": 2.0,
+    "dilations": ((1, 2), (1, 2), (1, 2), (1,)),
+}
+
 VARIANTS: dict[str, Variant] = {
+    "dinat_atto": Variant(
+        _ATTO, {"untrained": _cfg(160)}, doc="Not of the paper: under 1M parameters, for small images and first runs."
+    ),
     **{
         f"nat_{size}": Variant(args, {"in1k": _cfg(url=f"{_URL}/nat/checkpoints/CLS/nat_{size}.pth")})
         for size, args in {**_SIZES, "small": {**_SMALL, "layer_scale": 1e-5}}.items()
