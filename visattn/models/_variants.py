@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import generate_default_cfgs, register_model, register_model_deprecations
+from timm.models import PretrainedCfg, generate_default_cfgs, register_model, register_model_deprecations
 from torch import nn
 
 
@@ -49,13 +49,15 @@ def register_variants(module: str, variants: Mapping[str, Variant], create: Call
         variants: Its table.
         create: `create(name, pretrained, **arguments)` builds a model.
     """
-    family = sys.modules[module]
-    cfgs = {f"{name}.{tag}": cfg for name, variant in variants.items() for tag, cfg in variant.tags.items()}
-    family.default_cfgs = generate_default_cfgs(cfgs)
+    family = vars(sys.modules[module])
+    cfgs: dict[str, dict[str, Any] | PretrainedCfg] = {}
+    for name, variant in variants.items():
+        cfgs |= {f"{name}.{tag}": cfg for tag, cfg in variant.tags.items()}
+    family["default_cfgs"] = generate_default_cfgs(cfgs)
     for name, variant in variants.items():
         entry = _entry(name, variant, create)
         entry.__module__, entry.__name__, entry.__qualname__ = module, name, name
-        setattr(family, name, register_model(entry))
+        family[name] = register_model(entry)
 
 
 def deprecate_infix(module: str, names: Iterable[str]) -> None:

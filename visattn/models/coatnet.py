@@ -231,7 +231,7 @@ _HALF = (0.5, 0.5, 0.5)
 
 def _timm(name: str, **tags: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Weights of timm's `coatnet_{name}_{size}` by tag, each with what its configuration has of its own."""
-    shared = {
+    shared: dict[str, Any] = {
         "crop_pct": 0.95,
         "mean": _HALF,
         "std": _HALF,
