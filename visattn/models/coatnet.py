@@ -241,7 +241,8 @@ def _timm(name: str, **tags: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for tag, cfg in tags.items():
         size = cfg.get("size", 224)
         hub = f"timm/coatnet_{name}_{size}.{tag.replace(f'_{size}', '')}"
-        cfgs[tag] = _cfg(**{"hf_hub_id": hub, **shared, **cfg})
+        given: dict[str, Any] = {"hf_hub_id": hub, **shared, **cfg}
+        cfgs[tag] = _cfg(**given)
     return cfgs
 
 
