@@ -27,6 +27,7 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 
+import visattn  # noqa: E402
 from visattn.train import run  # noqa: E402
 from visattn.train.__main__ import main as train_main  # noqa: E402
 from visattn.train.engine import Engine  # noqa: E402
@@ -52,8 +53,7 @@ MORE_OPTIONS = {
 
 def models() -> list[str]:
     """The small models of all families."""
-    names = timm.list_models("test_*")
-    return [name for name in names if timm.models.model_entrypoint(name).__module__.startswith("visattn.")]
+    return visattn.list_models("test_*")
 
 
 def learn(

@@ -11,14 +11,13 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from timm.models._registry import _model_entrypoints
 
 import visattn
 from visattn.weights import WeightsError, load_weights
 
 NAME = "test_coatnet_va"  # batch norms, whose counters are integers, and position tables
 KEY = "head.fc.bias"
-SMALL = sorted(n for n, fn in _model_entrypoints.items() if fn.__module__.startswith("visattn.") and "test_" in n)
+SMALL = visattn.list_models("test_*")
 
 
 @pytest.fixture(scope="module")

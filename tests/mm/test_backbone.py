@@ -13,13 +13,14 @@ from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 
+import visattn
 from tests.golden import fill
 from tests.models.golden import load, official_weights
 from tests.tolerances import MODEL_GOLDEN, relative_error
 from visattn.mm import TimmBackbone
 from visattn.weights import WeightsError
 
-OURS = [n for n in timm.list_models() if timm.model_entrypoint(n).__module__.startswith("visattn.")]
+OURS = visattn.list_models()
 
 
 def agents(*shapes):

@@ -6,11 +6,10 @@ import pytest
 import timm
 import torch
 from timm.layers import NormMlpClassifierHead
-from timm.models._registry import _model_entrypoints
 
-import visattn  # noqa: F401
+import visattn
 
-OURS = sorted(n for n, fn in _model_entrypoints.items() if fn.__module__.startswith("visattn."))
+OURS = visattn.list_models()
 SMALL = [n for n in OURS if n.startswith("test_")]
 CHANNELS_FIRST = ("biformer", "coatnet", "halonet", "maxvit", "resnest_va", "resnet_ea")
 POOLS = ["", "avg", "max", "avgmax", "fastcatavgmax", "token", "map", "xavg", 3]
@@ -46,9 +45,7 @@ def reset(model, *args):
     return model
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in OURS if _model_entrypoints[n].__module__.rpartition(".")[2] in CHANNELS_FIRST]
-)
+@pytest.mark.parametrize("name", [name for family in CHANNELS_FIRST for name in visattn.list_models(family=family)])
 def test_no_pooling_stays_where_it_works(name):
     model = timm.create_model(name, num_classes=0, global_pool="", device="meta")
     if isinstance(model.get_submodule("head" if hasattr(model, "head") else ""), NormMlpClassifierHead):

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from visattn.layers import TOKEN_MIXERS
 from visattn.models._build import M, build_model
+from visattn.models._variants import imagenet_cfg
 from visattn.ops import resize_rel_pos
 
 
@@ -85,20 +85,8 @@ def token_mixer_cfg(attention: str, file: str = "", size: int = 224, **kwargs: A
     """Pretrained configuration of a backbone with this attention; `file` is the id of one that its authors share."""
     # no slash before the question mark: torch.hub names the file after what is between them
     shared = {"url": f"https://cloud.tsinghua.edu.cn/f/{file}?dl=1"} if file else {}
-    return {
-        "num_classes": 1000,
-        "input_size": (3, size, size),
-        "pool_size": (size // 32, size // 32),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head.fc",
-        **_SOURCES[attention],
-        **shared,
-        **kwargs,
-    }
+    given = {"crop_pct": 0.9, "first_conv": "patch_embed.proj", **_SOURCES[attention], **shared, **kwargs}
+    return imagenet_cfg(size, **given)
 
 
 def create_token_mixer_backbone(

@@ -1,11 +1,12 @@
 """A family's table of variants, which its default configurations and its registration with timm read."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
-from timm.models import generate_default_cfgs, register_model
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import PretrainedCfg, generate_default_cfgs, register_model, register_model_deprecations
 from torch import nn
 
 
@@ -25,6 +26,21 @@ class Variant:
     doc: str = field(default="", kw_only=True)
 
 
+def imagenet_cfg(size: int = 224, **kwargs: Any) -> dict[str, Any]:
+    """Fields of timm's `PretrainedCfg` for ImageNet-1k and a network of stride 32, under those given."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "pool_size": (size // 32, size // 32),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "classifier": "head.fc",
+        **kwargs,
+    }
+
+
 def register_variants(module: str, variants: Mapping[str, Variant], create: Callable[..., nn.Module]) -> None:
     """Register every variant with timm, as a function of the module, whose `default_cfgs` come from the table too.
 
@@ -33,20 +49,37 @@ def register_variants(module: str, variants: Mapping[str, Variant], create: Call
         variants: Its table.
         create: `create(name, pretrained, **arguments)` builds a model.
     """
-    family = sys.modules[module]
-    cfgs = {f"{name}.{tag}": cfg for name, variant in variants.items() for tag, cfg in variant.tags.items()}
-    family.default_cfgs = generate_default_cfgs(cfgs)
+    family = vars(sys.modules[module])
+    cfgs: dict[str, dict[str, Any] | PretrainedCfg] = {}
+    for name, variant in variants.items():
+        cfgs |= {f"{name}.{tag}": cfg for tag, cfg in variant.tags.items()}
+    family["default_cfgs"] = generate_default_cfgs(cfgs)
     for name, variant in variants.items():
         entry = _entry(name, variant, create)
         entry.__module__, entry.__name__, entry.__qualname__ = module, name, name
-        setattr(family, name, register_model(entry))
+        family[name] = register_model(entry)
+
+
+def deprecate_infix(module: str, names: Iterable[str]) -> None:
+    """Let `NAME_va` build `NAME` with a warning: so were families called that only this package has."""
+    register_model_deprecations(module, {f"{name}_va": name for name in names})
 
 
 def _entry(name: str, variant: Variant, create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return create(name, pretrained, **{**variant.args, **kwargs})
 
+    cls = get_type_hints(create)["return"].__name__
     args = ", ".join(f"{key}={getattr(value, '__name__', repr(value))}" for key, value in variant.args.items())
-    weights = ", ".join(variant.tags)
-    entry.__doc__ = f"{variant.doc or name} ({args})\n\nKeyword arguments go over these. Weights: {weights}."
+    weights = [_describe(tag, cfg) for tag, cfg in variant.tags.items()]
+    entry.__doc__ = f"`{name}`: {cls}({args}). {variant.doc}".rstrip() + (
+        "\n\nArguments given go over these, and those not named are the class's defaults.\n"
+        f"Weights by tag, the default first: {'; '.join(weights)}.\n"
+    )
     return entry
+
+
+def _describe(tag: str, cfg: Mapping[str, Any]) -> str:
+    size = " x ".join(str(n) for n in cfg["input_size"][1:])
+    published = "" if cfg.get("url") or cfg.get("hf_hub_id") else ", none published"
+    return f"{tag} ({size}, {cfg['num_classes']} classes{published})"

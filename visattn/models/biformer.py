@@ -19,16 +19,16 @@ What differs from the official code, and why:
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
 from visattn.models._backbone import Backbone, TellsAttended, convert_checkpoint, drop_path_rates
 from visattn.models._build import build_model
+from visattn.models._variants import Variant, imagenet_cfg, register_variants
 from visattn.ops import floor_to_multiple
 
 torch.fx.wrap("floor_to_multiple")
@@ -297,36 +297,42 @@ def _create_downsampler(layout: str, dim: int, out_dim: int, **dd: Any) -> nn.Mo
     return nn.Sequential(nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, **dd), nn.BatchNorm2d(out_dim, **dd))
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj.0",
-        "classifier": "head.fc",
-        "license": "mit",
-        "origin_url": "https://github.com/rayleizhu/BiFormer",
-        "paper_ids": "arXiv:2303.08810",
-        **kwargs,
-    }
-
-
-# The links of the official weights are dead (issue 53 of the official repository, 2026).
-default_cfgs = generate_default_cfgs(
-    {
-        "biformer_tiny.untrained": _cfg(),
-        "biformer_small.untrained": _cfg(),
-        "biformer_base.untrained": _cfg(),
-        "biformer_stl.untrained": _cfg(),
-        "biformer_stl_nchw.untrained": _cfg(),
-        "test_biformer.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
-    }
+_cfg = partial(
+    imagenet_cfg,
+    url="",
+    first_conv="patch_embed.proj.0",
+    license="mit",
+    origin_url="https://github.com/rayleizhu/BiFormer",
+    paper_ids="arXiv:2303.08810",
 )
+
+_SMALL = {"depths": (4, 4, 18, 4)}
+_WIDE = {"embed_dims": (96, 192, 384, 768)}
+_STL = {**_WIDE, "depths": (2, 2, 6, 2), "layout": "swin", "mlp_ratio": 4.0, "before_attn_dwconv": 0}
+_TEST = {
+    "embed_dims": (16, 32, 64, 96),
+    "depths": (1, 2, 2, 1),
+    "topks": (1, 2, 4, -2),
+    "n_win": 4,
+    "head_dim": 16,
+    "mlp_ratio": 2.0,
+}
+# The links of the official weights are dead (issue 53 of the official repository, 2026).
+_UNTRAINED = {"untrained": _cfg()}
+
+VARIANTS: dict[str, Variant] = {
+    "biformer_tiny": Variant({}, _UNTRAINED),
+    "biformer_small": Variant(_SMALL, _UNTRAINED),
+    "biformer_base": Variant({**_SMALL, **_WIDE}, _UNTRAINED),
+    "biformer_stl": Variant(_STL, _UNTRAINED, doc="The network of the ablation study: layout of Swin-T."),
+    "biformer_stl_nchw": Variant(
+        {**_STL, "topks": (1, 4, 16, -3), "padding": "zero"},
+        _UNTRAINED,
+        doc="`biformer_stl` as the authors trained it again, channels-first: other padding, LePE always on values.",
+    ),
+    "test_biformer": Variant(_TEST, {"untrained": _cfg(160)}, doc="Under 1M parameters, for tests."),
+}
+
 
 _RENAMED = (
     (r"^downsample_layers\.0\.", "patch_embed.proj."),
@@ -362,42 +368,4 @@ def _create_biformer(variant: str, pretrained: bool = False, **kwargs: Any) -> B
     return build_model(BiFormer, variant, pretrained, checkpoint_filter_fn, (0, 1, 2, 3), **kwargs)
 
 
-_SMALL = {"depths": (4, 4, 18, 4)}
-_WIDE = {"embed_dims": (96, 192, 384, 768)}
-_STL = {**_WIDE, "depths": (2, 2, 6, 2), "layout": "swin", "mlp_ratio": 4.0, "before_attn_dwconv": 0}
-
-
-@register_model
-def biformer_tiny(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    return _create_biformer("biformer_tiny", pretrained, **kwargs)
-
-
-@register_model
-def biformer_small(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    return _create_biformer("biformer_small", pretrained, **{**_SMALL, **kwargs})
-
-
-@register_model
-def biformer_base(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    return _create_biformer("biformer_base", pretrained, **{**_SMALL, **_WIDE, **kwargs})
-
-
-@register_model
-def biformer_stl(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    """The network of the ablation study: layout of Swin-T."""
-    return _create_biformer("biformer_stl", pretrained, **{**_STL, **kwargs})
-
-
-@register_model
-def biformer_stl_nchw(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    """`biformer_stl` as the authors trained it again in channels-first layout: other padding, LePE always on values."""
-    return _create_biformer(
-        "biformer_stl_nchw", pretrained, **{**_STL, "topks": (1, 4, 16, -3), "padding": "zero", **kwargs}
-    )
-
-
-@register_model
-def test_biformer(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    """Under 1M parameters, for tests and first runs."""
-    args = {"embed_dims": (16, 32, 64, 96), "depths": (1, 2, 2, 1), "topks": (1, 2, 4, -2), "n_win": 4, "head_dim": 16}
-    return _create_biformer("test_biformer", pretrained, **{**args, "mlp_ratio": 2.0, **kwargs})
+register_variants(__name__, VARIANTS, _create_biformer)

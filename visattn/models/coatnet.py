@@ -27,12 +27,12 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm2d, NormMlpClassifierHead, to_2tuple
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint, plan_stages, unwrap
 from visattn.models._build import NCHW_POOLS, NORM_MLP_POOLS, build_model
+from visattn.models._variants import Variant, imagenet_cfg, register_variants
 from visattn.ops.geometry import ceil_div
 
 __all__ = ["CoAtNet"]
@@ -218,57 +218,109 @@ class CoAtNet(Backbone):
         return {"*.rpb", "*.rel_pos.*"}
 
 
-def _cfg(hub: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "hf_hub_id": f"timm/{hub}" if hub else None,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
+_cfg = partial(
+    imagenet_cfg,
+    url="",
+    first_conv="patch_embed.conv1",
+    license="apache-2.0",
+    origin_url="https://arxiv.org/abs/2106.04803",
+    paper_ids="arXiv:2106.04803",
+)
+_HALF = (0.5, 0.5, 0.5)
+
+
+def _timm(name: str, **tags: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Weights of timm's `coatnet_{name}_{size}` by tag, each with what its configuration has of its own."""
+    shared: dict[str, Any] = {
         "crop_pct": 0.95,
-        "interpolation": "bicubic",
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.5, 0.5, 0.5),
-        "first_conv": "patch_embed.conv1",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
+        "mean": _HALF,
+        "std": _HALF,
         "origin_url": "https://github.com/huggingface/pytorch-image-models",
-        "paper_ids": "arXiv:2106.04803",
-        **kwargs,
     }
-
-
-def _paper_cfg(**kwargs: Any) -> dict[str, Any]:
-    mean_std = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
-    return _cfg(**mean_std, crop_pct=0.875, origin_url="https://arxiv.org/abs/2106.04803", **kwargs)
+    cfgs = {}
+    for tag, cfg in tags.items():
+        size = cfg.get("size", 224)
+        hub = f"timm/coatnet_{name}_{size}.{tag.replace(f'_{size}', '')}"
+        given: dict[str, Any] = {"hf_hub_id": hub, **shared, **cfg}
+        cfgs[tag] = _cfg(**given)
+    return cfgs
 
 
 _IN12K = {"num_classes": 11821}
-_SIZE_384 = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0, "crop_mode": "squash"}
+_SIZE_384 = {"size": 384, "crop_pct": 1.0, "crop_mode": "squash"}
 
-default_cfgs = generate_default_cfgs(
-    {
-        **{f"coatnet_{i}_va.untrained": _paper_cfg() for i in range(8)},
-        "coatnet_nano_rw_va.sw_in1k": _cfg("coatnet_nano_rw_224.sw_in1k", crop_pct=0.9),
-        "coatnet_0_rw_va.sw_in1k": _cfg("coatnet_0_rw_224.sw_in1k"),
-        "coatnet_1_rw_va.sw_in1k": _cfg("coatnet_1_rw_224.sw_in1k"),
-        "coatnet_2_rw_va.sw_in12k_ft_in1k": _cfg("coatnet_2_rw_224.sw_in12k_ft_in1k"),
-        "coatnet_2_rw_va.sw_in12k": _cfg("coatnet_2_rw_224.sw_in12k", **_IN12K),
-        "coatnet_3_rw_va.sw_in12k": _cfg("coatnet_3_rw_224.sw_in12k", **_IN12K),
-        "coatnet_bn_0_rw_va.sw_in1k": _cfg(
-            "coatnet_bn_0_rw_224.sw_in1k", mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD
-        ),
-        "coatnet_rmlp_nano_rw_va.sw_in1k": _cfg("coatnet_rmlp_nano_rw_224.sw_in1k", crop_pct=0.9),
-        "coatnet_rmlp_1_rw_va.sw_in1k": _cfg("coatnet_rmlp_1_rw_224.sw_in1k"),
-        "coatnet_rmlp_1_rw2_va.sw_in12k_ft_in1k": _cfg("coatnet_rmlp_1_rw2_224.sw_in12k_ft_in1k"),
-        "coatnet_rmlp_1_rw2_va.sw_in12k": _cfg("coatnet_rmlp_1_rw2_224.sw_in12k", **_IN12K),
-        "coatnet_rmlp_2_rw_va.sw_in12k_ft_in1k": _cfg("coatnet_rmlp_2_rw_224.sw_in12k_ft_in1k"),
-        "coatnet_rmlp_2_rw_va.sw_384_in12k_ft_in1k": _cfg("coatnet_rmlp_2_rw_384.sw_in12k_ft_in1k", **_SIZE_384),
-        "coatnet_rmlp_2_rw_va.sw_in1k": _cfg("coatnet_rmlp_2_rw_224.sw_in1k"),
-        "coatnet_rmlp_2_rw_va.sw_in12k": _cfg("coatnet_rmlp_2_rw_224.sw_in12k", **_IN12K),
-        "test_coatnet_va.untrained": _paper_cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
-    }
+# timm's coatnet_{0,1,2,...}_224, with head_hidden_size the width of the last stage.
+TIMM_OPTIONS = {"stride_mode": "dw", "pool": "avg2", "bn_eps": 1e-5, "bn_momentum": 0.1, "norm_eps": 1e-6}
+
+
+def _rw(stride_mode: str, conv_options: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    """timm's `rw` networks: expansion of the input's width, SiLU, attention in the input's width."""
+    conv_options = {"expand_input": True, **conv_options}
+    shape = {"stem_width": (32, 64), "act": "silu", "expand_first": False}
+    return {**TIMM_OPTIONS, **shape, "stride_mode": stride_mode, "conv_options": conv_options, **kwargs}
+
+
+_2 = {"stem_width": 128, "embed_dims": (128, 256, 512, 1024), "depths": (2, 6, 14, 2), "drop_path_rate": 0.5}
+_3 = {**_2, "stem_width": 192, "embed_dims": (192, 384, 768, 1536), "drop_path_rate": 0.7}
+_4 = {**_3, "depths": (2, 12, 28, 2)}
+_SPLIT = {"stem_width": 192, "depths": (2, 4, (8, 42), 2), "block_types": ("C", "C", ("C", "T"), "T"), "head_dim": 128}
+_PAPER = (
+    {"drop_path_rate": 0.2},
+    {"depths": (2, 6, 14, 2), "drop_path_rate": 0.3},
+    _2,
+    _3,
+    _4,
+    {**_4, "embed_dims": (256, 512, 1280, 2048), "head_dim": 64},
+    {**_SPLIT, "embed_dims": (192, 384, (768, 1536), 2048)},
+    {**_SPLIT, "embed_dims": (256, 512, (1024, 2048), 3072)},
 )
+
+_NANO = {"embed_dims": (64, 128, 256, 512), "depths": (3, 4, 6, 3)}
+_RW_0 = {"depths": (2, 3, 7, 2)}
+_RW_1 = {"depths": (2, 6, 14, 2)}
+_RW_2 = {**_RW_1, "embed_dims": (128, 256, 512, 1024), "stem_width": (64, 128)}
+_RW_3 = {**_RW_1, "embed_dims": (192, 384, 768, 1536), "stem_width": (96, 192)}
+_SILU = {"pre_act": True, "bias": False}
+_RELU = {**_SILU, "se_act": "relu"}
+_EARLY = {**_RELU, "se_early": True}
+_TEST = {
+    "img_size": 160,
+    "stem_width": 16,
+    "embed_dims": (16, 32, (48, 64), 96),
+    "depths": (1, 1, (1, 2), 1),
+    "block_types": ("C", "C", ("C", "T"), "T"),
+    "head_dim": 16,
+}
+
+VARIANTS: dict[str, Variant] = {
+    **{f"coatnet_{i}_va": Variant(args, {"untrained": _cfg()}) for i, args in enumerate(_PAPER)},
+    "coatnet_nano_rw_va": Variant(_rw("pool", {}, **_NANO), _timm("nano_rw", sw_in1k={"crop_pct": 0.9})),
+    "coatnet_0_rw_va": Variant(_rw("pool", _EARLY, shortcut_bias=False, **_RW_0), _timm("0_rw", sw_in1k={})),
+    "coatnet_1_rw_va": Variant(_rw("dw", _EARLY, shortcut_bias=False, **_RW_1), _timm("1_rw", sw_in1k={})),
+    "coatnet_2_rw_va": Variant(_rw("dw", _SILU, **_RW_2), _timm("2_rw", sw_in12k_ft_in1k={}, sw_in12k=_IN12K)),
+    "coatnet_3_rw_va": Variant(_rw("dw", _SILU, layer_scale=1e-6, **_RW_3), _timm("3_rw", sw_in12k=_IN12K)),
+    "coatnet_bn_0_rw_va": Variant(
+        _rw("dw", _EARLY, shortcut_bias=False, norm="batch", **_RW_0),
+        _timm("bn_0_rw", sw_in1k={"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}),
+    ),
+    "coatnet_rmlp_nano_rw_va": Variant(
+        _rw("dw", {}, rel_pos_dim=384, **_NANO), _timm("rmlp_nano_rw", sw_in1k={"crop_pct": 0.9})
+    ),
+    "coatnet_rmlp_1_rw_va": Variant(
+        _rw("pool", _EARLY, pool="max3", shortcut_bias=False, rel_pos_dim=384, **_RW_1), _timm("rmlp_1_rw", sw_in1k={})
+    ),
+    "coatnet_rmlp_1_rw2_va": Variant(
+        _rw("dw", _RELU, rel_pos_dim=512, **_RW_1), _timm("rmlp_1_rw2", sw_in12k_ft_in1k={}, sw_in12k=_IN12K)
+    ),
+    "coatnet_rmlp_2_rw_va": Variant(
+        _rw("dw", _SILU, layer_scale=1e-6, rel_pos_dim=512, **_RW_2),
+        _timm("rmlp_2_rw", sw_in12k_ft_in1k={}, sw_384_in12k_ft_in1k=_SIZE_384, sw_in1k={}, sw_in12k=_IN12K),
+    ),
+    "test_coatnet_va": Variant(
+        _TEST, {"untrained": _cfg(160)}, doc="Under 1M parameters, with a stage of both kinds of blocks, for tests."
+    ),
+}
+
 
 _RENAMED = {
     r"^stem\.": "patch_embed.",
@@ -312,141 +364,4 @@ def _create_coatnet(variant: str, pretrained: bool = False, **kwargs: Any) -> Co
     return build_model(CoAtNet, variant, pretrained, checkpoint_filter_fn, (0, 1, 2, 3, 4), **kwargs)
 
 
-# timm's coatnet_{0,1,2,...}_224, with head_hidden_size the width of the last stage.
-TIMM_OPTIONS = {"stride_mode": "dw", "pool": "avg2", "bn_eps": 1e-5, "bn_momentum": 0.1, "norm_eps": 1e-6}
-
-
-def _rw(stride_mode: str, conv_options: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-    """timm's `rw` networks: expansion of the input's width, SiLU, attention in the input's width."""
-    conv_options = {"expand_input": True, **conv_options}
-    shape = {"stem_width": (32, 64), "act": "silu", "expand_first": False}
-    return {**TIMM_OPTIONS, **shape, "stride_mode": stride_mode, "conv_options": conv_options, **kwargs}
-
-
-_1 = {"depths": (2, 6, 14, 2), "drop_path_rate": 0.3}
-_2 = {"stem_width": 128, "embed_dims": (128, 256, 512, 1024), "depths": (2, 6, 14, 2), "drop_path_rate": 0.5}
-_3 = {**_2, "stem_width": 192, "embed_dims": (192, 384, 768, 1536), "drop_path_rate": 0.7}
-_SPLIT = {"stem_width": 192, "depths": (2, 4, (8, 42), 2), "block_types": ("C", "C", ("C", "T"), "T"), "head_dim": 128}
-_NANO = {"embed_dims": (64, 128, 256, 512), "depths": (3, 4, 6, 3)}
-_RW_0 = {"depths": (2, 3, 7, 2)}
-_RW_1 = {"depths": (2, 6, 14, 2)}
-_RW_2 = {**_RW_1, "embed_dims": (128, 256, 512, 1024), "stem_width": (64, 128)}
-_RW_3 = {**_RW_1, "embed_dims": (192, 384, 768, 1536), "stem_width": (96, 192)}
-_SILU = {"pre_act": True, "bias": False}
-_RELU = {**_SILU, "se_act": "relu"}
-_EARLY = {**_RELU, "se_early": True}
-
-
-@register_model
-def coatnet_0_va(pretrained: bool = False, **kwargs: Any) -> CoAtNet:
-    return _create_coatnet("coatnet_0_va", pretrained, **{"drop_path_rate": 0.2, **kwargs})
-
-
-@register_model
-def coatnet_1_va(pretrained: bool = False, **kwargs: Any) -> CoAtNet:
-    return _create_coatnet("coatnet_1_va", pretrained, **{**_1, **kwargs})
-
-
-@register_model
-def coatnet_2_va(pretrained: bool = False, **kwargs: Any) -> CoAtNet:
-    return _create_coatnet("coatnet_2_va", pretrained, **{**_2, **kwargs})
-
-
-@register_model
-def coatnet_3_va(pretrained: bool = False, **kwargs: Any) -> CoAtNet:
-    return _create_coatnet("coatnet_3_va", pretrained, **{**_3, **kwargs})
-
-
-@register_model
-def coatnet_4_va(pretrained: bool = False, **kwargs: Any) -> CoAtNet:
-    return _create_coatnet("coatnet_4_va", pretrained, **{**_3, "depths": (2, 12, 28, 2), **kwargs})
-
-
-@register_model
-def coatnet_5_va(pretrained: bool = False, **kwargs: Any) -> CoAtNet:
-    args = {**_3, "depths": (2, 12, 28, 2), "embed_dims": (256, 512, 1280, 2048), "head_dim": 64}
-    return _create_coatnet("coatnet_5_va", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def coatnet_6_va(pretrained: bool = False, **kwargs: Any) -> CoAtNet:
-    args = {**_SPLIT, "embed_dims": (192, 384, (768, 1536), 2048)}
-    return _create_coatnet("coatnet_6_va", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def coatnet_7_va(pretrained: bool = False, **kwargs: Any) -> CoAtNet:
-    args = {**_SPLIT, "embed_dims": (256, 512, (1024, 2048), 3072)}
-    return _create_coatnet("coatnet_7_va", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def coatnet_nano_rw_va(pretrained: bool = False, **kwargs: Any) -> CoAtNet:
-    return _create_coatnet("coatnet_nano_rw_va", pretrained, **{**_rw("pool", {}, **_NANO), **kwargs})
-
-
-@register_model
-def coatnet_0_rw_va(pretrained: bool = False, **kwargs: Any) -> CoAtNet:
-    args = _rw("pool", _EARLY, shortcut_bias=False, **_RW_0)
-    return _create_coatnet("coatnet_0_rw_va", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def coatnet_1_rw_va(pretrained: bool = False, **kwargs: Any) -> CoAtNet:
-    args = _rw("dw", _EARLY, shortcut_bias=False, **_RW_1)
-    return _create_coatnet("coatnet_1_rw_va", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def coatnet_2_rw_va(pretrained: bool = False, **kwargs: Any) -> CoAtNet:
-    return _create_coatnet("coatnet_2_rw_va", pretrained, **{**_rw("dw", _SILU, **_RW_2), **kwargs})
-
-
-@register_model
-def coatnet_3_rw_va(pretrained: bool = False, **kwargs: Any) -> CoAtNet:
-    args = _rw("dw", _SILU, layer_scale=1e-6, **_RW_3)
-    return _create_coatnet("coatnet_3_rw_va", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def coatnet_bn_0_rw_va(pretrained: bool = False, **kwargs: Any) -> CoAtNet:
-    args = _rw("dw", _EARLY, shortcut_bias=False, norm="batch", **_RW_0)
-    return _create_coatnet("coatnet_bn_0_rw_va", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def coatnet_rmlp_nano_rw_va(pretrained: bool = False, **kwargs: Any) -> CoAtNet:
-    args = _rw("dw", {}, rel_pos_dim=384, **_NANO)
-    return _create_coatnet("coatnet_rmlp_nano_rw_va", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def coatnet_rmlp_1_rw_va(pretrained: bool = False, **kwargs: Any) -> CoAtNet:
-    args = _rw("pool", _EARLY, pool="max3", shortcut_bias=False, rel_pos_dim=384, **_RW_1)
-    return _create_coatnet("coatnet_rmlp_1_rw_va", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def coatnet_rmlp_1_rw2_va(pretrained: bool = False, **kwargs: Any) -> CoAtNet:
-    args = _rw("dw", _RELU, rel_pos_dim=512, **_RW_1)
-    return _create_coatnet("coatnet_rmlp_1_rw2_va", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def coatnet_rmlp_2_rw_va(pretrained: bool = False, **kwargs: Any) -> CoAtNet:
-    args = _rw("dw", _SILU, layer_scale=1e-6, rel_pos_dim=512, **_RW_2)
-    return _create_coatnet("coatnet_rmlp_2_rw_va", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def test_coatnet_va(pretrained: bool = False, **kwargs: Any) -> CoAtNet:
-    """Under 1M parameters, with a stage of both kinds of blocks, for tests and first runs."""
-    args = {
-        "img_size": 160,
-        "stem_width": 16,
-        "embed_dims": (16, 32, (48, 64), 96),
-        "depths": (1, 1, (1, 2), 1),
-        "block_types": ("C", "C", ("C", "T"), "T"),
-        "head_dim": 16,
-    }
-    return _create_coatnet("test_coatnet_va", pretrained, **{**args, **kwargs})
+register_variants(__name__, VARIANTS, _create_coatnet)

@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from timm.layers import to_2tuple
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint, drop_path_rates, unwrap
 from visattn.models._token_mixer import create_token_mixer_backbone, fit_positions, plan_attention, token_mixer_cfg
+from visattn.models._variants import Variant, deprecate_infix, register_variants
 from visattn.ops import pad_to_at_least
 from visattn.ops.geometry import ceil_div
 
@@ -159,30 +159,66 @@ def _release(file: str, size: int = 224, **kwargs: Any) -> dict[str, Any]:
     return token_mixer_cfg("softmax", "", size, url=url, **_MICROSOFT, **crop, **kwargs)
 
 
-_SIZES = ("tiny", "small", "base")
-
-default_cfgs = generate_default_cfgs(
-    {
-        "cswin_tiny.ms_in1k": _release("tiny"),
-        "cswin_small.ms_in1k": _release("small"),
-        "cswin_base.ms_in1k": _release("base"),
-        "cswin_base_384.ms_in1k": _release("base", 384),
-        "cswin_large.ms_in22k_ft_in1k": _release("large"),
-        "cswin_large.ms_in22k": _release("large_22k", num_classes=21841),
-        "cswin_large_384.ms_in22k_ft_in1k": _release("large", 384),
-        "agent_cswin_tiny.in1k": token_mixer_cfg("agent", "8c562a74441e46d5902b"),
-        "agent_cswin_small.in1k": token_mixer_cfg("agent", "30eb8af675bc4b7a8747"),
-        "agent_cswin_base.in1k": token_mixer_cfg("agent", "c8035b0839b2410c8c9f"),
-        "agent_cswin_base_384.in1k": token_mixer_cfg("agent", "1239be0df44b47719432", 384),
-        "inline_cswin_tiny.in1k": token_mixer_cfg("inline", "49fa2ecc543647c4b970"),
-        "inline_cswin_small.in1k": token_mixer_cfg("inline", "59f4e65f776f4052b93c"),
-        "inline_cswin_base.in1k": token_mixer_cfg("inline", "91e17121df284ae38521"),
-        **{f"focused_cswin_{size}.untrained": token_mixer_cfg("focused") for size in _SIZES},
-        **{f"efficient_cswin_{size}.untrained": token_mixer_cfg("efficient") for size in _SIZES},
-        "test_cswin.untrained": token_mixer_cfg("softmax", "", 160, **_MICROSOFT),
-        "test_efficient_cswin.untrained": token_mixer_cfg("efficient", "", 160),
+def _mixed(base: dict[str, Any], attention: str, args: Any = None) -> dict[str, Any]:
+    """Two stages with this attention, two with stripes."""
+    return {
+        **base,
+        "attention": attention,
+        "attention_depths": (*base["depths"][:2], 0, 0),
+        "attention_args": args,
     }
-)
+
+
+_TINY = {"embed_dim": 64, "depths": (1, 2, 21, 1), "num_heads": (2, 4, 8, 16), "drop_path_rate": 0.2}
+_SMALL = {**_TINY, "depths": (2, 4, 32, 2), "drop_path_rate": 0.4}
+_BASE = {**_SMALL, "embed_dim": 96, "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.5}
+_LARGE = {**_SMALL, "embed_dim": 144, "num_heads": (6, 12, 24, 24), "drop_path_rate": 0.2}
+_WIDE = {"split_sizes": (1, 2, 12, 12)}
+_TUNED = {**_WIDE, "drop_path_rate": 0.7}
+_TEST = {"embed_dim": 20, "depths": (1, 1, 2, 1), "num_heads": (2, 2, 4, 4)}
+# Networks with other attentions have other depths.
+_SIZES = {
+    "tiny": {**_TINY, "depths": (2, 4, 18, 1)},
+    "small": {**_SMALL, "depths": (3, 6, 29, 2)},
+    "base": {**_BASE, "depths": (3, 6, 29, 2)},
+}
+_AGENTS = tuple({"num_agents": n} for n in (9, 16, 49, 49))
+# Ids of the authors' files.
+_AGENT_FILES = {"tiny": "8c562a74441e46d5902b", "small": "30eb8af675bc4b7a8747", "base": "c8035b0839b2410c8c9f"}
+_INLINE_FILES = {"tiny": "49fa2ecc543647c4b970", "small": "59f4e65f776f4052b93c", "base": "91e17121df284ae38521"}
+_AT_384 = "Fine-tuned at 384 x 384, with wider stripes."
+_FOR_TESTS = "Under 1M parameters, for tests."
+
+VARIANTS: dict[str, Variant] = {
+    "cswin_tiny": Variant(_TINY, {"ms_in1k": _release("tiny")}),
+    "cswin_small": Variant(_SMALL, {"ms_in1k": _release("small")}),
+    "cswin_base": Variant(_BASE, {"ms_in1k": _release("base")}),
+    "cswin_base_384": Variant({**_BASE, **_TUNED}, {"ms_in1k": _release("base", 384)}, doc=_AT_384),
+    "cswin_large": Variant(
+        _LARGE, {"ms_in22k_ft_in1k": _release("large"), "ms_in22k": _release("large_22k", num_classes=21841)}
+    ),
+    "cswin_large_384": Variant({**_LARGE, **_WIDE}, {"ms_in22k_ft_in1k": _release("large", 384)}, doc=_AT_384),
+    "agent_cswin_base_384": Variant(
+        {**_mixed(_SIZES["base"], "agent", _AGENTS), **_TUNED},
+        {"in1k": token_mixer_cfg("agent", "1239be0df44b47719432", 384)},
+        doc=_AT_384,
+    ),
+    "test_cswin": Variant(_TEST, {"untrained": token_mixer_cfg("softmax", "", 160, **_MICROSOFT)}, doc=_FOR_TESTS),
+    "test_efficient_cswin": Variant(
+        _mixed(_TEST, "efficient"), {"untrained": token_mixer_cfg("efficient", "", 160)}, doc=_FOR_TESTS
+    ),
+}
+for _size, _args in _SIZES.items():
+    VARIANTS |= {
+        f"agent_cswin_{_size}": Variant(
+            _mixed(_args, "agent", _AGENTS), {"in1k": token_mixer_cfg("agent", _AGENT_FILES[_size])}
+        ),
+        f"inline_cswin_{_size}": Variant(
+            _mixed(_args, "inline", {"lepe": True}), {"in1k": token_mixer_cfg("inline", _INLINE_FILES[_size])}
+        ),
+        f"focused_cswin_{_size}": Variant(_mixed(_args, "focused"), {"untrained": token_mixer_cfg("focused")}),
+        f"efficient_cswin_{_size}": Variant(_mixed(_args, "efficient"), {"untrained": token_mixer_cfg("efficient")}),
+    }
 
 
 def _convert(key: str, value: Tensor, own: dict[str, Tensor]) -> tuple[str, Tensor]:
@@ -222,139 +258,5 @@ def _create_cswin(variant: str, pretrained: bool = False, **kwargs: Any) -> CSWi
     return create_token_mixer_backbone(CSWin, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
-_TINY = {"embed_dim": 64, "depths": (1, 2, 21, 1), "num_heads": (2, 4, 8, 16), "drop_path_rate": 0.2}
-_SMALL = {**_TINY, "depths": (2, 4, 32, 2), "drop_path_rate": 0.4}
-_BASE = {**_SMALL, "embed_dim": 96, "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.5}
-_LARGE = {**_SMALL, "embed_dim": 144, "num_heads": (6, 12, 24, 24), "drop_path_rate": 0.2}
-_LARGE_384 = {**_LARGE, "split_sizes": (1, 2, 12, 12)}
-_TUNED = {"split_sizes": (1, 2, 12, 12), "drop_path_rate": 0.7}
-_TEST = {"embed_dim": 20, "depths": (1, 1, 2, 1), "num_heads": (2, 2, 4, 4)}
-
-
-def _mixed(base: dict[str, Any], depths: tuple[int, ...], attention: str, args: Any = None) -> dict[str, Any]:
-    """Two stages with this attention, two with stripes."""
-    mixed = {"attention": attention, "attention_depths": (*depths[:2], 0, 0), "attention_args": args}
-    return {**base, "depths": depths, **mixed}
-
-
-def _sizes(attention: str, args: Any = None) -> list[dict[str, Any]]:
-    depths = ((2, 4, 18, 1), (3, 6, 29, 2), (3, 6, 29, 2))
-    return [_mixed(base, n, attention, args) for base, n in zip((_TINY, _SMALL, _BASE), depths, strict=True)]
-
-
-_AGENT_TINY, _AGENT_SMALL, _AGENT_BASE = _sizes("agent", tuple({"num_agents": n} for n in (9, 16, 49, 49)))
-_INLINE_TINY, _INLINE_SMALL, _INLINE_BASE = _sizes("inline", {"lepe": True})
-_FOCUSED_TINY, _FOCUSED_SMALL, _FOCUSED_BASE = _sizes("focused")
-_EFFICIENT_TINY, _EFFICIENT_SMALL, _EFFICIENT_BASE = _sizes("efficient")
-
-
-@register_model
-def cswin_tiny(pretrained: bool = False, **kwargs: Any) -> CSWin:
-    return _create_cswin("cswin_tiny", pretrained, **{**_TINY, **kwargs})
-
-
-@register_model
-def cswin_small(pretrained: bool = False, **kwargs: Any) -> CSWin:
-    return _create_cswin("cswin_small", pretrained, **{**_SMALL, **kwargs})
-
-
-@register_model
-def cswin_base(pretrained: bool = False, **kwargs: Any) -> CSWin:
-    return _create_cswin("cswin_base", pretrained, **{**_BASE, **kwargs})
-
-
-@register_model
-def cswin_base_384(pretrained: bool = False, **kwargs: Any) -> CSWin:
-    """Fine-tuned at 384 x 384, with wider stripes."""
-    return _create_cswin("cswin_base_384", pretrained, **{**_BASE, **_TUNED, **kwargs})
-
-
-@register_model
-def cswin_large(pretrained: bool = False, **kwargs: Any) -> CSWin:
-    return _create_cswin("cswin_large", pretrained, **{**_LARGE, **kwargs})
-
-
-@register_model
-def cswin_large_384(pretrained: bool = False, **kwargs: Any) -> CSWin:
-    """Fine-tuned at 384 x 384, with wider stripes."""
-    return _create_cswin("cswin_large_384", pretrained, **{**_LARGE_384, **kwargs})
-
-
-@register_model
-def agent_cswin_tiny(pretrained: bool = False, **kwargs: Any) -> CSWin:
-    return _create_cswin("agent_cswin_tiny", pretrained, **{**_AGENT_TINY, **kwargs})
-
-
-@register_model
-def agent_cswin_small(pretrained: bool = False, **kwargs: Any) -> CSWin:
-    return _create_cswin("agent_cswin_small", pretrained, **{**_AGENT_SMALL, **kwargs})
-
-
-@register_model
-def agent_cswin_base(pretrained: bool = False, **kwargs: Any) -> CSWin:
-    return _create_cswin("agent_cswin_base", pretrained, **{**_AGENT_BASE, **kwargs})
-
-
-@register_model
-def agent_cswin_base_384(pretrained: bool = False, **kwargs: Any) -> CSWin:
-    """Fine-tuned at 384 x 384, with wider stripes."""
-    return _create_cswin("agent_cswin_base_384", pretrained, **{**_AGENT_BASE, **_TUNED, **kwargs})
-
-
-@register_model
-def inline_cswin_tiny(pretrained: bool = False, **kwargs: Any) -> CSWin:
-    return _create_cswin("inline_cswin_tiny", pretrained, **{**_INLINE_TINY, **kwargs})
-
-
-@register_model
-def inline_cswin_small(pretrained: bool = False, **kwargs: Any) -> CSWin:
-    return _create_cswin("inline_cswin_small", pretrained, **{**_INLINE_SMALL, **kwargs})
-
-
-@register_model
-def inline_cswin_base(pretrained: bool = False, **kwargs: Any) -> CSWin:
-    return _create_cswin("inline_cswin_base", pretrained, **{**_INLINE_BASE, **kwargs})
-
-
-@register_model
-def focused_cswin_tiny(pretrained: bool = False, **kwargs: Any) -> CSWin:
-    return _create_cswin("focused_cswin_tiny", pretrained, **{**_FOCUSED_TINY, **kwargs})
-
-
-@register_model
-def focused_cswin_small(pretrained: bool = False, **kwargs: Any) -> CSWin:
-    return _create_cswin("focused_cswin_small", pretrained, **{**_FOCUSED_SMALL, **kwargs})
-
-
-@register_model
-def focused_cswin_base(pretrained: bool = False, **kwargs: Any) -> CSWin:
-    return _create_cswin("focused_cswin_base", pretrained, **{**_FOCUSED_BASE, **kwargs})
-
-
-@register_model
-def efficient_cswin_tiny(pretrained: bool = False, **kwargs: Any) -> CSWin:
-    return _create_cswin("efficient_cswin_tiny", pretrained, **{**_EFFICIENT_TINY, **kwargs})
-
-
-@register_model
-def efficient_cswin_small(pretrained: bool = False, **kwargs: Any) -> CSWin:
-    return _create_cswin("efficient_cswin_small", pretrained, **{**_EFFICIENT_SMALL, **kwargs})
-
-
-@register_model
-def efficient_cswin_base(pretrained: bool = False, **kwargs: Any) -> CSWin:
-    return _create_cswin("efficient_cswin_base", pretrained, **{**_EFFICIENT_BASE, **kwargs})
-
-
-@register_model
-def test_cswin(pretrained: bool = False, **kwargs: Any) -> CSWin:
-    """Under 1M parameters, for tests and first runs."""
-    return _create_cswin("test_cswin", pretrained, **{**_TEST, **kwargs})
-
-
-@register_model
-def test_efficient_cswin(pretrained: bool = False, **kwargs: Any) -> CSWin:
-    """Under 1M parameters, for tests and first runs."""
-    return _create_cswin(
-        "test_efficient_cswin", pretrained, **{**_mixed(_TEST, _TEST["depths"], "efficient"), **kwargs}
-    )
+register_variants(__name__, VARIANTS, _create_cswin)
+deprecate_infix(__name__, [name for name in VARIANTS if name.startswith(("cswin", "test_cswin"))])

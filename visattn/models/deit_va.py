@@ -12,17 +12,12 @@ What differs from the official code, and why:
 """
 
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from typing import Any, cast
 
 import torch
 from timm.layers import to_2tuple
-from timm.models import (
-    checkpoint,
-    generate_default_cfgs,
-    register_model,
-    vision_transformer,
-)
+from timm.models import checkpoint, vision_transformer
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -30,6 +25,7 @@ from visattn import layers
 from visattn.models._backbone import unwrap
 from visattn.models._build import TOKEN_POOLS, check_classifier
 from visattn.models._token_mixer import create_token_mixer_backbone, fit_positions, plan_attention, token_mixer_cfg
+from visattn.models._variants import Variant, register_variants
 from visattn.ops import resize_rel_pos
 from visattn.ops.geometry import ceil_div
 from visattn.weights import ChecksWeights
@@ -237,25 +233,58 @@ def _hub(name: str, size: int = 224, **kwargs: Any) -> dict[str, Any]:
     return _cfg("softmax", "", size, hf_hub_id=f"timm/{name}_patch16_{size}.fb_in1k", **origin, **kwargs)
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        "deit_tiny_va.fb_in1k": _hub("deit_tiny"),
-        "deit_small_va.fb_in1k": _hub("deit_small"),
-        "deit_base_va.fb_in1k": _hub("deit_base"),
-        "deit_base_va.fb_in1k_384": _hub("deit_base", 384, crop_pct=1.0),
-        "agent_deit_tiny.in1k": _cfg("agent", "57e0904221824ee7b7af"),
-        "agent_deit_small.in1k": _cfg("agent", "fdd43304372541db8ea7"),
-        "agent_deit_small_448.in1k": _cfg("agent", "a228f86241c445f1969b", 448),
-        "agent_deit_base.in1k": _cfg("agent", "5115f15fdd7e4ab58fbc"),
-        "inline_deit_tiny.in1k": _cfg("inline", "1d6b8191ad6d4114b291"),
-        "inline_deit_small.in1k": _cfg("inline", "2f3898b07e9247f3beb3", 288),
-        "inline_deit_base.in1k": _cfg("inline", "10bdd726d4b0435eb34e", 448),
-        **{f"focused_deit_{size}.untrained": _cfg("focused") for size in ("tiny", "small", "base")},
-        **{f"efficient_deit_{size}.untrained": _cfg("efficient") for size in ("tiny", "small", "base")},
-        "test_deit_va.untrained": _cfg("softmax", "", 160, **_PAPER),
-        "test_agent_deit.untrained": _cfg("agent", "", 160),
-    }
-)
+# `drop_path_rate` is as published for plain DeiTs and agent attention; InLine takes agent attention's.
+_SIZES = {
+    "tiny": {"embed_dim": 192, "num_heads": 3},
+    "small": {"embed_dim": 384, "num_heads": 6},
+    "base": {"embed_dim": 768, "num_heads": 12},
+}
+_AGENT_SMALL = {**_SIZES["small"], "attention": "agent", "drop_path_rate": 0.1}
+_AGENT_BASE = {"attention": "agent", "attention_depths": 4, "attention_args": {"num_agents": 81}, "drop_path_rate": 0.3}
+_TEST = {"embed_dim": 96, "depth": 4, "num_heads": 3}
+_TEST_AGENT = {"attention": "agent", "attention_depths": 3, "attention_args": {"num_agents": 9}}
+
+VARIANTS: dict[str, Variant] = {
+    "deit_tiny_va": Variant({**_SIZES["tiny"], "drop_path_rate": 0.1}, {"fb_in1k": _hub("deit_tiny")}),
+    "deit_small_va": Variant({**_SIZES["small"], "drop_path_rate": 0.1}, {"fb_in1k": _hub("deit_small")}),
+    "deit_base_va": Variant(
+        {**_SIZES["base"], "drop_path_rate": 0.1},
+        {"fb_in1k": _hub("deit_base"), "fb_in1k_384": _hub("deit_base", 384, crop_pct=1.0)},
+    ),
+    "agent_deit_tiny": Variant(
+        {**_SIZES["tiny"], "attention": "agent"}, {"in1k": _cfg("agent", "57e0904221824ee7b7af")}
+    ),
+    "agent_deit_small": Variant(_AGENT_SMALL, {"in1k": _cfg("agent", "fdd43304372541db8ea7")}),
+    "agent_deit_small_448": Variant(_AGENT_SMALL, {"in1k": _cfg("agent", "a228f86241c445f1969b", 448)}),
+    "agent_deit_base": Variant(
+        {**_SIZES["base"], **_AGENT_BASE},
+        {"in1k": _cfg("agent", "5115f15fdd7e4ab58fbc")},
+        doc="81 agents in the first four blocks, softmax attention in the others.",
+    ),
+    "inline_deit_tiny": Variant(
+        {"embed_dim": 192, "num_heads": 6, "attention": "inline"}, {"in1k": _cfg("inline", "1d6b8191ad6d4114b291")}
+    ),
+    "inline_deit_small": Variant(
+        {"embed_dim": 320, "num_heads": 10, "attention": "inline", "drop_path_rate": 0.1},
+        {"in1k": _cfg("inline", "2f3898b07e9247f3beb3", 288)},
+    ),
+    "inline_deit_base": Variant(
+        {"embed_dim": 384, "num_heads": 12, "attention": "inline", "drop_path_rate": 0.3},
+        {"in1k": _cfg("inline", "10bdd726d4b0435eb34e", 448)},
+    ),
+    "test_deit_va": Variant(
+        _TEST, {"untrained": _cfg("softmax", "", 160, **_PAPER)}, doc="Under 1M parameters, for tests."
+    ),
+    "test_agent_deit": Variant(
+        {**_TEST, **_TEST_AGENT},
+        {"untrained": _cfg("agent", "", 160)},
+        doc="Under 1M parameters, the last block with softmax attention, for tests.",
+    ),
+}
+for _attention, _size in product(("focused", "efficient"), _SIZES):
+    VARIANTS[f"{_attention}_deit_{_size}"] = Variant(
+        {**_SIZES[_size], "attention": _attention}, {"untrained": _cfg(_attention)}
+    )
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: DeiT) -> dict[str, Tensor]:
@@ -271,107 +300,4 @@ def _create_deit(variant: str, pretrained: bool = False, **kwargs: Any) -> DeiT:
     return create_token_mixer_backbone(DeiT, variant, pretrained, checkpoint_filter_fn, levels=3, **kwargs)
 
 
-# `drop_path_rate` is as published for plain DeiTs and agent attention; InLine takes agent attention's.
-_TINY = {"embed_dim": 192, "num_heads": 3}
-_SMALL = {"embed_dim": 384, "num_heads": 6}
-_BASE = {"embed_dim": 768, "num_heads": 12}
-_AGENT_SMALL = {**_SMALL, "attention": "agent", "drop_path_rate": 0.1}
-_AGENT_BASE = {"attention": "agent", "attention_depths": 4, "attention_args": {"num_agents": 81}, "drop_path_rate": 0.3}
-_INLINE_TINY = {"embed_dim": 192, "num_heads": 6, "attention": "inline"}
-_INLINE_SMALL = {"embed_dim": 320, "num_heads": 10, "attention": "inline", "drop_path_rate": 0.1}
-_INLINE_BASE = {"embed_dim": 384, "num_heads": 12, "attention": "inline", "drop_path_rate": 0.3}
-_TEST = {"embed_dim": 96, "depth": 4, "num_heads": 3}
-
-
-@register_model
-def deit_tiny_va(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    return _create_deit("deit_tiny_va", pretrained, **{**_TINY, "drop_path_rate": 0.1, **kwargs})
-
-
-@register_model
-def deit_small_va(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    return _create_deit("deit_small_va", pretrained, **{**_SMALL, "drop_path_rate": 0.1, **kwargs})
-
-
-@register_model
-def deit_base_va(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    return _create_deit("deit_base_va", pretrained, **{**_BASE, "drop_path_rate": 0.1, **kwargs})
-
-
-@register_model
-def agent_deit_tiny(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    return _create_deit("agent_deit_tiny", pretrained, **{**_TINY, "attention": "agent", **kwargs})
-
-
-@register_model
-def agent_deit_small(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    return _create_deit("agent_deit_small", pretrained, **{**_AGENT_SMALL, **kwargs})
-
-
-@register_model
-def agent_deit_small_448(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    return _create_deit("agent_deit_small_448", pretrained, **{**_AGENT_SMALL, **kwargs})
-
-
-@register_model
-def agent_deit_base(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    """81 agents in the first four blocks, softmax attention in the others."""
-    return _create_deit("agent_deit_base", pretrained, **{**_BASE, **_AGENT_BASE, **kwargs})
-
-
-@register_model
-def inline_deit_tiny(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    return _create_deit("inline_deit_tiny", pretrained, **{**_INLINE_TINY, **kwargs})
-
-
-@register_model
-def inline_deit_small(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    return _create_deit("inline_deit_small", pretrained, **{**_INLINE_SMALL, **kwargs})
-
-
-@register_model
-def inline_deit_base(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    return _create_deit("inline_deit_base", pretrained, **{**_INLINE_BASE, **kwargs})
-
-
-@register_model
-def focused_deit_tiny(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    return _create_deit("focused_deit_tiny", pretrained, **{**_TINY, "attention": "focused", **kwargs})
-
-
-@register_model
-def focused_deit_small(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    return _create_deit("focused_deit_small", pretrained, **{**_SMALL, "attention": "focused", **kwargs})
-
-
-@register_model
-def focused_deit_base(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    return _create_deit("focused_deit_base", pretrained, **{**_BASE, "attention": "focused", **kwargs})
-
-
-@register_model
-def efficient_deit_tiny(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    return _create_deit("efficient_deit_tiny", pretrained, **{**_TINY, "attention": "efficient", **kwargs})
-
-
-@register_model
-def efficient_deit_small(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    return _create_deit("efficient_deit_small", pretrained, **{**_SMALL, "attention": "efficient", **kwargs})
-
-
-@register_model
-def efficient_deit_base(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    return _create_deit("efficient_deit_base", pretrained, **{**_BASE, "attention": "efficient", **kwargs})
-
-
-@register_model
-def test_deit_va(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    """Under 1M parameters, for tests and first runs."""
-    return _create_deit("test_deit_va", pretrained, **{**_TEST, **kwargs})
-
-
-@register_model
-def test_agent_deit(pretrained: bool = False, **kwargs: Any) -> DeiT:
-    """Under 1M parameters, the last block with softmax attention, for tests and first runs."""
-    agents = {"attention": "agent", "attention_depths": 3, "attention_args": {"num_agents": 9}}
-    return _create_deit("test_agent_deit", pretrained, **{**_TEST, **agents, **kwargs})
+register_variants(__name__, VARIANTS, _create_deit)

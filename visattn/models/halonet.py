@@ -22,14 +22,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint, plan_stages
 from visattn.models._build import build_model
+from visattn.models._variants import Variant, imagenet_cfg, register_variants
 from visattn.ops.geometry import ceil_div
 
 __all__ = ["HaloNet"]
@@ -239,42 +238,92 @@ class HaloNet(Backbone):
 
 
 def _cfg(size: int = 256, **kwargs: Any) -> dict[str, Any]:
+    return imagenet_cfg(
+        size,
+        **{
+            "url": "",
+            "pool_size": (ceil_div(size, 32), ceil_div(size, 32)),
+            "first_conv": "patch_embed.conv1.conv",
+            "license": "apache-2.0",
+            "paper_ids": "arXiv:2103.12731",
+            **kwargs,
+        },
+    )
+
+
+def _timm(name: str, crop_pct: float) -> dict[str, dict[str, Any]]:
+    origin = "https://github.com/huggingface/pytorch-image-models"
+    return {"a1h_in1k": _cfg(hf_hub_id=f"timm/{name}.a1h_in1k", crop_pct=crop_pct, origin_url=origin)}
+
+
+def _paper(depth: int, b: int, h: int, rv: float, rb: float, df: int | None = None) -> dict[str, Any]:
+    """A row of the paper's table: blocks of the third stage, b, h, r_v, r_b and d_f."""
+    blocks = ("aaa", "aaa", "a" * depth, "aaa")
     return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, size, size),
-        "pool_size": (ceil_div(size, 32), ceil_div(size, 32)),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.conv1.conv",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2103.12731",
-        **kwargs,
+        "blocks": blocks,
+        "block_size": b,
+        "halo_size": h,
+        "value_ratio": rv,
+        "out_ratio": rb,
+        "final_dim": df,
     }
 
 
-_TIMM = {"origin_url": "https://github.com/huggingface/pytorch-image-models"}
+_H4 = _paper(12, 12, 2, 1.0, 3.0, 1280)
+# timm's hybrids: a deep stem, a ResNet's widths, attention in the later stages
+_TIMM_HYBRID = {"tiered_stem": True, "out_ratio": 4.0, "mask_border": False}
+_TEST = {
+    "blocks": ("c", "ca", "aa", "a"),
+    "base_dim": 16,
+    "out_ratio": 2.0,
+    "value_ratio": 1.5,
+    "final_dim": 96,
+    "num_heads": (1, 2, 4, 4),
+    "block_size": 4,
+    "halo_size": 1,
+    "zero_init_last": False,
+}
 
-default_cfgs = generate_default_cfgs(
-    {
-        "halonet_h0_va.untrained": _cfg(),
-        "halonet_h1_va.untrained": _cfg(),
-        "halonet_h2_va.untrained": _cfg(),
-        "halonet_h3_va.untrained": _cfg(320),
-        "halonet_h4_va.untrained": _cfg(384),
-        "halonet_h4_base128_va.untrained": _cfg(384),
-        "halonet_h4_base128_conv12_va.untrained": _cfg(384),
-        "halonet_h5_va.untrained": _cfg(448),
-        "halonet_h6_va.untrained": _cfg(512),
-        "halonet_h7_va.untrained": _cfg(600),
-        "halonet26t_va.a1h_in1k": _cfg(hf_hub_id="timm/halonet26t.a1h_in1k", crop_pct=0.95, **_TIMM),
-        "halonet50ts_va.a1h_in1k": _cfg(hf_hub_id="timm/halonet50ts.a1h_in1k", crop_pct=0.94, **_TIMM),
-        "test_halonet_va.untrained": _cfg(160),
-    }
-)
+VARIANTS: dict[str, Variant] = {
+    "halonet_h0_va": Variant(_paper(7, 8, 3, 1.0, 0.5), {"untrained": _cfg()}),
+    "halonet_h1_va": Variant(
+        _paper(10, 8, 3, 1.0, 1.0),
+        {"untrained": _cfg()},
+        doc="timm's halonet_h1: `num_heads=(8, 8, 8, 8), mask_border=False, project_first=False`.",
+    ),
+    "halonet_h2_va": Variant(_paper(11, 8, 3, 1.0, 1.25), {"untrained": _cfg()}),
+    "halonet_h3_va": Variant(_paper(12, 10, 3, 1.0, 1.5, 1024), {"untrained": _cfg(320)}),
+    "halonet_h4_va": Variant(_H4, {"untrained": _cfg(384)}),
+    "halonet_h4_base128_va": Variant(
+        {**_H4, "base_dim": 128},
+        {"untrained": _cfg(384)},
+        doc="H4 of base width 128: 68.4M parameters by H4's settings, published with 85M.",
+    ),
+    "halonet_h4_base128_conv12_va": Variant(
+        {**_H4, "base_dim": 128, "blocks": ("ccc", "ccc", "a" * 12, "aaa")},
+        {"untrained": _cfg(384)},
+        doc="With 3x3 convolutions in stages 1 and 2: 69.9M parameters by H4's settings, published with 87M.",
+    ),
+    "halonet_h5_va": Variant(_paper(23, 14, 2, 2.5, 2.0, 1536), {"untrained": _cfg(448)}),
+    "halonet_h6_va": Variant(_paper(24, 8, 4, 3.0, 2.75, 1536), {"untrained": _cfg(512)}),
+    "halonet_h7_va": Variant(_paper(26, 10, 3, 4.0, 3.5, 2048), {"untrained": _cfg(600)}),
+    "halonet26t_va": Variant(
+        {**_TIMM_HYBRID, "blocks": ("cc", "cc", "ca", "aa"), "halo_size": 2},
+        _timm("halonet26t", 0.95),
+        doc="timm's halonet26t: ResNet-26-T, three of its last four blocks with attention.",
+    ),
+    "halonet50ts_va": Variant(
+        {**_TIMM_HYBRID, "blocks": ("ccc", "ccca", "cacaca", "cac"), "num_heads": (4, 4, 8, 8), "act_layer": "silu"},
+        _timm("halonet50ts", 0.94),
+        doc="timm's halonet50ts: ResNet-50-T with SiLU, attention in five of the last thirteen blocks.",
+    ),
+    "test_halonet_va": Variant(
+        _TEST,
+        {"untrained": _cfg(160)},
+        doc="Under 1M parameters; both kinds of block, wide values and the final convolution, for tests.",
+    ),
+}
+
 
 _RENAMED = {
     "conv1_1x1": "conv1",
@@ -313,102 +362,4 @@ def _create_halonet(variant: str, pretrained: bool = False, **kwargs: Any) -> Ha
     return build_model(HaloNet, variant, pretrained, checkpoint_filter_fn, (0, 1, 2, 3, 4), **kwargs)
 
 
-def _paper(depth: int, b: int, h: int, rv: float, rb: float, df: int | None = None) -> dict[str, Any]:
-    """A row of the paper's table: blocks of the third stage, b, h, r_v, r_b and d_f."""
-    blocks = ("aaa", "aaa", "a" * depth, "aaa")
-    return {
-        "blocks": blocks,
-        "block_size": b,
-        "halo_size": h,
-        "value_ratio": rv,
-        "out_ratio": rb,
-        "final_dim": df,
-    }
-
-
-_H4 = _paper(12, 12, 2, 1.0, 3.0, 1280)
-# timm's hybrids: a deep stem, a ResNet's widths, attention in the later stages
-_TIMM_HYBRID = {"tiered_stem": True, "out_ratio": 4.0, "mask_border": False}
-
-
-@register_model
-def halonet_h0_va(pretrained: bool = False, **kwargs: Any) -> HaloNet:
-    """HaloNet-H0, 256x256."""
-    return _create_halonet("halonet_h0_va", pretrained, **{**_paper(7, 8, 3, 1.0, 0.5), **kwargs})
-
-
-@register_model
-def halonet_h1_va(pretrained: bool = False, **kwargs: Any) -> HaloNet:
-    """HaloNet-H1, 256x256. timm's halonet_h1: `num_heads=(8, 8, 8, 8), mask_border=False, project_first=False`."""
-    return _create_halonet("halonet_h1_va", pretrained, **{**_paper(10, 8, 3, 1.0, 1.0), **kwargs})
-
-
-@register_model
-def halonet_h2_va(pretrained: bool = False, **kwargs: Any) -> HaloNet:
-    """HaloNet-H2, 256x256."""
-    return _create_halonet("halonet_h2_va", pretrained, **{**_paper(11, 8, 3, 1.0, 1.25), **kwargs})
-
-
-@register_model
-def halonet_h3_va(pretrained: bool = False, **kwargs: Any) -> HaloNet:
-    """HaloNet-H3, 320x320."""
-    return _create_halonet("halonet_h3_va", pretrained, **{**_paper(12, 10, 3, 1.0, 1.5, 1024), **kwargs})
-
-
-@register_model
-def halonet_h4_va(pretrained: bool = False, **kwargs: Any) -> HaloNet:
-    """HaloNet-H4, 384x384."""
-    return _create_halonet("halonet_h4_va", pretrained, **{**_H4, **kwargs})
-
-
-@register_model
-def halonet_h4_base128_va(pretrained: bool = False, **kwargs: Any) -> HaloNet:
-    """HaloNet-H4 of base width 128; 68.4M parameters by H4's settings, published with 85M."""
-    return _create_halonet("halonet_h4_base128_va", pretrained, **{**_H4, "base_dim": 128, **kwargs})
-
-
-@register_model
-def halonet_h4_base128_conv12_va(pretrained: bool = False, **kwargs: Any) -> HaloNet:
-    """The same with 3x3 convolutions in stages 1 and 2; 69.9M parameters by H4's settings, published with 87M."""
-    args = {**_H4, "base_dim": 128, "blocks": ("ccc", "ccc", "a" * 12, "aaa")}
-    return _create_halonet("halonet_h4_base128_conv12_va", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def halonet_h5_va(pretrained: bool = False, **kwargs: Any) -> HaloNet:
-    """HaloNet-H5, 448x448."""
-    return _create_halonet("halonet_h5_va", pretrained, **{**_paper(23, 14, 2, 2.5, 2.0, 1536), **kwargs})
-
-
-@register_model
-def halonet_h6_va(pretrained: bool = False, **kwargs: Any) -> HaloNet:
-    """HaloNet-H6, 512x512."""
-    return _create_halonet("halonet_h6_va", pretrained, **{**_paper(24, 8, 4, 3.0, 2.75, 1536), **kwargs})
-
-
-@register_model
-def halonet_h7_va(pretrained: bool = False, **kwargs: Any) -> HaloNet:
-    """HaloNet-H7, 600x600."""
-    return _create_halonet("halonet_h7_va", pretrained, **{**_paper(26, 10, 3, 4.0, 3.5, 2048), **kwargs})
-
-
-@register_model
-def halonet26t_va(pretrained: bool = False, **kwargs: Any) -> HaloNet:
-    """timm's halonet26t: ResNet-26-T, three of its last four blocks with attention."""
-    args = {**_TIMM_HYBRID, "blocks": ("cc", "cc", "ca", "aa"), "halo_size": 2}
-    return _create_halonet("halonet26t_va", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def halonet50ts_va(pretrained: bool = False, **kwargs: Any) -> HaloNet:
-    """timm's halonet50ts: ResNet-50-T with SiLU, attention in five of the last thirteen blocks."""
-    args = {**_TIMM_HYBRID, "blocks": ("ccc", "ccca", "cacaca", "cac"), "num_heads": (4, 4, 8, 8), "act_layer": "silu"}
-    return _create_halonet("halonet50ts_va", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def test_halonet_va(pretrained: bool = False, **kwargs: Any) -> HaloNet:
-    """Under 1M parameters; both kinds of block, wide values and the final convolution, for tests and first runs."""
-    args = {"blocks": ("c", "ca", "aa", "a"), "base_dim": 16, "out_ratio": 2.0, "value_ratio": 1.5}
-    sizes = {"final_dim": 96, "num_heads": (1, 2, 4, 4), "block_size": 4, "halo_size": 1, "zero_init_last": False}
-    return _create_halonet("test_halonet_va", pretrained, **{**args, **sizes, **kwargs})
+register_variants(__name__, VARIANTS, _create_halonet)

@@ -24,13 +24,14 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm2d, NormMlpClassifierHead, to_2tuple
-from timm.models import generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import resolve_pretrained_cfg
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint, plan_stages
 from visattn.models._build import NORM_MLP_POOLS, build_model
+from visattn.models._variants import Variant, imagenet_cfg, register_variants
 from visattn.ops.geometry import ceil_div
 
 __all__ = ["MaxViT"]
@@ -243,67 +244,65 @@ class MaxViT(Backbone):
         return {"*.rpb"}
 
 
-def _cfg(hf_hub_id: str = "", size: int = 224, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "hf_hub_id": hf_hub_id,
-        "num_classes": 1000,
-        "input_size": (3, size, size),
-        "pool_size": (size // 32, size // 32),
-        "crop_pct": 0.95 if size == 224 else 1.0,
-        "crop_mode": "center" if size == 224 else "squash",
-        "interpolation": "bicubic",
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.5, 0.5, 0.5),
-        "first_conv": "patch_embed.conv1",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        "origin_url": "https://github.com/google-research/maxvit",
-        "paper_ids": "arXiv:2204.01697",
-        **kwargs,
-    }
+def _cfg(size: int = 224, **kwargs: Any) -> dict[str, Any]:
+    return imagenet_cfg(
+        size,
+        **{
+            "url": "",
+            "hf_hub_id": "",
+            "crop_pct": 0.95 if size == 224 else 1.0,
+            "crop_mode": "center" if size == 224 else "squash",
+            "first_conv": "patch_embed.conv1",
+            "license": "apache-2.0",
+            "origin_url": "https://github.com/google-research/maxvit",
+            "paper_ids": "arXiv:2204.01697",
+            **kwargs,
+        },
+    )
 
 
-_IMAGENET = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+_HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
+
+def _hub(size: str, pixels: int, tag: str, **kwargs: Any) -> dict[str, dict[str, Any]]:
+    """Weights of timm's `maxvit_{size}_tf_{pixels}.{tag}`."""
+    hub = f"timm/maxvit_{size}_tf_{pixels}.{tag}"
+    return {f"tf_{pixels}_{tag}": _cfg(pixels, **{"hf_hub_id": hub, **_HALF, **kwargs})}
 
 
 def _in1k(size: str) -> dict[str, dict[str, Any]]:
-    hub, name = f"timm/maxvit_{size}_tf", f"maxvit_{size}_va"
-    return {
-        f"{name}.tf_224_in1k": _cfg(f"{hub}_224.in1k", **_IMAGENET),
-        f"{name}.tf_384_in1k": _cfg(f"{hub}_384.in1k", 384),
-        f"{name}.tf_512_in1k": _cfg(f"{hub}_512.in1k", 512),
-    }
+    imagenet = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    return {**_hub(size, 224, "in1k", **imagenet), **_hub(size, 384, "in1k"), **_hub(size, 512, "in1k")}
 
 
 def _in21k(size: str) -> dict[str, dict[str, Any]]:
-    hub, name = f"timm/maxvit_{size}_tf", f"maxvit_{size}_va"
-    return {
-        f"{name}.tf_384_in21k_ft_in1k": _cfg(f"{hub}_384.in21k_ft_in1k", 384),
-        f"{name}.tf_512_in21k_ft_in1k": _cfg(f"{hub}_512.in21k_ft_in1k", 512),
-        f"{name}.tf_224_in21k": _cfg(f"{hub}_224.in21k", num_classes=21843),
-    }
+    tuned = {**_hub(size, 384, "in21k_ft_in1k"), **_hub(size, 512, "in21k_ft_in1k")}
+    return {**tuned, **_hub(size, 224, "in21k", num_classes=21843)}
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        **_in1k("tiny"),
-        **_in1k("small"),
-        **_in1k("base"),
-        **_in21k("base"),
-        **_in1k("large"),
-        **_in21k("large"),
-        **_in21k("xlarge"),
-        "maxvit_t_va.tv_in1k": _cfg(
-            url="https://download.pytorch.org/models/maxvit_t-bc5ab103.pth",
-            crop_pct=1.0,
-            license="bsd-3-clause",
-            origin_url="https://github.com/pytorch/vision",
-            **_IMAGENET,
-        ),
-        "test_maxvit_va.untrained": _cfg(size=160),
-    }
+_TINY = {"drop_path_rate": 0.2}
+_SMALL = {"embed_dims": (96, 192, 384, 768), "drop_path_rate": 0.3}
+_BASE = {**_SMALL, "depths": (2, 6, 14, 2), "drop_path_rate": 0.4}
+_LARGE = {**_BASE, "stem_width": 128, "embed_dims": (128, 256, 512, 1024), "drop_path_rate": 0.6}
+_XLARGE = {**_BASE, "stem_width": 192, "embed_dims": (192, 384, 768, 1536), "drop_path_rate": 0.6}
+_TEST = {"stem_width": 16, "embed_dims": (16, 32, 48, 64), "depths": (1, 1, 2, 1), "head_dim": 16}
+_TORCHVISION = _cfg(
+    url="https://download.pytorch.org/models/maxvit_t-bc5ab103.pth",
+    crop_pct=1.0,
+    license="bsd-3-clause",
+    origin_url="https://github.com/pytorch/vision",
 )
+
+VARIANTS: dict[str, Variant] = {
+    "maxvit_tiny_va": Variant(_TINY, _in1k("tiny")),
+    "maxvit_small_va": Variant(_SMALL, _in1k("small")),
+    "maxvit_base_va": Variant(_BASE, {**_in1k("base"), **_in21k("base")}),
+    "maxvit_large_va": Variant(_LARGE, {**_in1k("large"), **_in21k("large")}),
+    "maxvit_xlarge_va": Variant(_XLARGE, _in21k("xlarge")),
+    "maxvit_t_va": Variant({**_TINY, "form": "torchvision"}, {"tv_in1k": _TORCHVISION}, doc="torchvision's maxvit_t."),
+    "test_maxvit_va": Variant(_TEST, {"untrained": _cfg(160, **_HALF)}, doc="Under 1M parameters, for tests."),
+}
+
 
 _RENAMED = (
     # torchvision
@@ -363,46 +362,4 @@ def _create_maxvit(variant: str, pretrained: bool = False, **kwargs: Any) -> Max
     return build_model(MaxViT, variant, pretrained, checkpoint_filter_fn, (0, 1, 2, 3, 4), **kwargs)
 
 
-_TINY = {"drop_path_rate": 0.2}
-_SMALL = {"embed_dims": (96, 192, 384, 768), "drop_path_rate": 0.3}
-_BASE = {**_SMALL, "depths": (2, 6, 14, 2), "drop_path_rate": 0.4}
-_LARGE = {**_BASE, "stem_width": 128, "embed_dims": (128, 256, 512, 1024), "drop_path_rate": 0.6}
-_XLARGE = {**_BASE, "stem_width": 192, "embed_dims": (192, 384, 768, 1536), "drop_path_rate": 0.6}
-
-
-@register_model
-def maxvit_tiny_va(pretrained: bool = False, **kwargs: Any) -> MaxViT:
-    return _create_maxvit("maxvit_tiny_va", pretrained, **{**_TINY, **kwargs})
-
-
-@register_model
-def maxvit_small_va(pretrained: bool = False, **kwargs: Any) -> MaxViT:
-    return _create_maxvit("maxvit_small_va", pretrained, **{**_SMALL, **kwargs})
-
-
-@register_model
-def maxvit_base_va(pretrained: bool = False, **kwargs: Any) -> MaxViT:
-    return _create_maxvit("maxvit_base_va", pretrained, **{**_BASE, **kwargs})
-
-
-@register_model
-def maxvit_large_va(pretrained: bool = False, **kwargs: Any) -> MaxViT:
-    return _create_maxvit("maxvit_large_va", pretrained, **{**_LARGE, **kwargs})
-
-
-@register_model
-def maxvit_xlarge_va(pretrained: bool = False, **kwargs: Any) -> MaxViT:
-    return _create_maxvit("maxvit_xlarge_va", pretrained, **{**_XLARGE, **kwargs})
-
-
-@register_model
-def maxvit_t_va(pretrained: bool = False, **kwargs: Any) -> MaxViT:
-    """torchvision's maxvit_t."""
-    return _create_maxvit("maxvit_t_va", pretrained, **{**_TINY, "form": "torchvision", **kwargs})
-
-
-@register_model
-def test_maxvit_va(pretrained: bool = False, **kwargs: Any) -> MaxViT:
-    """Under 1M parameters, for tests and first runs."""
-    args = {"stem_width": 16, "embed_dims": (16, 32, 48, 64), "depths": (1, 1, 2, 1), "head_dim": 16}
-    return _create_maxvit("test_maxvit_va", pretrained, **{**args, **kwargs})
+register_variants(__name__, VARIANTS, _create_maxvit)

@@ -13,16 +13,16 @@ What differs from the official code, and why:
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint, drop_path_rates
 from visattn.models._build import build_model
+from visattn.models._variants import Variant, imagenet_cfg, register_variants
 
 __all__ = ["NAT"]
 
@@ -141,66 +141,109 @@ class NAT(Backbone):
         return {"*.rpb"}
 
 
-_URL = "https://shi-labs.com/projects/"
-
-
-def _cfg(path: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": _URL + path if path else "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj.0",
-        "classifier": "head.fc",
-        "license": "mit",
-        "origin_url": "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
-        "paper_ids": ("arXiv:2204.07143", "arXiv:2209.15001"),
-        **kwargs,
-    }
-
-
-_SIZE_384 = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
-_PATCH = {"first_conv": "patch_embed.proj"}
-_IN22K = {"num_classes": 21841}
-
-default_cfgs = generate_default_cfgs(
-    {
-        "nat_mini.in1k": _cfg("nat/checkpoints/CLS/nat_mini.pth"),
-        "nat_tiny.in1k": _cfg("nat/checkpoints/CLS/nat_tiny.pth"),
-        "nat_small.in1k": _cfg("nat/checkpoints/CLS/nat_small.pth"),
-        "nat_base.in1k": _cfg("nat/checkpoints/CLS/nat_base.pth"),
-        "dinat_mini.in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_mini_in1k_224.pth"),
-        "dinat_tiny.in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_tiny_in1k_224.pth"),
-        "dinat_small.in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_small_in1k_224.pth"),
-        "dinat_base.in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_base_in1k_224.pth"),
-        "dinat_large.in22k_ft_in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_large_in22k_in1k_224.pth"),
-        "dinat_large_384.in22k_ft_in1k": _cfg(
-            "dinat/checkpoints/imagenet1k/dinat_large_in22k_in1k_384.pth", **_SIZE_384
-        ),
-        "dinat_large_384_11x11.in22k_ft_in1k": _cfg(
-            "dinat/checkpoints/imagenet1k/dinat_large_in22k_in1k_384_11x11.pth", **_SIZE_384
-        ),
-        "dinat_large_21k.in22k": _cfg("dinat/checkpoints/imagenet22k/dinat_large_in22k_224.pth", **_IN22K),
-        "dinat_large_21k_11x11.in22k": _cfg(
-            "dinat/checkpoints/imagenet22k/dinat_large_in22k_224_11x11interp.pth", **_IN22K
-        ),
-        "dinat_s_tiny.in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_s_tiny_in1k_224.pth", **_PATCH),
-        "dinat_s_small.in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_s_small_in1k_224.pth", **_PATCH),
-        "dinat_s_base.in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_s_base_in1k_224.pth", **_PATCH),
-        "dinat_s_large.in22k_ft_in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_s_large_in1k_224.pth", **_PATCH),
-        "dinat_s_large_384.in22k_ft_in1k": _cfg(
-            "dinat/checkpoints/imagenet1k/dinat_s_large_in1k_384.pth", **_PATCH, **_SIZE_384
-        ),
-        "dinat_s_large_21k.in22k": _cfg(
-            "dinat/checkpoints/imagenet22k/dinat_s_large_in22k_224.pth", **_PATCH, **_IN22K
-        ),
-        "test_dinat.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
-    }
+_cfg = partial(
+    imagenet_cfg,
+    url="",
+    first_conv="patch_embed.proj.0",
+    license="mit",
+    origin_url="https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
+    paper_ids=("arXiv:2204.07143", "arXiv:2209.15001"),
 )
+_URL = "https://shi-labs.com/projects"
+
+
+def _in1k(file: str, **kwargs: Any) -> dict[str, Any]:
+    return _cfg(url=f"{_URL}/dinat/checkpoints/imagenet1k/{file}.pth", **kwargs)
+
+
+def _in22k(file: str, **kwargs: Any) -> dict[str, Any]:
+    return _cfg(url=f"{_URL}/dinat/checkpoints/imagenet22k/{file}.pth", num_classes=21841, **kwargs)
+
+
+_SIZE_384 = {"size": 384, "crop_pct": 1.0}
+_PATCH = {"first_conv": "patch_embed.proj"}
+_DILATED = {"dilations": "classification"}
+_DILATED_384 = {"dilations": "classification_384"}
+
+_SMALL = {
+    "embed_dim": 96,
+    "depths": (3, 4, 18, 5),
+    "num_heads": (3, 6, 12, 24),
+    "mlp_ratio": 2.0,
+    "drop_path_rate": 0.3,
+}
+_MINI = {"embed_dim": 64, "depths": (3, 4, 6, 5), "num_heads": (2, 4, 8, 16), "mlp_ratio": 3.0, "drop_path_rate": 0.2}
+_BASE = {**_SMALL, "embed_dim": 128, "num_heads": (4, 8, 16, 32), "layer_scale": 1e-5, "drop_path_rate": 0.5}
+_SIZES = {"mini": _MINI, "tiny": {**_MINI, "depths": (3, 4, 18, 5)}, "small": _SMALL, "base": _BASE}
+_LARGE = {**_SMALL, "embed_dim": 192, "num_heads": (6, 12, 24, 48), "drop_path_rate": 0.35}
+_LARGE_21K = {**_LARGE, **_DILATED, "drop_path_rate": 0.2}
+
+_S_TINY = {**_SMALL, **_DILATED, "depths": (2, 2, 6, 2), "mlp_ratio": 4.0, "overlapped": False, "drop_path_rate": 0.2}
+_S_SMALL = {**_S_TINY, "depths": (2, 2, 18, 2), "drop_path_rate": 0.3}
+_S_BASE = {**_S_SMALL, "embed_dim": 128, "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.5}
+_S_SIZES = {"tiny": _S_TINY, "small": _S_SMALL, "base": _S_BASE}
+_S_LARGE = {**_S_SMALL, "embed_dim": 192, "num_heads": (6, 12, 24, 48), "drop_path_rate": 0.35}
+
+_TEST = {
+    "embed_dim": 20,
+    "depths": (2, 2, 2, 1),
+    "num_heads": (1, 2, 4, 8),
+    "kernel_size": 3,
+    "mlp_ratio": 2.0,
+    "dilations": ((1, 4), (1, 2), (1, 2), (1,)),
+}
+
+# Maps of images of 32 pixels have 8, 4, 2 and 1 per axis: kernels of 7 would see mostly their border.
+_ATTO = {
+    "embed_dim": 24,
+    "depths": (2, 2, 2, 1),
+    "num_heads": (1, 2, 4, 8),
+    "kernel_size": 3,
+    "mlp_ratio": 2.0,
+    "dilations": ((1, 2), (1, 2), (1, 2), (1,)),
+}
+
+VARIANTS: dict[str, Variant] = {
+    "dinat_atto": Variant(
+        _ATTO, {"untrained": _cfg(160)}, doc="Not of the paper: under 1M parameters, for small images and first runs."
+    ),
+    **{
+        f"nat_{size}": Variant(args, {"in1k": _cfg(url=f"{_URL}/nat/checkpoints/CLS/nat_{size}.pth")})
+        for size, args in {**_SIZES, "small": {**_SMALL, "layer_scale": 1e-5}}.items()
+    },
+    **{
+        f"dinat_{size}": Variant({**args, **_DILATED}, {"in1k": _in1k(f"dinat_{size}_in1k_224")})
+        for size, args in _SIZES.items()
+    },
+    **{
+        f"dinat_s_{size}": Variant(args, {"in1k": _in1k(f"dinat_s_{size}_in1k_224", **_PATCH)})
+        for size, args in _S_SIZES.items()
+    },
+    "dinat_large": Variant({**_LARGE, **_DILATED}, {"in22k_ft_in1k": _in1k("dinat_large_in22k_in1k_224")}),
+    "dinat_large_384": Variant(
+        {**_LARGE, **_DILATED_384}, {"in22k_ft_in1k": _in1k("dinat_large_in22k_in1k_384", **_SIZE_384)}
+    ),
+    "dinat_large_384_11x11": Variant(
+        {**_LARGE, **_DILATED, "kernel_size": 11},
+        {"in22k_ft_in1k": _in1k("dinat_large_in22k_in1k_384_11x11", **_SIZE_384)},
+    ),
+    "dinat_large_21k": Variant(_LARGE_21K, {"in22k": _in22k("dinat_large_in22k_224")}),
+    "dinat_large_21k_11x11": Variant(
+        {**_LARGE_21K, "kernel_size": 11}, {"in22k": _in22k("dinat_large_in22k_224_11x11interp")}
+    ),
+    "dinat_s_large": Variant(_S_LARGE, {"in22k_ft_in1k": _in1k("dinat_s_large_in1k_224", **_PATCH)}),
+    "dinat_s_large_384": Variant(
+        {**_S_LARGE, **_DILATED_384}, {"in22k_ft_in1k": _in1k("dinat_s_large_in1k_384", **_PATCH, **_SIZE_384)}
+    ),
+    "dinat_s_large_21k": Variant(
+        {**_S_LARGE, "drop_path_rate": 0.2}, {"in22k": _in22k("dinat_s_large_in22k_224", **_PATCH)}
+    ),
+    "test_dinat": Variant(
+        _TEST,
+        {"untrained": _cfg(160)},
+        doc="Under 1M parameters; head dim 20 and a dilation per stage, for tests.",
+    ),
+}
 
 
 def _rename(key: str) -> str:
@@ -220,133 +263,4 @@ def _create_nat(variant: str, pretrained: bool = False, **kwargs: Any) -> NAT:
     return build_model(NAT, variant, pretrained, checkpoint_filter_fn, (0, 1, 2, 3), **kwargs)
 
 
-_MINI = {"embed_dim": 64, "depths": (3, 4, 6, 5), "num_heads": (2, 4, 8, 16), "mlp_ratio": 3.0, "drop_path_rate": 0.2}
-_TINY = {**_MINI, "depths": (3, 4, 18, 5)}
-_SMALL = {
-    "embed_dim": 96,
-    "depths": (3, 4, 18, 5),
-    "num_heads": (3, 6, 12, 24),
-    "mlp_ratio": 2.0,
-    "drop_path_rate": 0.3,
-}
-_BASE = {**_SMALL, "embed_dim": 128, "num_heads": (4, 8, 16, 32), "layer_scale": 1e-5, "drop_path_rate": 0.5}
-_LARGE = {**_SMALL, "embed_dim": 192, "num_heads": (6, 12, 24, 48), "drop_path_rate": 0.35}
-_DILATED = {"dilations": "classification"}
-_S_TINY = {
-    **_DILATED,
-    "embed_dim": 96,
-    "depths": (2, 2, 6, 2),
-    "num_heads": (3, 6, 12, 24),
-    "mlp_ratio": 4.0,
-    "overlapped": False,
-    "drop_path_rate": 0.2,
-}
-_S_SMALL = {**_S_TINY, "depths": (2, 2, 18, 2), "drop_path_rate": 0.3}
-_S_BASE = {**_S_SMALL, "embed_dim": 128, "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.5}
-_S_LARGE = {**_S_SMALL, "embed_dim": 192, "num_heads": (6, 12, 24, 48), "drop_path_rate": 0.35}
-
-
-@register_model
-def nat_mini(pretrained: bool = False, **kwargs: Any) -> NAT:
-    return _create_nat("nat_mini", pretrained, **{**_MINI, **kwargs})
-
-
-@register_model
-def nat_tiny(pretrained: bool = False, **kwargs: Any) -> NAT:
-    return _create_nat("nat_tiny", pretrained, **{**_TINY, **kwargs})
-
-
-@register_model
-def nat_small(pretrained: bool = False, **kwargs: Any) -> NAT:
-    return _create_nat("nat_small", pretrained, **{**_SMALL, "layer_scale": 1e-5, **kwargs})
-
-
-@register_model
-def nat_base(pretrained: bool = False, **kwargs: Any) -> NAT:
-    return _create_nat("nat_base", pretrained, **{**_BASE, **kwargs})
-
-
-@register_model
-def dinat_mini(pretrained: bool = False, **kwargs: Any) -> NAT:
-    return _create_nat("dinat_mini", pretrained, **{**_MINI, **_DILATED, **kwargs})
-
-
-@register_model
-def dinat_tiny(pretrained: bool = False, **kwargs: Any) -> NAT:
-    return _create_nat("dinat_tiny", pretrained, **{**_TINY, **_DILATED, **kwargs})
-
-
-@register_model
-def dinat_small(pretrained: bool = False, **kwargs: Any) -> NAT:
-    return _create_nat("dinat_small", pretrained, **{**_SMALL, **_DILATED, **kwargs})
-
-
-@register_model
-def dinat_base(pretrained: bool = False, **kwargs: Any) -> NAT:
-    return _create_nat("dinat_base", pretrained, **{**_BASE, **_DILATED, **kwargs})
-
-
-@register_model
-def dinat_large(pretrained: bool = False, **kwargs: Any) -> NAT:
-    return _create_nat("dinat_large", pretrained, **{**_LARGE, **_DILATED, **kwargs})
-
-
-@register_model
-def dinat_large_384(pretrained: bool = False, **kwargs: Any) -> NAT:
-    return _create_nat("dinat_large_384", pretrained, **{**_LARGE, "dilations": "classification_384", **kwargs})
-
-
-@register_model
-def dinat_large_384_11x11(pretrained: bool = False, **kwargs: Any) -> NAT:
-    return _create_nat("dinat_large_384_11x11", pretrained, **{**_LARGE, **_DILATED, "kernel_size": 11, **kwargs})
-
-
-@register_model
-def dinat_large_21k(pretrained: bool = False, **kwargs: Any) -> NAT:
-    return _create_nat("dinat_large_21k", pretrained, **{**_LARGE, **_DILATED, "drop_path_rate": 0.2, **kwargs})
-
-
-@register_model
-def dinat_large_21k_11x11(pretrained: bool = False, **kwargs: Any) -> NAT:
-    return _create_nat(
-        "dinat_large_21k_11x11",
-        pretrained,
-        **{**_LARGE, **_DILATED, "kernel_size": 11, "drop_path_rate": 0.2, **kwargs},
-    )
-
-
-@register_model
-def dinat_s_tiny(pretrained: bool = False, **kwargs: Any) -> NAT:
-    return _create_nat("dinat_s_tiny", pretrained, **{**_S_TINY, **kwargs})
-
-
-@register_model
-def dinat_s_small(pretrained: bool = False, **kwargs: Any) -> NAT:
-    return _create_nat("dinat_s_small", pretrained, **{**_S_SMALL, **kwargs})
-
-
-@register_model
-def dinat_s_base(pretrained: bool = False, **kwargs: Any) -> NAT:
-    return _create_nat("dinat_s_base", pretrained, **{**_S_BASE, **kwargs})
-
-
-@register_model
-def dinat_s_large(pretrained: bool = False, **kwargs: Any) -> NAT:
-    return _create_nat("dinat_s_large", pretrained, **{**_S_LARGE, **kwargs})
-
-
-@register_model
-def dinat_s_large_384(pretrained: bool = False, **kwargs: Any) -> NAT:
-    return _create_nat("dinat_s_large_384", pretrained, **{**_S_LARGE, "dilations": "classification_384", **kwargs})
-
-
-@register_model
-def dinat_s_large_21k(pretrained: bool = False, **kwargs: Any) -> NAT:
-    return _create_nat("dinat_s_large_21k", pretrained, **{**_S_LARGE, "drop_path_rate": 0.2, **kwargs})
-
-
-@register_model
-def test_dinat(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """Under 1M parameters; head dim 20 and a dilation per stage, for tests and first runs."""
-    args = {"embed_dim": 20, "depths": (2, 2, 2, 1), "num_heads": (1, 2, 4, 8), "kernel_size": 3, "mlp_ratio": 2.0}
-    return _create_nat("test_dinat", pretrained, **{**args, "dilations": ((1, 4), (1, 2), (1, 2), (1,)), **kwargs})
+register_variants(__name__, VARIANTS, _create_nat)

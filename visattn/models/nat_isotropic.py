@@ -12,16 +12,17 @@ What differs from the official code, and why:
 
 import re
 from collections.abc import Sequence
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint, drop_path_rates
 from visattn.models._build import build_model
+from visattn.models._variants import Variant, imagenet_cfg, register_variants
 
 __all__ = ["IsotropicNAT"]
 
@@ -106,37 +107,33 @@ class IsotropicNAT(Backbone):
         return {"*.rpb"}
 
 
-def _cfg(name: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": f"https://shi-labs.com/projects/dinat/checkpoints/isotropic/{name}_in1k_224.pth" if name else "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (14, 14),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head.fc",
-        "license": "mit",
-        "origin_url": "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
-        "paper_ids": "arXiv:2209.15001",
-        **kwargs,
-    }
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "nat_isotropic_small.in1k": _cfg("nat_isotropic_small"),
-        "nat_isotropic_base.in1k": _cfg("nat_isotropic_base"),
-        "dinat_isotropic_small.in1k": _cfg("dinat_isotropic_small"),
-        "dinat_isotropic_base.in1k": _cfg("dinat_isotropic_base"),
-        "vitrpb_small.in1k": _cfg("vitrpb_small"),
-        "vitrpb_base.in1k": _cfg("vitrpb_base"),
-        "test_dinat_isotropic.untrained": _cfg(input_size=(3, 160, 160), pool_size=(10, 10)),
-        "test_isotropic_vitrpb.untrained": _cfg(input_size=(3, 160, 160), pool_size=(10, 10)),
-    }
+_cfg = partial(
+    imagenet_cfg,
+    url="",
+    pool_size=(14, 14),
+    first_conv="patch_embed.proj",
+    license="mit",
+    origin_url="https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
+    paper_ids="arXiv:2209.15001",
 )
+_SIZES = {
+    "small": {"embed_dim": 384, "num_heads": 12, "drop_path_rate": 0.1},
+    "base": {"embed_dim": 768, "num_heads": 24, "drop_path_rate": 0.4},
+}
+_KINDS = {"nat_isotropic": {}, "dinat_isotropic": {"dilations": "classification"}, "vitrpb": {"kernel_size": None}}
+_TEST = {"embed_dim": 64, "depth": 4, "num_heads": 2}
+_TEST_TAGS = {"untrained": _cfg(160, pool_size=(10, 10))}
+_FOR_TESTS = "Under 1M parameters, for tests."
+
+VARIANTS: dict[str, Variant] = {
+    "test_dinat_isotropic": Variant(
+        {**_TEST, "kernel_size": 3, "dilations": "classification"}, _TEST_TAGS, doc=_FOR_TESTS
+    ),
+    "test_isotropic_vitrpb": Variant({**_TEST, "kernel_size": None, "rel_pos_size": 10}, _TEST_TAGS, doc=_FOR_TESTS),
+}
+for _name, _size in product(_KINDS, _SIZES):
+    _url = f"https://shi-labs.com/projects/dinat/checkpoints/isotropic/{_name}_{_size}_in1k_224.pth"
+    VARIANTS[f"{_name}_{_size}"] = Variant({**_SIZES[_size], **_KINDS[_name]}, {"in1k": _cfg(url=_url)})
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -152,51 +149,4 @@ def _create_isotropic(variant: str, pretrained: bool = False, **kwargs: Any) -> 
     return build_model(IsotropicNAT, variant, pretrained, checkpoint_filter_fn, 3, **kwargs)
 
 
-_TEST = {"embed_dim": 64, "depth": 4, "num_heads": 2}
-_SMALL = {"embed_dim": 384, "num_heads": 12, "drop_path_rate": 0.1}
-_BASE = {"embed_dim": 768, "num_heads": 24, "drop_path_rate": 0.4}
-
-
-@register_model
-def nat_isotropic_small(pretrained: bool = False, **kwargs: Any) -> IsotropicNAT:
-    return _create_isotropic("nat_isotropic_small", pretrained, **{**_SMALL, **kwargs})
-
-
-@register_model
-def nat_isotropic_base(pretrained: bool = False, **kwargs: Any) -> IsotropicNAT:
-    return _create_isotropic("nat_isotropic_base", pretrained, **{**_BASE, **kwargs})
-
-
-@register_model
-def dinat_isotropic_small(pretrained: bool = False, **kwargs: Any) -> IsotropicNAT:
-    return _create_isotropic("dinat_isotropic_small", pretrained, **{**_SMALL, "dilations": "classification", **kwargs})
-
-
-@register_model
-def dinat_isotropic_base(pretrained: bool = False, **kwargs: Any) -> IsotropicNAT:
-    return _create_isotropic("dinat_isotropic_base", pretrained, **{**_BASE, "dilations": "classification", **kwargs})
-
-
-@register_model
-def vitrpb_small(pretrained: bool = False, **kwargs: Any) -> IsotropicNAT:
-    return _create_isotropic("vitrpb_small", pretrained, **{**_SMALL, "kernel_size": None, **kwargs})
-
-
-@register_model
-def vitrpb_base(pretrained: bool = False, **kwargs: Any) -> IsotropicNAT:
-    return _create_isotropic("vitrpb_base", pretrained, **{**_BASE, "kernel_size": None, **kwargs})
-
-
-@register_model
-def test_dinat_isotropic(pretrained: bool = False, **kwargs: Any) -> IsotropicNAT:
-    """Under 1M parameters, for tests."""
-    args = {**_TEST, "kernel_size": 3, "dilations": "classification"}
-    return _create_isotropic("test_dinat_isotropic", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def test_isotropic_vitrpb(pretrained: bool = False, **kwargs: Any) -> IsotropicNAT:
-    """Under 1M parameters, for tests."""
-    return _create_isotropic(
-        "test_isotropic_vitrpb", pretrained, **{**_TEST, "kernel_size": None, "rel_pos_size": 10, **kwargs}
-    )
+register_variants(__name__, VARIANTS, _create_isotropic)

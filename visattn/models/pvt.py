@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from timm.layers import to_2tuple, trunc_normal_
-from timm.models import checkpoint, register_model_deprecations
+from timm.models import checkpoint
 from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
 
@@ -31,7 +31,7 @@ from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint, drop_path_rates, unwrap
 from visattn.models._build import NHWC_POOLS, TOKEN_POOLS
 from visattn.models._token_mixer import create_token_mixer_backbone, fit_positions, plan_attention, token_mixer_cfg
-from visattn.models._variants import Variant, register_variants
+from visattn.models._variants import Variant, deprecate_infix, register_variants
 
 __all__ = ["PVT"]
 
@@ -327,6 +327,4 @@ def _create_pvt(variant: str, pretrained: bool = False, **kwargs: Any) -> PVT:
 
 
 register_variants(__name__, VARIANTS, _create_pvt)
-register_model_deprecations(
-    __name__, {**{f"pvt_{size}_va": f"pvt_{size}" for size in _SIZES}, "test_pvt_va": "test_pvt"}
-)
+deprecate_infix(__name__, [name for name in VARIANTS if name.startswith(("pvt", "test_pvt"))])

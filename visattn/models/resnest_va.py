@@ -20,17 +20,17 @@ leaves that pool out and puts a 2x2 average into the shortcut, so that the same 
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint, plan_stages
 from visattn.models._build import build_model
+from visattn.models._variants import Variant, imagenet_cfg, register_variants
 
 __all__ = ["ResNeSt"]
 
@@ -213,48 +213,67 @@ class ResNeSt(Backbone):
                     nn.init.zeros_(module.bn3.weight)
 
 
-_URL = "https://github.com/zhanghang1989/ResNeSt/releases/download/weights_step1/"
+_URL = "https://github.com/zhanghang1989/ResNeSt/releases/download/weights_step1"
+_cfg = partial(
+    imagenet_cfg,
+    url="",
+    interpolation="bilinear",
+    first_conv="patch_embed.conv1",
+    license="apache-2.0",
+    origin_url="https://github.com/zhanghang1989/ResNeSt",
+    paper_ids="arXiv:2004.08955",
+)
 
 
-def _cfg(file: str = "", size: int = 224, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": _URL + file if file else "",
-        "num_classes": 1000,
-        "input_size": (3, size, size),
-        "pool_size": (size // 32, size // 32),
-        "crop_pct": 0.875,
-        "interpolation": "bilinear",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.conv1",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        "origin_url": "https://github.com/zhanghang1989/ResNeSt",
-        "paper_ids": "arXiv:2004.08955",
-        **kwargs,
-    }
+def _in1k(file: str, **kwargs: Any) -> dict[str, dict[str, Any]]:
+    return {"in1k": _cfg(url=f"{_URL}/{file}.pth", **kwargs)}
 
 
 _BICUBIC = {"interpolation": "bicubic"}
+# Radix, cardinality and width of a group: the variant is called after them. Endings of the authors' files.
+_FAST = {
+    (1, 1, 64): "d8fbf808",
+    (2, 1, 64): "44938639",
+    (4, 1, 64): "f74f3fc3",
+    (1, 2, 40): "32830b84",
+    (2, 2, 40): "9d126481",
+    (4, 2, 40): "41d14ed0",
+    (1, 4, 24): "d4a4f76f",
+}
+_TEST = {
+    "depths": (1, 1, 2, 2),
+    "channels": (16, 24, 32, 40),
+    "stem_width": 8,
+    "cardinality": 2,
+    "zero_init_last": False,
+}
 
-default_cfgs = generate_default_cfgs(
-    {
-        "resnest14_va.gluon_in1k": _cfg(hf_hub_id="timm/resnest14d.gluon_in1k"),
-        "resnest26_va.gluon_in1k": _cfg(hf_hub_id="timm/resnest26d.gluon_in1k"),
-        "resnest50_va.in1k": _cfg("resnest50-528c19ca.pth"),
-        "resnest101_va.in1k": _cfg("resnest101-22405ba7.pth", 256),
-        "resnest200_va.in1k": _cfg("resnest200-75117900.pth", 320, **_BICUBIC, crop_pct=0.909),
-        "resnest269_va.in1k": _cfg("resnest269-0cc87c48.pth", 416, **_BICUBIC, crop_pct=0.928),
-        "resnest50_fast_1s1x64d_va.in1k": _cfg("resnest50_fast_1s1x64d-d8fbf808.pth", **_BICUBIC),
-        "resnest50_fast_2s1x64d_va.in1k": _cfg("resnest50_fast_2s1x64d-44938639.pth", **_BICUBIC),
-        "resnest50_fast_4s1x64d_va.in1k": _cfg("resnest50_fast_4s1x64d-f74f3fc3.pth", **_BICUBIC),
-        "resnest50_fast_1s2x40d_va.in1k": _cfg("resnest50_fast_1s2x40d-32830b84.pth", **_BICUBIC),
-        "resnest50_fast_2s2x40d_va.in1k": _cfg("resnest50_fast_2s2x40d-9d126481.pth", **_BICUBIC),
-        "resnest50_fast_4s2x40d_va.in1k": _cfg("resnest50_fast_4s2x40d-41d14ed0.pth", **_BICUBIC),
-        "resnest50_fast_1s4x24d_va.in1k": _cfg("resnest50_fast_1s4x24d-d4a4f76f.pth", **_BICUBIC),
-        "test_resnest_va.untrained": _cfg(size=160),
-    }
-)
+VARIANTS: dict[str, Variant] = {
+    "resnest14_va": Variant({"depths": (1, 1, 1, 1)}, {"gluon_in1k": _cfg(hf_hub_id="timm/resnest14d.gluon_in1k")}),
+    "resnest26_va": Variant({"depths": (2, 2, 2, 2)}, {"gluon_in1k": _cfg(hf_hub_id="timm/resnest26d.gluon_in1k")}),
+    "resnest50_va": Variant({}, _in1k("resnest50-528c19ca")),
+    "resnest101_va": Variant({"depths": (3, 4, 23, 3), "stem_width": 64}, _in1k("resnest101-22405ba7", size=256)),
+    "resnest200_va": Variant(
+        {"depths": (3, 24, 36, 3), "stem_width": 64},
+        _in1k("resnest200-75117900", size=320, crop_pct=0.909, **_BICUBIC),
+    ),
+    "resnest269_va": Variant(
+        {"depths": (3, 30, 48, 8), "stem_width": 64},
+        _in1k("resnest269-0cc87c48", size=416, crop_pct=0.928, **_BICUBIC),
+    ),
+    "test_resnest_va": Variant(
+        _TEST,
+        {"untrained": _cfg(160)},
+        doc="Under 1M parameters; two cardinal groups, and residual branches that contribute from the start.",
+    ),
+}
+for (_radix, _cardinality, _width), _hash in _FAST.items():
+    _name = f"resnest50_fast_{_radix}s{_cardinality}x{_width}d"
+    VARIANTS[f"{_name}_va"] = Variant(
+        {"radix": _radix, "cardinality": _cardinality, "base_width": _width, "avd_first": True},
+        _in1k(f"{_name}-{_hash}", **_BICUBIC),
+    )
+
 
 # Official stem: convolutions conv1.{0,3,6}, norms conv1.{1,4} and bn1.
 _STEM = {"conv1.0": "conv1", "conv1.1": "bn1", "conv1.3": "conv2", "conv1.4": "bn2", "conv1.6": "conv3", "bn1": "bn3"}
@@ -275,80 +294,4 @@ def _create_resnest(variant: str, pretrained: bool = False, **kwargs: Any) -> Re
     return build_model(ResNeSt, variant, pretrained, checkpoint_filter_fn, (0, 1, 2, 3, 4), **kwargs)
 
 
-def _fast(radix: int, cardinality: int, base_width: int) -> dict[str, Any]:
-    return {"radix": radix, "cardinality": cardinality, "base_width": base_width, "avd_first": True}
-
-
-@register_model
-def resnest14_va(pretrained: bool = False, **kwargs: Any) -> ResNeSt:
-    return _create_resnest("resnest14_va", pretrained, **{"depths": (1, 1, 1, 1), **kwargs})
-
-
-@register_model
-def resnest26_va(pretrained: bool = False, **kwargs: Any) -> ResNeSt:
-    return _create_resnest("resnest26_va", pretrained, **{"depths": (2, 2, 2, 2), **kwargs})
-
-
-@register_model
-def resnest50_va(pretrained: bool = False, **kwargs: Any) -> ResNeSt:
-    return _create_resnest("resnest50_va", pretrained, **kwargs)
-
-
-@register_model
-def resnest101_va(pretrained: bool = False, **kwargs: Any) -> ResNeSt:
-    args = {"depths": (3, 4, 23, 3), "stem_width": 64}
-    return _create_resnest("resnest101_va", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def resnest200_va(pretrained: bool = False, **kwargs: Any) -> ResNeSt:
-    args = {"depths": (3, 24, 36, 3), "stem_width": 64}
-    return _create_resnest("resnest200_va", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def resnest269_va(pretrained: bool = False, **kwargs: Any) -> ResNeSt:
-    args = {"depths": (3, 30, 48, 8), "stem_width": 64}
-    return _create_resnest("resnest269_va", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def resnest50_fast_1s1x64d_va(pretrained: bool = False, **kwargs: Any) -> ResNeSt:
-    return _create_resnest("resnest50_fast_1s1x64d_va", pretrained, **{**_fast(1, 1, 64), **kwargs})
-
-
-@register_model
-def resnest50_fast_2s1x64d_va(pretrained: bool = False, **kwargs: Any) -> ResNeSt:
-    return _create_resnest("resnest50_fast_2s1x64d_va", pretrained, **{**_fast(2, 1, 64), **kwargs})
-
-
-@register_model
-def resnest50_fast_4s1x64d_va(pretrained: bool = False, **kwargs: Any) -> ResNeSt:
-    return _create_resnest("resnest50_fast_4s1x64d_va", pretrained, **{**_fast(4, 1, 64), **kwargs})
-
-
-@register_model
-def resnest50_fast_1s2x40d_va(pretrained: bool = False, **kwargs: Any) -> ResNeSt:
-    return _create_resnest("resnest50_fast_1s2x40d_va", pretrained, **{**_fast(1, 2, 40), **kwargs})
-
-
-@register_model
-def resnest50_fast_2s2x40d_va(pretrained: bool = False, **kwargs: Any) -> ResNeSt:
-    return _create_resnest("resnest50_fast_2s2x40d_va", pretrained, **{**_fast(2, 2, 40), **kwargs})
-
-
-@register_model
-def resnest50_fast_4s2x40d_va(pretrained: bool = False, **kwargs: Any) -> ResNeSt:
-    return _create_resnest("resnest50_fast_4s2x40d_va", pretrained, **{**_fast(4, 2, 40), **kwargs})
-
-
-@register_model
-def resnest50_fast_1s4x24d_va(pretrained: bool = False, **kwargs: Any) -> ResNeSt:
-    return _create_resnest("resnest50_fast_1s4x24d_va", pretrained, **{**_fast(1, 4, 24), **kwargs})
-
-
-@register_model
-def test_resnest_va(pretrained: bool = False, **kwargs: Any) -> ResNeSt:
-    """Under 1M parameters; two cardinal groups, and residual branches that contribute from the start."""
-    args = {"depths": (1, 1, 2, 2), "channels": (16, 24, 32, 40), "stem_width": 8, "cardinality": 2}
-    return _create_resnest("test_resnest_va", pretrained, **{**args, "zero_init_last": False, **kwargs})
+register_variants(__name__, VARIANTS, _create_resnest)

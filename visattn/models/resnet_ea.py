@@ -13,17 +13,17 @@ What is ours, and why:
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
 from visattn.layers import EfficientAttention2d, reset_parameters
 from visattn.models._backbone import unwrap
 from visattn.models._build import NCHW_POOLS, build_model, check_classifier
+from visattn.models._variants import Variant, imagenet_cfg, register_variants
 from visattn.weights import ChecksWeights
 
 __all__ = ["ResNetEA"]
@@ -121,32 +121,35 @@ class ResNetEA(ChecksWeights, ResNet):
         return maps if intermediates_only else (x, maps)
 
 
-def _cfg(size: int = 224, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, size, size),
-        "pool_size": (size // 32, size // 32),
-        "crop_pct": 0.95,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "conv1",
-        "classifier": "fc",
-        "license": "apache-2.0",
-        "origin_url": "https://github.com/cmsflash/efficient-attention",
-        "paper_ids": "arXiv:1812.01243",
-        **kwargs,
-    }
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "resnet50_ea.a1_in1k": _cfg(
-            hf_hub_id="timm/resnet50.a1_in1k", test_input_size=(3, 288, 288), test_crop_pct=1.0
-        ),
-        "test_resnet_ea.untrained": _cfg(160),
-    }
+_cfg = partial(
+    imagenet_cfg,
+    crop_pct=0.95,
+    first_conv="conv1",
+    classifier="fc",
+    license="apache-2.0",
+    origin_url="https://github.com/cmsflash/efficient-attention",
+    paper_ids="arXiv:1812.01243",
 )
+_TEST = {
+    "block": Bottleneck,
+    "layers": (1, 2, 1, 1),
+    "channels": (8, 12, 20, 28),
+    "ea_heads": 2,
+    "zero_init_last": False,
+}
+
+VARIANTS: dict[str, Variant] = {
+    "resnet50_ea": Variant(
+        {"block": Bottleneck, "layers": (3, 4, 6, 3)},
+        {"a1_in1k": _cfg(hf_hub_id="timm/resnet50.a1_in1k", test_input_size=(3, 288, 288), test_crop_pct=1.0)},
+        doc="`pretrained=True` loads timm's plain ResNet-50, whose outputs it gives before it is trained.",
+    ),
+    "test_resnet_ea": Variant(
+        _TEST,
+        {"untrained": _cfg(160)},
+        doc="Under 1M parameters; two heads, and residual branches that contribute from the start.",
+    ),
+}
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -165,14 +168,4 @@ def _create_resnet_ea(variant: str, pretrained: bool = False, **kwargs: Any) -> 
     return build_model(ResNetEA, variant, pretrained, checkpoint_filter_fn, (0, 1, 2, 3, 4), features, **kwargs)
 
 
-@register_model
-def resnet50_ea(pretrained: bool = False, **kwargs: Any) -> ResNetEA:
-    """`pretrained=True` loads timm's plain ResNet-50, whose outputs it gives before it is trained."""
-    return _create_resnet_ea("resnet50_ea", pretrained, **{"block": Bottleneck, "layers": (3, 4, 6, 3), **kwargs})
-
-
-@register_model
-def test_resnet_ea(pretrained: bool = False, **kwargs: Any) -> ResNetEA:
-    """Under 1M parameters; two heads, and residual branches that contribute from the start."""
-    args = {"block": Bottleneck, "layers": (1, 2, 1, 1), "channels": (8, 12, 20, 28), "ea_heads": 2}
-    return _create_resnet_ea("test_resnet_ea", pretrained, **{**args, "zero_init_last": False, **kwargs})
+register_variants(__name__, VARIANTS, _create_resnet_ea)

@@ -17,16 +17,17 @@ What differs from the official code, and why:
 import math
 import re
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
 from timm.layers import to_2tuple
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint, drop_path_rates, unwrap
 from visattn.models._token_mixer import create_token_mixer_backbone, fit_positions, plan_attention, token_mixer_cfg
+from visattn.models._variants import Variant, register_variants
 from visattn.ops.geometry import ceil_div
 
 __all__ = ["Swin"]
@@ -130,36 +131,70 @@ def _hub(size: str, tag: str, pixels: int = 224, **kwargs: Any) -> dict[str, Any
     return token_mixer_cfg("softmax", "", pixels, hf_hub_id=hub, **_MICROSOFT, **crop, **kwargs)
 
 
-def _controls(size: str, pixels: Sequence[int]) -> dict[str, dict[str, Any]]:
+def _controls(size: str, pixels: Sequence[int] = (224,)) -> dict[str, dict[str, Any]]:
     """timm's tags, those of other image sizes with the size behind; first what is trained on ImageNet-1k alone."""
     tags = {"ms_in1k": {}, "ms_in22k_ft_in1k": {}, "ms_in22k": {"num_classes": 21841}}
     cfgs = {}
     for tag, args in tags.items():
         for n in pixels:
-            cfgs[f"swin_{size}_va.{tag}" + ("" if n == 224 else f"_{n}")] = _hub(size, tag, n, **args)
+            cfgs[tag if n == 224 else f"{tag}_{n}"] = _hub(size, tag, n, **args)
     return cfgs
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        **_controls("tiny", (224,)),
-        **_controls("small", (224,)),
-        **_controls("base", (224, 384)),
-        "agent_swin_tiny.in1k": token_mixer_cfg("agent", "a2ddc1190c224f768a41"),
-        "agent_swin_small.in1k": token_mixer_cfg("agent", "f607172c9fea4d6e99bb"),
-        "agent_swin_small_288.in1k": token_mixer_cfg("agent", "09760394e93b4046a25e", 288, crop_pct=1.0),
-        "agent_swin_base.in1k": token_mixer_cfg("agent", "4fcd2d0114bb490483c3"),
-        "agent_swin_base_384.in1k": token_mixer_cfg("agent", "bb84ee9058954706a557", 384, crop_pct=1.0),
-        "inline_swin_tiny.in1k": token_mixer_cfg("inline", "32810869fcc34410966b"),
-        "inline_swin_small.in1k": token_mixer_cfg("inline", "e9657fd247c04c7cb1a1"),
-        "inline_swin_base.in1k": token_mixer_cfg("inline", "bf23564bb64c420aafe1"),
-        **{f"focused_swin_{size}.untrained": token_mixer_cfg("focused") for size in ("tiny", "small", "base")},
-        **{f"efficient_swin_{size}.untrained": token_mixer_cfg("efficient") for size in ("tiny", "small", "base")},
-        "test_swin_va.untrained": token_mixer_cfg("softmax", "", 160, **_MICROSOFT),
-        "test_agent_swin.untrained": token_mixer_cfg("agent", "", 160),
-        "test_focused_swin.untrained": token_mixer_cfg("focused", "", 160),
-    }
-)
+_TINY = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.2}
+_SMALL = {**_TINY, "depths": (2, 2, 18, 2), "drop_path_rate": 0.3}
+_BASE = {**_SMALL, "embed_dim": 128, "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.5}
+_SIZES = {"tiny": _TINY, "small": _SMALL, "base": _BASE}
+_TEST = {"embed_dim": 20, "depths": (2, 2, 2, 1), "num_heads": (1, 2, 4, 8)}
+
+
+def _mixed(base: dict[str, Any], attention: str, attention_depths: Sequence[int], args: Any = None) -> dict[str, Any]:
+    return {**base, "attention": attention, "attention_depths": attention_depths, "attention_args": args}
+
+
+_AGENTS = tuple({"num_agents": n} for n in (9, 16, 49, 49))
+_AGENT_SMALL = _mixed(_SMALL, "agent", (2, 2, 0, 0), _AGENTS)
+_AGENT_BASE = _mixed(_BASE, "agent", (2, 2, 2, 0), _AGENTS)
+_FOR_TESTS = "Under 1M parameters, for tests."
+
+VARIANTS: dict[str, Variant] = {
+    "swin_tiny_va": Variant(_TINY, _controls("tiny")),
+    "swin_small_va": Variant(_SMALL, _controls("small")),
+    "swin_base_va": Variant(_BASE, _controls("base", (224, 384))),
+    "agent_swin_tiny": Variant(
+        _mixed(_TINY, "agent", (2, 2, 6, 0), _AGENTS), {"in1k": token_mixer_cfg("agent", "a2ddc1190c224f768a41")}
+    ),
+    "agent_swin_small": Variant(_AGENT_SMALL, {"in1k": token_mixer_cfg("agent", "f607172c9fea4d6e99bb")}),
+    "agent_swin_small_288": Variant(
+        _AGENT_SMALL, {"in1k": token_mixer_cfg("agent", "09760394e93b4046a25e", 288, crop_pct=1.0)}
+    ),
+    "agent_swin_base": Variant(_AGENT_BASE, {"in1k": token_mixer_cfg("agent", "4fcd2d0114bb490483c3")}),
+    "agent_swin_base_384": Variant(
+        _AGENT_BASE, {"in1k": token_mixer_cfg("agent", "bb84ee9058954706a557", 384, crop_pct=1.0)}
+    ),
+    "inline_swin_tiny": Variant(
+        _mixed(_TINY, "inline", (2, 2, 6, 0)), {"in1k": token_mixer_cfg("inline", "32810869fcc34410966b")}
+    ),
+    "inline_swin_small": Variant(
+        _mixed(_SMALL, "inline", (2, 2, 0, 0)), {"in1k": token_mixer_cfg("inline", "e9657fd247c04c7cb1a1")}
+    ),
+    "inline_swin_base": Variant(
+        _mixed(_BASE, "inline", (2, 2, 2, 0)), {"in1k": token_mixer_cfg("inline", "bf23564bb64c420aafe1")}
+    ),
+    "test_swin_va": Variant(_TEST, {"untrained": token_mixer_cfg("softmax", "", 160, **_MICROSOFT)}, doc=_FOR_TESTS),
+    "test_agent_swin": Variant(
+        _mixed(_TEST, "agent", (2, 2, 1, 0), _AGENTS),
+        {"untrained": token_mixer_cfg("agent", "", 160)},
+        doc="Under 1M parameters, with a stage of both kinds of blocks, for tests.",
+    ),
+    "test_focused_swin": Variant(
+        _mixed(_TEST, "focused", (2, 2, 0, 0)), {"untrained": token_mixer_cfg("focused", "", 160)}, doc=_FOR_TESTS
+    ),
+}
+for _attention, _size in product(("focused", "efficient"), _SIZES):
+    VARIANTS[f"{_attention}_swin_{_size}"] = Variant(
+        _mixed(_SIZES[_size], _attention, (2, 2, 0, 0)), {"untrained": token_mixer_cfg(_attention)}
+    )
 
 
 def _convert(key: str, value: Tensor, merges_last: bool, own: dict[str, Tensor]) -> tuple[str, Tensor]:
@@ -194,120 +229,4 @@ def _create_swin(variant: str, pretrained: bool = False, **kwargs: Any) -> Swin:
     return create_token_mixer_backbone(Swin, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
-_TINY = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.2}
-_SMALL = {**_TINY, "depths": (2, 2, 18, 2), "drop_path_rate": 0.3}
-_BASE = {**_SMALL, "embed_dim": 128, "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.5}
-_TEST = {"embed_dim": 20, "depths": (2, 2, 2, 1), "num_heads": (1, 2, 4, 8)}
-
-
-def _mixed(base: dict[str, Any], attention: str, attention_depths: Sequence[int], args: Any = None) -> dict[str, Any]:
-    return {**base, "attention": attention, "attention_depths": attention_depths, "attention_args": args}
-
-
-_AGENTS = tuple({"num_agents": n} for n in (9, 16, 49, 49))
-_AGENT_TINY = _mixed(_TINY, "agent", (2, 2, 6, 0), _AGENTS)
-_AGENT_SMALL = _mixed(_SMALL, "agent", (2, 2, 0, 0), _AGENTS)
-_AGENT_BASE = _mixed(_BASE, "agent", (2, 2, 2, 0), _AGENTS)
-
-
-@register_model
-def swin_tiny_va(pretrained: bool = False, **kwargs: Any) -> Swin:
-    return _create_swin("swin_tiny_va", pretrained, **{**_TINY, **kwargs})
-
-
-@register_model
-def swin_small_va(pretrained: bool = False, **kwargs: Any) -> Swin:
-    return _create_swin("swin_small_va", pretrained, **{**_SMALL, **kwargs})
-
-
-@register_model
-def swin_base_va(pretrained: bool = False, **kwargs: Any) -> Swin:
-    return _create_swin("swin_base_va", pretrained, **{**_BASE, **kwargs})
-
-
-@register_model
-def agent_swin_tiny(pretrained: bool = False, **kwargs: Any) -> Swin:
-    return _create_swin("agent_swin_tiny", pretrained, **{**_AGENT_TINY, **kwargs})
-
-
-@register_model
-def agent_swin_small(pretrained: bool = False, **kwargs: Any) -> Swin:
-    return _create_swin("agent_swin_small", pretrained, **{**_AGENT_SMALL, **kwargs})
-
-
-@register_model
-def agent_swin_small_288(pretrained: bool = False, **kwargs: Any) -> Swin:
-    return _create_swin("agent_swin_small_288", pretrained, **{**_AGENT_SMALL, **kwargs})
-
-
-@register_model
-def agent_swin_base(pretrained: bool = False, **kwargs: Any) -> Swin:
-    return _create_swin("agent_swin_base", pretrained, **{**_AGENT_BASE, **kwargs})
-
-
-@register_model
-def agent_swin_base_384(pretrained: bool = False, **kwargs: Any) -> Swin:
-    return _create_swin("agent_swin_base_384", pretrained, **{**_AGENT_BASE, **kwargs})
-
-
-@register_model
-def inline_swin_tiny(pretrained: bool = False, **kwargs: Any) -> Swin:
-    return _create_swin("inline_swin_tiny", pretrained, **{**_mixed(_TINY, "inline", (2, 2, 6, 0)), **kwargs})
-
-
-@register_model
-def inline_swin_small(pretrained: bool = False, **kwargs: Any) -> Swin:
-    return _create_swin("inline_swin_small", pretrained, **{**_mixed(_SMALL, "inline", (2, 2, 0, 0)), **kwargs})
-
-
-@register_model
-def inline_swin_base(pretrained: bool = False, **kwargs: Any) -> Swin:
-    return _create_swin("inline_swin_base", pretrained, **{**_mixed(_BASE, "inline", (2, 2, 2, 0)), **kwargs})
-
-
-@register_model
-def focused_swin_tiny(pretrained: bool = False, **kwargs: Any) -> Swin:
-    return _create_swin("focused_swin_tiny", pretrained, **{**_mixed(_TINY, "focused", (2, 2, 0, 0)), **kwargs})
-
-
-@register_model
-def focused_swin_small(pretrained: bool = False, **kwargs: Any) -> Swin:
-    return _create_swin("focused_swin_small", pretrained, **{**_mixed(_SMALL, "focused", (2, 2, 0, 0)), **kwargs})
-
-
-@register_model
-def focused_swin_base(pretrained: bool = False, **kwargs: Any) -> Swin:
-    return _create_swin("focused_swin_base", pretrained, **{**_mixed(_BASE, "focused", (2, 2, 0, 0)), **kwargs})
-
-
-@register_model
-def efficient_swin_tiny(pretrained: bool = False, **kwargs: Any) -> Swin:
-    return _create_swin("efficient_swin_tiny", pretrained, **{**_mixed(_TINY, "efficient", (2, 2, 0, 0)), **kwargs})
-
-
-@register_model
-def efficient_swin_small(pretrained: bool = False, **kwargs: Any) -> Swin:
-    return _create_swin("efficient_swin_small", pretrained, **{**_mixed(_SMALL, "efficient", (2, 2, 0, 0)), **kwargs})
-
-
-@register_model
-def efficient_swin_base(pretrained: bool = False, **kwargs: Any) -> Swin:
-    return _create_swin("efficient_swin_base", pretrained, **{**_mixed(_BASE, "efficient", (2, 2, 0, 0)), **kwargs})
-
-
-@register_model
-def test_swin_va(pretrained: bool = False, **kwargs: Any) -> Swin:
-    """Under 1M parameters, for tests and first runs."""
-    return _create_swin("test_swin_va", pretrained, **{**_TEST, **kwargs})
-
-
-@register_model
-def test_agent_swin(pretrained: bool = False, **kwargs: Any) -> Swin:
-    """Under 1M parameters, with a stage of both kinds of blocks, for tests and first runs."""
-    return _create_swin("test_agent_swin", pretrained, **{**_mixed(_TEST, "agent", (2, 2, 1, 0), _AGENTS), **kwargs})
-
-
-@register_model
-def test_focused_swin(pretrained: bool = False, **kwargs: Any) -> Swin:
-    """Under 1M parameters, for tests and first runs."""
-    return _create_swin("test_focused_swin", pretrained, **{**_mixed(_TEST, "focused", (2, 2, 0, 0)), **kwargs})
+register_variants(__name__, VARIANTS, _create_swin)

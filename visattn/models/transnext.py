@@ -15,16 +15,16 @@ What differs from the official code, and why:
 import math
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn import layers
 from visattn.models._backbone import Backbone, TellsAttended, convert_checkpoint, drop_path_rates
 from visattn.models._build import build_model
+from visattn.models._variants import Variant, imagenet_cfg, register_variants
 
 __all__ = ["TransNeXt"]
 
@@ -154,41 +154,61 @@ class TransNeXt(TellsAttended, Backbone):
         return {"*.temperature", "*.query_embedding", "*.local_bias", "*.cpb_fc*"}
 
 
-def _cfg(name: str = "", size: int = 224, **kwargs: Any) -> dict[str, Any]:
+_cfg = partial(
+    imagenet_cfg,
+    first_conv="patch_embed.proj",
+    license="apache-2.0",
+    origin_url="https://github.com/DaiShiResearch/TransNeXt",
+    paper_ids="arXiv:2311.17132",
+)
+
+
+def _hub(name: str, size: int = 224, **kwargs: Any) -> dict[str, Any]:
     """`name` is that of the authors' repository on the Hugging Face hub; its one file is called alike."""
-    return {
-        "hf_hub_id": f"DaiShiResearch/{name}" if name else None,
-        "hf_hub_filename": f"{name.replace('-', '_')}.pth" if name else None,
-        "num_classes": 1000,
-        "input_size": (3, size, size),
-        "pool_size": (size // 32, size // 32),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        "origin_url": "https://github.com/DaiShiResearch/TransNeXt",
-        "paper_ids": "arXiv:2311.17132",
+    return _cfg(
+        size,
+        hf_hub_id=f"DaiShiResearch/{name}",
+        hf_hub_filename=f"{name.replace('-', '_')}.pth",
         **kwargs,
-    }
+    )
 
 
 _SIZE_384 = {"size": 384, "crop_pct": 1.0, "crop_mode": "squash"}
+_MICRO = {"embed_dim": 48, "depths": (2, 2, 15, 2), "num_heads": (2, 4, 8, 16), "drop_path_rate": 0.15}
+_TINY = {"embed_dim": 72, "depths": (2, 2, 15, 2), "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.25}
+_SMALL = {**_TINY, "depths": (5, 5, 22, 5), "drop_path_rate": 0.45}
+_BASE = {"embed_dim": 96, "depths": (5, 5, 23, 5), "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.6}
+_TEST = {
+    "embed_dim": 20,
+    "depths": (2, 2, 1, 1),
+    "num_heads": (1, 2, 4, 8),
+    "mlp_ratios": (4, 4, 2, 2),
+    "sr_ratios": (4, 2, 1, 1),
+    "pretrain_size": 160,
+}
 
-default_cfgs = generate_default_cfgs(
-    {
-        "transnext_micro.in1k": _cfg("transnext-micro-224-1k"),
-        "transnext_tiny.in1k": _cfg("transnext-tiny-224-1k"),
-        "transnext_small.in1k": _cfg("transnext-small-224-1k"),
-        "transnext_small.in1k_384": _cfg("transnext-small-384-1k-ft-1k", **_SIZE_384),
-        "transnext_base.in1k": _cfg("transnext-base-224-1k"),
-        "transnext_base.in1k_384": _cfg("transnext-base-384-1k-ft-1k", **_SIZE_384),
-        "transnext_micro_aaaa.in1k": _cfg("transnext-micro-AAAA-256-1k", 256),
-        "test_transnext.untrained": _cfg(size=160),
-    }
-)
+VARIANTS: dict[str, Variant] = {
+    "transnext_micro": Variant(_MICRO, {"in1k": _hub("transnext-micro-224-1k")}),
+    "transnext_tiny": Variant(_TINY, {"in1k": _hub("transnext-tiny-224-1k")}),
+    "transnext_small": Variant(
+        _SMALL,
+        {"in1k": _hub("transnext-small-224-1k"), "in1k_384": _hub("transnext-small-384-1k-ft-1k", **_SIZE_384)},
+    ),
+    "transnext_base": Variant(
+        _BASE,
+        {"in1k": _hub("transnext-base-224-1k"), "in1k_384": _hub("transnext-base-384-1k-ft-1k", **_SIZE_384)},
+    ),
+    "transnext_micro_aaaa": Variant(
+        {**_MICRO, "sr_ratios": (16, 8, 4, 2), "pretrain_size": 256},
+        {"in1k": _hub("transnext-micro-AAAA-256-1k", 256)},
+        doc="Aggregated attention in the last stage too; trained at 256 x 256.",
+    ),
+    "test_transnext": Variant(
+        _TEST,
+        {"untrained": _cfg(160)},
+        doc="Under 1M parameters; head dim 20 and less pooling, for tests.",
+    ),
+}
 
 
 def _convert(key: str, value: Tensor, number: int) -> tuple[str, Tensor]:
@@ -223,42 +243,4 @@ def _create_transnext(variant: str, pretrained: bool = False, **kwargs: Any) -> 
     return build_model(TransNeXt, variant, pretrained, checkpoint_filter_fn, (0, 1, 2, 3), **kwargs)
 
 
-_MICRO = {"embed_dim": 48, "depths": (2, 2, 15, 2), "num_heads": (2, 4, 8, 16), "drop_path_rate": 0.15}
-_TINY = {"embed_dim": 72, "depths": (2, 2, 15, 2), "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.25}
-_SMALL = {**_TINY, "depths": (5, 5, 22, 5), "drop_path_rate": 0.45}
-_BASE = {"embed_dim": 96, "depths": (5, 5, 23, 5), "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.6}
-
-
-@register_model
-def transnext_micro(pretrained: bool = False, **kwargs: Any) -> TransNeXt:
-    return _create_transnext("transnext_micro", pretrained, **{**_MICRO, **kwargs})
-
-
-@register_model
-def transnext_tiny(pretrained: bool = False, **kwargs: Any) -> TransNeXt:
-    return _create_transnext("transnext_tiny", pretrained, **{**_TINY, **kwargs})
-
-
-@register_model
-def transnext_small(pretrained: bool = False, **kwargs: Any) -> TransNeXt:
-    return _create_transnext("transnext_small", pretrained, **{**_SMALL, **kwargs})
-
-
-@register_model
-def transnext_base(pretrained: bool = False, **kwargs: Any) -> TransNeXt:
-    return _create_transnext("transnext_base", pretrained, **{**_BASE, **kwargs})
-
-
-@register_model
-def transnext_micro_aaaa(pretrained: bool = False, **kwargs: Any) -> TransNeXt:
-    """Aggregated attention in the last stage too; trained at 256 x 256."""
-    args = {**_MICRO, "sr_ratios": (16, 8, 4, 2), "pretrain_size": 256}
-    return _create_transnext("transnext_micro_aaaa", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def test_transnext(pretrained: bool = False, **kwargs: Any) -> TransNeXt:
-    """Under 1M parameters; head dim 20 and less pooling, for tests and first runs on small images."""
-    args = {"embed_dim": 20, "depths": (2, 2, 1, 1), "num_heads": (1, 2, 4, 8), "mlp_ratios": (4, 4, 2, 2)}
-    sizes = {"sr_ratios": (4, 2, 1, 1), "pretrain_size": 160}
-    return _create_transnext("test_transnext", pretrained, **{**args, **sizes, **kwargs})
+register_variants(__name__, VARIANTS, _create_transnext)

@@ -58,7 +58,7 @@ class Config:
     data: str = "digits"  # digits, mnist5k, hfds/NAME, or a folder with train/ and val/ of class folders or tar shards
     max_bad: float = number(0.01, 0, 1)  # share of unreadable training images above which the run stops
     workers: int = number(0, 0, 1024)  # loader processes; 0 loads in the main process
-    model: str = "test_dinat"  # any name that timm or visattn registers
+    model: str = "dinat_atto"  # any name that timm or visattn registers
     model_args: tuple[str, ...] = ()  # further arguments of the model, each as name=value
     pretrained: bool = False  # start from the registered pretrained weights
     weights: Path | None = None  # start from this .safetensors or plain .pth file; a head of another size is left out
