@@ -221,6 +221,14 @@ PUBLISHED = {
     "resnest50_fast_2s2x40d_va": pytest.approx(26.9, abs=0.05),
 }
 
+# Ours, and those of timm's whose weights they take.
+TAGS = {
+    "coatnet_*_va": ["coatnet_*_rw*_224", "coatnet_rmlp_2_rw_384"],
+    "halonet*_va": ["halonet26t", "halonet50ts"],
+    "maxvit_*_va": ["maxvit_*_tf_*"],
+    "swin_*_va": ["swin_tiny_*", "swin_small_*", "swin_base_*"],
+}
+
 NATIVE = [
     "biformer_tiny",
     "biformer_stl_nchw",

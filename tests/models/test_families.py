@@ -17,9 +17,12 @@ from tests.models.cases import (
     PUBLISHED,
     REFUSED,
     STRIDED,
+    TAGS,
 )
 from visattn.layers import TOKEN_MIXERS
 from visattn.ops.geometry import ceil_div
+
+TOLD = ("num_classes", "input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "license")
 
 
 @pytest.mark.parametrize("case", GOLDENS, ids=str)
@@ -44,6 +47,20 @@ def test_parameter_counts_are_the_official_ones(name):
 def test_parameter_counts_are_the_published_ones(name):
     """In millions; the tables of CoAtNet's paper sum up differently in themselves, see the model's file."""
     assert goldens.number_of_parameters(name) / 1e6 == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", TAGS)
+def test_tags_are_timms(name):
+    """All of timm's, with what it says of them."""
+    ours = [timm.get_pretrained_cfg(n) for n in timm.list_models(name, include_tags=True)]
+    ours = {cfg.hf_hub_id.removeprefix("timm/"): cfg for cfg in ours if cfg.hf_hub_id}
+    theirs = [n for n in timm.list_models(TAGS[name], include_tags=True, pretrained=True) if "_va" not in n]
+    assert ours.keys() == set(theirs)
+    for tag, cfg in ours.items():
+        other = timm.get_pretrained_cfg(tag)
+        assert cfg.hf_hub_id == other.hf_hub_id
+        assert {key: getattr(cfg, key) for key in TOLD} == {key: getattr(other, key) for key in TOLD}, tag
+        assert cfg.pool_size == tuple(n // 32 for n in cfg.input_size[1:]), tag
 
 
 @pytest.mark.parametrize("name", NATIVE)
