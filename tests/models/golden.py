@@ -95,7 +95,7 @@ def tokens(model, image):
     """Features and the tokens of every third of twelve blocks, the class token first."""
     args = {"return_prefix_tokens": True, "output_fmt": "NLC"}
     features, levels = model.forward_intermediates(image, [2, 5, 8], **args)
-    return features, [*(torch.cat([token, level], 1) for token, level in levels), features]
+    return features, [*(torch.cat([token, level], 1) for level, token in levels), features]
 
 
 def extracted(model, image):
@@ -109,8 +109,7 @@ def check_case(model, case, run=last):
     map. Some files name every stage several times in a row."""
     given = case.get("input", {"shape": case.get("shape")})
     features, maps = run(model, fill.image(**given))
-    assert ("logits" in case) == (features is not None)
-    if features is not None:
+    if "logits" in case:
         logits = model.forward_head(features)
         head = torch.tensor(case["logits"])
         assert relative_error(logits[0, : len(head)], head) <= MODEL_GOLDEN
