@@ -1,4 +1,4 @@
-"""BiFormer: the official code's outputs and keys, options, padding rules, sizes, determinism."""
+"""BiFormer: keys of options, heads, regions, padding rules, dense norms, determinism."""
 
 import pytest
 import timm

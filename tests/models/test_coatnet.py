@@ -1,4 +1,4 @@
-"""The CoAtNet family: the paper's variants, timm's networks and weights, image sizes, options."""
+"""The CoAtNet family: timm's networks and weights, blocks and strides of the paper's variants, options."""
 
 import pytest
 import timm

@@ -1,4 +1,4 @@
-"""The CSWin backbone: official outputs and keys, any size and attention, resized checkpoints."""
+"""The CSWin backbone: official keys, rates and configurations, resized tables, stripes as wide as the map."""
 
 import pytest
 import timm

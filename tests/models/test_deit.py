@@ -1,4 +1,4 @@
-"""DeiT: outputs of the official codes and timm's, position parameters, sizes, attentions and options."""
+"""DeiT: timm's outputs, position parameters at other sizes, depths, intermediates and options."""
 
 import pytest
 import timm

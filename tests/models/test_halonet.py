@@ -1,4 +1,4 @@
-"""The HaloNet family: timm's outputs and keys, the paper's variants, any size, options."""
+"""The HaloNet family: timm's outputs, blocks of the paper, the final convolution, initialisation and options."""
 
 import pytest
 import timm

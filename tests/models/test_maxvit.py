@@ -1,4 +1,4 @@
-"""The MaxViT family: outputs and keys of timm and torchvision, windows, tables, sizes, dilation, stochastic depth."""
+"""The MaxViT family: timm's outputs, windows, tables, sizes, dilation, stochastic depth."""
 
 import pytest
 import timm

@@ -1,4 +1,4 @@
-"""The NAT family: the official code's outputs, keys, variants, dilations and sizes."""
+"""The NAT family: official keys, resized tables and dilations."""
 
 import pytest
 import timm

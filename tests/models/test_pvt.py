@@ -1,4 +1,4 @@
-"""PVT: outputs of the official codes, position parameters, sizes, attentions, class token and options."""
+"""PVT: the official network by its formulas, position parameters at other sizes, class token and options."""
 
 import pytest
 import timm

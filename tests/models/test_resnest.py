@@ -1,4 +1,4 @@
-"""The ResNeSt family: outputs of the official code and of timm, keys, variants, stochastic depth, dilation, sizes."""
+"""The ResNeSt family: timm's outputs, official keys, stochastic depth, initialisation, dilation."""
 
 import pytest
 import timm

@@ -1,4 +1,4 @@
-"""The Swin backbones: official and timm's outputs, keys, resized weights, options, every attention at any size."""
+"""The Swin backbones: timm's outputs, detectors' weights, resized tables, blocks and windows of the variants."""
 
 import pytest
 import timm

@@ -1,4 +1,4 @@
-"""The TransNeXt family: the official classifiers' and dense backbones' outputs, keys, options and sizes."""
+"""The TransNeXt family: epsilons, detectors' weights, position bias, initialisation, export and what is attended."""
 
 import pytest
 import timm
