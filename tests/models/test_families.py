@@ -29,13 +29,13 @@ TOLD = ("num_classes", "input_size", "crop_pct", "crop_mode", "interpolation", "
 def test_golden(case):
     golden = goldens.load(case.file)
     model = timm.create_model(case.name, **case.args).eval()
-    inputs = 0
-    for weights, inputs_of_these in goldens.passes(golden):
+    number = 0
+    for weights, inputs in goldens.passes(golden):
         goldens.load_official(getattr(model, "model", model), golden, weights)
-        for given in inputs_of_these:
+        for given in inputs:
             goldens.check_case(model, given, case.run)
-            inputs += 1
-    assert inputs == case.inputs
+            number += 1
+    assert number == case.inputs
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
