@@ -10,6 +10,7 @@ cd "$(dirname "$0")/.."
 selection=(
     tests/ops/test_registration.py tests/ops/test_dispatch.py tests/ops/test_neighborhood.py tests/ops/test_linear.py
     tests/layers tests/models/test_contract.py tests/models/test_frames.py tests/models/test_nat.py
+    tests/models/test_families.py::test_golden
     tests/train/test_train_run.py tests/train/test_train_resume.py tests/train/test_train_metrics.py
     tests/train/test_train_checkpoint.py
 )

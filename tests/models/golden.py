@@ -1,5 +1,6 @@
 """Shared by the models' tests: golden files (see tests/golden/README.md), official weights and the levels' sizes."""
 
+import functools
 import importlib
 import json
 from pathlib import Path
@@ -10,8 +11,20 @@ import torch
 
 from tests.golden import fill
 from tests.tolerances import MODEL_GOLDEN, relative_error
+from visattn.ops.geometry import ceil_div
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+ENDS = {"stage_first8": slice(8), "stage_first16": slice(16), "stage_last16": slice(-16, None)}
+
+
+@functools.cache
+def without_values(name):
+    """The model on the meta device, to look at and not to change."""
+    return timm.create_model(name, device="meta")
+
+
+def number_of_parameters(name):
+    return sum(p.numel() for p in without_values(name).parameters())
 
 
 def load(name):
@@ -21,7 +34,25 @@ def load(name):
 
 def cases(golden):
     """The golden's inputs that the official code takes."""
+    if "runs" in golden:
+        return [run for run in golden["runs"] if run["ok"]]
     return [golden, *(case for case in golden.get("other_inputs", ()) if "logits" in case)]
+
+
+def passes(golden):
+    """Official weights, and the golden's inputs with them."""
+    weights = official_weights(golden)
+    yield weights, cases(golden)
+    if "alt" in golden:
+        weights = {key: value * (0.1 if "pos_embed" in key else 1) for key, value in weights.items()}
+        yield weights, [{**golden["alt"], **{key: golden[key] for key in ("input", "stage_shapes")}}]
+
+
+def detector(weights):
+    """The weights as a detector's or segmenter's file has those of its backbone."""
+    return {
+        "state_dict": {**{f"backbone.{key}": value for key, value in weights.items()}, "neck.weight": torch.ones(1)}
+    }
 
 
 def official_weights(golden):
@@ -35,29 +66,71 @@ def filter_fn(model):
     return importlib.import_module(type(model).__module__).checkpoint_filter_fn
 
 
-def load_official(model, golden):
-    """Give the model the golden's weights and statistics; it has as many parameters as the official one."""
+def load_official(model, golden, weights=None):
+    """Give the model the golden's weights and statistics, those of a dense backbone as detectors' files have them; it
+    has as many parameters as the official one."""
     assert sum(p.numel() for p in model.parameters()) == golden["params"]
-    model.load_state_dict(filter_fn(model)(official_weights(golden), model))
+    weights = official_weights(golden) if weights is None else weights
+    model.load_state_dict(filter_fn(model)(detector(weights) if "runs" in golden else weights, model))
+
+
+def last(model, image):
+    """Features and the maps of the four stages."""
+    features, maps = model.forward_intermediates(image)
+    return features, maps[-4:]
+
+
+def normed(model, image):
+    """Features and the maps of the stages, normed."""
+    return model.forward_intermediates(image, norm=True)
+
+
+def every_third(model, image):
+    """Features and the maps of every third of twelve blocks."""
+    features, maps = model.forward_intermediates(image)
+    return features, [maps[i] for i in (2, 5, 8, 11)]
+
+
+def tokens(model, image):
+    """Features and the tokens of every third of twelve blocks, the class token first."""
+    args = {"return_prefix_tokens": True, "output_fmt": "NLC"}
+    features, levels = model.forward_intermediates(image, [2, 5, 8], **args)
+    return features, [*(torch.cat([token, level], 1) for level, token in levels), features]
+
+
+def extracted(model, image):
+    """No features, and what a feature extractor gives."""
+    return None, model(image)
 
 
 @torch.no_grad()
-def check_case(model, case, levels=None):
-    """Logits, and norms and shapes of the stages, whose maps are `levels` of the model; default: the last ones."""
-    features, maps = model.forward_intermediates(fill.image(**case["input"]))
-    logits = model.forward_head(features)
-    head = torch.tensor(case["logits"])
-    assert relative_error(logits[0, : len(head)], head) <= MODEL_GOLDEN
-    assert logits.norm().item() == pytest.approx(case["logits_norm"], rel=MODEL_GOLDEN)
-    stages = maps[-len(case["stage_norms"]) :] if levels is None else [maps[i] for i in levels]
-    for stage, norm, shape in zip(stages, case["stage_norms"], case["stage_shapes"], strict=True):
+def check_case(model, case, run=last):
+    """Logits, and norms, shapes and ends of the stages, as the golden has them; three axes there: tokens of a square
+    map. Some files name every stage several times in a row."""
+    given = case.get("input", {"shape": case.get("shape")})
+    features, maps = run(model, fill.image(**given))
+    if "logits" in case:
+        logits = model.forward_head(features)
+        head = torch.tensor(case["logits"])
+        assert relative_error(logits[0, : len(head)], head) <= MODEL_GOLDEN
+        assert logits.norm().item() == pytest.approx(case["logits_norm"], rel=MODEL_GOLDEN)
+    if "stage_norms" not in case:
+        return
+    stages = [stage for stage in maps for _ in range(len(case["stage_norms"]) // len(maps))]
+    for i, (stage, norm, shape) in enumerate(zip(stages, case["stage_norms"], case["stage_shapes"], strict=True)):
+        if stage.ndim == 4 and len(shape) == 3:
+            assert stage.shape[2] == stage.shape[3]
+            stage = stage.flatten(2).mT
         assert list(stage.shape) == shape
         assert stage.double().norm().item() == pytest.approx(norm, rel=MODEL_GOLDEN)
+        for key, cut in ENDS.items():
+            if key in case:
+                assert relative_error(stage.flatten()[cut], torch.tensor(case[key][i])) <= MODEL_GOLDEN
 
 
 def check_native_keys_pass(name):
     """The family's filter leaves a state dict of our own alone, in any order, with and without the classifier."""
-    model = timm.create_model(name, device="meta")
+    model = without_values(name)
     state = dict(reversed(model.state_dict().items()))
     headless = {key: value for key, value in state.items() if not key.startswith("head.")}
     for own in (state, headless):
@@ -67,9 +140,9 @@ def check_native_keys_pass(name):
 
 
 @torch.inference_mode()
-def check_levels(extractor, image):
-    """Every level of the features has ceil(size / stride) tokens per axis, its channels, and finite values."""
+def check_levels(extractor, image, number=ceil_div):
+    """Every level of the features has number(size, stride) tokens per axis, its channels, and finite values."""
     info, size = extractor.feature_info, image.shape[2:]
     for level, channels, stride in zip(extractor.eval()(image), info.channels(), info.reduction(), strict=True):
-        assert level.shape == (len(image), channels, -(-size[0] // stride), -(-size[1] // stride))
-        assert level.isfinite().all()
+        assert level.shape == (len(image), channels, *(number(n, stride) for n in size)), (size, stride)
+        assert level.isfinite().all(), (size, stride)

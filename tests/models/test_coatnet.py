@@ -1,30 +1,17 @@
-"""The CoAtNet family: the paper's variants, timm's networks and weights, image sizes, options."""
+"""The CoAtNet family: timm's networks and weights, blocks and strides of the paper's variants, options."""
 
 import pytest
 import timm
 import torch
-from timm.models import get_pretrained_cfg
 from timm.optim import create_optimizer_v2
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import visattn  # noqa: F401
 from tests.golden import fill
-from tests.models.golden import check_case, check_levels, check_native_keys_pass, load, load_official
 from tests.tolerances import MODEL_GOLDEN, SAME_MODEL, relative_error
 from visattn.models.coatnet import TIMM_OPTIONS, checkpoint_filter_fn, resolve_blocks
 
-# Name: parameters, and millions of them in the paper (tables 11 to 14).
-PAPER = {
-    "coatnet_0_va": (24_446_228, 25),
-    "coatnet_1_va": (41_635_184, 42),
-    "coatnet_2_va": (73_635_144, 75),
-    "coatnet_3_va": (164_605_432, 168),
-    "coatnet_4_va": (273_064_456, 275),
-    "coatnet_5_va": (682_856_600, 688),
-    "coatnet_6_va": (1_344_238_688, 1345),  # as printed; the paper says 1470
-    "coatnet_7_va": (2_432_532_472, 2440),
-}
 RW = {
     "coatnet_nano_rw_va": "coatnet_nano_rw_224",
     "coatnet_0_rw_va": "coatnet_0_rw_224",
@@ -50,16 +37,6 @@ def randomise(model):
 def with_weights_of(model, theirs):
     model.load_state_dict(checkpoint_filter_fn(theirs.state_dict(), model))
     return model.eval()
-
-
-@pytest.mark.parametrize(
-    ("file", "name", "options"),
-    [("timm_coatnet_0_224", "coatnet_0_va", TIMM_0), ("timm_coatnet_0_rw_224", "coatnet_0_rw_va", {})],
-)
-def test_golden(file, name, options):
-    model = timm.create_model(name, **options).eval()
-    load_official(model, load(file))
-    check_case(model, load(file))
 
 
 @torch.no_grad()
@@ -93,18 +70,6 @@ def test_equals_timm_at_256x192():
     assert relative_error(ours(x), theirs(x)) <= MODEL_GOLDEN
 
 
-@pytest.mark.parametrize("name", RW)
-def test_pretrained_tags_are_timms(name):
-    tags = [n.partition(".")[2] for n in timm.list_models(f"{name}.*", pretrained=True, include_tags=True)]
-    assert tags
-    for tag in tags:
-        cfg = get_pretrained_cfg(f"{name}.{tag}")
-        theirs = get_pretrained_cfg(cfg.hf_hub_id.removeprefix("timm/"))
-        fields = "hf_hub_id num_classes input_size pool_size crop_pct crop_mode mean std interpolation license"
-        for field in fields.split():
-            assert getattr(cfg, field) == getattr(theirs, field), field
-
-
 def test_timm_checkpoint_file_loads_as_pretrained(tmp_path):
     """The whole way of `pretrained=True`, also for grey images, 5 classes and tables of another size."""
     dims, depths = (32, 64, 96, 128), (1, 1, 1, 1)
@@ -121,14 +86,6 @@ def test_timm_checkpoint_file_loads_as_pretrained(tmp_path):
     table = model.stages[2].blocks[0].attn.rpb
     expected = F.interpolate(table[None], size=(39, 23), mode="bilinear", align_corners=False)[0]
     torch.testing.assert_close(other.stages[2].blocks[0].attn.rpb, expected)
-
-
-@pytest.mark.parametrize("name", PAPER)
-def test_parameter_counts(name):
-    """Within 3 % of the published ones; the papers' table sums up differently in itself, see the model's file."""
-    count = sum(p.numel() for p in timm.create_model(name, device="meta").parameters())
-    assert count == PAPER[name][0]
-    assert count == pytest.approx(1e6 * PAPER[name][1], rel=0.03)
 
 
 def test_printed_and_published_width_of_coatnet_6():
@@ -162,15 +119,6 @@ def test_defaults_are_the_papers():
     assert [tuple(stage.blocks[1].attn.rpb.shape) for stage in model.stages[2:]] == [(12, 27, 27), (24, 13, 13)]
 
 
-@pytest.mark.parametrize("size", [(224, 224), (256, 192), (97, 131), (32, 32), (1, 1), (800, 1216)], ids=str)
-@pytest.mark.parametrize("options", [{}, {"rel_pos_dim": 8, "stride_mode": "pool", "pool": "max3"}], ids=str)
-def test_any_input_size(options, size):
-    model = timm.create_model("test_coatnet_va", features_only=True, **options)
-    parameters = list(model.parameters())
-    check_levels(model, torch.randn(1, 3, *size))
-    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
-
-
 @torch.no_grad()
 def test_run_time_resize_is_that_of_loading():
     model = randomise(timm.create_model("test_coatnet_va"))
@@ -181,22 +129,11 @@ def test_run_time_resize_is_that_of_loading():
     assert relative_error(model(x), resized(x)) <= SAME_MODEL
 
 
-def test_native_keys_pass():
-    check_native_keys_pass("coatnet_rmlp_2_rw_va")
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("output_stride", "reductions"), [(16, [2, 4, 8, 16, 16]), (8, [2, 4, 8, 8, 8])])
-def test_output_stride(output_stride, reductions):
-    args = {"depths": (1, 1, (3, 1), 1)}
-    weights = timm.create_model("test_coatnet_va", **args).state_dict()
-    model = timm.create_model("test_coatnet_va", output_stride=output_stride, **args).eval()
-    model.load_state_dict(weights)
-    assert [level["reduction"] for level in model.feature_info] == reductions
-    maps = model.forward_intermediates(torch.randn(1, 3, 97, 64), intermediates_only=True)
-    assert [tuple(m.shape[2:]) for m in maps] == [(-(-97 // r), 64 // r) for r in reductions]
-    dilations = [block.conv2.dilation[0] for block in model.stages[2].blocks[:3]]
-    assert dilations == ([1, 2, 2] if output_stride == 8 else [1, 1, 1])
+@pytest.mark.parametrize(("output_stride", "dilations"), [(16, [1, 1, 1]), (8, [1, 2, 2])])
+def test_dilations_of_an_output_stride(output_stride, dilations):
+    args = {"depths": (1, 1, (3, 1), 1), "device": "meta"}
+    model = timm.create_model("test_coatnet_va", output_stride=output_stride, **args)
+    assert [block.conv2.dilation[0] for block in model.stages[2].blocks[:3]] == dilations
 
 
 def test_dropped_branches_leave_the_shortcuts():
@@ -247,24 +184,6 @@ def test_position_mlp_is_not_decayed():
     groups = create_optimizer_v2(model, weight_decay=0.1).param_groups
     plain = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
     assert all(id(p) in plain for n, p in model.named_parameters() if ".rel_pos." in n)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"depths": (1, 1, 2)}, "expected depths, block_types and embed_dims with equally many stages and parts"),
-        ({"depths": (1, 1, (1, 1, 1), 1)}, "equally many stages and parts"),
-        ({"block_types": ("C", "C", ("C", "M"), "T")}, "expected block_types 'C' and 'T'"),
-        ({"norm": "group"}, "expected norm 'layer' or 'batch', got 'group'"),
-        ({"output_stride": 4}, "expected output_stride 8, 16 or 32, got 4"),
-        ({"pool": "max"}, "expected a pool of"),
-        ({"head_dim": 20}, "expected dim divisible by num_heads"),
-    ],
-    ids=str,
-)
-def test_errors(options, message):
-    with pytest.raises(ValueError, match=message):
-        timm.create_model("test_coatnet_va", **options)
 
 
 def test_resolve_blocks():

@@ -1,4 +1,4 @@
-"""The CSWin backbone: official outputs and keys, any size and attention, resized checkpoints."""
+"""The CSWin backbone: official keys, rates and configurations, resized tables, stripes as wide as the map."""
 
 import pytest
 import timm
@@ -7,32 +7,12 @@ import torch.nn.functional as F
 
 import visattn  # noqa: F401
 from tests.golden import fill
-from tests.models.golden import check_case, check_native_keys_pass, filter_fn, load, load_official, official_weights
+from tests.models.cases import PARAMETERS
+from tests.models.golden import filter_fn, without_values
 from tests.tolerances import MODEL_GOLDEN, SAME_MODEL, relative_error
 from visattn import layers
 
-PARAMS = {
-    "cswin_tiny": 22_320_552,
-    "cswin_small": 34_643_304,
-    "cswin_base": 77_382_184,
-    "cswin_base_384": 77_382_184,
-    "cswin_large": 173_262_664,
-    "cswin_large_384": 173_262_664,
-    "agent_cswin_tiny": 20_458_672,
-    "agent_cswin_small": 32_814_100,
-    "agent_cswin_base": 73_249_696,
-    "agent_cswin_base_384": 73_328_416,
-    "inline_cswin_tiny": 20_604_520,
-    "inline_cswin_small": 33_032_872,
-    "inline_cswin_base": 73_413_640,
-    "efficient_cswin_tiny": 20_386_920,
-    "efficient_cswin_small": 32_706_472,
-    "efficient_cswin_base": 73_039_240,
-    "focused_cswin_tiny": 21_195_368,
-    "focused_cswin_small": 33_919_144,
-    "focused_cswin_base": 74_852_632,
-}
-SIZES = ((224, 224), (256, 192), (97, 131), (32, 32), (1, 1))
+NAMES = [name for name in PARAMETERS if "cswin" in name]
 
 
 def official_keys(embed_dim, depths, classes=1000):
@@ -59,34 +39,9 @@ def official_keys(embed_dim, depths, classes=1000):
     return keys | {f"{name}.{leaf}": [dim] for name, dim in norms.items() for leaf in ("weight", "bias")}
 
 
-def tokens(size, level):
-    """Of the official networks: the stem has no token for one or two last pixels."""
-    n = max(1, (size + 1) // 4)
-    return -(-n // 2**level)
-
-
-def check_maps(extractor, size):
-    maps = extractor(torch.randn(1, 3, *size))
-    for i, (level, channels) in enumerate(zip(maps, extractor.feature_info.channels(), strict=True)):
-        assert level.shape == (1, channels, tokens(size[0], i), tokens(size[1], i))
-        assert level.isfinite().all()
-    return maps
-
-
-@pytest.mark.parametrize("name", ["agent_cswin", "inline_cswin"])
-def test_golden(name):
-    golden = load(f"{name}_t")
-    model = timm.create_model(f"{name}_tiny").eval()
-    load_official(model, golden)
-    shapes = [[1, tokens(224, i), tokens(224, i), 64 * 2**i] for i in range(4)]
-    assert [[b, h * w, c] for b, h, w, c in shapes] == golden["stage_shapes"]
-    check_case(model, {**golden, "stage_shapes": [[b, c, h, w] for b, h, w, c in shapes]})
-
-
-@pytest.mark.parametrize("name", PARAMS)
-def test_parameter_counts_norms_and_rates_are_the_official_ones(name):
-    model = timm.create_model(name, device="meta")
-    assert sum(p.numel() for p in model.parameters()) == PARAMS[name]
+@pytest.mark.parametrize("name", NAMES)
+def test_norms_and_rates_are_the_official_ones(name):
+    model = without_values(name)
     assert {m.eps for m in model.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-5}
     rate = {"tiny": 0.2, "small": 0.4, "base": 0.5, "large": 0.2}[name.split("cswin_")[1].split("_")[0]]
     last = model.stages[-1].blocks[-1].drop_path2.drop_prob
@@ -99,7 +54,7 @@ def test_parameter_counts_norms_and_rates_are_the_official_ones(name):
 def test_official_keys_load(name, dim, depths):
     """As the files hold them: averaged weights, the halves' convolutions apart."""
     official = {key: value.float() for key, value in fill.fill(official_keys(dim, depths)).items()}
-    assert sum(v.numel() for v in official.values()) == PARAMS[name]
+    assert sum(v.numel() for v in official.values()) == PARAMETERS[name]
     model = timm.create_model(name)
     wrapped = {f"module.{key}": value for key, value in official.items()}
     others = {key: torch.zeros_like(value) for key, value in wrapped.items()}
@@ -127,43 +82,6 @@ def test_backbone_of_an_official_segmenter_loads():
     assert missing == ["norm.weight", "norm.bias"]
     assert not unexpected
     assert torch.equal(model.out_norms[3].weight, official["backbone.norm4.weight"])
-
-
-@pytest.mark.parametrize("name", ["test_cswin", "agent_cswin_tiny", "inline_cswin_tiny", "focused_cswin_tiny"])
-def test_filter_passes_native_keys(name):
-    check_native_keys_pass(name)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["test_cswin", "test_efficient_cswin"])
-def test_any_input_size(name):
-    model = timm.create_model(name, features_only=True).eval()
-    for size in SIZES:
-        check_maps(model, size)
-
-
-@torch.no_grad()
-def test_tiny_at_any_input_size():
-    model = timm.create_model("agent_cswin_tiny", depths=(1, 1, 1, 1), attention_depths=(1, 1, 0, 0)).eval()
-    before = model(torch.ones(1, 3, 224, 224))
-    for size in SIZES:
-        assert model(torch.randn(1, 3, *size)).isfinite().all()
-    assert torch.equal(model(torch.ones(1, 3, 224, 224)), before)
-
-
-@pytest.mark.parametrize("attention", layers.TOKEN_MIXERS)
-def test_every_attention_trains_at_two_sizes(attention):
-    args = {"lepe": True} if attention == "inline" else {}
-    model = timm.create_model(
-        "test_cswin", attention=attention, attention_depths=(1, 1, 1, 0), attention_args=args, img_size=64
-    )
-    mixers = [type(b.attn) for stage in model.stages for b in stage.blocks]
-    stripes, other = layers.CrossShapedAttention, layers.TOKEN_MIXERS[attention]
-    assert mixers == [other, other, other, stripes, stripes]
-    for size in ((64, 64), (97, 40)):
-        model.zero_grad()
-        model(torch.randn(2, 3, *size)).square().mean().backward()
-        assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
 
 
 def resized(name, key):
@@ -214,7 +132,7 @@ def test_a_stage_as_wide_as_its_stripes_attends_over_the_whole_map():
 
 
 def test_configurations():
-    for name in PARAMS:
+    for name in NAMES:
         config = timm.models.get_pretrained_cfg(name).to_dict()
         size = 384 if "384" in name else 224
         squashed = name.startswith(("agent", "inline", "focused"))
@@ -229,36 +147,6 @@ def test_configurations():
     for args, sizes in (({}, [(96, 96), (48, 48)]), ({"img_size": (100, 97)}, [(25, 24), (13, 12)])):
         attn = [s.blocks[0].attn for s in timm.create_model("agent_cswin_base_384", device="meta", **args).stages[:2]]
         assert [(a.ah_bias.shape[3], a.wa_bias.shape[3]) for a in attn] == sizes
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ({"attention": "cosine"}, "expected attention of 'softmax', .*, got 'cosine'"),
-        ({"attention_depths": (1, 1)}, r"expected attention_depths of 0 to \[1, 1, 2, 1\] per stage, got \[1, 1\]"),
-        ({"attention_depths": (1, 1, 3, 0)}, r"per stage, got \[1, 1, 3, 0\]"),
-        ({"attention_args": [{}] * 3}, "expected attention_args, a dict or 4 of them, got 3"),
-        ({"split_sizes": (1, 0, 7, 7)}, "expected split_size of at least 1"),
-    ],
-)
-def test_arguments_that_do_not_fit(args, message):
-    with pytest.raises(ValueError, match=message):
-        timm.create_model("test_cswin", **args)
-
-
-def test_official_checkpoint_file_loads_as_pretrained(tmp_path):
-    golden = load("agent_cswin_t")
-    torch.save({"model": official_weights(golden)}, tmp_path / "agent.pth")
-    overlay = {"file": str(tmp_path / "agent.pth")}
-    args = {"pretrained": True, "pretrained_cfg_overlay": overlay}
-    model = timm.create_model("agent_cswin_tiny", **args).eval()
-    with torch.no_grad():
-        logits = model(fill.image(**golden["input"]))
-    assert logits.norm().item() == pytest.approx(golden["logits_norm"], rel=MODEL_GOLDEN)
-    other = timm.create_model("agent_cswin_tiny", in_chans=1, num_classes=5, img_size=96, **args)
-    torch.testing.assert_close(other.patch_embed.proj.weight, model.patch_embed.proj.weight.sum(1, keepdim=True))
-    assert other.stages[0].blocks[1].attn.ah_bias.shape == (1, 2, 9, 24, 1)
-    assert other.head.fc.out_features == 5
 
 
 @torch.no_grad()
