@@ -33,7 +33,7 @@ from visattn.train.__main__ import main as train_main  # noqa: E402
 from visattn.train.engine import Engine  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "train" / "golden"
-TABLE = ROOT / "tools" / "results" / "learning_curves.md"
+TABLE = ROOT / "benchmarks" / "results" / "learning_curves.md"
 FIRST_UPDATES = 20
 NUDGE = 1e-6
 OPTIONS = ("--epochs", "12", "--ema-decay", "0.99", "--device", "cpu", "--seed", "42")
