@@ -62,7 +62,7 @@ class Outcome:
 
 
 def tool(name: str, *arguments: str) -> list[str]:
-    return [sys.executable, str(ROOT / "tools" / name), "--device", "cuda", *arguments]
+    return [sys.executable, str(ROOT / "benchmarks" / name), "--device", "cuda", *arguments]
 
 
 def all_steps(out: Path, workers: int) -> list[Step]:
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     steps = [step for step in all_steps(out, args.test_workers) if step.name in args.steps]
     for step in steps:
         step.limit = float(limits.get(step.name, step.limit))
-    keep_earlier(out, ROOT / "tools" / "results" / slug(torch.cuda.get_device_name()))
+    keep_earlier(out, ROOT / "benchmarks" / "results" / slug(torch.cuda.get_device_name()))
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),

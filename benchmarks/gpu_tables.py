@@ -17,7 +17,7 @@ from op_cases import CUDA_CASES, OPS, op_of
 from report import number
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "tools" / "results"
+RESULTS = ROOT / "benchmarks" / "results"
 HEADING, NEXT = "## On a GPU\n", "## Tracing\n"
 
 

@@ -103,7 +103,7 @@ def write(
         "machine": platform.machine(),
         **(more_setting or {}),
     }
-    command = " ".join([f"python tools/{script}", *(sys.argv[1:] if argv is None else argv)])
+    command = " ".join([f"python benchmarks/{script}", *(sys.argv[1:] if argv is None else argv)])
     lines = [
         text.format(command=command, setting=", ".join(f"{name} {value}" for name, value in setting.items())),
         "| " + " | ".join(columns) + " |",
