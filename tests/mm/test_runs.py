@@ -171,7 +171,6 @@ NOWHERE = ("SEG", "--no-check", "--cfg-options", "train_dataloader.dataset.data_
     ],
 )
 def test_mistakes_on_the_command_line(args, message, nuclei, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tools")
     from mm_runner import main
 
     for kind, name in (("retinanet", "DET"), ("upernet", "SEG")):
@@ -194,7 +193,6 @@ def test_mistakes_on_the_command_line(args, message, nuclei, tmp_path, monkeypat
     ],
 )
 def test_weights_that_cannot_be_had_end_the_run_at_once(model_name, args, message, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tools")
     import mm_runner
 
     def no_network(*args, **kwargs):
@@ -218,7 +216,6 @@ def test_weights_that_cannot_be_had_end_the_run_at_once(model_name, args, messag
 
 def test_weights_of_a_backbone_and_of_a_whole_model(nuclei, tmp_path, monkeypatch):
     """And the channels of another backbone than the one that the config was written for."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
     import mm_runner
 
     config = small_config("upernet", "test_dinat", nuclei, tmp_path / "run", 1)
@@ -248,7 +245,6 @@ def test_weights_of_a_backbone_and_of_a_whole_model(nuclei, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("seed", ["-1", str(2**32), str(2**63)])
 def test_seeds_out_of_range_are_refused(seed, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT / "tools")
     from mm_runner import main
 
     monkeypatch.setattr(sys, "argv", ["train_seg.py", "any.py", "--seed", seed])

@@ -1,4 +1,4 @@
-"""`train/` is not installed: put the repository root on the path, and share tiny data sets and ways to run."""
+"""What the trainer's tests share: tiny data sets and ways to run."""
 
 import contextlib
 import multiprocessing
