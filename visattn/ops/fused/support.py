@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from visattn.ops.geometry import is_symbolic
+
 MOST_BYTES = 512  # of a head's channels: several rows of them lie in shared memory
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -74,7 +76,8 @@ def can_run_tensors(problem: Any) -> str | None:
         return "Triton kernels need a GPU of compute capability 8.0 or newer"
     if device == "cuda" and not _has_compiler():
         return "Triton needs a C compiler when it first launches a kernel; try to install gcc, or set CC"
-    if given[0].shape[0] >= 2**16:
+    # Of a dynamic batch nobody knows, and a comparison would tie the graph to what it says.
+    if not is_symbolic(given[0].shape[0]) and given[0].shape[0] >= 2**16:
         return f"Triton kernels take fewer than 65536 images at a time, got {given[0].shape[0]}"
     return None
 

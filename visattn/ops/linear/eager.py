@@ -189,7 +189,9 @@ def _convolve_by_taps(problem: linear.DynamicConvProblem) -> Tensor:
 def convolve(problem: linear.DynamicConvProblem) -> Tensor:
     """See `visattn.ops.dynamic_depthwise_conv`."""
     x, size = problem.x, problem.kernel_size
-    if is_symbolic(*x.shape[1:]) or torch.jit.is_tracing() or not x.shape[0]:
+    # An exported convolution has a number of groups: here that of the images times channels.
+    of_any_batch = torch.compiler.is_exporting() and is_symbolic(x.shape[0])
+    if is_symbolic(*x.shape[1:]) or of_any_batch or torch.jit.is_tracing() or not x.shape[0]:
         return _convolve_by_taps(problem)
     b, h, w, c = x.shape
     maps = x.permute(0, 3, 1, 2)  # [B, C, H, W]

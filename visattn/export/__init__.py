@@ -1,0 +1,266 @@
+"""Export a model to a file of another runtime, verified against PyTorch before it gets its name.
+
+Sources: ONNX (onnx.ai), `torch.export` and AOTInductor (docs.pytorch.org), OpenVINO (docs.openvino.ai), ExecuTorch
+(docs.pytorch.org/executorch).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm.data
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import visattn
+from visattn.export.program import DYNAMIC, MOST, Dynamic, least_size, trace
+from visattn.export.targets import TARGETS, Exported, Metadata, Target
+
+__all__ = ["TARGETS", "ExportError", "Exported", "Report", "export", "load"]
+
+
+class ExportError(RuntimeError):
+    """A model that a target cannot take, or a file that does not compute what the model does; the message says why."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `export` did.
+
+    Attributes:
+        path: The file; an OpenVINO model has a .bin, an ONNX model of more than 1.5 GB a .data beside it.
+        target: One of `TARGETS`.
+        dynamic: Which sizes may change: "none", "batch", or "size": batch, height and width.
+        least: Smallest side in pixels, if height and width may change.
+        said: Opset, backend, or what the file is bound to.
+        size: Bytes of all its files.
+        seconds: Time of tracing, converting and verifying.
+        peak_memory: Bytes that the process held at most until now; None where the system does not tell.
+        errors: By the shape of an image, |file - PyTorch| / |PyTorch| over all outputs.
+    """
+
+    path: Path
+    target: str
+    dynamic: Dynamic
+    least: int | None
+    said: str
+    size: int
+    seconds: float
+    peak_memory: int | None
+    errors: dict[tuple[int, ...], float]
+
+    def __str__(self) -> str:
+        memory = "" if self.peak_memory is None else f", {self.peak_memory / 2**30:.1f} GiB at most"
+        least = "" if self.least is None else f", sides of {self.least} to {MOST} px"
+        lines = [
+            f"{self.path}: {self.target}{self.said and f' ({self.said})'}, {self.size / 1e6:.1f} MB",
+            f"dynamic: {self.dynamic}{least}; {self.seconds:.0f} s{memory}",
+            *(f"{'x'.join(map(str, shape))}: {error:.1e} from PyTorch" for shape, error in self.errors.items()),
+        ]
+        return "\n".join(lines)
+
+
+def _target_of(path: Path, target: str | None) -> str:
+    """Name the target: the one given, else the one that the file's suffix means."""
+    suffixes = {t.suffix: name for name, t in reversed(TARGETS.items())}
+    if target is None:
+        target = next((name for suffix, name in suffixes.items() if path.name.endswith(suffix)), None)
+    if target not in TARGETS:
+        known = ", ".join(f"{name!r} ({t.suffix})" for name, t in TARGETS.items())
+        raise ValueError(f"expected a target of {known}, got {target or path.name!r}; try 'onnx'")
+    if not path.name.endswith(end := "." + TARGETS[target].suffix.rpartition(".")[2]):
+        raise ValueError(f"expected a file {end} for target {target!r}, got {path.name!r}")
+    missing = [pip for name, pip in TARGETS[target].packages.items() if importlib.util.find_spec(name) is None]
+    if missing:
+        extra = "executorch" if target == "executorch" else "export"
+        names = ", ".join(missing)
+        raise ImportError(f"{target}: expected {names} installed, got none; try `pip install 'visattn[{extra}]'`")
+    return target
+
+
+def _metadata(model: nn.Module, labels: Sequence[str] | None, dynamic: Dynamic, least: int | None) -> Metadata:
+    """Gather what a user of the file must know besides it."""
+    configuration = timm.data.resolve_data_config({}, model=model)
+    known = getattr(model, "pretrained_cfg", None) or {}
+    labels = list(labels or known.get("label_names") or [])
+    classes = getattr(model, "num_classes", 0)
+    if labels and classes != len(labels):
+        raise ValueError(f"expected {classes} labels, one per class, got {len(labels)}")
+    keys = "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"
+    return {
+        "model": known.get("architecture", type(model).__name__),
+        "visattn": visattn.__version__,
+        "torch": torch.__version__,
+        "image": "float32 [B, C, H, W], RGB, (x / 255 - mean) / std",
+        **{key: configuration[key] for key in keys},
+        "labels": labels,
+        "dynamic": dynamic,
+        "least": least,
+    }
+
+
+def _cause(error: BaseException) -> str:
+    """Take from a chain of errors what says why: the first of visattn's own, else the beginning of the last."""
+    chain = [error]
+    while (following := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(following)
+    for link in chain:
+        if isinstance(link, (NotImplementedError, ValueError)) and "expected" in str(link):
+            return str(link)
+    said = " ".join(str(chain[-1]).split())
+    return f"{type(chain[-1]).__name__}: {said[:400]}"
+
+
+def _shapes(image: Tensor, dynamic: Dynamic, least: int) -> list[tuple[int, ...]]:
+    """List the shapes to verify, batch 1 among them unless the batch is fixed."""
+    batch, channels, *side = image.shape
+    if dynamic == "none":
+        return [(batch, channels, *side)]
+    if dynamic == "batch":
+        return [(b, channels, *side) for b in (1, 2, 3)]
+    sizes = (1, least, least + 14), (2, 97, 131), (1, 256, 64), (3, 224, 160), (1, *side)
+    return [(b, channels, max(h, least), max(w, least)) for b, h, w in sizes]
+
+
+@torch.no_grad()
+def _verify(model: nn.Module, run: Exported, shapes: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
+    """Measure |file - model| / |model| for images of each shape."""
+    errors, generator = {}, torch.Generator().manual_seed(0)
+    for shape in shapes:
+        image = torch.randn(shape, generator=generator)
+        expected, got = tree_leaves(model(image)), run(image)
+        pairs = list(zip(expected, got, strict=True))
+        if any(x.shape != y.shape for x, y in pairs):
+            shown = [list(y.shape) for y in got], [list(x.shape) for x in expected]
+            raise ExportError(f"expected outputs {shown[1]} for an image {list(shape)}, got {shown[0]}")
+        off = sum((y - x).double().square().sum() for x, y in pairs) / sum(x.double().square().sum() for x in expected)
+        errors[shape] = float(off) ** 0.5
+    return errors
+
+
+def _peak_memory() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    target: str | None = None,
+    *,
+    dynamic: Dynamic = "batch",
+    image_size: int | tuple[int, int] | None = None,
+    batch_size: int = 1,
+    labels: Sequence[str] | None = None,
+    opset: int | None = None,
+    tolerance: float = 1e-5,
+) -> Report:
+    """Write a model to `path` as another runtime reads it, once the file has computed what PyTorch does.
+
+    The model is copied; the copy is put in evaluation mode on the CPU. The file appears under its name, replacing an
+    older one, only when it was verified; a failure leaves nothing behind.
+
+    Args:
+        model: Any model for images [B, C, H, W], float32, with one output or a nest of them.
+        path: File to write; folders are made.
+        target: One of `TARGETS`: "onnx", "openvino", "pt2" (`torch.export`), "aoti" (AOTInductor, needs a C++
+            compiler), "executorch" (XNNPACK where it takes the model, else portable kernels). Default: by the suffix.
+        dynamic: Sizes that may change when the file is run: "none", "batch", or "size": batch, height and width.
+        image_size: Height and width in pixels, or one number for both, of a file with a fixed size, and of the example
+            of one with a dynamic size. Default: the model's own.
+        batch_size: Images at a time, with `dynamic="none"`.
+        labels: Names of the classes, kept in the file. Default: those that the model's weights came with.
+        opset: Version of ONNX's operators. Default: PyTorch's choice.
+        tolerance: Largest accepted error relative to the output's norm.
+
+    Returns:
+        What was written and measured. `load(path)` runs the file.
+
+    Raises:
+        ValueError: An unknown target or suffix, a size below the minimum, labels that do not fit.
+        TypeError: A model whose parameters are not float32.
+        ImportError: A package of the target is not installed.
+        ExportError: The target cannot take the model, or the file's results differ from PyTorch's; with the reason.
+    """
+    start, path = time.perf_counter(), Path(path)
+    target = _target_of(path, target)
+    if dynamic not in DYNAMIC:
+        raise ValueError(f"expected dynamic of {', '.join(map(repr, DYNAMIC))}, got {dynamic!r}")
+    if dynamic != "none" and (why := TARGETS[target].only_fixed):
+        raise ValueError(f"{target}: expected fixed sizes, as {why}, got dynamic={dynamic!r}; try dynamic='none'")
+    if dtypes := {p.dtype for p in model.parameters()} - {torch.float32}:
+        raise TypeError(f"expected parameters of torch.float32, got {dtypes.pop()}; try model.float()")
+    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    channels, *side = timm.data.resolve_data_config({}, model=model)["input_size"]
+    if image_size is not None:
+        side = [image_size, image_size] if isinstance(image_size, int) else list(image_size)
+    least = least_size(model, channels) if dynamic == "size" else None
+    if min(side) < (least or 1) or max(side) > MOST:
+        raise ValueError(f"expected sides of {least or 1} to {MOST} px, got {side[0]}x{side[1]}")
+    # PyTorch takes a dynamic size that is 1 in the example for always 1.
+    image = torch.randn(batch_size if dynamic == "none" else 2, channels, *side)
+    metadata = _metadata(model, labels, dynamic, least)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, _quiet():
+        written = Path(folder) / path.name
+        options = {} if opset is None else {"opset_version": opset}
+        try:
+            program = trace(model, image, dynamic, least or 1)
+            said = TARGETS[target].save(program, written, metadata, options)
+            errors = _verify(model, TARGETS[target].load(written), _shapes(image, dynamic, least or 1))
+        except Exception as error:
+            what = f"{metadata['model']} with dynamic={dynamic!r} at {side[0]}x{side[1]}"
+            raise ExportError(f"{target}: expected to export {what}, got {_cause(error)}") from error
+        if not max(errors.values()) <= tolerance:  # NaN too
+            shape, error = max(errors.items(), key=lambda item: item[1])
+            raise ExportError(
+                f"{target}: expected results within {tolerance:.0e} of PyTorch's, got {error:.1e} for an image "
+                f"{list(shape)}; try a larger tolerance if that is enough for you"
+            )
+        files = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)  # what others need first
+        size = sum(file.stat().st_size for file in files)
+        for file in files:
+            os.replace(file, path.parent / file.name)
+    return Report(path, target, dynamic, least, said, size, time.perf_counter() - start, _peak_memory(), errors)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Hide the warnings of exporters about themselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def load(path: str | Path, target: str | None = None) -> Exported:
+    """Read a file that `export` wrote, to run it on the CPU.
+
+    Args:
+        path: The file.
+        target: What it was written for; default: by the suffix.
+
+    Raises:
+        ValueError, ImportError: As `export`.
+        FileNotFoundError: There is no such file.
+    """
+    path = Path(path)
+    target = _target_of(path, target)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a file of `visattn.export.export`, got none at {path}")
+    return TARGETS[target].load(path)
