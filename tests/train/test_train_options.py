@@ -107,10 +107,10 @@ def test_repeated_images_are_augmented_anew_and_meet_in_other_processes():
         shares.append(list(batches))
     assert len(shares[0]) == 20 // 6
     for one, two in zip(*shares, strict=True):
-        images = [key.index for key in one + two]
+        images = [key.number for key in one + two]
         assert sorted(images) == sorted(3 * list(set(images)))
         assert len({key.position for key in one + two}) == 6
-        assert {key.index for key in one} == {key.index for key in two}
+        assert {key.number for key in one} == {key.number for key in two}
 
 
 def test_copies_of_an_image_differ(folder_data):

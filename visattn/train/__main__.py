@@ -35,15 +35,16 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         world = distributed.start(config)
         run = build(config, world, console)
-        with run.lock:
-            signals.ask(run.engine)
-            train(run)
-            report(run, time.perf_counter() - start)
+        try:
+            with run.lock:
+                signals.ask(run.engine)
+                train(run)
+                report(run, time.perf_counter() - start)
+        except Interrupted as error:
+            fail(Interrupted(f"{error}; --resume {run.folder} goes on from there"), rank)
+            return run.engine.stop or error.exit_code
         distributed.stop()
         return 0
-    except Interrupted as error:
-        fail(Interrupted(f"{error}; --resume {run.folder} goes on from there"), rank)
-        return run.engine.stop or error.exit_code
     except TrainError as error:
         return fail(error, rank)
     except torch.OutOfMemoryError as error:

@@ -165,13 +165,13 @@ def _together(step: Callable[[], None], world: World, expected: str) -> None:
         raise CheckpointError(f"{expected}, got: {problems[0]}; try another --output, or make room")
 
 
-def _pack(state: "TrainState") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _pack(state: "TrainState") -> tuple[dict[str, Any], dict[str, Any]]:
     """The state as tensors (the live ones, so that loading can write into them) and as plain values."""
     model = unwrap_model(state.task.get_trainable_module())
     optimizer = get_optimizer_state_dict(model, state.optimizer, options=FLAT)
     tensors = {f"model.{key}": value for key, value in get_model_state_dict(model).items()}
     if state.task.has_ema():
-        average = state.task.get_trainable_module(ema=True).module
+        average = unwrap_model(state.task.get_trainable_module(ema=True))
         tensors |= {f"ema.{key}": value for key, value in get_model_state_dict(average).items()}
     tensors |= {f"optimizer.{k}": v for k, v in optimizer.items() if isinstance(v, torch.Tensor)}
     values = {
@@ -254,7 +254,7 @@ def restore(path: Path, state: "TrainState", config: Config, world: World, batch
         set_optimizer_state_dict(model, state.optimizer, optimizer, options=FLAT)
         if state.task.has_ema():
             average = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
-            set_model_state_dict(state.task.get_trainable_module(ema=True).module, average)
+            set_model_state_dict(unwrap_model(state.task.get_trainable_module(ema=True)), average)
         if values["scaler"]:  # empty without float16
             state.scaler.load_state_dict(values["scaler"])
         images = state.images

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from visattn.train.config import Config
+from visattn.train.config import Config, Resolved
 from visattn.train.errors import ConfigError, shown
 
 # What moves a terminal's cursor, ends a line, turns the direction of writing, or is no text at all (surrogates).
@@ -80,7 +80,7 @@ def _refuse(config: Config, name: str, wanted: str) -> None:
     raise ConfigError(f"{_flag(name)}: expected {wanted}, got {shown(getattr(config, name))}; try without it")
 
 
-def check_pass(images: int, config: Config, option: str) -> None:
+def check_pass(images: int, config: Resolved, option: str) -> None:
     """Raise ConfigError if so many images of the resolved size are too many for one forward pass of any device."""
     most = LARGEST_PASS // (config.in_chans * config.img_size**2)
     if images > most:

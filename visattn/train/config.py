@@ -129,6 +129,23 @@ class Config:
     peak_tflops: float | None = number(None, 1e-3, 1e6)  # of one device, for the MFU; None: known for common GPUs
 
 
+@dataclass(frozen=True, kw_only=True)
+class Resolved(Config):
+    """The same once nothing that the data set or the model decides is open."""
+
+    img_size: int
+    in_chans: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: Resize
+    crop_pct: float
+    crop_mode: Literal["center", "squash", "border"]
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    hflip: float
+    train_interpolation: Literal[Resize, "random"]
+
+
 def recipe(config: Config) -> dict[str, Any]:
     """The options as plain YAML values: what args.yaml holds and what a checkpoint must agree with."""
     values = {key: value for key, value in dataclasses.asdict(config).items() if key not in LAUNCH_ONLY}

@@ -1,6 +1,5 @@
 """Data sets: what the options name, opened as sources with one class map."""
 
-import dataclasses
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from timm.data import resolve_data_config
 
-from visattn.train.config import Config
+from visattn.train.config import Config, Resolved
 from visattn.train.errors import ConfigError, DataError, DataNotFoundError, TrainError
 from visattn.train.listing import Listing, is_hidden, list_folder, natural, some
 from visattn.train.sources import EXTENSIONS, EmbeddedSource, HfSource, Source
@@ -51,50 +50,40 @@ class Data:
         return len(self.class_names)
 
 
-def resolve(config: Config, model_cfg: dict[str, Any]) -> Config:
+def resolve(config: Config, model_cfg: dict[str, Any]) -> Resolved:
     """Replace every None that means `as the data set or the model has it`; `model_cfg` is timm's pretrained_cfg."""
-    defaults = EMBEDDED.get(config.data, FOLDER)
-    config = _fill(config, defaults)
-    asked = {name: getattr(config, name) for name in ("img_size", "in_chans", "interpolation", "crop_pct", "crop_mode")}
+    options = _filled(vars(config), EMBEDDED.get(config.data, FOLDER))
     for name in ("mean", "std"):
-        values = getattr(config, name)
-        if values is not None and len(values) not in (1, config.in_chans):
+        values = options[name]
+        if values is not None and len(values) not in (1, options["in_chans"]):
             raise ConfigError(
-                f"--{name}: expected 1 or {config.in_chans} values, got {len(values)}; try one value per channel"
+                f"--{name}: expected 1 or {options['in_chans']} values, got {len(values)}; try one value per channel"
             )
-        asked[name] = values
-    found = resolve_data_config(asked, pretrained_cfg=model_cfg)
-    if config.in_chans == 1:  # an RGB model on grey images: the mean over its channels
+    names = ("img_size", "in_chans", "interpolation", "crop_pct", "crop_mode", "mean", "std")
+    found = resolve_data_config({name: options[name] for name in names}, pretrained_cfg=model_cfg)
+    if options["in_chans"] == 1:  # an RGB model on grey images: the mean over its channels
         found["mean"], found["std"] = ((sum(found[name]) / len(found[name]),) for name in ("mean", "std"))
     height, width = found["input_size"][-2:]
     if height != width:
         raise ConfigError(
             f"expected a square input, got {config.model} with {height}x{width}; try --img-size {min(height, width)}"
         )
-    return _fill(
-        config,
-        {
-            "img_size": height,
-            "mean": tuple(found["mean"]),
-            "std": tuple(found["std"]),
-            "interpolation": found["interpolation"],
-            "crop_pct": found["crop_pct"],
-            "crop_mode": found["crop_mode"],
-            "train_interpolation": found["interpolation"],
-        },
-    )
+    found |= {"mean": tuple(found["mean"]), "std": tuple(found["std"])}
+    found |= {"img_size": height, "train_interpolation": found["interpolation"]}
+    return Resolved(**_filled(options, found))
 
 
-def _fill(config: Config, values: dict[str, Any]) -> Config:
-    return dataclasses.replace(config, **{k: v for k, v in values.items() if getattr(config, k) is None})
+def _filled(options: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The options, those that are None from `values`."""
+    return {name: values.get(name) if option is None else option for name, option in options.items()}
 
 
-def open_data(config: Config) -> Data:
+def open_data(config: Resolved) -> Data:
     """Open the splits that `config.data` names; images stay undecoded until they are read."""
     mode = "L" if config.in_chans == 1 else "RGB"
     if config.data in EMBEDDED:
-        splits = (EmbeddedSource(config.data, split, config.img_size, mode) for split in ("train", "test"))
-        return Data(config.data, *splits, [str(digit) for digit in range(10)])
+        train, test = (EmbeddedSource(config.data, split, config.img_size, mode) for split in ("train", "test"))
+        return Data(config.data, train, test, [str(digit) for digit in range(10)])
     if config.data.startswith(STREAMS):
         raise DataError(
             f"expected data that can be read in any order, got {config.data}: a stream cannot be resumed at the very "
@@ -129,7 +118,7 @@ def open_data(config: Config) -> Data:
     return Data(root.resolve().name, train.source(classes, mode), evaluation.source(classes, mode), classes)
 
 
-def open_eval(config: Config) -> tuple[Source, list[str]]:
+def open_eval(config: Resolved) -> tuple[Source, list[str]]:
     """The test split and its class names; of a folder nothing else is looked at."""
     if config.data in EMBEDDED or config.data.startswith(("hfds/", *STREAMS)):
         data = open_data(config)

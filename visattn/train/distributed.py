@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from timm.task import TrainingTask
+from timm.utils import unwrap_model
 from timm.utils.distributed import is_distributed_env, world_info_from_env
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -113,7 +114,7 @@ def start(config: Config) -> World:
         try:
             store, *_ = next(rendezvous("env://", timeout=timeout))
             _store = dist.PrefixStore(f"train/{attempt}", store)
-            device = _pick_together(config.device, local_rank, rank, size)
+            device = _pick_together(_store, config.device, local_rank, rank, size)
             backend = "cpu:gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
             dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=timeout)
         except ConfigError:
@@ -135,19 +136,19 @@ def first_to_say(text: str) -> bool:
         return False
 
 
-def _pick_together(name: str, local_rank: int, rank: int, size: int) -> torch.device:
+def _pick_together(store: dist.Store, name: str, local_rank: int, rank: int, size: int) -> torch.device:
     """This process's device; if one process has none, all raise."""
-    problem = ""
+    device, problem = None, ""
     try:
         device = pick_device(name, local_rank)
     except ConfigError as error:
         problem = str(error)
-    _store.set(f"device/{rank}", problem)
-    problems = [text for text in _store.multi_get([f"device/{peer}" for peer in range(size)]) if text]
-    _store.set(f"read/{rank}", "")
-    if problems:
+    store.set(f"device/{rank}", problem)
+    problems = [text for text in store.multi_get([f"device/{peer}" for peer in range(size)]) if text]
+    store.set(f"read/{rank}", "")
+    if device is None or problems:
         if rank == 0:  # which holds the store, and now ends
-            _store.wait([f"read/{peer}" for peer in range(size)])
+            store.wait([f"read/{peer}" for peer in range(size)])
         raise ConfigError(problems[0].decode())
     return device
 
@@ -191,13 +192,13 @@ def prepare(task: TrainingTask, config: Config, world: World) -> None:
     if config.ema_decay:
         task.setup_ema(config.ema_decay, use_warmup=config.ema_warmup)
     sharded = config.engine == "fsdp2" and world.size > 1
-    model = task.trainable_module
+    model = unwrap_model(task.get_trainable_module())
     if config.compile:
         for module in list(repeated_blocks(model)) if sharded else [model]:
             module.compile()
     if sharded:
         mesh = init_device_mesh(world.device.type, (world.size,))
-        averaged = [task.trainable_module_ema.module] if config.ema_decay else []
+        averaged = [unwrap_model(task.get_trainable_module(ema=True))] if config.ema_decay else []
         for copy in (model, *averaged):
             for block in repeated_blocks(copy):
                 fully_shard(block, mesh=mesh)

@@ -114,7 +114,7 @@ class Engine:
 
         finite = torch.isfinite(loss) & torch.isfinite(whole_norm)
         # By numpy, which takes 0.05 ms for the marks of ImageNet; torch's sum takes 1.5 ms, in every update.
-        bad = np.count_nonzero(self.loaders.train.dataset.bad.numpy()) - len(state.bad_train)
+        bad = np.count_nonzero(self.loaders.train_images.bad.numpy()) - len(state.bad_train)
         loss, unusable, stop, bad, overflow = world.total(
             [loss / world.size, ~finite, self.stop, bad, torch.isfinite(loss) & ~finite]
         )
@@ -195,10 +195,10 @@ class Engine:
         return ""
 
     def _check_bad(self, bad: int) -> None:
-        images = len(self.loaders.train.dataset)
+        images = len(self.loaders.train_images)
         most = math.ceil(self.config.max_bad * images)
         if bad > most:  # an image that several processes met has been counted by each of them
-            bad = self.world.merge(self.loaders.train.dataset.bad.clone()).count_nonzero().item()
+            bad = int(self.world.merge(self.loaders.train_images.bad.clone()).count_nonzero())
         if bad > most:
             raise DataError(
                 f"expected at most {self.config.max_bad:.1%} unreadable training images, got {bad} of {images}; "
@@ -234,6 +234,6 @@ class Engine:
         if isinstance(model, FSDPModule):
             model.reshard()  # its own parameters stay gathered after a forward pass, for a backward pass
         if not self.world.total([evaluator.num_samples])[0]:
-            source = self.loaders.eval.dataset.source
+            source = self.loaders.eval_images.source
             raise DataError(f"expected readable test images, got none, as {source.describe(0)}; try to repair the data")
         return dict(evaluator.compute(distributed=self.world.size > 1))

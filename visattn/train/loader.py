@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from visattn.train import signals
 from visattn.train.checks import check_pass
-from visattn.train.config import Config
+from visattn.train.config import Config, Resolved
 from visattn.train.data import Data
 from visattn.train.distributed import World
 from visattn.train.errors import ConfigError, DataError, shown
@@ -39,7 +39,7 @@ class Key(NamedTuple):
 
     epoch: int
     position: int
-    index: int
+    number: int
 
 
 class Batches(Sampler):
@@ -65,12 +65,8 @@ class Batches(Sampler):
                 f"--batch-size: expected an even share for mixup and cutmix, which mix pairs, got "
                 f"{share // self.parts} images per forward pass; try --batch-size {config.batch_size * 2}"
             )
-        self.images, self.batch_size, self.repeats, self.seed = (
-            images,
-            config.batch_size,
-            config.aug_repeats,
-            config.seed,
-        )
+        self.images, self.batch_size = images, config.batch_size
+        self.repeats, self.seed = config.aug_repeats, config.seed
         self.rank, self.size = world.rank, world.size
         self.updates = self.updates_of(config.batch_size)
         self.epoch, self.first = 0, 0
@@ -126,14 +122,14 @@ class TrainingImages(Images):
         super().__init__(source, transform)
         self.seed = seed
 
-    def __getitem__(self, key: Key) -> tuple[Any, int]:
-        for index in range(key.index, key.index + MAX_BAD_IN_A_ROW):
-            if (sample := self.read(index % len(self))) is not None:
-                seed_worker(self.seed, "image", key.epoch, key.position)
+    def __getitem__(self, index: Key) -> tuple[Any, int]:
+        for number in range(index.number, index.number + MAX_BAD_IN_A_ROW):
+            if (sample := self.read(number % len(self))) is not None:
+                seed_worker(self.seed, "image", index.epoch, index.position)
                 return self.augment(sample[0]), sample[1]
         raise DataError(
             f"expected readable training images, got {MAX_BAD_IN_A_ROW} unreadable ones from "
-            f"{self.source.name(key.index)} on; try another --data"
+            f"{self.source.name(index.number)} on; try another --data"
         )
 
     def augment(self, image: Image.Image) -> Any:
@@ -196,9 +192,9 @@ def _keep_a_pixel(transform: Any) -> None:
             step.get_params = _crop_of_pixels
 
 
-def _crop_of_pixels(image: Image.Image, *ranges: Any) -> tuple[int, int, int, int]:
-    top, left, height, width = RandomResizedCropAndInterpolation.get_params(image, *ranges)
-    return min(top, image.height - 1), min(left, image.width - 1), max(height, 1), max(width, 1)
+def _crop_of_pixels(img: Image.Image, scale: Any, ratio: Any) -> tuple[int, int, int, int]:
+    top, left, height, width = RandomResizedCropAndInterpolation.get_params(img, scale, ratio)
+    return min(top, img.height - 1), min(left, img.width - 1), max(height, 1), max(width, 1)
 
 
 def allow_files(workers: int) -> None:
@@ -225,7 +221,7 @@ class Loader(DataLoader):
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, worker_init_fn=signals.ignore, **options)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:
         with signals.held_back():
             return super().__iter__()
 
@@ -247,20 +243,22 @@ class Loaders:
     """What one process reads."""
 
     batches: Batches
+    train_images: TrainingImages
     train: PrefetchLoader
+    eval_images: TestImages
     eval: PrefetchLoader
     real_eval_images: int  # on this process; the last ones may be padding
 
     def begin(self, epoch: int, update: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The training batches of an epoch from an update on: normalized images and classes (or class weights)."""
         self.batches.begin(epoch, update)
-        if self.train.random_erasing is not None:
+        if isinstance(self.train.random_erasing, SeededErasing):
             self.train.random_erasing.begin()
         return plain_errors(iter(self.train))
 
 
-def make_test_transform(config: Config) -> Any:
-    """Resize, crop, to a uint8 tensor, as the resolved `config` says."""
+def make_test_transform(config: Resolved) -> Any:
+    """Resize, crop, to a uint8 tensor, as `config` says."""
     return create_transform(
         (config.in_chans, config.img_size, config.img_size),
         interpolation=config.interpolation,
@@ -271,8 +269,13 @@ def make_test_transform(config: Config) -> Any:
     )
 
 
-def make_loaders(config: Config, data: Data, world: World) -> Loaders:
-    """timm transforms, collation and prefetching around our order and counters; `config` is resolved."""
+def prefetch(loader: Loader, config: Resolved, device: torch.device, **erasing: Any) -> PrefetchLoader:
+    """The batches of a loader, normalized on a device."""
+    return PrefetchLoader(loader, config.mean, config.std, config.in_chans, device, **erasing)
+
+
+def make_loaders(config: Resolved, data: Data, world: World) -> Loaders:
+    """timm transforms, collation and prefetching around our order and counters."""
     batches = Batches(len(data.train), config, world)
     check_pass(batches.batch_size // world.size // batches.parts, config, "--micro-batch")
     try:
@@ -309,22 +312,19 @@ def make_loaders(config: Config, data: Data, world: World) -> Loaders:
         "persistent_workers": config.workers > 0,
         "pin_memory": world.device.type == "cuda",
     }
-    normalize = {"mean": config.mean, "std": config.std, "channels": config.in_chans, "device": world.device}
-    train = PrefetchLoader(
-        Loader(TrainingImages(data.train, augment, config.seed), batch_sampler=batches, collate_fn=mixing, **options),
-        **normalize,
-        re_prob=config.reprob,
-        re_mode="pixel",
-    )
+    images = TrainingImages(data.train, augment, config.seed)
+    loader = Loader(images, batch_sampler=batches, collate_fn=mixing, **options)
+    train = prefetch(loader, config, world.device, re_prob=config.reprob, re_mode="pixel")
     if train.random_erasing is not None:
         train.random_erasing = SeededErasing(train.random_erasing, batches)
     test = TestImages(data.eval, make_test_transform(config))
     sampler = OrderedDistributedSampler(test, world.size, world.rank)
-    evaluation = Loader(
+    loader = Loader(
         test,
         batch_size=2 * batches.batch_size // world.size // batches.parts,
         sampler=sampler,
         collate_fn=fast_collate,
         **options,
     )
-    return Loaders(batches, train, PrefetchLoader(evaluation, **normalize), sampler.num_valid_samples)
+    test_loader = prefetch(loader, config, world.device)
+    return Loaders(batches, images, train, test, test_loader, sampler.num_valid_samples)

@@ -4,7 +4,7 @@ import importlib.util
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rich.console import Console
 
@@ -101,7 +101,7 @@ class TensorBoard:
 class Wandb:
     """A run in FOLDER/wandb; every session of a training run continues the same one."""
 
-    def __init__(self, folder: Path, config: Config, console: Console, mode: str) -> None:
+    def __init__(self, folder: Path, config: Config, console: Console, mode: Literal["online", "offline"]) -> None:
         import wandb
 
         id_file = folder / "wandb_id.txt"

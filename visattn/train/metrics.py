@@ -59,7 +59,7 @@ class Meter:
         return {"loss_sum": self._loss_sum, "images": self._images}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self._loss_sum, self._images = state["loss_sum"], state["images"]
+        self._loss_sum, self._images = state["loss_sum"], int(state["images"])
 
 
 class Speed:

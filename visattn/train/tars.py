@@ -112,6 +112,7 @@ def _files(
     """The regular members with their paths, without what leads nowhere in them."""
     end = 0
     for member in archive:
+        # pyrefly: ignore[missing-attribute]: as old as tarfile itself, but in no stub
         archive.members.clear()  # otherwise they pile up: a gigabyte for ImageNet
         if member.offset < end or member.size < 0:  # tarfile would go round in circles
             raise tarfile.ReadError("a member that points back")
@@ -132,7 +133,7 @@ def _files(
     if rest.strip(b"\0"):
         raise tarfile.ReadError(f"no header and no end at byte {archive.offset}, or more after the end")
     if not rest:
-        skipped.add("tar file{s} without an end, maybe cut off", outer or os.path.basename(archive.name))
+        skipped.add("tar file{s} without an end, maybe cut off", outer or os.path.basename(str(archive.name)))
 
 
 def _list_class_folders(
@@ -170,7 +171,7 @@ def _list_shard(listing: Listing, shard: int, archive: tarfile.TarFile, skipped:
                 raise DataError(f"{where}: expected one image per key, got two; try a key of its own for each")
             images[key] = (path, [shard, member.offset_data, member.size])
         elif extension == "cls":
-            text = archive.extractfile(member).read(32).strip()
+            text = file.read(32).strip() if (file := archive.extractfile(member)) else b""
             if not text.isdigit():
                 raise DataError(f"{where}: expected a class number from 0 on, got {text!r}; try a plain 7 in KEY.cls")
             if key in labels:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from timm.data import RealLabelsImagenet
-from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.loader import fast_collate
 from timm.models import resolve_model_input_args
 from timm.task import ClassificationEvaluator
 from torch import nn
@@ -28,13 +28,13 @@ from torchvision.transforms import Compose, FiveCrop, TenCrop
 import visattn  # noqa: F401  registers its models with timm
 from visattn.train import signals
 from visattn.train.checks import check_images, check_pass, check_values, check_words
-from visattn.train.config import Config
+from visattn.train.config import Config, Resolved
 from visattn.train.data import open_eval, resolve
 from visattn.train.distributed import pick_device
 from visattn.train.engine import autocast
 from visattn.train.errors import CheckpointError, ConfigError, DataError, TrainError, exhausted, printable
 from visattn.train.files import write_atomic
-from visattn.train.loader import Loader, TestImages, allow_files, make_test_transform, plain_errors
+from visattn.train.loader import Loader, TestImages, allow_files, make_test_transform, plain_errors, prefetch
 from visattn.train.metrics import make_console, say
 from visattn.train.model import check_names, make_model
 from visattn.train.recipes import read_yaml
@@ -74,7 +74,7 @@ class Options:
 class Validator:
     """A model with its transform; `bad` collects the names of unreadable images."""
 
-    config: Config
+    config: Resolved
     model: nn.Module
     transform: Any
     batch_size: int
@@ -89,15 +89,9 @@ class Validator:
         """Loss, top-1 and top-5 in % over the readable images; only the model's `outputs`, if given, are classes."""
         config, images = self.config, TestImages(source, self.transform)
         allow_files(config.workers)
-        loader = PrefetchLoader(
-            Loader(images, self.batch_size, num_workers=config.workers, collate_fn=fast_collate),
-            mean=config.mean,
-            std=config.std,
-            channels=config.in_chans,
-            device=self.device,
-        )
+        loader = Loader(images, self.batch_size, num_workers=config.workers, collate_fn=fast_collate)
         evaluator, seen = ClassificationEvaluator(self.device), 0
-        for batch, target in plain_errors(loader):
+        for batch, target in plain_errors(prefetch(loader, config, self.device)):
             with autocast(self.device, config.amp):
                 logits = self.model(batch.flatten(0, -4)).float()
             if outputs is not None:
@@ -106,9 +100,10 @@ class Validator:
                 logits = logits.log_softmax(-1).unflatten(0, batch.shape[:2]).logsumexp(1)
             readable = target >= 0
             evaluator.update(logits[readable], target[readable])
-            for offset in readable.nonzero().flatten().tolist() if real else ():
-                real.sample_idx = seen + offset
-                real.add_result(logits[offset : offset + 1])
+            if real:
+                for offset in readable.nonzero().flatten().tolist():
+                    real.sample_idx = seen + offset
+                    real.add_result(logits[offset : offset + 1])
             seen += len(target)
         self._name_bad(images)
         if not evaluator.num_samples:
@@ -131,7 +126,7 @@ class ToStack:
         return torch.stack([self.to_tensor(crop) for crop in crops])
 
 
-def make_transform(config: Config, crops: int) -> Compose:
+def make_transform(config: Resolved, crops: int) -> Compose:
     """The trainer's test transform; with several crops per image instead of one in the centre."""
     transform = make_test_transform(config)
     if crops > 1:
@@ -141,7 +136,7 @@ def make_transform(config: Config, crops: int) -> Compose:
     return transform
 
 
-def configure(options: Options) -> tuple[Config, Path | None]:
+def configure(options: Options) -> tuple[Resolved, Path | None]:
     """The run's or a new configuration with the options over it, and the file of the weights."""
     check_values(options)
     given = [name for name in ("run", "weights", "pretrained") if getattr(options, name)]
@@ -165,8 +160,8 @@ def configure(options: Options) -> tuple[Config, Path | None]:
     else:
         if options.data is None:
             raise ConfigError("--data: expected a data set, got none; try --data DIR")
-        config = Config(model=options.model, pretrained=options.pretrained)
-    names = ("data", "in_chans", "img_size", "crop_pct", "crop_mode", "batch_size", "amp")
+        config = Config(pretrained=options.pretrained)
+    names = ("model", "data", "in_chans", "img_size", "crop_pct", "crop_mode", "batch_size", "amp")
     asked = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.run is not None:
         asked |= {"pretrained": False, "weights": None, "train_only": (), "grad_checkpointing": False}
@@ -180,7 +175,7 @@ def configure(options: Options) -> tuple[Config, Path | None]:
     return config, weights
 
 
-def open_splits(config: Config, robustness: str | None) -> tuple[dict[str, Source], list[str], list[int] | None]:
+def open_splits(config: Resolved, robustness: str | None) -> tuple[dict[str, Source], list[str], list[int] | None]:
     """What to score by name, the classes, and the outputs of an ImageNet model that stand for them (None: all)."""
     if robustness is not None:
         return open_robustness(config, robustness)
@@ -188,7 +183,7 @@ def open_splits(config: Config, robustness: str | None) -> tuple[dict[str, Sourc
     return {"eval": source}, classes, None
 
 
-def load_model(config: Config, weights: Path | None, num_classes: int, console: Console) -> nn.Module:
+def load_model(config: Resolved, weights: Path | None, num_classes: int, console: Console) -> nn.Module:
     """The trained model; one without a trained head of the right size is refused."""
     own = resolve_model_input_args(config.model)["pretrained_cfg"].get("num_classes")
     if config.pretrained and own != num_classes:
@@ -250,9 +245,7 @@ def validate(options: Options, console: Console) -> dict[str, Any]:
         real = real_labels(splits["eval"], options.real_json, len(classes)) if options.real_labels else None
         results |= validator.score(splits["eval"], outputs, real)
         if real:
-            results |= {
-                f"real_top{k}": accuracy for k, accuracy in zip((1, 5), real.get_accuracy().values(), strict=True)
-            }
+            results |= {f"real_top{name}": real.get_accuracy(k) for name, k in zip((1, 5), real.topk, strict=True)}
     results["bad_images"] = validator.bad
     return results
 

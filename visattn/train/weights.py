@@ -1,6 +1,7 @@
 """Weights in and out: plain tensors only, whatever a file pretends to be."""
 
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -10,6 +11,13 @@ import visattn.weights
 from visattn.train.errors import CheckpointError
 from visattn.train.files import hash_file, sha256, write_hashed
 from visattn.weights import WeightsError, convert_weights, load_fitting
+
+
+class TimmModel(nn.Module):
+    """What timm.create_model makes, for type checkers."""
+
+    num_classes: int
+    pretrained_cfg: dict[str, Any]
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -26,7 +34,7 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(str(error)) from error
 
 
-def load_into(model: nn.Module, path: Path) -> list[str]:
+def load_into(model: TimmModel, path: Path) -> list[str]:
     """Load weights (official layouts too) into a timm model; a head of another size is left out, and named.
 
     Raises:
