@@ -89,7 +89,7 @@ def test_a_leaf_is_short_and_what_its_name_says(leaf):
     bases = re.findall(r'"(.*?)"', re.search(r"^_base_ = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)[1])
     assert len(text.splitlines()) <= 25
     assert "pretrained" not in text
-    assert all(base.startswith("_base_/") for base in bases)  # which have no bases themselves
+    assert all(base.startswith("_base_/") for base in bases)
     head, model = Path(bases[0]).stem.removesuffix("_panoptic"), config.model.backbone.model_name
     model = re.sub("_21k.*", "", model).replace("_", "-")  # weights of ImageNet-22k go without saying
     assert stem.startswith(f"{head}_{model}_")
