@@ -11,18 +11,11 @@ import pytest
 import torch
 from mmdet.registry import TRANSFORMS as DET_TRANSFORMS
 from mmengine.config import Config
-from mmengine.registry import PARAM_SCHEDULERS, DefaultScope, init_default_scope
+from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
 from mmseg.registry import TRANSFORMS as SEG_TRANSFORMS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 BASES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("*/_base_/*.py"))
-
-
-@pytest.fixture(autouse=True)
-def _scopes():
-    """mmengine's default scope is global: leave none behind."""
-    yield
-    DefaultScope._instance_dict.clear()
 
 
 def bases_of(base):

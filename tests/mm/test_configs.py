@@ -10,7 +10,7 @@ import torch
 from mmdet.registry import MODELS as DET_MODELS
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DefaultScope, init_default_scope
+from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS as SEG_MODELS
 
 from visattn.mm import TimmBackbone, fit_channels
@@ -44,13 +44,6 @@ every_built = pytest.mark.parametrize(
     "leaf", [pytest.param(leaf, marks=() if leaf in BUILT else pytest.mark.slow) for leaf in LEAVES]
 )
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
-
-
-@pytest.fixture(autouse=True)
-def _scopes():
-    """mmengine's default scope is global: leave none behind."""
-    yield
-    DefaultScope._instance_dict.clear()
 
 
 def read(leaf):
