@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from tests import tolerances
+from tests.layers.checks import GOLDEN, assert_same_with_gradients, randomized
 from tests.tolerances import relative_error
 from visattn.layers import BiLevelRoutingAttention, DepthwiseConv, LePEAttention
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 OPS = sorted(path.stem for path in GOLDEN.glob("op_bra_*.npz"))
 RENAMED = {"qkv.qkv.": "qkv.", "wo.": "proj.", "qkv_linear.": "qkv.", "output_linear.": "proj."}
 
@@ -113,28 +112,23 @@ def by_definition(module, x, pool=None):
     return module.proj((out + lepe)[:, :h, :w]), index
 
 
-def randomized(**kwargs):
-    module = BiLevelRoutingAttention(**{"dim": 12, "num_heads": 3, "n_win": 3, **kwargs}, dtype=torch.float64)
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    return module
+def small(**kwargs):
+    options = {"dim": 12, "num_heads": 3, "n_win": 3, **kwargs}
+    return randomized(BiLevelRoutingAttention(**options, dtype=torch.float64), 0.5)
 
 
 def check(module, size, pool=None):
     x = torch.randn(2, *size, 12, dtype=torch.float64, requires_grad=True)
-    inputs = [x, *module.parameters()]
     expected, index = by_definition(module, x, pool)
     assert torch.equal(module.attended(x)["regions"][:, 0], index)
-    results = [[o, *torch.autograd.grad(o.square().sum(), inputs)] for o in (module(x), expected)]
-    for got, want in zip(*results, strict=True):
-        assert relative_error(got, want) <= tolerances.OP[torch.float64]
+    assert_same_with_gradients(module(x), expected, [x, *module.parameters()])
 
 
 @pytest.mark.parametrize("size", [(9, 12), (7, 11), (2, 10), (1, 1)], ids=str)
 @pytest.mark.parametrize("padding", ["mask", "project", "zero"])
 @pytest.mark.parametrize("topk", [1, 4, 100])
 def test_is_the_definition_with_all_gradients(padding, size, topk):
-    check(randomized(padding=padding, topk=topk), size)
+    check(small(padding=padding, topk=topk), size)
 
 
 @pytest.mark.parametrize("size", [(9, 12), (7, 11)], ids=str)
@@ -154,7 +148,7 @@ def test_is_the_definition_with_all_gradients(padding, size, topk):
     ids=str,
 )
 def test_options_are_the_definition_with_all_gradients(options, size):
-    check(randomized(topk=2, **options), size)
+    check(small(topk=2, **options), size)
 
 
 @pytest.mark.parametrize(
@@ -169,12 +163,12 @@ def test_options_are_the_definition_with_all_gradients(options, size):
     ids=str,
 )
 def test_pooled_keys_and_values(options, pool):
-    check(randomized(topk=2, padding="project", **options), (9, 14), pool)
+    check(small(topk=2, padding="project", **options), (9, 14), pool)
 
 
 @torch.no_grad()
 def test_padding_rules_agree_where_regions_divide_the_map_and_only_there():
-    modules = [randomized(padding=padding) for padding in ("mask", "project", "zero")]
+    modules = [small(padding=padding) for padding in ("mask", "project", "zero")]
     for module in modules:
         module.load_state_dict(modules[0].state_dict())
     for size, agree in (((6, 9), True), ((7, 9), False)):
@@ -185,7 +179,7 @@ def test_padding_rules_agree_where_regions_divide_the_map_and_only_there():
 
 @torch.no_grad()
 def test_all_regions_are_attention_over_the_whole_map():
-    module = randomized(topk=9, side_dwconv=0)
+    module = small(topk=9, side_dwconv=0)
     x = torch.randn(2, 7, 8, 12, dtype=torch.float64)
     q, k, v = module.qkv(x).flatten(1, 2).unflatten(-1, (9, 4)).transpose(1, 2).chunk(3, dim=1)
     expected = F.scaled_dot_product_attention(q, k, v, scale=12**-0.5).transpose(1, 2).reshape(x.shape)
@@ -195,7 +189,7 @@ def test_all_regions_are_attention_over_the_whole_map():
 @torch.no_grad()
 def test_attended_regions_are_all_that_matters():
     """Values far from the regions named for a query region do not reach it."""
-    module = randomized(topk=2, side_dwconv=0)
+    module = small(topk=2, side_dwconv=0)
     x = torch.randn(1, 6, 6, 12, dtype=torch.float64)
     attended = module.attended(x)
     assert attended["regions"].shape == attended["weights"].shape == (1, 1, 9, 2)
@@ -225,14 +219,11 @@ def test_lepe_attention_is_the_definition_with_all_gradients(lepe_on, kernel, si
     if kernel:
         y = x if lepe_on == "input" else v.transpose(1, 2).reshape(x.shape)
         out = out + module.lepe(y)
-    inputs = [x, *module.parameters()]
-    results = [[o, *torch.autograd.grad(o.square().sum(), inputs)] for o in (module(x), module.proj(out))]
-    for got, want in zip(*results, strict=True):
-        assert relative_error(got, want) <= tolerances.OP[torch.float64]
+    assert_same_with_gradients(module(x), module.proj(out), [x, *module.parameters()])
 
 
 def test_output_projection_may_be_left_out():
-    parameters = dict(randomized(side_dwconv=0, param_attention="qkv").named_parameters())
+    parameters = dict(small(side_dwconv=0, param_attention="qkv").named_parameters())
     assert parameters.keys() == {"qkv.weight", "qkv.bias"}
 
 
@@ -265,9 +256,9 @@ def test_depthwise_convolution_is_channels_last():
 )
 def test_options_that_do_not_fit(options, error, message):
     with pytest.raises(error, match=message):
-        randomized(**options)
+        small(**options)
 
 
 def test_regions_that_do_not_fill_the_map_cannot_be_pooled():
     with pytest.raises(ValueError, match="regions that fill the map"):
-        randomized(kv_downsample_mode="avgpool", kv_downsample_ratio=2)(torch.randn(1, 7, 11, 12, dtype=torch.float64))
+        small(kv_downsample_mode="avgpool", kv_downsample_ratio=2)(torch.randn(1, 7, 11, 12, dtype=torch.float64))
