@@ -134,14 +134,14 @@ def test_loader_processes_hear_no_signal_from_their_start():
 
 def test_all_loaders_are_of_this_kind():
     """Nothing in the trainer starts processes but through Loader."""
-    for path in (ROOT / "train").glob("*.py"):
+    for path in (ROOT / "visattn" / "train").glob("*.py"):
         assert " DataLoader(" not in path.read_text(), path.name
 
 
 @pytest.mark.slow
 def test_an_error_that_nothing_catches_ends_the_loader_processes():
     """multiprocessing would send SIGTERM, which they ignore, and wait for ever."""
-    code = "from train.loader import Loader; it = iter(Loader(range(99), num_workers=2)); next(it); 1 / 0"
+    code = "from visattn.train.loader import Loader; it = iter(Loader(range(99), num_workers=2)); next(it); 1 / 0"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
