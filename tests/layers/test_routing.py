@@ -1,6 +1,5 @@
 """Bi-level routing attention and full attention with LePE: the official modules' values, and their definitions."""
 
-import itertools
 import json
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 
 from tests import tolerances
 from tests.layers.checks import GOLDEN, assert_same_with_gradients, randomized
+from tests.ops.test_bilevel_routing import by_definition
 from tests.tolerances import relative_error
 from visattn.layers import BiLevelRoutingAttention, DepthwiseConv, LePEAttention
 
@@ -66,8 +66,8 @@ def test_golden(name):
         assert relative_error(attended["weights"][:, 0], weights) <= tolerances.OP_GOLDEN_FORWARD
 
 
-def by_definition(module, x, pool=None):
-    """Region by region, from the paper and the official operators' padding rules; also the regions chosen."""
+def around(module, x, kv_pool="none", kv_size=1):
+    """The op by its definition between the official modules' projections and padding; also the regions chosen."""
     h, w = x.shape[1:3]
     if module.padding == "project":
         x = F.pad(x, (0, 0, 0, -w % module.n_win[1], 0, -h % module.n_win[0]))
@@ -75,41 +75,12 @@ def by_definition(module, x, pool=None):
     lepe = 0 if module.lepe is None else F.conv2d(
         v.permute(0, 3, 1, 2), module.lepe.weight, module.lepe.bias, padding="same", groups=v.shape[-1]
     ).permute(0, 2, 3, 1)  # fmt: skip
-    zero = module.padding == "zero"
-    size = [max(1, n // r) if zero else -(-n // r) for n, r in zip(x.shape[1:3], module.n_win, strict=True)]
-    places = [
-        (slice(a, a + size[0]), slice(b, b + size[1]))
-        for a in range(0, x.shape[1], size[0])
-        for b in range(0, x.shape[2], size[1])
-    ]
-    means = [torch.stack([t[:, a, b].mean((1, 2)) for a, b in places], 1) for t in (q, k)]
-    if not module.diff_routing:
-        means = [m.detach() for m in means]
-    if module.router is not None:
-        means = [module.router(m) for m in means]
-    logits, index = (module.scale * means[0] @ means[1].mT).sort(descending=True, stable=True)
-    index, factors = index[..., : module.topk], logits[..., : module.topk].softmax(-1)
-
-    def tokens(t, image, region):
-        t = t[image, places[region][0], places[region][1]]
-        if zero:
-            t = F.pad(t, (0, 0, 0, size[1] - t.shape[1], 0, size[0] - t.shape[0]))
-        if pool is not None:
-            t = pool(t.permute(2, 0, 1)).permute(1, 2, 0)
-        return t.flatten(0, 1)
-
-    out = torch.zeros_like(v)
-    for image, region in itertools.product(range(len(x)), range(len(places))):
-        listed = index[image, region].tolist()
-        factor = factors[image, region] if module.soft_routing else [1] * len(listed)
-        key, value = (torch.cat([f * tokens(t, image, r) for f, r in zip(factor, listed, strict=True)]) for t in (k, v))
-        query = q[image][places[region]]
-        heads = (t.unflatten(-1, (module.num_heads, -1)).transpose(0, 1) for t in (query.flatten(0, 1), key, value))
-        result = F.scaled_dot_product_attention(*heads, scale=module.scale).transpose(0, 1)
-        rows, columns = (torch.arange(n)[s] for n, s in zip(out.shape[1:3], places[region], strict=True))
-        where = (torch.tensor(image), rows[:, None], columns)
-        out = out.index_put(where, result.reshape(*query.shape[:2], -1))
-    return module.proj((out + lepe)[:, :h, :w]), index
+    router = [] if module.router is None else [module.router.weight, module.router.bias]
+    rule, how = "zero" if module.padding == "zero" else "mask", (module.soft_routing, module.diff_routing)
+    heads = (t.unflatten(-1, (module.num_heads, -1)) for t in (q, k, v))
+    options = (module.n_win, module.topk, rule, False, *how, kv_pool, kv_size, module.scale)
+    out, index = by_definition(*heads, *options, *router)
+    return module.proj((out.flatten(3) + lepe)[:, :h, :w]), index[:, 0]
 
 
 def small(**kwargs):
@@ -117,9 +88,9 @@ def small(**kwargs):
     return randomized(BiLevelRoutingAttention(**options, dtype=torch.float64), 0.5)
 
 
-def check(module, size, pool=None):
+def check(module, size, *pool):
     x = torch.randn(2, *size, 12, dtype=torch.float64, requires_grad=True)
-    expected, index = by_definition(module, x, pool)
+    expected, index = around(module, x, *pool)
     assert torch.equal(module.attended(x)["regions"][:, 0], index)
     assert_same_with_gradients(module(x), expected, [x, *module.parameters()])
 
@@ -154,16 +125,16 @@ def test_options_are_the_definition_with_all_gradients(options, size):
 @pytest.mark.parametrize(
     ("options", "pool"),
     [
-        ({"kv_downsample_mode": "avgpool", "kv_downsample_ratio": 2}, torch.nn.AvgPool2d(2)),
-        ({"kv_downsample_mode": "maxpool", "kv_downsample_ratio": 2}, torch.nn.MaxPool2d(2)),
-        ({"kv_downsample_mode": "ada_avgpool", "kv_per_win": 2}, torch.nn.AdaptiveAvgPool2d(2)),
-        ({"kv_downsample_mode": "ada_maxpool", "kv_per_win": 3}, torch.nn.AdaptiveMaxPool2d(3)),
-        ({"kv_downsample_mode": "ada_avgpool", "kv_per_win": 1}, torch.nn.AdaptiveAvgPool2d(1)),
+        ({"kv_downsample_mode": "avgpool", "kv_downsample_ratio": 2}, ("avg", 2)),
+        ({"kv_downsample_mode": "maxpool", "kv_downsample_ratio": 2}, ("max", 2)),
+        ({"kv_downsample_mode": "ada_avgpool", "kv_per_win": 2}, ("ada_avg", 2)),
+        ({"kv_downsample_mode": "ada_maxpool", "kv_per_win": 3}, ("ada_max", 3)),
+        ({"kv_downsample_mode": "ada_avgpool", "kv_per_win": 1}, ("ada_avg", 1)),
     ],
     ids=str,
 )
 def test_pooled_keys_and_values(options, pool):
-    check(small(topk=2, padding="project", **options), (9, 14), pool)
+    check(small(topk=2, padding="project", **options), (9, 14), *pool)
 
 
 @torch.no_grad()
