@@ -27,10 +27,10 @@ from visattn.export.program import DYNAMIC
 
 TEXT = """# What exports where
 
-`{command}` ({setting}). Small models of all families, random weights, exported at {{size}} px; "batch" has a dynamic batch,
-"size" a dynamic batch, height and width in one file. Every file was run and compared with PyTorch before it got its
-name: one image of its size, or batches of 1, 2 and 3, or five sizes with batches of 1 to 3; "error" is the largest
-|file - PyTorch| / |PyTorch| among them. "s" is the time of tracing, converting and verifying. Speed is CPU time of one
+`{command}` ({setting}). Small models of all families, random weights, exported at {{size}} px; "batch" has a dynamic
+batch, "size" a dynamic batch, height and width in one file. Every file was run and compared with PyTorch before it got
+its name: at its size, with batches of 1, 2 and 3, or at five sizes with batches of 1 to 3; "error" is the largest
+|file - PyTorch| / |PyTorch| among them, "s" the time of tracing, converting and verifying. Speed is CPU time of one
 thread for one image, medians of interleaved calls: how many times faster the file is than eager PyTorch, and than
 `torch.compile`d PyTorch. What a target refuses is in the last column, in its words.
 """

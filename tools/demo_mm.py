@@ -41,7 +41,7 @@ def options(description: str, out: str, sets: dict[str, int], arguments: Sequenc
     """The command line of a demo, which has so many iterations for each of its `sets`."""
     defaults = ", ".join(f"{number} for {name}" for name, number in sets.items())
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="test_dinat", help="backbone, of visattn or timm (default: test_dinat)")
+    parser.add_argument("--model", default="dinat_atto", help="backbone, of visattn or timm (default: dinat_atto)")
     parser.add_argument("--set", default=next(iter(sets)), choices=sets, help="data (default: the first)")
     parser.add_argument("--iters", type=int, help=f"training iterations (default: {defaults})")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default: 1e-3)")
@@ -86,7 +86,7 @@ def channels(config: Config) -> list[int]:
     except (TypeError, ValueError) as error:
         sys.exit(str(error))
     if backbone.out_strides != STRIDES:
-        sys.exit(f"expected a model with strides {STRIDES}, got {backbone.out_strides}; try test_dinat")
+        sys.exit(f"expected a model with strides {STRIDES}, got {backbone.out_strides}; try dinat_atto")
     return backbone.out_channels
 
 

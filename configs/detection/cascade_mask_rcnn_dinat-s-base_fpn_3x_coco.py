@@ -12,6 +12,6 @@ model = dict(
     neck=dict(in_channels=[128, 256, 512, 1024]),
 )
 optim_wrapper = dict(
-    optimizer=dict(lr=7.5e-05, weight_decay=0.05),
+    optimizer=dict(lr=7.5e-05),
     paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0)}),
 )

@@ -5,7 +5,4 @@ model = dict(
     backbone=dict(type="visattn.TimmBackbone", model_name="nat_tiny", out_norm="layer", drop_path_rate=0.3),
     neck=dict(in_channels=[64, 128, 256, 512]),
 )
-optim_wrapper = dict(
-    optimizer=dict(lr=0.0001, weight_decay=0.05),
-    paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0)}),
-)
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0)}))

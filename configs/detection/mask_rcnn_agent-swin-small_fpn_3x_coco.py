@@ -12,7 +12,6 @@ model = dict(
     neck=dict(in_channels=[96, 192, 384, 768]),
 )
 optim_wrapper = dict(
-    optimizer=dict(lr=0.0001, weight_decay=0.05),
     paramwise_cfg=dict(
         custom_keys={
             key: dict(decay_mult=0.0)

@@ -9,4 +9,4 @@ model = dict(
     ),
     neck=dict(in_channels=[64, 128, 320, 512]),
 )
-optim_wrapper = dict(optimizer=dict(lr=0.0001, weight_decay=0.0001))
+optim_wrapper = dict(optimizer=dict(weight_decay=0.0001))

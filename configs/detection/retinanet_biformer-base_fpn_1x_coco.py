@@ -12,4 +12,4 @@ model = dict(
     ),
     neck=dict(in_channels=[96, 192, 384, 768]),
 )
-optim_wrapper = dict(optimizer=dict(lr=0.0001, weight_decay=0.0001))
+optim_wrapper = dict(optimizer=dict(weight_decay=0.0001))

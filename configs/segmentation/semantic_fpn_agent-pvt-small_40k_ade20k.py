@@ -9,4 +9,3 @@ model = dict(
     ),
     neck=dict(in_channels=[64, 128, 320, 512]),
 )
-optim_wrapper = dict(optimizer=dict(lr=0.0002, weight_decay=0.0001))

@@ -12,5 +12,4 @@ model = dict(
     ),
     neck=dict(in_channels=[96, 192, 384, 768]),
 )
-optim_wrapper = dict(optimizer=dict(lr=0.0002, weight_decay=0.0001))
 train_dataloader = dict(batch_size=4)

@@ -12,5 +12,4 @@ model = dict(
     ),
     neck=dict(in_channels=[64, 128, 256, 512]),
 )
-optim_wrapper = dict(optimizer=dict(lr=0.0002, weight_decay=0.0001))
 train_dataloader = dict(batch_size=4)

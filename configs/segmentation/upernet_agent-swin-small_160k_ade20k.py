@@ -13,7 +13,6 @@ model = dict(
     auxiliary_head=dict(in_channels=384),
 )
 optim_wrapper = dict(
-    optimizer=dict(lr=6e-05, weight_decay=0.01),
     paramwise_cfg=dict(
         custom_keys={
             key: dict(decay_mult=0.0)

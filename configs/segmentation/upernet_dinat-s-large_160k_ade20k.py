@@ -14,7 +14,4 @@ model = dict(
     auxiliary_head=dict(in_channels=768),
     data_preprocessor=dict(size=[640, 640]),
 )
-optim_wrapper = dict(
-    optimizer=dict(lr=6e-05, weight_decay=0.01),
-    paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0)}),
-)
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0)}))

@@ -15,6 +15,6 @@ model = dict(
     test_cfg=dict(mode="slide", crop_size=[512, 512], stride=[341, 341]),
 )
 optim_wrapper = dict(
-    optimizer=dict(lr=6e-05, weight_decay=0.05),
+    optimizer=dict(weight_decay=0.05),
     paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0)}),
 )

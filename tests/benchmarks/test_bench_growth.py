@@ -4,16 +4,10 @@ import json
 
 import bench_growth
 import pytest
-import torch
 
 from visattn.layers import TOKEN_MIXERS
 
-
-@pytest.fixture(autouse=True)
-def _threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_bytes_per_token_do_not_grow(tmp_path):

@@ -4,14 +4,8 @@ import json
 
 import bench_memory
 import pytest
-import torch
 
-
-@pytest.fixture(autouse=True)
-def _threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_bytes_per_token_do_not_grow(tmp_path):

@@ -7,14 +7,12 @@ import pytest
 import torch
 
 ARGS = ["--models", "halonet26t_va", "--repeats", "1", "--batch", "2"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
-def _threads_and_size(monkeypatch):
+def _size(monkeypatch):
     monkeypatch.setattr(bench_models, "PAIRS", [bench_models.Pair("halonet26t_va", "halonet26t", 256)])
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_table_and_json(tmp_path):

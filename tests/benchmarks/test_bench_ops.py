@@ -10,11 +10,7 @@ import torch
 ARGS = ["--cases", "na2d_14_bias", "--seconds", "0"]
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_table_and_json(tmp_path):

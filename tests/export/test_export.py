@@ -90,7 +90,9 @@ def test_features_and_training_mode(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("name", "dynamic"), [("test_maxvit_va", "batch"), ("test_deit_va", "size"), ("test_pvt", "none")])
+@pytest.mark.parametrize(
+    ("name", "dynamic"), [("test_maxvit_va", "batch"), ("test_deit_va", "size"), ("test_pvt", "none")]
+)
 def test_aoti(name, dynamic, tmp_path):
     export(timm.create_model(name), tmp_path / "m.aoti.pt2", dynamic=dynamic, image_size=(100, 132))
 

@@ -1,26 +1,14 @@
 """The agent attention layer: the official modules with all gradients, other sizes, prefix tokens, tracing, errors."""
 
-import json
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.layers.checks import golden_arrays, golden_cases, randomized
 from tests.tolerances import OP, OP_GOLDEN_FORWARD, OP_GOLDEN_GRADIENT, relative_error
 from visattn.layers import AgentAttention, create_token_mixer, init_weights
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCE = OP[torch.float64]
-
-
-def golden_cases():
-    cases = []
-    for file in (f"op_agent_attention_{i}" for i in (0, 2, 4, 6)):
-        meta = json.loads(str(np.load(GOLDEN / f"{file}.npz")["meta"]))
-        cases += [pytest.param(file, f"c{i}.", c, id=f"{file}-{i}-{c['kind']}") for i, c in enumerate(meta["cases"])]
-    return cases
 
 
 def run(layer, x, case):
@@ -32,10 +20,10 @@ def run(layer, x, case):
     return layer._attend(q, k, v, size, size).reshape(x.shape[1:])
 
 
-@pytest.mark.parametrize(("file", "prefix", "case"), golden_cases())
+@golden_cases(*(f"agent_attention_{i}" for i in (0, 2, 4, 6)))
 def test_official_modules_with_all_gradients(file, prefix, case):
-    data = {k.removeprefix(prefix): v for k, v in np.load(GOLDEN / f"{file}.npz").items() if k.startswith(prefix)}
-    official = {k.removeprefix("param."): torch.from_numpy(v).double() for k, v in data.items() if "param." in k}
+    data = golden_arrays(file, prefix)
+    official = {k.removeprefix("param."): v for k, v in data.items() if "param." in k}
     if case["kind"] == "cswin":
         feat_size = (case["split_size"], case["resolution"])
     else:
@@ -48,7 +36,7 @@ def test_official_modules_with_all_gradients(file, prefix, case):
         agent_size=case.get("downstream_agent_shape"),
         dtype=torch.float64,
     )
-    grads = {k.removeprefix("pgrad."): torch.from_numpy(v).double() for k, v in data.items() if "pgrad." in k}
+    grads = {k.removeprefix("pgrad."): v for k, v in data.items() if "pgrad." in k}
     for tensors in (official, grads):
         for kind in ("weight", "bias"):
             if f"get_v.{kind}" in tensors:
@@ -56,11 +44,11 @@ def test_official_modules_with_all_gradients(file, prefix, case):
             if f"kv.{kind}" in tensors:
                 tensors[f"qkv.{kind}"] = torch.cat([tensors.pop(f"q.{kind}"), tensors.pop(f"kv.{kind}")])
     layer.load_state_dict(official, strict=case["kind"] != "cswin")
-    x = torch.from_numpy(data["in0"]).double().requires_grad_()
+    x = data["in0"].requires_grad_()
     out = run(layer, x, case)
-    assert relative_error(out, torch.from_numpy(data["out"])) <= OP_GOLDEN_FORWARD
-    out.backward(torch.from_numpy(data["grad_out"]).double())
-    assert relative_error(x.grad, torch.from_numpy(data["grad_in0"])) <= OP_GOLDEN_GRADIENT
+    assert relative_error(out, data["out"]) <= OP_GOLDEN_FORWARD
+    out.backward(data["grad_out"])
+    assert relative_error(x.grad, data["grad_in0"]) <= OP_GOLDEN_GRADIENT
     parameters = dict(layer.named_parameters())
     for name, expected in grads.items():
         assert relative_error(parameters[name].grad, expected) <= OP_GOLDEN_GRADIENT, name
@@ -104,13 +92,6 @@ def plain(layer, x, size):
     return layer.proj(torch.cat([out[:, :prefix], out[:, prefix:] + local], 1))
 
 
-def randomised(**args):
-    layer = create_token_mixer("agent", 12, 2, feat_size=(6, 8), dtype=torch.float64, **args)
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    return layer
-
-
 FORMS = {
     "map": {"num_agents": 9},
     "class token": {"num_agents": 9, "num_prefix_tokens": 1},
@@ -125,7 +106,8 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_maps_of_any_size(form, size):
     """(8, 6) and (2, 24) have as many tokens as the tables' map, but not its shape; (2, 2) fewer than agents."""
-    layer = randomised(**FORMS[form])
+    layer = create_token_mixer("agent", 12, 2, feat_size=(6, 8), dtype=torch.float64, **FORMS[form])
+    randomized(layer, 0.5)
     x = torch.randn(2, layer.num_prefix_tokens + size[0] * size[1], 12, dtype=torch.float64, requires_grad=True)
     inputs, results = [x, *layer.parameters()], []
     for out in (layer(x, list(size)), plain(layer, x, size)):

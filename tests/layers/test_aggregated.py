@@ -1,30 +1,16 @@
 """TransNeXt's modules: the official modules with all gradients, weights on request, errors; the gated MLP."""
 
-import json
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.layers.checks import golden_arrays, golden_cases
 from tests.tolerances import OP, OP_GOLDEN_FORWARD, OP_GOLDEN_GRADIENT, relative_error
 from visattn.layers import AggregatedAttention, ConvGLU, CosineAttention, PatchTokenizer
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-FILES = [f"op_aggregated_attention_{name}" for name in ("0", "2", "4", "dense_0", "dense_2")] + [
-    "op_transnext_attention"
-]
+FILES = [f"aggregated_attention_{name}" for name in ("0", "2", "4", "dense_0", "dense_2")]
 NAMES = {"relative_pos_bias_local": "local_bias", "learnable_tokens": "tokens", "learnable_bias": "token_bias"}
 TOLERANCE = OP[torch.float64]
-
-
-def golden_cases():
-    cases = []
-    for file in FILES:
-        meta = json.loads(str(np.load(GOLDEN / f"{file}.npz")["meta"]))
-        cases += [pytest.param(file, f"c{i}.", case, id=f"{file}-{i}") for i, case in enumerate(meta["cases"])]
-    return cases
 
 
 def build(case):
@@ -39,24 +25,24 @@ def build(case):
     return AggregatedAttention(case["dim"], case["num_heads"], window, case["sr_ratio"], **sizes, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("file", "prefix", "case"), golden_cases())
+@golden_cases(*FILES, "transnext_attention")
 def test_official_modules_with_all_gradients(file, prefix, case):
-    data = {k.removeprefix(prefix): v for k, v in np.load(GOLDEN / f"{file}.npz").items() if k.startswith(prefix)}
+    data = golden_arrays(file, prefix)
     module = build(case)
     parameters = dict(module.named_parameters())
-    official = {k.removeprefix("param."): torch.from_numpy(v) for k, v in data.items() if k.startswith("param.")}
+    official = {k.removeprefix("param."): v for k, v in data.items() if k.startswith("param.")}
     assert {NAMES.get(name, name) for name in official} == parameters.keys()
     for name, value in official.items():
         own = parameters[NAMES.get(name, name)]
         own.data.copy_(value.reshape(own.shape))
-    x = torch.from_numpy(data["in0"]).double().requires_grad_()
+    x = data["in0"].requires_grad_()
     out = module(x.unflatten(1, case["hw"]))
-    assert relative_error(out.flatten(1, 2), torch.from_numpy(data["out"])) <= OP_GOLDEN_FORWARD
-    out.flatten(1, 2).backward(torch.from_numpy(data["grad_out"]).double())
-    assert relative_error(x.grad, torch.from_numpy(data["grad_in0"])) <= OP_GOLDEN_GRADIENT
+    assert relative_error(out.flatten(1, 2), data["out"]) <= OP_GOLDEN_FORWARD
+    out.flatten(1, 2).backward(data["grad_out"])
+    assert relative_error(x.grad, data["grad_in0"]) <= OP_GOLDEN_GRADIENT
     for name in official:
         grad = parameters[NAMES.get(name, name)].grad
-        expected = torch.from_numpy(data[f"pgrad.{name}"]).reshape(grad.shape)
+        expected = data[f"pgrad.{name}"].reshape(grad.shape)
         if isinstance(module, CosineAttention) and name == "cpb_fc2.bias":
             # a bias common to all keys: the softmax takes no notice, and both gradients are rounding
             assert max(grad.norm(), expected.norm()) < TOLERANCE

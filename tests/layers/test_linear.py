@@ -1,38 +1,22 @@
 """InLine, focused and efficient attention as layers: the official modules, their forms, other maps, tracing."""
 
-import json
-from pathlib import Path
-
-import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 
 from tests import tolerances
+from tests.layers.checks import golden_arrays, golden_cases, randomized
 from tests.tolerances import OP_GOLDEN_FORWARD, OP_GOLDEN_GRADIENT, relative_error
 from visattn.layers import EfficientAttention2d, create_token_mixer
 from visattn.ops import inline_attention
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = ["inline_attention_0", "inline_attention_2", "efficient_attention", "focused_linear_attention"]
 TOLERANCE = tolerances.OP[torch.float64]
 OPTIONS = ("kernel_func", "focusing_factor", "kernel_size", "sr_ratio")
 
 
-def golden_cases():
-    cases = []
-    for file in FILES:
-        meta = json.loads(str(np.load(GOLDEN / f"op_{file}.npz")["meta"]))
-        cases += [pytest.param(file, f"c{i}.", case, id=f"{file}-{i}") for i, case in enumerate(meta["cases"])]
-    return cases
-
-
 def build(name, *args, **kwargs):
     """The layer with random parameters, in float64."""
-    layer = create_token_mixer(name, *args, **kwargs, dtype=torch.float64)
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
-    return layer
+    return randomized(create_token_mixer(name, *args, **kwargs, dtype=torch.float64), 0.4)
 
 
 def build_official(file, case):
@@ -58,10 +42,9 @@ def joined(values, fused):
     return own | {f"qkv.{part}": torch.cat([values[f"q.{part}"], values[f"kv.{part}"]]) for part in ("weight", "bias")}
 
 
-@pytest.mark.parametrize(("file", "prefix", "case"), golden_cases())
+@golden_cases(*FILES)
 def test_official_modules_with_all_gradients(file, prefix, case):
-    arrays = np.load(GOLDEN / f"op_{file}.npz").items()
-    data = {k.removeprefix(prefix): torch.from_numpy(v).double() for k, v in arrays if k.startswith(prefix)}
+    data = golden_arrays(file, prefix)
     layer = build_official(file, case)
     own = dict(layer.named_parameters())
     official, gradients = (

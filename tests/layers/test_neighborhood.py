@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests import tolerances
+from tests.layers.checks import assert_same_with_gradients
 from tests.tolerances import relative_error
 from visattn.layers import GlobalAttention, NeighborhoodAttention
 from visattn.ops import neighborhood_attention
@@ -27,13 +28,7 @@ def test_any_size_with_all_gradients(kernel, dilation, size):
     torch.nn.init.normal_(module.rpb)
     torch.nn.init.normal_(module.qkv.bias)
     x = torch.randn(2, *size, 24, dtype=torch.float64, requires_grad=True)
-    inputs = [x, *module.parameters()]
-    results = []
-    for run in (module, lambda y: natten_014(module, y)):
-        out = run(x)
-        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
-    for got, expected in zip(*results, strict=True):
-        assert relative_error(got, expected) <= tolerances.OP[torch.float64]
+    assert_same_with_gradients(module(x), natten_014(module, x), [x, *module.parameters()])
 
 
 def test_padding_tokens_carry_the_projection_bias():

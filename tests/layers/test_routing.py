@@ -1,8 +1,6 @@
 """Bi-level routing attention and full attention with LePE: the official modules' values, and their definitions."""
 
-import itertools
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from tests import tolerances
+from tests.layers.checks import GOLDEN, assert_same_with_gradients, randomized
+from tests.ops.test_bilevel_routing import by_definition
 from tests.tolerances import relative_error
 from visattn.layers import BiLevelRoutingAttention, DepthwiseConv, LePEAttention
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 OPS = sorted(path.stem for path in GOLDEN.glob("op_bra_*.npz"))
 RENAMED = {"qkv.qkv.": "qkv.", "wo.": "proj.", "qkv_linear.": "qkv.", "output_linear.": "proj."}
 
@@ -67,8 +66,8 @@ def test_golden(name):
         assert relative_error(attended["weights"][:, 0], weights) <= tolerances.OP_GOLDEN_FORWARD
 
 
-def by_definition(module, x, pool=None):
-    """Region by region, from the paper and the official operators' padding rules; also the regions chosen."""
+def around(module, x, kv_pool="none", kv_size=1):
+    """The op by its definition between the official modules' projections and padding; also the regions chosen."""
     h, w = x.shape[1:3]
     if module.padding == "project":
         x = F.pad(x, (0, 0, 0, -w % module.n_win[1], 0, -h % module.n_win[0]))
@@ -76,65 +75,31 @@ def by_definition(module, x, pool=None):
     lepe = 0 if module.lepe is None else F.conv2d(
         v.permute(0, 3, 1, 2), module.lepe.weight, module.lepe.bias, padding="same", groups=v.shape[-1]
     ).permute(0, 2, 3, 1)  # fmt: skip
-    zero = module.padding == "zero"
-    size = [max(1, n // r) if zero else -(-n // r) for n, r in zip(x.shape[1:3], module.n_win, strict=True)]
-    places = [
-        (slice(a, a + size[0]), slice(b, b + size[1]))
-        for a in range(0, x.shape[1], size[0])
-        for b in range(0, x.shape[2], size[1])
-    ]
-    means = [torch.stack([t[:, a, b].mean((1, 2)) for a, b in places], 1) for t in (q, k)]
-    if not module.diff_routing:
-        means = [m.detach() for m in means]
-    if module.router is not None:
-        means = [module.router(m) for m in means]
-    logits, index = (module.scale * means[0] @ means[1].mT).sort(descending=True, stable=True)
-    index, factors = index[..., : module.topk], logits[..., : module.topk].softmax(-1)
-
-    def tokens(t, image, region):
-        t = t[image, places[region][0], places[region][1]]
-        if zero:
-            t = F.pad(t, (0, 0, 0, size[1] - t.shape[1], 0, size[0] - t.shape[0]))
-        if pool is not None:
-            t = pool(t.permute(2, 0, 1)).permute(1, 2, 0)
-        return t.flatten(0, 1)
-
-    out = torch.zeros_like(v)
-    for image, region in itertools.product(range(len(x)), range(len(places))):
-        listed = index[image, region].tolist()
-        factor = factors[image, region] if module.soft_routing else [1] * len(listed)
-        key, value = (torch.cat([f * tokens(t, image, r) for f, r in zip(factor, listed, strict=True)]) for t in (k, v))
-        query = q[image][places[region]]
-        heads = (t.unflatten(-1, (module.num_heads, -1)).transpose(0, 1) for t in (query.flatten(0, 1), key, value))
-        result = F.scaled_dot_product_attention(*heads, scale=module.scale).transpose(0, 1)
-        rows, columns = (torch.arange(n)[s] for n, s in zip(out.shape[1:3], places[region], strict=True))
-        where = (torch.tensor(image), rows[:, None], columns)
-        out = out.index_put(where, result.reshape(*query.shape[:2], -1))
-    return module.proj((out + lepe)[:, :h, :w]), index
+    router = [] if module.router is None else [module.router.weight, module.router.bias]
+    rule, how = "zero" if module.padding == "zero" else "mask", (module.soft_routing, module.diff_routing)
+    heads = (t.unflatten(-1, (module.num_heads, -1)) for t in (q, k, v))
+    options = (module.n_win, module.topk, rule, False, *how, kv_pool, kv_size, module.scale)
+    out, index = by_definition(*heads, *options, *router)
+    return module.proj((out.flatten(3) + lepe)[:, :h, :w]), index[:, 0]
 
 
-def randomized(**kwargs):
-    module = BiLevelRoutingAttention(**{"dim": 12, "num_heads": 3, "n_win": 3, **kwargs}, dtype=torch.float64)
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    return module
+def small(**kwargs):
+    options = {"dim": 12, "num_heads": 3, "n_win": 3, **kwargs}
+    return randomized(BiLevelRoutingAttention(**options, dtype=torch.float64), 0.5)
 
 
-def check(module, size, pool=None):
+def check(module, size, *pool):
     x = torch.randn(2, *size, 12, dtype=torch.float64, requires_grad=True)
-    inputs = [x, *module.parameters()]
-    expected, index = by_definition(module, x, pool)
+    expected, index = around(module, x, *pool)
     assert torch.equal(module.attended(x)["regions"][:, 0], index)
-    results = [[o, *torch.autograd.grad(o.square().sum(), inputs)] for o in (module(x), expected)]
-    for got, want in zip(*results, strict=True):
-        assert relative_error(got, want) <= tolerances.OP[torch.float64]
+    assert_same_with_gradients(module(x), expected, [x, *module.parameters()])
 
 
 @pytest.mark.parametrize("size", [(9, 12), (7, 11), (2, 10), (1, 1)], ids=str)
 @pytest.mark.parametrize("padding", ["mask", "project", "zero"])
 @pytest.mark.parametrize("topk", [1, 4, 100])
 def test_is_the_definition_with_all_gradients(padding, size, topk):
-    check(randomized(padding=padding, topk=topk), size)
+    check(small(padding=padding, topk=topk), size)
 
 
 @pytest.mark.parametrize("size", [(9, 12), (7, 11)], ids=str)
@@ -154,27 +119,27 @@ def test_is_the_definition_with_all_gradients(padding, size, topk):
     ids=str,
 )
 def test_options_are_the_definition_with_all_gradients(options, size):
-    check(randomized(topk=2, **options), size)
+    check(small(topk=2, **options), size)
 
 
 @pytest.mark.parametrize(
     ("options", "pool"),
     [
-        ({"kv_downsample_mode": "avgpool", "kv_downsample_ratio": 2}, torch.nn.AvgPool2d(2)),
-        ({"kv_downsample_mode": "maxpool", "kv_downsample_ratio": 2}, torch.nn.MaxPool2d(2)),
-        ({"kv_downsample_mode": "ada_avgpool", "kv_per_win": 2}, torch.nn.AdaptiveAvgPool2d(2)),
-        ({"kv_downsample_mode": "ada_maxpool", "kv_per_win": 3}, torch.nn.AdaptiveMaxPool2d(3)),
-        ({"kv_downsample_mode": "ada_avgpool", "kv_per_win": 1}, torch.nn.AdaptiveAvgPool2d(1)),
+        ({"kv_downsample_mode": "avgpool", "kv_downsample_ratio": 2}, ("avg", 2)),
+        ({"kv_downsample_mode": "maxpool", "kv_downsample_ratio": 2}, ("max", 2)),
+        ({"kv_downsample_mode": "ada_avgpool", "kv_per_win": 2}, ("ada_avg", 2)),
+        ({"kv_downsample_mode": "ada_maxpool", "kv_per_win": 3}, ("ada_max", 3)),
+        ({"kv_downsample_mode": "ada_avgpool", "kv_per_win": 1}, ("ada_avg", 1)),
     ],
     ids=str,
 )
 def test_pooled_keys_and_values(options, pool):
-    check(randomized(topk=2, padding="project", **options), (9, 14), pool)
+    check(small(topk=2, padding="project", **options), (9, 14), *pool)
 
 
 @torch.no_grad()
 def test_padding_rules_agree_where_regions_divide_the_map_and_only_there():
-    modules = [randomized(padding=padding) for padding in ("mask", "project", "zero")]
+    modules = [small(padding=padding) for padding in ("mask", "project", "zero")]
     for module in modules:
         module.load_state_dict(modules[0].state_dict())
     for size, agree in (((6, 9), True), ((7, 9), False)):
@@ -185,7 +150,7 @@ def test_padding_rules_agree_where_regions_divide_the_map_and_only_there():
 
 @torch.no_grad()
 def test_all_regions_are_attention_over_the_whole_map():
-    module = randomized(topk=9, side_dwconv=0)
+    module = small(topk=9, side_dwconv=0)
     x = torch.randn(2, 7, 8, 12, dtype=torch.float64)
     q, k, v = module.qkv(x).flatten(1, 2).unflatten(-1, (9, 4)).transpose(1, 2).chunk(3, dim=1)
     expected = F.scaled_dot_product_attention(q, k, v, scale=12**-0.5).transpose(1, 2).reshape(x.shape)
@@ -195,7 +160,7 @@ def test_all_regions_are_attention_over_the_whole_map():
 @torch.no_grad()
 def test_attended_regions_are_all_that_matters():
     """Values far from the regions named for a query region do not reach it."""
-    module = randomized(topk=2, side_dwconv=0)
+    module = small(topk=2, side_dwconv=0)
     x = torch.randn(1, 6, 6, 12, dtype=torch.float64)
     attended = module.attended(x)
     assert attended["regions"].shape == attended["weights"].shape == (1, 1, 9, 2)
@@ -225,14 +190,11 @@ def test_lepe_attention_is_the_definition_with_all_gradients(lepe_on, kernel, si
     if kernel:
         y = x if lepe_on == "input" else v.transpose(1, 2).reshape(x.shape)
         out = out + module.lepe(y)
-    inputs = [x, *module.parameters()]
-    results = [[o, *torch.autograd.grad(o.square().sum(), inputs)] for o in (module(x), module.proj(out))]
-    for got, want in zip(*results, strict=True):
-        assert relative_error(got, want) <= tolerances.OP[torch.float64]
+    assert_same_with_gradients(module(x), module.proj(out), [x, *module.parameters()])
 
 
 def test_output_projection_may_be_left_out():
-    parameters = dict(randomized(side_dwconv=0, param_attention="qkv").named_parameters())
+    parameters = dict(small(side_dwconv=0, param_attention="qkv").named_parameters())
     assert parameters.keys() == {"qkv.weight", "qkv.bias"}
 
 
@@ -265,9 +227,9 @@ def test_depthwise_convolution_is_channels_last():
 )
 def test_options_that_do_not_fit(options, error, message):
     with pytest.raises(error, match=message):
-        randomized(**options)
+        small(**options)
 
 
 def test_regions_that_do_not_fill_the_map_cannot_be_pooled():
     with pytest.raises(ValueError, match="regions that fill the map"):
-        randomized(kv_downsample_mode="avgpool", kv_downsample_ratio=2)(torch.randn(1, 7, 11, 12, dtype=torch.float64))
+        small(kv_downsample_mode="avgpool", kv_downsample_ratio=2)(torch.randn(1, 7, 11, 12, dtype=torch.float64))

@@ -5,15 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from tests import tolerances
+from tests.layers.checks import assert_same_with_gradients, randomized
 from tests.tolerances import relative_error
 from visattn.layers import ShiftedWindowAttention
 
 
-def randomized(*args, **kwargs):
-    module = ShiftedWindowAttention(*args, dtype=torch.float64, **kwargs)
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter)
-    return module
+def create(*args, **kwargs):
+    return randomized(ShiftedWindowAttention(*args, dtype=torch.float64, **kwargs))
 
 
 def regions(length, window, shift):
@@ -63,18 +61,13 @@ def by_definition(module, x, shift, table=None):
     ],
 )
 def test_is_the_official_one_with_all_gradients(size, window, args, shift):
-    module = randomized(12, 3, window, **args)
+    module = create(12, 3, window, **args)
     x = torch.randn(2, *size, 12, dtype=torch.float64, requires_grad=True)
-    inputs = [x, *module.parameters()]
-    results = []
-    for out in (module(x), by_definition(module, x, shift)):
-        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
-    for got, expected in zip(*results, strict=True):
-        assert relative_error(got, expected) <= tolerances.OP[torch.float64]
+    assert_same_with_gradients(module(x), by_definition(module, x, shift), [x, *module.parameters()])
 
 
 def test_windows_change_and_tables_are_resized():
-    module = randomized(8, 2, 5, shifted=True)
+    module = create(8, 2, 5, shifted=True)
     x = torch.randn(1, 7, 13, 8, dtype=torch.float64)
     before = module(x)
     module.set_window_size((7, 6))

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests import tolerances
+from tests.layers.checks import assert_same_with_gradients, randomized
 from tests.tolerances import relative_error
 from visattn.layers import CrossShapedAttention
 
@@ -61,32 +62,23 @@ def by_formula(module, x, split_size):
     return F.linear(torch.stack(images), module.proj.weight, module.proj.bias)
 
 
-def randomized(*args, **kwargs):
-    module = CrossShapedAttention(*args, dtype=torch.float64, **kwargs)
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return module
+def create(*args, **kwargs):
+    return randomized(CrossShapedAttention(*args, dtype=torch.float64, **kwargs), 0.3)
 
 
 @pytest.mark.parametrize("split_size", [1, 2, 3, 7, None])
 @pytest.mark.parametrize("size", [(6, 9), (7, 5), (14, 7), (1, 8), (1, 1)], ids=str)
 def test_is_the_formula_with_all_gradients(split_size, size):
-    module = randomized(12, 4, split_size)
+    module = create(12, 4, split_size)
     x = torch.randn(2, *size, 12, dtype=torch.float64, requires_grad=True)
-    inputs = [x, *module.parameters()]
-    cotangent = torch.randn_like(x)
-    results = []
-    for out in (module(x), by_formula(module, x, split_size)):
-        results.append([out, *torch.autograd.grad(out, inputs, cotangent)])
-    for got, expected in zip(*results, strict=True):
-        assert relative_error(got, expected) <= tolerances.OP[torch.float64]
+    assert_same_with_gradients(module(x), by_formula(module, x, split_size), [x, *module.parameters()])
 
 
 @torch.no_grad()
 def test_one_branch_has_the_same_parameters():
-    stripes, whole = randomized(8, 2, 3), randomized(8, 2, None, qkv_bias=True)
+    stripes, whole = create(8, 2, 3), create(8, 2, None, qkv_bias=True)
     whole.load_state_dict(stripes.state_dict())
-    assert not randomized(8, 2, qkv_bias=False).qkv.bias
+    assert not create(8, 2, qkv_bias=False).qkv.bias
     x = torch.randn(1, 3, 3, 8, dtype=torch.float64)
     # a stripe as wide as the map is the map, but heads are the same: what differs is nothing
     assert relative_error(stripes(x), whole(x)) <= tolerances.OP[torch.float64]

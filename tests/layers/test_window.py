@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests import tolerances
+from tests.layers.checks import assert_same_with_gradients, randomized
 from tests.tolerances import relative_error
 from visattn.layers import WindowAttention
 
@@ -38,31 +39,24 @@ def _all(b, n):
     return torch.arange(b)[:, None, None], torch.arange(n)[:, None]
 
 
-def randomized(*args, **kwargs):
-    module = WindowAttention(*args, dtype=torch.float64, **kwargs)
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter)
-    return module
+def create(*args, **kwargs):
+    return randomized(WindowAttention(*args, dtype=torch.float64, **kwargs))
 
 
 @pytest.mark.parametrize("grid", [False, True])
 @pytest.mark.parametrize(("window", "size"), [(3, (6, 9)), (4, (7, 10)), ((2, 5), (9, 7)), (3, (2, 8)), (2, (1, 1))])
 def test_is_the_definition_with_all_gradients(grid, window, size):
-    module = randomized(12, 3, window, grid=grid, scale=0.3 if grid else None)
+    module = create(12, 3, window, grid=grid, scale=0.3 if grid else None)
     x = torch.randn(2, *size, 12, dtype=torch.float64, requires_grad=True)
-    inputs = [x, *module.parameters()]
-    results = []
-    for out in (module(x), by_definition(module, x, module.window_size)):
-        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
-    for got, expected in zip(*results, strict=True):
-        assert relative_error(got, expected) <= tolerances.OP[torch.float64]
+    expected = by_definition(module, x, module.window_size)
+    assert_same_with_gradients(module(x), expected, [x, *module.parameters()])
 
 
 @pytest.mark.parametrize("grid", [False, True])
 @pytest.mark.parametrize(("size", "window"), [((16, 12), (8, 6)), ((9, 7), (5, 4)), ((1, 3), (1, 2))])
 def test_growing_windows(grid, size, window):
     """Two windows per axis cover the map; the table of 3 x 3 windows is resized to them, bilinear."""
-    module = randomized(8, 2, None, num_windows=2, table_size=3, grid=grid)
+    module = create(8, 2, None, num_windows=2, table_size=3, grid=grid)
     x = torch.randn(2, *size, 8, dtype=torch.float64)
     table = F.interpolate(
         module.rpb[None], [2 * n - 1 for n in window], mode="bilinear", align_corners=False, antialias=False
@@ -71,7 +65,7 @@ def test_growing_windows(grid, size, window):
 
 
 def test_windows_change_and_parameters_stay():
-    module = randomized(8, 2, 5)
+    module = create(8, 2, 5)
     parameters, x = list(module.parameters()), torch.randn(1, 7, 9, 8, dtype=torch.float64)
     before = module(x)
     for window in ((3, 4), 7, None):

@@ -1,11 +1,12 @@
 """Ways to break annotations in COCO's format."""
 
 import os
+from functools import partial
 
 from mmengine.config import ConfigDict
 from PIL import Image
 
-from tests.mm.tiny_sets import HEIGHT, WIDTH
+from tests.mm.tiny_sets import HEIGHT, WIDTH, register
 
 SIZE = [HEIGHT, WIDTH]
 RUNS = "expected [height, width] [48, 64] and runs of as many pixels, got annotation 1 with run lengths"
@@ -50,16 +51,7 @@ ANNOTATIONS = [
     ({"segmentation": {"size": SIZE, "counts": [HEIGHT * WIDTH]}}, "expected masks of some pixels, got annotation 1"),
 ]
 FAULTS = {}  # name: (what breaks a set, what the line says)
-
-
-def fault(says):
-    """Register a way to break a set."""
-
-    def register(break_it):
-        FAULTS[break_it.__name__] = (break_it, says)
-        return break_it
-
-    return register
+fault = partial(register, FAULTS)
 
 
 @fault(r"train.json: expected COCO annotations, got no file")

@@ -20,6 +20,15 @@ def pytest_pycollect_makemodule(module_path, parent):
     return SkippedModule.from_parent(parent, path=module_path) if MISSING else None
 
 
+@pytest.fixture(autouse=True)
+def _scopes():
+    """mmengine's default scope is global: leave none behind."""
+    from mmengine.registry import DefaultScope
+
+    yield
+    DefaultScope._instance_dict.clear()
+
+
 @pytest.fixture(scope="session")
 def nuclei(tmp_path_factory):
     """A folder with the set of nuclei."""

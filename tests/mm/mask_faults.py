@@ -1,23 +1,15 @@
 """Ways to break a set of images and masks."""
 
 import os
+from functools import partial
 
 import numpy as np
 from PIL import Image
 
-from tests.mm.tiny_sets import HEIGHT, WIDTH
+from tests.mm.tiny_sets import HEIGHT, WIDTH, register
 
 FAULTS = {}  # name: (what breaks a set, what the line says)
-
-
-def fault(says):
-    """Register a way to break a set."""
-
-    def register(break_it):
-        FAULTS[break_it.__name__] = (break_it, says)
-        return break_it
-
-    return register
+fault = partial(register, FAULTS)
 
 
 @fault(r"train_masks: expected several classes in 4 masks, got 'background' alone and 255, which is ignored, in")

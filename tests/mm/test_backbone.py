@@ -15,20 +15,14 @@ from torch import nn
 
 import visattn
 from tests.golden import fill
+from tests.models import golden as goldens
+from tests.models.cases import DENSE_PVT, DENSE_SWIN
 from tests.models.golden import load, official_weights
 from tests.tolerances import MODEL_GOLDEN, relative_error
 from visattn.mm import TimmBackbone
 from visattn.weights import WeightsError
 
 OURS = visattn.list_models()
-
-
-def agents(*shapes):
-    return [{"num_agents": number, "agent_size": (side, side)} for number, side in shapes]
-
-
-PVT_AGENTS = agents((9, 12), (16, 16), (49, 28), (49, 28))
-SWIN_AGENTS = agents((9, 9), (16, 12), (49, 14), (49, 7))
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -46,12 +40,8 @@ def test_four_maps_of_a_detectors_image(name):
 @pytest.mark.parametrize(
     ("golden", "name", "options"),
     [
-        ("agent_pvt_t_dense", "agent_pvt_tiny", {"attention_args": PVT_AGENTS}),
-        (
-            "agent_swin_t_dense",
-            "agent_swin_tiny",
-            {"out_norm": "layer", "always_shift": True, "attention_args": SWIN_AGENTS},
-        ),
+        ("agent_pvt_t_dense", "agent_pvt_tiny", DENSE_PVT),
+        ("agent_swin_t_dense", "agent_swin_tiny", DENSE_SWIN),
         ("transnext_tiny_dense_extrap", "transnext_tiny", {"out_norm": "own"}),
     ],
 )
@@ -63,15 +53,9 @@ def test_dense_goldens(golden, name, options):
     detector.neck = nn.Linear(1, 1)
     weights = {f"backbone.{key}": value for key, value in official_weights(golden).items()}
     detector.load_state_dict({**weights, "neck.weight": torch.ones(1, 1), "neck.bias": torch.ones(1)})
-    runs = [run for run in golden["runs"] if run["ok"]]
-    assert len(runs) >= 3
-    for run in runs:
-        maps = detector.backbone(fill.image(run["shape"], golden["input"]["seed"]))
-        for i, level in enumerate(maps):
-            assert list(level.shape) == run["stage_shapes"][i]
-            assert level.double().norm().item() == pytest.approx(run["stage_norms"][i], rel=MODEL_GOLDEN)
-            for key, cut in (("stage_first16", slice(16)), ("stage_last16", slice(-16, None))):
-                assert relative_error(level.flatten()[cut], torch.tensor(run[key][i])) <= MODEL_GOLDEN
+    assert len(goldens.cases(golden)) >= 3
+    for case in goldens.cases(golden):
+        goldens.check_case(detector.backbone, case, goldens.extracted)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from mmdet.registry import MODELS as DET_MODELS
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DefaultScope, init_default_scope
+from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS as SEG_MODELS
 
 from visattn.mm import TimmBackbone, fit_channels
@@ -44,13 +44,6 @@ every_built = pytest.mark.parametrize(
     "leaf", [pytest.param(leaf, marks=() if leaf in BUILT else pytest.mark.slow) for leaf in LEAVES]
 )
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
-
-
-@pytest.fixture(autouse=True)
-def _scopes():
-    """mmengine's default scope is global: leave none behind."""
-    yield
-    DefaultScope._instance_dict.clear()
 
 
 def read(leaf):
@@ -89,7 +82,7 @@ def test_a_leaf_is_short_and_what_its_name_says(leaf):
     bases = re.findall(r'"(.*?)"', re.search(r"^_base_ = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)[1])
     assert len(text.splitlines()) <= 25
     assert "pretrained" not in text
-    assert all(base.startswith("_base_/") for base in bases)  # which have no bases themselves
+    assert all(base.startswith("_base_/") for base in bases)
     head, model = Path(bases[0]).stem.removesuffix("_panoptic"), config.model.backbone.model_name
     model = re.sub("_21k.*", "", model).replace("_", "-")  # weights of ImageNet-22k go without saying
     assert stem.startswith(f"{head}_{model}_")

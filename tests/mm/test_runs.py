@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import safetensors.torch
 import torch
 from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
@@ -224,8 +225,9 @@ def test_weights_of_a_backbone_and_of_a_whole_model(nuclei, tmp_path, monkeypatc
     config.dump(tmp_path / "own.py")
     begin = "backbone.model."
     part = {key.removeprefix(begin): value for key, value in whole.items() if key.startswith(begin)}
-    for name, weights in (("whole", whole), ("backbone", part)):
-        torch.save(weights, tmp_path / f"{name}.pth")
+    files = {"whole.pth": whole, "whole.safetensors": whole, "backbone.pth": part}
+    for name, weights in files.items():
+        (torch.save if name.endswith(".pth") else safetensors.torch.save_file)(weights, tmp_path / name)
         hook, build = FirstWeights(), Runner.from_cfg
 
         def from_cfg(config, hook=hook, build=build):
@@ -235,12 +237,12 @@ def test_weights_of_a_backbone_and_of_a_whole_model(nuclei, tmp_path, monkeypatc
 
         with monkeypatch.context() as patch:
             patch.setattr(mm_runner.Runner, "from_cfg", from_cfg)
-            args = ["train_seg.py", str(tmp_path / "own.py"), "--weights", str(tmp_path / f"{name}.pth"), "--no-check"]
-            patch.setattr(sys, "argv", args)
+            args = [str(tmp_path / "own.py"), "--weights", str(tmp_path / name), "--no-check"]
+            patch.setattr(sys, "argv", ["train_seg.py", *args])
             mm_runner.main("mmseg", "train", "")
         same = {key for key, value in hook.weights.items() if torch.equal(value, whole[key])}
         assert {key for key in whole if key.startswith(begin)} <= same
-        assert ("decode_head.conv_seg.weight" in same) == (name == "whole")
+        assert ("decode_head.conv_seg.weight" in same) == (weights is whole)
 
 
 @pytest.mark.parametrize("seed", ["-1", str(2**32), str(2**63)])

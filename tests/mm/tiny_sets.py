@@ -20,6 +20,16 @@ def _config(kind):
     return small_config(KINDS[kind], "test_dinat", "", "", 1)
 
 
+def register(faults, says):
+    """Decorate a way to break a set: it goes into `faults` by its name, with what the line says."""
+
+    def add(break_it):
+        faults[break_it.__name__] = (break_it, says)
+        return break_it
+
+    return add
+
+
 class Data:
     """Four images to train and two to validate in the nuclei's layout, with a config, for faults to change."""
 

@@ -349,12 +349,13 @@ CLASSIFIERS = [
     Sizes("transnext_micro", sizes=((1, 1), (512, 512), *TWO_SIZES)),
 ]
 
-STRIDED = {  # models with `output_stride`
-    "test_coatnet_va": {"depths": (1, 1, (3, 1), 1)},
-    "test_halonet_va": {},
-    "test_maxvit_va": {"window_size": "grow"},
-    "test_resnest_va": {},
-}
+STRIDED = [  # models with `output_stride`
+    ("test_coatnet_va", {"depths": (1, 1, (3, 1), 1)}),
+    ("test_halonet_va", {}),
+    ("test_maxvit_va", {}),
+    ("test_maxvit_va", {"window_size": "grow"}),
+    ("test_resnest_va", {}),
+]
 
 
 @dataclass(frozen=True)

@@ -114,11 +114,11 @@ def test_classifiers_at_any_input_size(case):
 
 @torch.no_grad()
 @pytest.mark.parametrize("output_stride", [32, 16, 8])
-@pytest.mark.parametrize("name", STRIDED)
-def test_output_stride(name, output_stride):
+@pytest.mark.parametrize(("name", "args"), STRIDED, ids=str)
+def test_output_stride(name, args, output_stride):
     """Parameters are those of the ordinary model."""
-    model = timm.create_model(name, output_stride=output_stride, **STRIDED[name]).eval()
-    model.load_state_dict(timm.create_model(name, **STRIDED[name]).state_dict())
+    model = timm.create_model(name, output_stride=output_stride, **args).eval()
+    model.load_state_dict(timm.create_model(name, **args).state_dict())
     strides = [min(2**i, output_stride) for i in range(1, 6)]
     assert [level["reduction"] for level in model.feature_info] == strides
     maps = model.forward_intermediates(torch.randn(1, 3, 97, 131), intermediates_only=True)

@@ -40,7 +40,7 @@ def bilevel_problems(draw):
 
 def by_definition(q, k, v, n_win, topk, rule, per_head, soft, diff, kv_pool, kv_size, scale,
                   router_weight=None, router_bias=None):  # fmt: skip
-    """Bi-level routing attention with Python loops over regions."""
+    """Bi-level routing attention with Python loops over regions; also the regions chosen, [B, N, regions, topk]."""
     batch, h, w, heads, dim = q.shape
     size = [-(-n // m) if rule == "mask" else max(1, n // m) for n, m in zip((h, w), n_win, strict=True)]
     boxes = [(slice(y, y + size[0]), slice(x, x + size[1])) for y in range(0, h, size[0]) for x in range(0, w, size[1])]
@@ -48,15 +48,17 @@ def by_definition(q, k, v, n_win, topk, rule, per_head, soft, diff, kv_pool, kv_
     means = [torch.stack([t[:, y, x].mean((1, 2)) for y, x in boxes], 1).flatten(2) for t in (q, k)]
     if router_weight is not None:
         means = [F.linear(m, router_weight, router_bias) for m in means]
-    out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=v.dtype)
+    means = means if diff else [m.detach() for m in means]
+    out, listed = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=v.dtype), []
     for b in range(batch):
         for n in range(heads):
             channels = slice(n * dim, n * dim + dim) if per_head else slice(None)
             logits = scale * means[0][b, :, channels] @ means[1][b, :, channels].mT
-            chosen = logits.topk(min(topk, len(boxes)))
+            best, index = (t[:, :topk] for t in logits.sort(descending=True, stable=True))
+            listed.append(index)
             for r, (y, x) in enumerate(boxes):
                 keys, values = [], []
-                for c, factor in zip(chosen.indices[r], chosen.values[r].softmax(0), strict=True):
+                for c, factor in zip(index[r], best[r].softmax(0), strict=True):
                     for t, found in ((k, keys), (v, values)):
                         tokens = t[b, boxes[c][0], boxes[c][1], n].permute(2, 0, 1)
                         if kv_pool != "none":
@@ -68,7 +70,7 @@ def by_definition(q, k, v, n_win, topk, rule, per_head, soft, diff, kv_pool, kv_
                         found.append(tokens.flatten(1).T * (factor if soft else 1))
                 weights = (scale * q[b, y, x, n] @ torch.cat(keys).T).softmax(-1)
                 out[b, y, x, n] = weights @ torch.cat(values)
-    return out
+    return out, torch.stack(listed).unflatten(0, (batch, heads))
 
 
 @pytest.mark.usefixtures("form")
@@ -78,7 +80,7 @@ def test_bilevel_routing_by_definition(problem):
     shapes, call, strided, seed = problem
     compare(
         lambda **tensors: bilevel_routing_attention(**tensors, **call),
-        lambda **tensors: by_definition(**tensors, **call),
+        lambda **tensors: by_definition(**tensors, **call)[0],
         leaves(shapes, seed),
         strided,
     )

@@ -2,7 +2,6 @@
 
 import hashlib
 import random
-import shutil
 
 import pytest
 import safetensors.torch
@@ -14,7 +13,6 @@ from runs import SMALL, newest, rows, slow
 from visattn.train import checkpoint
 from visattn.train.errors import CheckpointError
 from visattn.train.files import write_atomic
-from visattn.train.metrics import make_console
 from visattn.train.weights import load_weights
 
 
@@ -159,10 +157,3 @@ def test_exported_weights_give_the_same_logits(folder_data, run):
     untrained = timm.create_model("test_convnext", **arguments).eval()
     assert not torch.equal(exported(images), untrained(images))
     assert set(safetensors.torch.load_file(folder / "model.safetensors")) == set(trained.state_dict())
-
-
-def test_a_kill_while_pruning_leaves_no_half_checkpoint(finished):
-    checkpoints = finished / "checkpoints"
-    shutil.copytree(newest(finished), checkpoints / ".00000002.old")
-    (checkpoints / ".00000009.tmp").mkdir()
-    assert checkpoint.newest(finished, make_console()).name == "00000001"

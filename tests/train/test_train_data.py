@@ -1,6 +1,7 @@
 """Data sets: what the options name, read back from every kind of storage, and the errors for what is no data set."""
 
 import dataclasses
+import io
 import multiprocessing
 import os
 import shutil
@@ -28,6 +29,15 @@ def contents(source, class_names=None):
     assert len({source.name(index) for index in range(len(source))}) == len(samples)
     names = class_names or range(10)
     return sorted((str(names[target]), image.mode, image.size, image.tobytes()) for image, target in samples)
+
+
+def add(archive, name, content=b"", **values):
+    """Put a member into a tar file; `values` are attributes of its header."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    for key, value in values.items():
+        setattr(member, key, value)
+    archive.addfile(member, io.BytesIO(content))
 
 
 def pixels(path, mode="RGB"):

@@ -1,12 +1,9 @@
 """Values that are not finite, images that are not readable: noticed by all processes at once, and nothing is lost."""
 
 import functools
-import io
 import itertools
 import json
 import random
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -14,6 +11,7 @@ import torch
 from PIL import Image
 from runs import build, rows, slow
 
+from tests.train.test_train_sources import BAD
 from visattn.train import engine
 from visattn.train import run as trainer
 from visattn.train.loader import Batches
@@ -151,62 +149,29 @@ def test_one_rank_skips_with_the_others(folder_data, launch, tmp_path):
     assert rows(tmp_path / "out" / "r")[-1]["skipped"] == "1"
 
 
-def bad_files():
-    """Seven kinds of content that no image has."""
-    good = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype="uint8")).save(good, "PNG")
-    png = good.getvalue()
-    jpeg = io.BytesIO()
-    Image.open(good).save(jpeg, "JPEG")
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
-    bomb = png[:12] + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[33:]
-    empty = b"IHDR" + struct.pack(">IIBBBBB", 0, 0, 8, 2, 0, 0, 0)
-    return {
-        "truncated": jpeg.getvalue()[: len(jpeg.getvalue()) // 2],
-        "empty": b"",
-        "text": b"<html>404</html>",
-        "bomb": bomb,
-        "checksum": png[:60] + bytes([png[60] ^ 1]) + png[61:],
-        "no_pixels": png[:12] + empty + struct.pack(">I", zlib.crc32(empty)) + png[33:],
-        "pickle": b"\x80\x04K\x01.",
-    }
-
-
-def odd_images():
-    """Five kinds that are rare but good."""
-    rng = np.random.default_rng(1)
-    rgb = Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype="uint8"))
-    rotated = Image.Exif()
-    rotated[0x0112] = 6
-    return {
-        "cmyk": (rgb.convert("CMYK"), "jpg", {}),
-        "palette": (rgb.convert("P"), "png", {"transparency": 0}),
-        "deep": (Image.fromarray(rng.integers(0, 65535, (24, 24)).astype("uint16")), "png", {}),
-        "dot": (rgb.resize((1, 1)), "png", {}),
-        "rotated": (rgb, "jpg", {"exif": rotated}),
-    }
+UNREADABLE = (
+    *("truncated.jpg", "empty.jpg", "text.png"),
+    *("bomb.png", "checksum.png", "zero.png", "pickle.jpg"),
+)
 
 
 @pytest.fixture
 def dirty_data(tmp_path):
-    """1000 training images, 21 of seven unreadable kinds and 15 of five odd ones; 3 of 40 test images unreadable."""
+    """1000 training images, 21 of seven unreadable kinds; 3 of 40 test images unreadable."""
     rng = np.random.default_rng(0)
     root, bad = tmp_path / "dirty", []
-    for split, count in (("train", 1000 - 21 - 15), ("val", 37)):
+    for split, count in (("train", 1000 - 21), ("val", 37)):
         for index in range(count):
             name, colour = (("red", (200, 60, 60)), ("blue", (60, 60, 200)))[index % 2]
             (root / split / name).mkdir(parents=True, exist_ok=True)
             pixels = np.clip(rng.normal(colour, 40, (24, 24, 3)), 0, 255).astype("uint8")
             Image.fromarray(pixels).save(root / split / name / f"{index:04d}.png")
     for split, copies in (("train", 3), ("val", 1)):
-        for kind, content in list(bad_files().items())[: 7 if split == "train" else 3]:
+        for name in UNREADABLE[: 7 if split == "train" else 3]:
             for copy in range(copies):
-                path = root / split / "red" / f"{random.Random(f'{kind}{copy}').randrange(1000):04d}_{kind}.jpg"
+                path = root / split / "red" / f"{random.Random(f'{name}{copy}').randrange(1000):04d}_{name}"
                 bad.append(path)
-                path.write_bytes(content)
-    for kind, (image, suffix, options) in odd_images().items():
-        for copy in range(3):
-            image.save(root / "train" / "blue" / f"{copy}_{kind}.{suffix}", **options)
+                path.write_bytes(BAD[name][0])
     return root, bad
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.train.test_train_data import config_for, contents
+from tests.train.test_train_data import add, config_for, contents
 from visattn.train.data import open_data, open_eval
 from visattn.train.errors import DataError
 from visattn.train.files import open_regular
@@ -215,14 +215,6 @@ def test_a_split_that_is_neither_folder_nor_tar_is_refused(tmp_path, name, make)
     make(tmp_path / name)
     with pytest.raises(DataError, match=f"expected a folder of class folders or a tar file, got .*/{name}, which is"):
         open_data(config_for(tmp_path))
-
-
-def add(archive, name, content=b"", **values):
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    for key, value in values.items():
-        setattr(member, key, value)
-    archive.addfile(member, io.BytesIO(content))
 
 
 @pytest.mark.parametrize("prefix", ["", "./", "train/", "./train/", "data/train/", "/train/", "../train/"])

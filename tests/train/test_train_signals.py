@@ -134,7 +134,7 @@ def test_loader_processes_hear_no_signal_from_their_start():
 
 def test_all_loaders_are_of_this_kind():
     """Nothing in the trainer starts processes but through Loader."""
-    for path in (ROOT / "visattn/train").glob("*.py"):
+    for path in (ROOT / "visattn" / "train").glob("*.py"):
         assert " DataLoader(" not in path.read_text(), path.name
 
 

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm.data
 import torch
@@ -25,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 import visattn
 from visattn.export.program import DYNAMIC, MOST, Dynamic, least_size, trace
-from visattn.export.targets import TARGETS, Exported, Metadata, Target
+from visattn.export.targets import TARGETS, Exported, Metadata
 
 __all__ = ["TARGETS", "ExportError", "Exported", "Report", "export", "load"]
 
@@ -92,7 +93,7 @@ def _target_of(path: Path, target: str | None) -> str:
 def _metadata(model: nn.Module, labels: Sequence[str] | None, dynamic: Dynamic, least: int | None) -> Metadata:
     """Gather what a user of the file must know besides it."""
     configuration = timm.data.resolve_data_config({}, model=model)
-    known = getattr(model, "pretrained_cfg", None) or {}
+    known: dict[str, Any] = vars(model).get("pretrained_cfg") or {}
     labels = list(labels or known.get("label_names") or [])
     classes = getattr(model, "num_classes", 0)
     if labels and classes != len(labels):

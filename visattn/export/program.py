@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ def least_size(model: nn.Module, channels: int) -> int:
     Raises:
         ValueError: There is none, or the model does not tell its maps.
     """
-    meta = copy.deepcopy(model).to("meta")
+    meta: Any = copy.deepcopy(model).to("meta")
     for side in range(2, 257):
         image = torch.empty(1, channels, side, side, device="meta")
         with contextlib.suppress(RuntimeError):  # what is smaller than a convolution is refused

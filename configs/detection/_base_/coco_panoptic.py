@@ -3,6 +3,7 @@
 Its metric needs the panopticapi package: https://github.com/cocodataset/panopticapi.
 """
 
+_base_ = "coco.py"
 data_root = "data/coco/"
 train_pipeline = [
     dict(type="LoadImageFromFile", to_float32=True),
@@ -25,32 +26,18 @@ test_pipeline = [
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
 train_dataloader = dict(
-    batch_size=2,
-    num_workers=2,
-    persistent_workers=True,
-    sampler=dict(type="DefaultSampler", shuffle=True),
-    batch_sampler=dict(type="AspectRatioBatchSampler"),
     dataset=dict(
         type="CocoPanopticDataset",
-        data_root=data_root,
         ann_file="annotations/panoptic_train2017.json",
-        data_prefix=dict(img="train2017/", seg="annotations/panoptic_train2017/"),
-        filter_cfg=dict(filter_empty_gt=True, min_size=32),
+        data_prefix=dict(seg="annotations/panoptic_train2017/"),
         pipeline=train_pipeline,
     ),
 )
 val_dataloader = dict(
-    batch_size=1,
-    num_workers=2,
-    persistent_workers=True,
-    drop_last=False,
-    sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
         type="CocoPanopticDataset",
-        data_root=data_root,
         ann_file="annotations/panoptic_val2017.json",
-        data_prefix=dict(img="val2017/", seg="annotations/panoptic_val2017/"),
-        test_mode=True,
+        data_prefix=dict(seg="annotations/panoptic_val2017/"),
         pipeline=test_pipeline,
     ),
 )

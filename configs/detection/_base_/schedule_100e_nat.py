@@ -3,16 +3,18 @@
 Norms and embeddings do not decay.
 """
 
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=737500, val_interval=5000, dynamic_intervals=[(735001, 737500)])
-val_cfg = dict(type="ValLoop")
-test_cfg = dict(type="TestLoop")
+_base_ = "schedule_1x.py"
+train_cfg = dict(
+    _delete_=True,
+    type="IterBasedTrainLoop",
+    max_iters=737500,
+    val_interval=5000,
+    dynamic_intervals=[(735001, 737500)],
+)
 param_scheduler = [
     dict(type="MultiStepLR", begin=0, end=737500, by_epoch=False, milestones=[655556, 710184], gamma=0.1)
 ]
 optim_wrapper = dict(
-    type="OptimWrapper",
-    constructor="BackboneOptimWrapperConstructor",
-    optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
     clip_grad=dict(max_norm=0.01, norm_type=2),
     paramwise_cfg=dict(
         backbone_lr_mult=0.1,
@@ -23,13 +25,5 @@ optim_wrapper = dict(
         },
     ),
 )
-auto_scale_lr = dict(enable=False, base_batch_size=16)
-default_hooks = dict(
-    timer=dict(type="IterTimerHook"),
-    logger=dict(type="LoggerHook", interval=50),
-    param_scheduler=dict(type="ParamSchedulerHook"),
-    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=5000, max_keep_ckpts=3),
-    sampler_seed=dict(type="DistSamplerSeedHook"),
-    visualization=dict(type="DetVisualizationHook"),
-)
-log_processor = dict(type="LogProcessor", window_size=50, by_epoch=False)
+default_hooks = dict(checkpoint=dict(by_epoch=False, interval=5000))
+log_processor = dict(by_epoch=False)

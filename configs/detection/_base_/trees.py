@@ -1,5 +1,6 @@
 """Tree crowns, boxes: python tools/make_small_sets.py --sets trees. Tiles of 309 to 400 pixels, brought to 320."""
 
+_base_ = "nuclei.py"
 data_root = "data/trees/"
 metainfo = dict(classes=("tree",), palette=[(255, 220, 0)])
 train_pipeline = [
@@ -15,34 +16,8 @@ test_pipeline = [
     dict(type="LoadAnnotations", with_bbox=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
-train_dataloader = dict(
-    batch_size=4,
-    num_workers=0,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
-    dataset=dict(
-        type="CocoDataset",
-        data_root=data_root,
-        ann_file="train.json",
-        data_prefix=dict(img="train/"),
-        metainfo=metainfo,
-        filter_cfg=dict(filter_empty_gt=True),
-        pipeline=train_pipeline,
-    ),
-)
-val_dataloader = dict(
-    batch_size=1,
-    num_workers=0,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(
-        type="CocoDataset",
-        data_root=data_root,
-        ann_file="val.json",
-        data_prefix=dict(img="val/"),
-        metainfo=metainfo,
-        test_mode=True,
-        pipeline=test_pipeline,
-    ),
-)
+train_dataloader = dict(dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 val_evaluator = dict(type="CocoMetric", ann_file=f"{data_root}val.json", metric="bbox")
 test_evaluator = val_evaluator
