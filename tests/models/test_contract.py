@@ -190,7 +190,7 @@ def test_export_with_a_dynamic_batch_needs_no_visattn(model, image):
     program = torch.export.export(model, (image,), dynamic_shapes=shapes)
     assert not [n for n in program.graph.nodes if "visattn" in str(n.target)]
     for x in (image[:1], torch.randn(3, *SIZE[1:])):
-        assert torch.equal(program.module()(x), model(x))
+        assert relative_error(program.module()(x), model(x)) <= SAME_MODEL
 
 
 @torch.no_grad()
