@@ -74,6 +74,12 @@ MASKED = [  # size, kernel_size, dilation, stride, is_causal
 ]
 
 
+@pytest.fixture
+def device(backend):
+    """Where a backend runs: without a GPU the kernels are interpreted."""
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
 def hidden_keys(*shape):
     """A key_mask: half of the keys of the first image; none of the second but its last."""
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -84,7 +90,7 @@ def hidden_keys(*shape):
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 @pytest.mark.parametrize(("size", "kernel", "dilation", "stride", "causal"), MASKED, ids=str)
-def test_key_mask_is_that_of_scaled_dot_product_attention(size, kernel, dilation, stride, causal, backend):
+def test_key_mask_is_that_of_scaled_dot_product_attention(size, kernel, dilation, stride, causal, backend, device):
     """Over pairs that the definition of windows makes one by one; queries without a key give zeros."""
     axes = [Axis(*axis) for axis in zip(size, kernel, dilation, stride, causal, strict=True)]
     tokens = int(np.prod(size))
@@ -92,7 +98,7 @@ def test_key_mask_is_that_of_scaled_dot_product_attention(size, kernel, dilation
     seen = [[set(visible_keys(i, axis)) for i in range(axis.length)] for axis in axes]
     window = torch.tensor([[all(b in s[a] for s, a, b in zip(seen, i, j)) for j in places] for i in places])  # noqa: B905
     mask = hidden_keys(2, *size)
-    visible = window & mask.flatten(1)[:, None]  # [B, S, S]
+    visible = (window & mask.flatten(1)[:, None]).to(device)  # [B, S, S]
     blind = ~visible.any(-1, keepdim=True)  # [B, S, 1]
     assert blind[1].any() == (kernel != size)
 
@@ -100,14 +106,16 @@ def test_key_mask_is_that_of_scaled_dot_product_attention(size, kernel, dilation
     q, k, v, do = leaves(dict.fromkeys(("q", "k", "v", "do"), (2, *size, 2, 4)), 0).values()
     found = []
     for run in ("sdpa", backend):
-        given = [x.detach().to(torch.float64 if run == "sdpa" else dtype).requires_grad_() for x in (q, k, v)]
+        given = [x.to(device, torch.float64 if run == "sdpa" else dtype).requires_grad_() for x in (q, k, v)]
         if run == "sdpa":
             flat = (x.flatten(1, -3).transpose(1, 2) for x in given)
             attend = torch.nn.functional.scaled_dot_product_attention
             out = attend(*flat, attn_mask=(visible | blind)[:, None]).masked_fill(blind[:, None], 0)
             out = out.transpose(1, 2).reshape(q.shape)
         else:
-            out = neighborhood_attention(*given, kernel, dilation, stride, causal, key_mask=mask, backend=run)
+            out = neighborhood_attention(
+                *given, kernel, dilation, stride, causal, key_mask=mask.to(device), backend=run
+            )
         found.append([out, *torch.autograd.grad(out, given, do.to(out))])
     for expected, got in zip(*found, strict=True):
         assert relative_error(got, expected) <= tolerances.OP[dtype]
@@ -116,22 +124,22 @@ def test_key_mask_is_that_of_scaled_dot_product_attention(size, kernel, dilation
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("extra", [0, 3])
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
-def test_what_is_hidden_makes_no_difference(backend, extra, bias):
-    """Hidden keys and values may hold NaN, and gradients of a blind query's zeros and -inf may be NaN of the lse."""
-    size, mask = (9, 8), hidden_keys(2, 9, 8)
-    shapes = dict.fromkeys("qkv", (2, *size, 2, 4))
+def test_what_is_hidden_makes_no_difference(backend, extra, bias, device):
+    """Hidden keys and values may hold NaN, and the gradient of a blind query's log-sum-exp may be NaN."""
+    mask, shapes = hidden_keys(2, 9, 8).to(device), dict.fromkeys("qkv", (2, 9, 8, 2, 4))
     shapes |= {"bias": (2, 5, 5)} if bias else {}
     shapes |= dict.fromkeys(("extra_k", "extra_v"), (2, extra, 2, 4)) if extra else {}
-    clean = leaves(shapes, 0, torch.float32)
+    clean = {n: t.to(device) for n, t in leaves(shapes, 0, torch.float32).items()}
     hurt = {n: t.masked_fill(~mask[..., None, None], torch.nan) if n in "kv" else t for n, t in clean.items()}
-    do, dlse = leaves({"do": clean["q"].shape, "dlse": clean["q"].shape[:-1]}, 1, torch.float32).values()
+    do, dlse = torch.randn_like(clean["q"]), torch.randn_like(clean["q"][..., 0])
     found = []
     for tensors in (clean, hurt):
         inputs = {n: t.clone().requires_grad_() for n, t in tensors.items()}
         out, lse = neighborhood_attention(**inputs, kernel_size=3, key_mask=mask, return_lse=True, backend=backend)
         blind = lse == -torch.inf
-        dlse = dlse.masked_fill(blind, torch.nan)
-        grads = torch.autograd.grad([out, lse], list(inputs.values()), [do, dlse])
+        given = dlse.masked_fill(blind, torch.nan) if tensors is hurt else dlse
+        with torch.autograd.set_detect_anomaly(tensors is clean):  # which finds NaN on the way
+            grads = torch.autograd.grad([out, lse], list(inputs.values()), [do, given])
         found.append({"out": out, "lse": lse, **dict(zip(inputs, grads, strict=True))})
     for name, value in found[0].items():
         assert torch.equal(found[1][name], value), name  # which NaN is not, either
@@ -142,10 +150,11 @@ def test_what_is_hidden_makes_no_difference(backend, extra, bias):
         assert not found[0][name][~mask].any()
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
-def test_vmap_over_masks(backend):
-    q, k, v = torch.randn(3, 2, 6, 5, 2, 4)
-    masks = torch.stack([hidden_keys(2, 6, 5), torch.ones(2, 6, 5, dtype=torch.bool)])
+def test_vmap_over_masks(backend, device):
+    q, k, v = torch.randn(3, 2, 6, 5, 2, 4, device=device)
+    masks = torch.stack([hidden_keys(2, 6, 5), torch.ones(2, 6, 5, dtype=torch.bool)]).to(device)
 
     def gradient(mask):
         def loss(q):
