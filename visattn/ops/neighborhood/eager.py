@@ -136,8 +136,8 @@ def attend(problem: NeighborhoodProblem) -> Tensor | tuple[Tensor, ...]:
             return out
         return out, finish(scores.logsumexp(dim=-1, keepdim=True), float("-inf")).squeeze(-1)
 
-    # Dimensions over which the mask is constant go together: (N, B) without a bias, B alone with one. One for each
-    # image is written out for each head.
+    # Dimensions over which the mask is constant go together: (N, B) without a bias, B alone with one. A mask that
+    # differs between images is written out for every head.
     dim = 1 if added is None or (added.shape[1] == 1 and blind is None) else 0
     if added is not None:
         added = (added if dim == 1 else added.expand(-1, heads, -1, -1, -1)).flatten(dim, dim + 1)
