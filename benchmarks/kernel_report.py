@@ -118,6 +118,11 @@ def extended(dtype: torch.dtype) -> tuple:
     return maps(dtype, (56, 56), 2, 32), [Axis(56, 7)] * 2, {"extra_k": extra_k, "extra_v": extra_v}
 
 
+def padded(dtype: torch.dtype) -> tuple:
+    more = {"bias": table(2, 13, 13), "key_mask": torch.ones(1, 3136, dtype=torch.bool)}
+    return maps(dtype, (56, 56), 2, 32), [Axis(56, 7)] * 2, more
+
+
 def window(dtype: torch.dtype) -> tuple:
     return maps(dtype, (56, 56), 2, 32), [Partition(56, 7)] * 2, {"bias": table(2, 13, 13)}
 
@@ -156,6 +161,7 @@ CASES: dict[str, Callable[[torch.dtype], tuple]] = {
     "neighborhood, head dim 64": sliding(14, 6, 64, bias=True),
     "neighborhood, lse": sliding(56, 2, 32),
     "neighborhood, extra keys": extended,
+    "neighborhood, hidden keys": padded,
     "neighborhood, 64-bit": lambda dtype: (
         tuple(x.detach().requires_grad_() for x in far_apart(dtype)),
         [Axis(16, 7)] * 2,

@@ -48,8 +48,8 @@ SCALES = st.sampled_from([None, 0.7])
 
 
 def neighborhood(window, shape, value_dim=24, bias=True, extra=3, extra_bias="query", scale=None, lse=False,
-                 strided=True, seed=0):  # fmt: skip
-    """A problem for `gradients.check`; window is (kernel_size, dilation, stride, is_causal)."""
+                 strided=True, seed=0, visible=None):  # fmt: skip
+    """A problem for `gradients.check`; window is (kernel_size, dilation, stride, is_causal), visible a part of keys."""
     batch, *size, heads, dim = shape
     shapes = {"q": shape, "k": shape, "v": (*shape[:-1], value_dim)}
     if bias:
@@ -60,12 +60,15 @@ def neighborhood(window, shape, value_dim=24, bias=True, extra=3, extra_bias="qu
         if extra_bias:
             shapes["extra_bias"] = biases[extra_bias]
     names = ("kernel_size", "dilation", "stride", "is_causal")
-    return shapes, {**dict(zip(names, window, strict=True)), "scale": scale, "return_lse": lse}, strided, seed
+    call = {**dict(zip(names, window, strict=True)), "scale": scale, "return_lse": lse}
+    if visible is not None:
+        call["key_mask"] = torch.rand(shape[:-2], generator=torch.Generator().manual_seed(seed)) < visible
+    return shapes, call, strided, seed
 
 
 @st.composite
 def neighborhood_problems(draw):
-    """1-3 axes, odd sizes, ragged dilation groups, strides with and without a bias, extra keys."""
+    """1-3 axes, odd sizes, ragged dilation groups, strides with and without a bias, extra keys, hidden keys."""
     batch, size, heads, dim, value_dim, strided, seed = draw(common({1: 40, 2: 9, 3: 3}))
     kernel = [draw(st.integers(1, min(7, {1: 40, 2: 9, 3: 3}[len(size)]))) for _ in size]
     dilation = [draw(st.integers(1, 3)) for _ in size]
@@ -75,8 +78,8 @@ def neighborhood_problems(draw):
     size = [k * d + n - 1 for k, d, n in zip(kernel, dilation, size, strict=True)]
     extra, extra_bias = draw(st.sampled_from([0, 0, 1, 3])), draw(st.sampled_from([None, "query", "head", "image"]))
     shape, lse = (batch, *size, heads, dim), draw(st.booleans())
-    window = (kernel, dilation, stride, causal)
-    return neighborhood(window, shape, value_dim, bias, extra, extra_bias, draw(SCALES), lse, strided, seed)
+    window, visible = (kernel, dilation, stride, causal), draw(st.sampled_from([None, None, 0.0, 0.2, 0.8]))
+    return neighborhood(window, shape, value_dim, bias, extra, extra_bias, draw(SCALES), lse, strided, seed, visible)
 
 
 @st.composite
@@ -281,6 +284,13 @@ def tokens_of_images(b, h, w, n, d):
     return {"mask": torch.rand(b, h, w, generator=torch.Generator().manual_seed(0)) < 0.7}
 
 
+def visible_keys(b, h, w, n, d):
+    """Most tokens, but none in a corner wider than a window."""
+    mask = tokens_of_images(b, h, w, n, d)["mask"]
+    mask[:, :5, :3] = False
+    return {"key_mask": mask}
+
+
 def plain_map(b, h, w, n, d):
     return {"x": (b, h, w, n * d)}
 
@@ -302,6 +312,13 @@ ATTENTIONS = {
             "extra_bias": (n, 3),
         },
         WINDOW, problems=neighborhood_problems(), small=(1, 6, 3, 1, 2),
+    ),
+    "neighborhood of visible keys": Case(
+        ops.neighborhood_attention, lambda b, h, w, n, d: {**maps(b, h, w, n, d), "bias": (n, 5, 5)},
+        WINDOW, fixed=visible_keys, small=(1, 6, 3, 1, 2),
+    ),
+    "neighborhood of visible keys, no table": Case(
+        ops.neighborhood_attention, maps, WINDOW, fixed=visible_keys, small=(1, 6, 3, 1, 2), twice=False,
     ),
     "window": Case(
         ops.window_attention, lambda b, h, w, n, d: {**maps(b, h, w, n, d), "bias": (n, 7, 7)},

@@ -30,7 +30,7 @@ from tests.ops.cases import (
     settled,
 )
 from tests.ops.gradients import check, compare, kept_bytes, leaves, results_and_gradients
-from tests.tolerances import relative_error
+from tests.tolerances import finite, relative_error
 from visattn import ops
 from visattn.ops import BackendError, dispatch, explain, registration
 from visattn.ops.geometry import Pooled
@@ -68,10 +68,11 @@ def all_forms(name):
 def assert_same(found, expected, limit=FLOAT64):
     """Results and gradients, relative to the largest one: some are zero but for rounding."""
     assert found.keys() == expected.keys()
-    largest = max(1, *(t.double().norm().item() for t in expected.values()))
+    largest = max(1, *(finite(t, t)[1].norm().item() for t in expected.values()))
     for name, value in expected.items():
         assert found[name].shape == value.shape
-        error = (found[name].double() - value.double()).norm()
+        got, value = finite(found[name], value)
+        error = (got - value).norm()
         assert error <= limit * largest, f"{name}: {error} of {largest}"
 
 
@@ -340,6 +341,8 @@ MISTAKES = [
     ("neighborhood", {"extra_k": (3, 2, 4), "extra_v": (3, 2, 4)}, "expected extra_k"),
     ("neighborhood", {"extra_bias": (3,)}, "got extra_bias alone"),
     ("neighborhood", {"extra_k": (1, 3, 2, 4), "extra_v": (1, 3, 2, 4), "extra_bias": (4,)}, "broadcastable"),
+    ("neighborhood", {"key_mask": (1, 8, 9)}, r"boolean key_mask \(1, 8, 9\), got torch.float"),
+    ("neighborhood", {"key_mask": torch.ones(1, 72) > 0}, r"boolean key_mask \(1, 8, 9\).* \(1, 72\)"),
     ("window", {"window_size": 0}, "window_size >= 1"),
     ("window", {"shift": 7}, "0 <= shift < window_size"),
     ("window", {"shift": 1, "grid": True}, "no shift of a grid"),
@@ -622,6 +625,7 @@ FEW = {"q": (2, 4, 5, 3, 8), "k": (2, 3, 3, 8), "v": (2, 3, 3, 6)}
 COSTS = [  # a call, and its multiplications
     (ops.neighborhood_attention, {**M, "kernel_size": 7}, 6 * 9 * 14 * 49 * 16),
     (ops.neighborhood_attention, {**M, **EXTRA, "kernel_size": (3, 5)}, 6 * 9 * 14 * (15 + 4) * 16),
+    (ops.neighborhood_attention, {**M, "kernel_size": 7, "key_mask": M["q"][..., 0, 0] > 0}, 6 * 9 * 14 * 49 * 16),
     (ops.window_attention, {**M, "window_size": 7}, 6 * (7 * 7 + 2 * 2) * (7 * 7 * 2) * 16),
     (ops.window_attention, {**M, "window_size": 7, "grid": True}, 6 * (5 * 5 + 4 * 4) * (7 * 7 * 2) * 16),
     (ops.halo_attention, {**M, "block_size": 4, "halo_size": 1, "mask_border": False}, 6 * 9 * 14 * 36 * 16),

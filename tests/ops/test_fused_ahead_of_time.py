@@ -80,7 +80,17 @@ def test_heads_of_24_channels_are_copied_16_bytes_at_once(bfloat16):
 def test_options_of_the_kernels_are_among_them(bfloat16):
     """So that no change of the cases leaves one out."""
     ran = [result["constants"] for result in bfloat16 if "BLOCK_N" in result["constants"]]
-    for option in ("WIDE", "WEIGHTED", "SEGMENT", "EXTRA", "EXTRA_BIASED", "REL_POS", "BIASED", "HAS_LSE"):
+    for option in (
+        "WIDE",
+        "WEIGHTED",
+        "SEGMENT",
+        "EXTRA",
+        "EXTRA_BIASED",
+        "REL_POS",
+        "BIASED",
+        "HAS_LSE",
+        "HAS_KEY_MASK",
+    ):
         assert {option in constants for constants in ran} == {True, False}, option
 
 

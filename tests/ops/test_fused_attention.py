@@ -70,6 +70,10 @@ CASES = {
         "neighborhood",
         neighborhood(([2, 3, 3], [1, 1, 2], [1, 1, 1], [False] * 3), (1, 3, 5, 7, 2, 8), extra_bias="head"),
     ),
+    "neighborhood of visible keys": (
+        "neighborhood",
+        neighborhood(([7, 5], [1, 2], [1, 1], [False] * 2), MAP, extra=0, lse=True, visible=0.05),
+    ),
     "window": ("window", ({**TABLE, "bias": (2, 9, 9)}, {"window_size": 5, "shift": 3}, True, 0)),
     "grid": ("window", ({**TABLE, "bias": (2, 13, 13)}, {"window_size": 7, "grid": True}, True, 0)),
     "halo": ("halo", (HALO, {"block_size": [8, 4], "halo_size": [3, 3], "stride": [2, 2]}, True, 0)),

@@ -23,11 +23,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def inputs():
-    """A call with a position table and extra keys, as the registered ops take it."""
+    """A call with a position table, extra keys and hidden ones, as the registered ops take it."""
     q, k, v = torch.randn(3, 2, 20, 2, 8, device=DEVICE).unbind(0)
     bias, extra = torch.randn(2, 5, 5, device=DEVICE), torch.randn(2, 2, 3, 2, 8, device=DEVICE)
     extra_bias = torch.randn(1, 20, 1, 3, device=DEVICE)
-    rest = (None, None, encode([Axis(4, 3), Axis(5, 3)]), False, 0.3)
+    rest = (None, None, torch.rand(2, 20, device=DEVICE) < 0.5, encode([Axis(4, 3), Axis(5, 3)]), False, 0.3)
     return q, k, v, bias, None, *extra.unbind(0), extra_bias, *rest
 
 
@@ -49,13 +49,13 @@ def test_one_gradient_at_a_time_equals_all(needed):
         args[3], args[8] = None, None
         if needed == 4:  # relative positions of halos
             args[4] = torch.randn(2, 20, 2, 16, device=DEVICE)
-            args[10] = encode([Halo(4, 2, 1), Halo(5, 2, 1)])
+            args[11] = encode([Halo(4, 2, 1), Halo(5, 2, 1)])
         else:  # factors of listed regions
             args[8], args[9] = (
                 torch.randn(2, 1, 6, 2, device=DEVICE),
                 torch.arange(24, device=DEVICE).view(2, 1, 6, 2) % 6,
             )
-            args[10] = encode([Partition(4, 2), Partition(5, 2)] * 2)
+            args[11] = encode([Partition(4, 2), Partition(5, 2)] * 2)
     out, lse = torch.ops.visattn.fused_forward(*args)
     grad = torch.randn_like(out)
     every = torch.ops.visattn.fused_backward(grad, None, out, lse, *args, [x is not None for x in args[:9]])

@@ -44,6 +44,15 @@ def check_shape(name: str, x: Tensor | None, shape: Sequence[Any], meaning: str 
         raise ValueError(f"expected {expected}, got {tuple(x.shape)}")
 
 
+def check_mask(name: str, mask: Tensor | None, shape: Sequence[Any]) -> None:
+    """Check for a boolean mask of this shape where there is one at all."""
+    if mask is not None:
+        check_tensors(**{name: mask})
+        if mask.dtype != torch.bool or tuple(mask.shape) != tuple(shape):
+            got = f"{mask.dtype} {tuple(mask.shape)}"
+            raise ValueError(f"expected a boolean {name} {tuple(shape)}, got {got}")
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Check for q and k [B, *spatial, N, D] and v [B, *spatial, N, Dv] of one dtype."""
     check_tensors(q=q, k=k, v=v)

@@ -17,10 +17,11 @@ from visattn.ops.fused.attention_launch import Call, run_backward, run_forward
 from visattn.ops.fused.tables import encode
 from visattn.ops.geometry import AnyAxis
 
+# Those that have gradients; two more that have none follow.
 _TENSORS = ("q", "k", "v", "bias", "rel_pos", "extra_k", "extra_v", "extra_bias", "weight")
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? rel_pos, Tensor? extra_k, Tensor? extra_v, "
-    "Tensor? extra_bias, Tensor? weight, Tensor? kv_indices, int[] axes, bool zero_keys, float scale"
+    "Tensor? extra_bias, Tensor? weight, Tensor? kv_indices, Tensor? key_mask, int[] axes, bool zero_keys, float scale"
 )
 
 
@@ -118,8 +119,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*output, *inputs[: len(_TENSORS) + 1])
-        ctx.how = inputs[len(_TENSORS) + 1 :]
+        ctx.save_for_backward(*output, *inputs[: len(_TENSORS) + 2])
+        ctx.how = inputs[len(_TENSORS) + 2 :]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -130,7 +131,7 @@ class _Attention(torch.autograd.Function):
             do = torch.zeros_like(out)
         needs = list(ctx.needs_input_grad[: len(_TENSORS)])
         found = iter(_Gradients.apply(do, dlse, out, lse, *tensors, *ctx.how, needs))
-        return (*(next(found) if n else None for n in needs), *(None,) * (1 + len(ctx.how)))
+        return (*(next(found) if n else None for n in needs), *(None,) * (2 + len(ctx.how)))
 
 
 def fused_attention(
@@ -147,6 +148,7 @@ def fused_attention(
     extra_bias: Tensor | None = None,
     kv_indices: Tensor | None = None,
     weight: Tensor | None = None,
+    key_mask: Tensor | None = None,
     zero_keys: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * q k^T + bias) v over the keys that a query sees, and the log-sum-exp of the logits.
@@ -168,6 +170,7 @@ def fused_attention(
         extra_bias: [B or 1, Sq or 1, N or 1, E or 1], added to their logits.
         kv_indices: The key regions of a block mask [B, 1 or N, query regions, topk].
         weight: Factors like `kv_indices` of the keys and values of a listed region.
+        key_mask: Boolean [B, Sk]; False hides a key of the map. Queries without any key give zeros, and -inf as lse.
         zero_keys: Places outside the map take part with k = v = 0.
 
     Returns:
@@ -184,6 +187,7 @@ def fused_attention(
         extra_bias,
         weight,
         kv_indices,
+        key_mask,
         encode(axes),
         zero_keys,
         scale,

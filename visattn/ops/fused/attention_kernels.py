@@ -107,6 +107,16 @@ def columns_of(
 
 
 @triton.jit
+def visible(key_mask, token, b, keys, HAS_KEY_MASK: tl.constexpr):
+    """The tokens of keys, -2 in the place of those that the mask hides."""
+    if HAS_KEY_MASK:
+        token = tl.where(
+            tl.load(key_mask + b * keys + token, mask=token >= 0, other=1) != 0, token, -2
+        )
+    return token
+
+
+@triton.jit
 def spread_of(codes, REL_POS: tl.constexpr, dtype: tl.constexpr):
     """[slots, REL_POS] ones and zeros: which two relative positions a key's pairs get, its row's and its column's."""
     rel_pos_i = tl.arange(0, REL_POS)[None, :]
@@ -183,12 +193,12 @@ def join(s, value, m_i, l_i, acc, PRECISION: tl.constexpr):
 @triton.jit
 def queries_forward_kernel(
     q, k, v, out, lse,
-    rows, columns, kind, tiles, rel_pos, codes, kv_indices, weight, extra_k, extra_v, extra_bias,
+    rows, columns, kind, tiles, rel_pos, codes, kv_indices, weight, key_mask, extra_k, extra_v, extra_bias,
     q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, ek_b, ek_t, ek_n, ev_b, ev_t, ev_n, eb_b, eb_t, eb_n, eb_e,
-    queries, heads, number, M, U, extra, tiles_n, indices_b, indices_n, topk, scale,
+    queries, keys, heads, number, M, U, extra, tiles_n, indices_b, indices_n, topk, scale,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, REL_POS: tl.constexpr,
     SEGMENT: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr, LOWEST: tl.constexpr, CHECKED: tl.constexpr,
-    EXTRA: tl.constexpr, EXTRA_BIASED: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, EXTRA: tl.constexpr, EXTRA_BIASED: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -216,6 +226,7 @@ def queries_forward_kernel(
         other, factor = columns_of(
             columns, kv_indices, weight, tile, first, step, total, SEGMENT, WEIGHTED, BLOCK_N
         )
+        other = visible(key_mask, other, b, keys, HAS_KEY_MASK)
         key = take(at_head(k, b, head, k_b, k_n, UNIT), other, k_t, D, BD, UNIT, WIDE, UPCAST)
         value = take(at_head(v, b, head, v_b, v_n, UNIT), other, v_t, DV, BDV, UNIT, WIDE, UPCAST)
         s = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
@@ -249,7 +260,7 @@ def queries_forward_kernel(
                 EXTRA_BIASED, WIDE, PRECISION,
             )  # fmt: skip
             m_i, l_i, acc = join(s, value, m_i, l_i, acc, PRECISION)
-    l_i = tl.where(l_i == 0.0, 1.0, l_i)  # of rows that are not there
+    l_i = tl.where(l_i == 0.0, 1.0, l_i)  # of rows that are not there or see no key
     put(out + line * DV, token, heads * DV, acc / l_i[:, None], DV, BDV, UNIT, WIDE)
     place = token.to(tl.int64) if WIDE else token
     tl.store(lse + line + place * heads, (m_i + tl.log2(l_i)) * LN2, mask=token >= 0)
@@ -258,13 +269,13 @@ def queries_forward_kernel(
 @triton.jit
 def queries_backward_kernel(
     q, k, v, do, out, lse, dlse, delta, dq, drel_pos, dweight,
-    rows, columns, kind, tiles, rel_pos, codes, kv_indices, weight, extra_k, extra_v, extra_bias,
+    rows, columns, kind, tiles, rel_pos, codes, kv_indices, weight, key_mask, extra_k, extra_v, extra_bias,
     q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, do_b, do_t, do_n,
     ek_b, ek_t, ek_n, ev_b, ev_t, ev_n, eb_b, eb_t, eb_n, eb_e,
-    queries, heads, number, M, U, extra, tiles_n, indices_b, indices_n, topk, scale,
+    queries, keys, heads, number, M, U, extra, tiles_n, indices_b, indices_n, topk, scale,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, REL_POS: tl.constexpr,
     SEGMENT: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr, LOWEST: tl.constexpr, CHECKED: tl.constexpr,
-    EXTRA: tl.constexpr, EXTRA_BIASED: tl.constexpr, HAS_LSE: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, EXTRA: tl.constexpr, EXTRA_BIASED: tl.constexpr, HAS_LSE: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -302,6 +313,7 @@ def queries_backward_kernel(
         other, factor = columns_of(
             columns, kv_indices, weight, tile, first, step, total, SEGMENT, WEIGHTED, BLOCK_N
         )
+        other = visible(key_mask, other, b, keys, HAS_KEY_MASK)
         key = take(at_head(k, b, head, k_b, k_n, UNIT), other, k_t, D, BD, UNIT, WIDE, UPCAST)
         value = take(at_head(v, b, head, v_b, v_n, UNIT), other, v_t, DV, BDV, UNIT, WIDE, UPCAST)
         qk = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
@@ -366,11 +378,11 @@ def queries_backward_kernel(
 @triton.jit
 def keys_backward_kernel(
     q, k, v, do, lse, delta, dk, dv,
-    rows, columns, kind, tiles, rel_pos, codes, q_indices, weight, first_entry,
+    rows, columns, kind, tiles, rel_pos, codes, q_indices, weight, key_mask, first_entry,
     q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, do_b, do_t, do_n,
     queries, keys, heads, M, U, tiles_n, indices_b, indices_n, first_b, first_n, scale,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, REL_POS: tl.constexpr,
-    SEGMENT: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr,
+    SEGMENT: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -437,6 +449,9 @@ def keys_backward_kernel(
             ds = p * (dp - delta_i[None, :])
         acc_dv += tl.dot(p.to(do_i.dtype), do_i, input_precision=PRECISION)
         acc_dk += tl.dot(ds.to(query.dtype), query, input_precision=PRECISION)
+    if HAS_KEY_MASK:
+        seen = (visible(key_mask, token, b, keys, HAS_KEY_MASK) >= 0)[:, None]
+        acc_dk, acc_dv = tl.where(seen, acc_dk, 0.0), tl.where(seen, acc_dv, 0.0)
     put(dk + (b * keys * heads + head) * D, token, heads * D, acc_dk * scale, D, BD, UNIT, WIDE)
     put(dv + (b * keys * heads + head) * DV, token, heads * DV, acc_dv, DV, BDV, UNIT, WIDE)
 
@@ -444,11 +459,11 @@ def keys_backward_kernel(
 @triton.jit
 def tiles_backward_kernel(
     q, k, v, do, lse, delta, dtiles,
-    rows, columns, tiles, members, parts,
+    rows, columns, tiles, members, parts, key_mask,
     q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, do_b, do_t, do_n,
-    images, queries, heads, kinds, M, U, scale,
+    images, queries, keys, heads, kinds, M, U, scale,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, LOWEST: tl.constexpr, CHECKED: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradient [parts, N, M, U] of the position tiles: a program sums a part of the images of the tiles of a kind.
@@ -480,6 +495,7 @@ def tiles_backward_kernel(
         token = tl.load(rows + tile * M + row, mask=row < M, other=-2)
         u = step + tl.arange(0, BLOCK_N)
         other = tl.load(columns + tile * U + u, mask=u < U, other=-2)
+        other = visible(key_mask, other, b, keys, HAS_KEY_MASK)
         query = take(at_head(q, b, head, q_b, q_n, UNIT), token, q_t, D, BD, UNIT, WIDE, UPCAST)
         do_i = take(
             at_head(do, b, head, do_b, do_n, UNIT), token, do_t, DV, BDV, UNIT, WIDE, UPCAST

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -81,6 +82,7 @@ class Call:
         extra_bias: Tensor | None,
         weight: Tensor | None,
         kv_indices: Tensor | None,
+        key_mask: Tensor | None,
         axes: Sequence[int],
         zero_keys: bool,
         scale: float,
@@ -96,6 +98,7 @@ class Call:
         self.keys, self.value_dim = k.shape[1], v.shape[-1]
         self.kv_indices = None if kv_indices is None else kv_indices.contiguous()
         self.weight = None if weight is None else weight.contiguous()
+        self.key_mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
         self.do: Tensor | None = None  # of the output, in the backward pass
         self._tiles: dict[bool, tuple[BlockMask, Tensor | None]] = {}
         self.extra = 0 if extra_k is None else extra_k.shape[1]
@@ -109,6 +112,7 @@ class Call:
             f"extra{self.extra and _block(min(self.extra, 64))}",
             f"weight{int(weight is not None)}",
             f"list{int(kv_indices is not None)}",
+            *([] if key_mask is None else ["key_mask"]),
         )
 
     def options(self) -> dict[str, Any]:
@@ -162,7 +166,7 @@ class Call:
     @functools.cached_property
     def checked(self) -> bool:
         """Whether keys are to be checked for taking part: position tiles hide places that no key has, not holes."""
-        if self.kv_indices is not None:
+        if self.kv_indices is not None or self.key_mask is not None:
             return True
         found, added = self.tiles(False)
         return added is None or (found.has_holes and not self.zero_keys)
@@ -237,13 +241,14 @@ def run_forward(call: Call) -> tuple[Tensor, Tensor]:
         _launch(
             queries_forward_kernel, (len(rows) * blocks, call.heads, call.images), config,
             call.q, call.k, call.v, out, lse,
-            rows, columns, kind, tiles, call.rel_pos, codes, call.kv_indices, call.weight,
+            rows, columns, kind, tiles, call.rel_pos, codes, call.kv_indices, call.weight, call.key_mask,
             call.extra_k, call.extra_v, call.extra_bias,
             *_strides(call.q, call.k, call.v, call.extra_k, call.extra_v), *_strides(call.extra_bias, number=4),
-            call.queries, call.heads, len(rows), m, u, call.extra, _strides(tiles, number=1)[0],
+            call.queries, call.keys, call.heads, len(rows), m, u, call.extra, _strides(tiles, number=1)[0],
             *_strides(call.kv_indices, number=2), topk, call.scale,
             REL_POS=call.width, SEGMENT=u if listed else 0, BIASED=tiles is not None,
-            WEIGHTED=call.weight is not None, LOWEST=call.lowest, CHECKED=call.checked, EXTRA=extra,
+            WEIGHTED=call.weight is not None, LOWEST=call.lowest, CHECKED=call.checked,
+            HAS_KEY_MASK=call.key_mask is not None, EXTRA=extra,
             EXTRA_BIASED=call.extra_bias is not None, **call.options(), BLOCKS=blocks,
         )  # fmt: skip
         return out, lse
@@ -279,13 +284,14 @@ def _run_backward_queries(
         _launch(
             queries_backward_kernel, (len(rows) * blocks, call.heads, call.images), config,
             call.q, call.k, call.v, do, out, lse, dlse, delta, dq, drel_pos, dweight,
-            rows, columns, kind, tiles, call.rel_pos, codes, call.kv_indices, call.weight,
+            rows, columns, kind, tiles, call.rel_pos, codes, call.kv_indices, call.weight, call.key_mask,
             call.extra_k, call.extra_v, call.extra_bias,
             *_strides(call.q, call.k, call.v, do, call.extra_k, call.extra_v), *_strides(call.extra_bias, number=4),
-            call.queries, call.heads, len(rows), m, u, call.extra, _strides(tiles, number=1)[0],
+            call.queries, call.keys, call.heads, len(rows), m, u, call.extra, _strides(tiles, number=1)[0],
             *_strides(call.kv_indices, number=2), topk, call.scale,
             REL_POS=call.width, SEGMENT=u if listed else 0, BIASED=tiles is not None,
-            WEIGHTED=call.weight is not None, LOWEST=call.lowest, CHECKED=call.checked, EXTRA=extra,
+            WEIGHTED=call.weight is not None, LOWEST=call.lowest, CHECKED=call.checked,
+            HAS_KEY_MASK=call.key_mask is not None, EXTRA=extra,
             EXTRA_BIASED=call.extra_bias is not None, HAS_LSE=dlse is not None, **call.options(), BLOCKS=blocks,
         )  # fmt: skip
         if call.weight is not None and dweight is not None:
@@ -336,12 +342,12 @@ def _run_backward_keys(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> tu
         _launch(
             keys_backward_kernel, (len(rows) * blocks, call.heads, call.images), config,
             call.q, call.k, call.v, do, lse, delta, dk, dv,
-            rows, columns, kind, tiles, call.rel_pos, codes, q_indices, weight, first,
+            rows, columns, kind, tiles, call.rel_pos, codes, q_indices, weight, call.key_mask, first,
             *_strides(call.q, call.k, call.v, do),
             call.queries, call.keys, call.heads, m, u, _strides(tiles, number=1)[0],
             *_strides(q_indices, first, number=2), call.scale,
             REL_POS=call.width, SEGMENT=0 if q_indices is None else u, BIASED=tiles is not None,
-            WEIGHTED=weight is not None, **call.options(), BLOCKS=blocks,
+            WEIGHTED=weight is not None, HAS_KEY_MASK=call.key_mask is not None, **call.options(), BLOCKS=blocks,
         )  # fmt: skip
         return dk, dv
 
@@ -366,10 +372,10 @@ def _run_backward_tiles(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> T
         _launch(
             tiles_backward_kernel, blocks * len(parts), config,
             call.q, call.k, call.v, do, lse, delta, partial,
-            found.rows, found.columns, tiles, found.members, parts,
+            found.rows, found.columns, tiles, found.members, parts, call.key_mask,
             *_strides(call.q, call.k, call.v, do),
-            call.images, call.queries, call.heads, len(numbers), m, u, call.scale,
-            LOWEST=call.lowest, CHECKED=call.checked, **call.options(),
+            call.images, call.queries, call.keys, call.heads, len(numbers), m, u, call.scale,
+            LOWEST=call.lowest, CHECKED=call.checked, HAS_KEY_MASK=call.key_mask is not None, **call.options(),
         )  # fmt: skip
         return (torch.stack([part.sum(0) for part in partial.split(numbers)], dim=1),)
 
@@ -448,6 +454,10 @@ def run_backward(
     """Gradients by name, of q, rel_pos and weight in any case and of the others that are wanted."""
     call.do = do = _with_channels_together(do)
     dlse = None if dlse is None else dlse.contiguous()
+    if call.key_mask is not None:  # weights exp(s - lse) of queries without any key are to be 0
+        blind = lse == -math.inf
+        lse = lse.masked_fill(blind, math.inf)
+        dlse = None if dlse is None else dlse.masked_fill(blind, 0)
     found: dict[str, Tensor] = {}
     delta, found["q"], *others = _run_backward_queries(call, do, out, lse, dlse)
     for name in ("rel_pos", "weight"):

@@ -4,13 +4,18 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from visattn.ops import checks
 from visattn.ops.autocast import to_autocast, without_autocast
-from visattn.ops.checks import check_dtypes, check_tensors, default_scale, spatial_axes
+from visattn.ops.checks import (
+    check_dtypes,
+    check_mask,
+    check_tensors,
+    default_scale,
+    spatial_axes,
+)
 from visattn.ops.dispatch import AttentionProblem, Backends, Problem
 from visattn.ops.fused import support
 from visattn.ops.geometry import is_symbolic, plain
@@ -72,13 +77,7 @@ class EfficientProblem(LinearProblem):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        mask, shape = self.mask, self.k.shape[:-2]
-        if mask is None:
-            return
-        check_tensors(mask=mask)
-        if mask.dtype != torch.bool or mask.shape != shape:
-            got = f"{mask.dtype} {tuple(mask.shape)}"
-            raise ValueError(f"expected a boolean mask {tuple(shape)}, got {got}")
+        check_mask("mask", self.mask, self.k.shape[:-2])
 
     def hidden(self) -> tuple[Tensor | None, Tensor | None]:
         """Keys and queries that are no tokens, [B, M, 1, 1] each; the queries' only if they are on the keys' map."""

@@ -20,7 +20,8 @@ from visattn.ops.registration import traced_as_one
 class NeighborhoodProblem(AttentionProblem):
     """q, k [B, *spatial, N, D], v [B, *spatial, N, Dv]; windows, per axis; bias [N, 2 * kernel_size - 1 per axis].
 
-    Extra keys [B, E, N, D] and values [B, E, N, Dv], and their bias, broadcastable to [B, *spatial, N, E].
+    Extra keys [B, E, N, D] and values [B, E, N, Dv], and their bias, broadcastable to [B, *spatial, N, E]. key_mask
+    [B, *spatial], True where a key is visible.
     """
 
     kernel_size: Sequence[int]
@@ -31,6 +32,7 @@ class NeighborhoodProblem(AttentionProblem):
     extra_k: Tensor | None
     extra_v: Tensor | None
     extra_bias: Tensor | None
+    key_mask: Tensor | None
     scale: float
     return_lse: bool
 
@@ -42,6 +44,7 @@ class NeighborhoodProblem(AttentionProblem):
             got = list(self.is_causal)
             raise ValueError(f"expected no causal axis with a bias, got is_causal {got}")
         checks.check_table(self.q, self.bias, self.kernel_size)
+        checks.check_mask("key_mask", self.key_mask, self.q.shape[:-2])
 
     def _check_windows(self) -> None:
         kernel, dilation, stride, size = self.kernel_size, self.dilation, self.stride, self.size
@@ -86,6 +89,14 @@ class NeighborhoodProblem(AttentionProblem):
         windows = self.kernel_size, self.dilation, self.stride, self.is_causal
         return tuple(Axis(*axis) for axis in zip(self.size, *windows, strict=True))
 
+    @property
+    def visible_kv(self) -> tuple[Tensor, Tensor]:
+        """k and v, zero where `key_mask` hides them: what they hold there, NaN too, meets no other number."""
+        if self.key_mask is None:
+            return self.k, self.v
+        hidden = ~self.key_mask[..., None, None]  # [B, *spatial, 1, 1]
+        return self.k.masked_fill(hidden, 0), self.v.masked_fill(hidden, 0)
+
     def empty(self) -> Tensor | tuple[Tensor, ...]:
         """The result, and the log-sum-exps if they are asked for."""
         out = self.v.new_empty((*self.q.shape[:-1], self.v.shape[-1]))
@@ -93,7 +104,7 @@ class NeighborhoodProblem(AttentionProblem):
         return (out, lse) if self.return_lse else out
 
     def flops(self) -> int:
-        """Those of the keys that a query sees, causal axes in full."""
+        """Those of the keys in a query's window and of the extra ones, causal axes and hidden keys in full."""
         keys = math.prod(self.kernel_size) + (0 if self.extra_k is None else self.extra_k.shape[1])
         return 2 * math.prod(self.q.shape[:-1]) * keys * (self.q.shape[-1] + self.v.shape[-1])
 
@@ -116,6 +127,7 @@ def neighborhood_attention(
     extra_k: Tensor | None = None,
     extra_v: Tensor | None = None,
     extra_bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
     scale: float | None = None,
     return_lse: Literal[False] = False,
     backend: str = "auto",
@@ -137,6 +149,7 @@ def neighborhood_attention(
     extra_k: Tensor | None = None,
     extra_v: Tensor | None = None,
     extra_bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
@@ -161,6 +174,9 @@ def neighborhood_attention(
         extra_k: Keys [B, E, N, D] that every query sees besides its neighbours, in the same softmax.
         extra_v: Values [B, E, N, Dv] of the extra keys.
         extra_bias: Added to the logits of the extra keys; broadcastable to [B, *spatial, N, E].
+        key_mask: [B, *spatial] boolean, for padded batches: True where a key is visible, as in PyTorch's
+            `scaled_dot_product_attention`. The others take no part, whatever they hold. Windows stay where they are; a
+            query without any visible key gives 0, a log-sum-exp of -inf and no gradient. Extra keys are always visible.
         scale: Factor of q k^T. Default: D ** -0.5.
         return_lse: Also return the natural log of the sum of the exponentials of the logits.
         backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
@@ -170,7 +186,7 @@ def neighborhood_attention(
         With `return_lse` also [B, *spatial, N], float32 (float64 for float64).
 
     Raises:
-        ValueError: Shapes or window arguments that do not fit.
+        ValueError: Shapes or window arguments that do not fit, or a key_mask that is not boolean.
         TypeError: q, k, v (and extra keys) of different dtypes, or tensors that are not floating point.
         BackendError: The requested backend cannot run this call.
 
@@ -184,7 +200,7 @@ def neighborhood_attention(
         per_axis("is_causal", is_causal, bool, axes),
     )
     q, k, v, extra_k, extra_v = to_autocast(q, k, v, extra_k, extra_v)
-    how = extra_k, extra_v, extra_bias, default_scale(q.shape[-1], scale), return_lse
-    problem = NeighborhoodProblem(q, k, v, *windows, bias, *how)
+    extra, how = (extra_k, extra_v, extra_bias), (default_scale(q.shape[-1], scale), return_lse)
+    problem = NeighborhoodProblem(q, k, v, *windows, bias, *extra, key_mask, *how)
     with without_autocast(q.device):
         return _backends.choose(problem, backend)(problem)

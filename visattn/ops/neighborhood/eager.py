@@ -68,6 +68,12 @@ def _mask(cut: list[Tiles], dtype: torch.dtype) -> Tensor:
     return geometry.interleave(total[None], len(cut))  # [T, 1, t, U]
 
 
+def _hidden(key_mask: Tensor, cut: list[Tiles]) -> Tensor:
+    """Tell [T, 1, B, 1, U] which keys of a tile key_mask [B, *spatial] hides."""
+    token = geometry.outer_index([part.key_index() for part in cut], list(key_mask.shape[1:]))
+    return ~key_mask.flatten(1)[:, token].transpose(0, 1)[:, None, :, None]
+
+
 def attend(problem: NeighborhoodProblem) -> Tensor | tuple[Tensor, ...]:
     """See `visattn.ops.neighborhood_attention`. Shapes below: T tiles of t queries and U keys (E extra ones)."""
     q, bias, axes, scale = problem.q, problem.bias, problem.axes, problem.scale
@@ -88,13 +94,16 @@ def attend(problem: NeighborhoodProblem) -> Tensor | tuple[Tensor, ...]:
     added = None  # [T, N or 1, B or 1, t, U (+ E)]
     if not all(geometry.sees_all(axis, tile) for axis in axes):
         added = _mask(cut, dtype)[:, :, None]
+    if problem.key_mask is not None:
+        added = q.new_zeros((), dtype=dtype) if added is None else added
+        added = added.masked_fill(_hidden(problem.key_mask, cut), float("-inf"))
     if bias is not None:
         table = geometry.read_table(bias.to(dtype), [part.displacement() for part in cut])
         table = table[:, :, None]  # [T, N, 1, t, U]
         added = table if added is None else added + table
 
     query = _gather(q, query_rows)  # [T, N, B, t, D]
-    key, value = (_gather(x, key_rows) for x in (problem.k, problem.v))  # [T, N, B, U, D]
+    key, value = (_gather(x, key_rows) for x in problem.visible_kv)  # [T, N, B, U, D]
     if extra_k is not None and extra_v is not None:
         keys, extra = key.shape[-2], None
         number = key.shape[0]
@@ -110,16 +119,29 @@ def attend(problem: NeighborhoodProblem) -> Tensor | tuple[Tensor, ...]:
             shape, number = query.shape[:-1], extra_k.shape[1]  # [T, N, B, t]
             added = torch.cat([added.expand(*shape, keys), extra.expand(*shape, number)], dim=-1)
 
+    blind = None  # [T, N or 1, B, t or 1, 1] queries without any key, whose softmax has no value
+    if added is not None and problem.key_mask is not None:
+        blind = (added == float("-inf")).all(-1, keepdim=True)
+        added = added.masked_fill(blind, 0)
+
+    def finish(x: Tensor, none: float) -> Tensor:
+        """[T, N, B, t, ...] -> [B, *spatial, N, ...], `none` for queries without any key."""
+        return _scatter(x if blind is None else x.masked_fill(blind, none), cut)
+
     if explicit:
         scores = (query * scale @ key.mT).to(dtype)
         scores = scores if added is None else (scores + added if symbolic else scores.add_(added))
-        out = _scatter(scores.softmax(dim=-1).to(value.dtype) @ value, cut)
-        return (out, _scatter(scores.logsumexp(dim=-1), cut)) if problem.return_lse else out
+        out = finish(scores.softmax(dim=-1).to(value.dtype) @ value, 0)
+        if not problem.return_lse:
+            return out
+        return out, finish(scores.logsumexp(dim=-1, keepdim=True), float("-inf")).squeeze(-1)
 
-    # Dimensions over which the mask is constant go together: (N, B) without a bias, B alone with one.
-    dim = 1 if added is None or added.shape[1] == 1 else 0
+    # Dimensions over which the mask is constant go together: (N, B) without a bias, B alone with one. A mask that
+    # differs between images is written out for every head.
+    dim = 1 if added is None or (added.shape[1] == 1 and blind is None) else 0
+    if added is not None:
+        added = (added if dim == 1 else added.expand(-1, heads, -1, -1, -1)).flatten(dim, dim + 1)
     query, key, value = (x.flatten(dim, dim + 1) for x in (query, key, value))
-    added = None if added is None else added.flatten(dim, dim + 1)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale)
     out = out.unflatten(dim, (heads, batch) if dim == 1 else (out.shape[0] // heads, heads))
-    return _scatter(out, cut)
+    return finish(out, 0)

@@ -25,6 +25,7 @@ def attend(problem: NeighborhoodProblem) -> Tensor | tuple[Tensor, Tensor]:
         extra_bias = flat(wide.expand(-1, *spatial, -1, -1))  # [B or 1, S or 1, N or 1, E or 1]
     qkv = flat(q), flat(problem.k), flat(problem.v)
     how = {"bias": problem.bias, "extra_k": extra_k, "extra_v": extra_v, "extra_bias": extra_bias}
-    out, lse = fused_attention(*qkv, problem.axes, problem.scale, **how)
+    key_mask = None if problem.key_mask is None else problem.key_mask.flatten(1)  # [B, S]
+    out, lse = fused_attention(*qkv, problem.axes, problem.scale, **how, key_mask=key_mask)
     out = out.view(*q.shape[:-1], problem.v.shape[-1])  # [B, *spatial, N, Dv]
     return (out, lse.view(q.shape[:-1])) if problem.return_lse else out
