@@ -1,6 +1,8 @@
 """transformers' DiNAT, NAT and OneFormer after `visattn.hf.repair()`: goldens, and the layout of transformers 4.53."""
 
+import importlib
 import sys
+import types
 
 import pytest
 import timm
@@ -183,6 +185,19 @@ def test_saved_and_loaded_backbones(repaired, tmp_path):
         for got, want in zip(maps, expected, strict=True):
             assert torch.equal(got, want)
     assert len(kinds) == len(repaired)
+
+
+def test_a_natten_without_the_old_functions_is_no_obstacle(monkeypatch):
+    monkeypatch.delitem(sys.modules, hf.MODULES[0])
+    monkeypatch.setattr(sys.modules["transformers.utils"], "is_natten_available", lambda: True)
+    for name in ("natten", "natten.functional"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    with pytest.raises(ImportError, match="natten2d"):
+        importlib.import_module(hf.MODULES[0])
+    assert hf.MODULES[0] in hf.repair()
+    model = sys.modules[hf.MODULES[0]].DinatModel(config()).eval()
+    assert model(torch.randn(1, 3, *MAP)).last_hidden_state.shape == (1, 6, 5, 32)
+    assert sys.modules["transformers.utils"].is_natten_available()
 
 
 @pytest.mark.parametrize("version", ["4.49.0", "5.25.0.dev0", "6.0"])
