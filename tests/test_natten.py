@@ -78,6 +78,8 @@ def test_keys_of_a_causal_query_come_first_and_the_rest_is_hidden():
     scores = natten.na1d_qk(q, k, 3, 2, is_causal=True)  # of token 2: tokens 0 and 2
     torch.testing.assert_close(scores[:, :, 2, :2], torch.einsum("bnd,bnmd->bnm", q[:, :, 2], k[:, :, :3:2]))
     assert (scores[:, :, 2, 2] == float("-inf")).all()
+    ones = torch.ones_like(scores)
+    torch.testing.assert_close(natten.na1d_av(ones, k, 3, 2, is_causal=True)[:, :, 2], k[:, :, :3:2].sum(2))
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visattn.ops.checks import check_shape, check_tensors, per_axis
+from visattn.ops.checks import check_shape, per_axis
 from visattn.ops.geometry import neighbors, outer_index, read_table
 from visattn.ops.neighborhood import NeighborhoodProblem
 
@@ -59,7 +59,6 @@ def neighborhood_sum(
 
     Weights of hidden keys count as 0. Extra values are [B, N, E, Dv].
     """
-    check_tensors(weights=weights)
     windows = {
         "kernel_size": kernel_size,
         "dilation": dilation,
@@ -80,7 +79,6 @@ def _gather(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Check the call; copy the M tokens of x that every query sees [B, N, S, M, D], tell which are hidden [S, M], and
     list their displacements per axis."""
-    check_tensors(q=q, x=x, **({} if extra is None else {"extra": extra}))
     per: Any = {
         name: per_axis(name, n, bool if name == "is_causal" else int, q.ndim - 3)
         for name, n in windows.items()
