@@ -85,7 +85,13 @@ def _gather(
     }
     query, key = q.movedim(1, -2), x.movedim(1, -2)  # [B, *spatial, N, D]
     extra = None if extra is None else extra.transpose(1, 2)  # [B, E, N, D]
-    more: Any = {"bias": bias, "extra_k": extra, "extra_v": extra, "extra_bias": None, "key_mask": None}
+    more: Any = {
+        "bias": bias,
+        "extra_k": extra,
+        "extra_v": extra,
+        "extra_bias": None,
+        "key_mask": None,
+    }
     axes = NeighborhoodProblem(query, key, key, **per, **more, scale=1.0, return_lse=False).axes
     found = [neighbors(axis, q.device) for axis in axes]
     index = outer_index([n.index for n in found], [axis.length for axis in axes])  # [S, M]
