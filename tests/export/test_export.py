@@ -1,5 +1,7 @@
 """Files of other runtimes compute what the models do, or do not appear."""
 
+import itertools
+
 import pytest
 import timm
 import torch
@@ -12,29 +14,47 @@ from visattn.export.program import least_size
 from visattn.ops.dispatch import BackendError
 
 SMALL = visattn.list_models("test_*")
-QUICK = {
-    "none": ("test_biformer", "test_focused_swin", "test_maxvit_va"),
-    "batch": ("test_inline_pvt", "test_halonet_va", "test_cswin"),
-    "size": ("test_pvt",),
-}
-# 224, a map that is not square, and one that windows and regions do not divide
-SIZES = (224, (256, 192), (100, 132))
-REAL = ("biformer_tiny", "agent_deit_tiny", "cswin_tiny", "dinat_mini", "halonet26t_va", "inline_pvt_tiny")
-REAL += ("maxvit_rmlp_pico_rw_256_va",) if visattn.is_model("maxvit_rmlp_pico_rw_256_va") else ("maxvit_tiny_va",)
+REAL = (
+    "biformer_tiny",
+    "coatnet_nano_rw_va",
+    "agent_cswin_tiny",
+    "inline_deit_tiny",
+    "halonet26t_va",
+    "maxvit_tiny_va",
+)
+REAL += (
+    "dinat_mini",
+    "dinat_isotropic_small",
+    "focused_pvt_tiny",
+    "resnest14_va",
+    "resnet50_ea",
+    "efficient_swin_tiny",
+)
+REAL += ("transnext_micro",)  # with the others, one of each family
+SIZES = ((224, 224), (256, 192), (100, 132))  # the last fits neither windows nor regions nor strides
+QUICK = [(name, "none", (100, 132)) for name in ("test_biformer", "test_focused_swin", "test_maxvit_va")]
+QUICK += [(name, "batch", (100, 132)) for name in ("test_inline_pvt", "test_halonet_va", "test_cswin")]
+QUICK += [("test_pvt", "size", (160, 192))]
+CELLS = [
+    *itertools.product((*SMALL, *REAL), ("none", "batch"), SIZES),
+    *itertools.product(SMALL, ("size",), [(160, 192)]),
+]
 
 
-def cells():
-    for dynamic, quick in QUICK.items():
-        for name in SMALL:
-            yield pytest.param(name, dynamic, marks=[pytest.mark.slow] * (name not in quick))
-
-
-@pytest.mark.parametrize(("name", "dynamic"), list(cells()))
-def test_onnx(name, dynamic, tmp_path):
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("name", "dynamic", "size"),
+    [
+        pytest.param(*cell, marks=[pytest.mark.slow] * (cell not in QUICK), id="{}-{}-{}x{}".format(*cell[:2], *cell[2]))
+        for cell in CELLS
+    ],
+)
+def test_onnx(name, dynamic, size, tmp_path):
     pytest.importorskip("onnxruntime")
-    found = export(timm.create_model(name), tmp_path / "model.onnx", dynamic=dynamic, image_size=(100, 132))
+    found = export(timm.create_model(name), tmp_path / "model.onnx", dynamic=dynamic, image_size=size)
     assert len(found.errors) == {"none": 1, "batch": 3, "size": 5}[dynamic]
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+    print(found)
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ Sources: ONNX (onnx.ai), `torch.export` and AOTInductor (docs.pytorch.org), Open
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib.util
 import os
@@ -218,7 +217,8 @@ def export(
     metadata = _metadata(model, labels, dynamic, least)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, _quiet():
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of exporters about themselves
         written = Path(folder) / path.name
         options = {} if opset is None else {"opset_version": opset}
         try:
@@ -239,14 +239,6 @@ def export(
         for file in files:
             os.replace(file, path.parent / file.name)
     return Report(path, target, dynamic, least, said, size, time.perf_counter() - start, _peak_memory(), errors)
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Hide the warnings of exporters about themselves."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def load(path: str | Path, target: str | None = None) -> Exported:
