@@ -45,7 +45,9 @@ CELLS = [
 @pytest.mark.parametrize(
     ("name", "dynamic", "size"),
     [
-        pytest.param(*cell, marks=[pytest.mark.slow] * (cell not in QUICK), id="{}-{}-{}x{}".format(*cell[:2], *cell[2]))
+        pytest.param(
+            *cell, marks=[pytest.mark.slow] * (cell not in QUICK), id="{}-{}-{}x{}".format(*cell[:2], *cell[2])
+        )
         for cell in CELLS
     ],
 )
@@ -60,10 +62,10 @@ def test_onnx(name, dynamic, size, tmp_path):
 @torch.no_grad()
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["test_dinat", "test_maxvit_va", "test_biformer", "test_deit_va", "test_resnest_va"])
+@pytest.mark.parametrize("name", ["dinat", "maxvit_va", "biformer", "deit_va", "resnest_va", "pvt", "coatnet_va"])
 def test_one_onnx_file_for_every_size(name, tmp_path):
     pytest.importorskip("onnxruntime")
-    model = timm.create_model(name).eval()
+    model = timm.create_model(f"test_{name}").eval()
     export(model, tmp_path / "model.onnx", dynamic="size", image_size=(160, 192))
     run = load(tmp_path / "model.onnx")
     for size in ((33, 47), (64, 64), (97, 131), (160, 192), (224, 224), (256, 192), (300, 220), (512, 512)):
