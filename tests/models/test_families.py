@@ -20,7 +20,6 @@ from tests.models.cases import (
     TAGS,
 )
 from visattn.layers import TOKEN_MIXERS
-from visattn.ops.geometry import ceil_div
 
 TOLD = ("num_classes", "input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "license")
 
@@ -113,16 +112,23 @@ def test_classifiers_at_any_input_size(case):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("output_stride", [32, 16, 8])
-@pytest.mark.parametrize("name", STRIDED)
-def test_output_stride(name, output_stride):
-    """Parameters are those of the ordinary model."""
-    model = timm.create_model(name, output_stride=output_stride, **STRIDED[name]).eval()
-    model.load_state_dict(timm.create_model(name, **STRIDED[name]).state_dict())
-    strides = [min(2**i, output_stride) for i in range(1, 6)]
-    assert [level["reduction"] for level in model.feature_info] == strides
-    maps = model.forward_intermediates(torch.randn(1, 3, 97, 131), intermediates_only=True)
-    assert [tuple(m.shape[2:]) for m in maps] == [(ceil_div(97, s), ceil_div(131, s)) for s in strides]
+@pytest.mark.parametrize("case", STRIDED, ids=str)
+def test_output_stride(case):
+    """The same parameters; maps as told, which change where strides were left out, and with 32 nowhere."""
+    plain = timm.create_model(case.name, **case.args).eval()
+    image = torch.randn(1, 3, 97, 131)
+    expected = plain.forward_intermediates(image, intermediates_only=True)
+    for output_stride in (32, 16, 8):
+        model = timm.create_model(case.name, output_stride=output_stride, **case.args).eval()
+        model.load_state_dict(plain.state_dict())
+        strides = [min(level["reduction"], output_stride) for level in plain.feature_info]
+        assert [level["reduction"] for level in model.feature_info] == strides
+        maps = model.forward_intermediates(image, intermediates_only=True)
+        assert [tuple(m.shape[2:]) for m in maps] == [(case.number(97, s), case.number(131, s)) for s in strides]
+        for got, want in zip(maps, expected, strict=True):
+            assert torch.equal(got, want) == (got.shape == want.shape)
+        features = timm.create_model(case.name, features_only=True, output_stride=output_stride, **case.args)
+        assert features.feature_info.reduction() == strides[-len(features.feature_info.reduction()) :]
 
 
 @pytest.mark.parametrize("attention", TOKEN_MIXERS)
