@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import visattn  # noqa: F401
 from tests.works_with.tasks import check_fall, descend
 
 smp = pytest.importorskip("segmentation_models_pytorch")
