@@ -367,6 +367,24 @@ STRIDED = [  # models with `output_stride`
     Sizes("test_transnext"),
 ]
 
+# Made of convolutions and neighborhood attention alone, with an image size.
+DILATIONS = ((1, 4), (1, 2), (1, 2), (2,))
+CONV_MIXERS = {"topks": (0, 0, 0, 0)}
+ATROUS = [
+    ("test_dinat", {"dilations": DILATIONS}, (197, 131)),
+    ("test_dinat", {"dilations": DILATIONS, "overlapped": False}, (197, 131)),
+    ("test_biformer", CONV_MIXERS, (97, 131)),
+    ("test_biformer", {"layout": "swin", **CONV_MIXERS}, (96, 128)),
+]
+DILATED = [  # with convolutions in the blocks of the last stage
+    ("test_biformer", {"mlp_dwconv": True}),
+    ("test_cswin", {}),
+    ("test_pvt", {"patch_size": 4, "attention": "agent", "sr_ratios": (1, 1, 1, 1)}),
+    ("test_pvt", {"patch_size": 4, "attention": "agent", "class_token": False}),
+    ("test_swin_va", {"attention": "focused"}),
+    ("test_transnext", {}),
+]
+
 
 @dataclass(frozen=True)
 class Mixed:

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 @torch.no_grad()
 def test_accuracy_is_the_trainers(works, tmp_path):
     """Of a run on digits: what its log says of the weights that it leaves."""
-    words = ["--output", tmp_path, "--name", "run", "--epochs", "1", "--device", "cpu"]
+    words = ["--output", tmp_path, "--name", "run", "--epochs", "1", "--warmup-epochs", "0", "--device", "cpu"]
     subprocess.run([sys.executable, "-m", "visattn.train", *map(str, words)], check=True, capture_output=True)
     expected = next(csv.DictReader((tmp_path / "run" / "log.csv").open()))
 
