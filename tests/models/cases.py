@@ -350,11 +350,39 @@ CLASSIFIERS = [
 ]
 
 STRIDED = [  # models with `output_stride`
-    ("test_coatnet_va", {"depths": (1, 1, (3, 1), 1)}),
-    ("test_halonet_va", {}),
-    ("test_maxvit_va", {}),
-    ("test_maxvit_va", {"window_size": "grow"}),
-    ("test_resnest_va", {}),
+    Sizes("test_biformer"),
+    Sizes("test_biformer", {"layout": "swin", "padding": "zero"}, number=floor),
+    Sizes("test_coatnet_va", {"depths": (1, 1, (3, 1), 1)}),
+    Sizes("test_cswin", number=stem_floor),
+    Sizes("test_dinat"),
+    Sizes("test_dinat", {"overlapped": False}),
+    Sizes("test_focused_swin"),
+    Sizes("test_halonet_va"),
+    Sizes("test_maxvit_va", {"window_size": "grow"}),
+    Sizes("test_pvt", {"patch_size": 4}, number=floor),
+    Sizes("test_inline_pvt", number=floor),
+    Sizes("test_resnest_va"),
+    Sizes("test_resnet_ea"),
+    Sizes("test_swin_va"),
+    Sizes("test_transnext"),
+]
+
+# Made of convolutions and neighborhood attention alone, with an image size.
+DILATIONS = ((1, 4), (1, 2), (1, 2), (2,))
+CONV_MIXERS = {"topks": (0, 0, 0, 0)}
+ATROUS = [
+    ("test_dinat", {"dilations": DILATIONS}, (197, 131)),
+    ("test_dinat", {"dilations": DILATIONS, "overlapped": False}, (197, 131)),
+    ("test_biformer", CONV_MIXERS, (97, 131)),
+    ("test_biformer", {"layout": "swin", **CONV_MIXERS}, (96, 128)),
+]
+DILATED = [  # with convolutions in the blocks of the last stage
+    ("test_biformer", {"mlp_dwconv": True}),
+    ("test_cswin", {}),
+    ("test_pvt", {"patch_size": 4, "attention": "agent", "sr_ratios": (1, 1, 1, 1)}),
+    ("test_pvt", {"patch_size": 4, "attention": "agent", "class_token": False}),
+    ("test_swin_va", {"attention": "focused"}),
+    ("test_transnext", {}),
 ]
 
 
@@ -384,6 +412,7 @@ MIXED = [
 
 REFUSED_BY_VALUE = {
     "biformer_tiny": [
+        ({"output_stride": 0}, "expected output_stride 8, 16 or 32, got 0"),
         ({"layout": "swim"}, "expected layout 'biformer' or 'swin', got 'swim'"),
         ({"topks": (1, 4, 16)}, r"expected one of topks for each of 4 stages, got \(1, 4, 16\)"),
         ({"topks": (1, 4, 16, -4)}, "got 7 and -4"),
@@ -403,6 +432,7 @@ REFUSED_BY_VALUE = {
         ({"head_dim": 20}, "expected dim divisible by num_heads"),
     ],
     "test_cswin": [
+        ({"output_stride": 12}, "expected output_stride 8, 16 or 32, got 12"),
         ({"attention": "cosine"}, "expected attention of 'softmax', .*, got 'cosine'"),
         ({"attention_depths": (1, 1)}, r"expected attention_depths of 0 to \[1, 1, 2, 1\] per stage, got \[1, 1\]"),
         ({"attention_depths": (1, 1, 3, 0)}, r"per stage, got \[1, 1, 3, 0\]"),
@@ -430,6 +460,7 @@ REFUSED_BY_VALUE = {
         ({"table_size": 0}, "expected table_size of one int or two, at least 1, got"),
     ],
     "test_dinat": [
+        ({"output_stride": 4}, "expected output_stride 8, 16 or 32, got 4"),
         ({"dilations": "dense"}, "expected dilations of one of .*'detection'.*got 'dense'"),
         ({"dilations": [[1], [1], [1], [1]]}, r"expected dilations for depths \(2, 2, 2, 1\)"),
         ({"dilations": [[1, 2]]}, "one per block"),
@@ -439,6 +470,7 @@ REFUSED_BY_VALUE = {
         ({"dilations": "detection"}, "got 'detection'"),
     ],
     "test_pvt": [
+        ({"output_stride": 64}, "expected output_stride 8, 16 or 32, got 64"),
         (
             {"attention_depths": (1, 2, 1)},
             r"expected attention_depths of 0 to \[1, 2, 1, 2\] per stage, got \[1, 2, 1\]",
@@ -461,6 +493,7 @@ REFUSED_BY_VALUE = {
         ({"ea_key_channels": 5, "ea_heads": 2}, "divisible by head_count"),
     ],
     "test_swin_va": [
+        ({"output_stride": -8}, "expected output_stride 8, 16 or 32, got -8"),
         ({"attention": "linear"}, "expected attention of 'softmax', 'agent', .*, got 'linear'"),
         ({"attention_depths": (1, 1)}, r"expected attention_depths of 0 to \[2, 2, 2, 1\] per stage, got \[1, 1\]"),
         ({"attention_depths": (0, 3, 0, 0)}, r"per stage, got \[0, 3, 0, 0\]"),
@@ -469,6 +502,7 @@ REFUSED_BY_VALUE = {
         ({"out_norm": "batch"}, "expected out_norm None or one of"),
     ],
     "test_transnext": [
+        ({"output_stride": 4}, "expected output_stride 8, 16 or 32, got 4"),
         ({"position_bias": "linear"}, "expected position_bias 'extrapolate' or 'interpolate', got 'linear'"),
         ({"position_bias": "interpolate"}, "expected bias_img_size with position_bias 'interpolate'"),
         ({"bias_img_size": 512}, "and only then, got 512 with 'extrapolate'"),
@@ -480,4 +514,11 @@ REFUSED = [
     *((name, *row, ValueError) for name, rows in REFUSED_BY_VALUE.items() for row in rows),
     ("biformer_tiny", {"diff_routing": True}, "try soft_routing=True", NotImplementedError),
     ("test_resnet_ea", {"key_channels": 5}, "got .*key_channels", TypeError),
+    ("test_deit_va", {"output_stride": 8}, "expected no output_stride for DeiT, .*, got 8; try patch_size", TypeError),
+    (
+        "test_dinat_isotropic",
+        {"output_stride": 16},
+        "expected no output_stride for IsotropicNAT, .*, got 16",
+        TypeError,
+    ),
 ]

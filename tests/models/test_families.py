@@ -7,7 +7,9 @@ import torch
 import visattn  # noqa: F401
 from tests.models import golden as goldens
 from tests.models.cases import (
+    ATROUS,
     CLASSIFIERS,
+    DILATED,
     EXTRACTORS,
     FILES,
     GOLDENS,
@@ -19,8 +21,8 @@ from tests.models.cases import (
     STRIDED,
     TAGS,
 )
+from tests.tolerances import SAME_MODEL, relative_error
 from visattn.layers import TOKEN_MIXERS
-from visattn.ops.geometry import ceil_div
 
 TOLD = ("num_classes", "input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "license")
 
@@ -113,16 +115,44 @@ def test_classifiers_at_any_input_size(case):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("output_stride", [32, 16, 8])
-@pytest.mark.parametrize(("name", "args"), STRIDED, ids=str)
-def test_output_stride(name, args, output_stride):
-    """Parameters are those of the ordinary model."""
-    model = timm.create_model(name, output_stride=output_stride, **args).eval()
-    model.load_state_dict(timm.create_model(name, **args).state_dict())
-    strides = [min(2**i, output_stride) for i in range(1, 6)]
-    assert [level["reduction"] for level in model.feature_info] == strides
-    maps = model.forward_intermediates(torch.randn(1, 3, 97, 131), intermediates_only=True)
-    assert [tuple(m.shape[2:]) for m in maps] == [(ceil_div(97, s), ceil_div(131, s)) for s in strides]
+@pytest.mark.parametrize("case", STRIDED, ids=str)
+def test_output_stride(case):
+    """The same parameters; maps as told, which change where strides were left out, and with 32 nowhere."""
+    plain = timm.create_model(case.name, **case.args).eval()
+    image = torch.randn(1, 3, 97, 131)
+    expected = plain.forward_intermediates(image, intermediates_only=True)
+    for output_stride in (32, 16, 8):
+        model = timm.create_model(case.name, output_stride=output_stride, **case.args).eval()
+        model.load_state_dict(plain.state_dict())
+        strides = [min(level["reduction"], output_stride) for level in plain.feature_info]
+        assert [level["reduction"] for level in model.feature_info] == strides
+        maps = model.forward_intermediates(image, intermediates_only=True)
+        assert [tuple(m.shape[2:]) for m in maps] == [(case.number(97, s), case.number(131, s)) for s in strides]
+        for got, want in zip(maps, expected, strict=True):
+            assert torch.equal(got, want) == (got.shape == want.shape)
+        features = timm.create_model(case.name, features_only=True, output_stride=output_stride, **case.args)
+        assert features.feature_info.reduction() == strides[-len(features.feature_info.reduction()) :]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("output_stride", [16, 8])
+@pytest.mark.parametrize(("name", "args", "size"), ATROUS, ids=str)
+def test_output_stride_computes_the_same_map_at_more_positions(name, args, size, output_stride):
+    """Where all is dilated: what is kept of the map is as before, for NAT also where maps are padded."""
+    plain, dilated = (timm.create_model(name, output_stride=s, **args).eval() for s in (32, output_stride))
+    dilated.load_state_dict(plain.state_dict())
+    image = torch.randn(1, 3, *size)
+    maps = [model.forward_intermediates(image, intermediates_only=True) for model in (plain, dilated)]
+    for level, expected, got in zip(plain.feature_info, *maps, strict=True):
+        step = max(1, level["reduction"] // output_stride)
+        assert relative_error(got[..., ::step, ::step], expected) <= SAME_MODEL
+
+
+@pytest.mark.parametrize(("name", "args"), DILATED, ids=str)
+def test_output_stride_dilates_convolutions(name, args):
+    blocks = timm.create_model(name, output_stride=8, device="meta", **args).stages[-1].blocks
+    convs = [m for m in blocks.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size != (1, 1)]
+    assert {conv.dilation for conv in convs} == {(4, 4)}
 
 
 @pytest.mark.parametrize("attention", TOKEN_MIXERS)

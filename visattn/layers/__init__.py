@@ -3,7 +3,7 @@
 from visattn.layers.agent import AgentAttention
 from visattn.layers.aggregated import AggregatedAttention, CosineAttention
 from visattn.layers.block import TokenTransformerBlock, TransformerBlock
-from visattn.layers.conv import ConvNorm, DepthwiseConv, create_act
+from visattn.layers.conv import ConvNorm, DepthwiseConv, create_act, dilate_convs
 from visattn.layers.conv_glu import ConvGLU
 from visattn.layers.create import TOKEN_MIXERS, create_token_mixer
 from visattn.layers.efficient import EfficientAttention, EfficientAttention2d
@@ -17,6 +17,7 @@ from visattn.layers.neighborhood import GlobalAttention, NeighborhoodAttention
 from visattn.layers.patch import (
     ConvDownsampler,
     ConvTokenizer,
+    PatchConv,
     PatchMerging,
     PatchTokenizer,
     PositionedTokenizer,
@@ -54,6 +55,7 @@ __all__ = [
     "LogRelPos",
     "MBConv",
     "NeighborhoodAttention",
+    "PatchConv",
     "PatchMerging",
     "PatchTokenizer",
     "PooledTransformerBlock",
@@ -69,6 +71,7 @@ __all__ = [
     "create_act",
     "create_pool",
     "create_token_mixer",
+    "dilate_convs",
     "init_weights",
     "reset_parameters",
 ]

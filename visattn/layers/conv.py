@@ -45,6 +45,15 @@ class ConvNorm(nn.Module):
         return self.act(self.bn(self.conv(x)))
 
 
+def dilate_convs(module: nn.Module, dilation: int) -> None:
+    """Dilate the convolutions of stride 1 in `module`, in place; zero padding keeps their maps' sizes."""
+    for conv in module.modules():
+        if isinstance(conv, nn.Conv2d) and conv.stride == (1, 1):
+            height, width = conv.kernel_size
+            conv.dilation = (dilation, dilation)
+            conv.padding = (dilation * (height // 2), dilation * (width // 2))
+
+
 class DepthwiseConv(nn.Conv2d):
     """Depthwise convolution of an odd kernel, zero padding, with bias: [B, H, W, dim] -> [B, H, W, dim].
 

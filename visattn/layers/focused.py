@@ -28,9 +28,9 @@ class _SharedConv(DepthwiseConv):
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight.repeat(self.num_heads, 1, 1, 1), self.bias.repeat(self.num_heads)
-        pad, groups = self.kernel_size[0] // 2, self.num_heads * self.out_channels
+        groups = self.num_heads * self.out_channels
         x = input.permute(0, 3, 1, 2)  # [B, C, H, W]
-        x = F.conv2d(x, weight, bias, padding=pad, groups=groups)
+        x = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
         return x.permute(0, 2, 3, 1)  # [B, H, W, C]
 
 

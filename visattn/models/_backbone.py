@@ -280,12 +280,38 @@ def drop_path_rates(last: float, depths: Sequence[int]) -> list[list[float]]:
     return cast("list[list[float]]", calculate_drop_path_rates(last, list(depths), stagewise=True))
 
 
+def plan_strides(stem: int, strides: Sequence[int], output_stride: int) -> list[tuple[int, int, int, int]]:
+    """Per stage (reduction, stride, dilation of what would stride, dilation of what follows it).
+
+    Stages beyond `output_stride` keep their map, and what comes after a stride left out is dilated instead: it sees at
+    every position what it saw at those that the stride kept.
+
+    Args:
+        stem: Stride of the stem.
+        strides: Stride of every stage.
+        output_stride: Stride of the last map: 8, 16, or 32 for that of the network.
+
+    Raises:
+        ValueError: Another `output_stride`.
+    """
+    if output_stride not in (8, 16, 32):
+        raise ValueError(f"expected output_stride 8, 16 or 32, got {output_stride}")
+    reduction, dilation, plan = stem, 1, []
+    for stride in strides:
+        before = dilation
+        if output_stride < 32 and reduction * stride > output_stride:
+            stride, dilation = 1, dilation * stride
+        reduction *= stride
+        plan.append((reduction, stride, before, dilation))
+    return plan
+
+
 def plan_stages(
     depths: Sequence[int], output_stride: int, drop_path_rate: float
 ) -> list[tuple[int, list[tuple[int, int, float]]]]:
     """Per stage its reduction, and per block (stride, dilation, drop path rate), where stem and stages halve the map.
 
-    Stages beyond `output_stride` keep their map, and convolutions after a stride left out are dilated instead.
+    As `plan_strides`; the first block of a stage has its stride.
 
     Args:
         depths: Blocks per stage.
@@ -295,13 +321,11 @@ def plan_stages(
     Raises:
         ValueError: Another `output_stride`.
     """
-    if output_stride not in (8, 16, 32):
-        raise ValueError(f"expected output_stride 8, 16 or 32, got {output_stride}")
-    reduction, dilation, plan = 2, 1, []
-    for rates in drop_path_rates(drop_path_rate, depths):
-        stride = 2 if reduction < output_stride else 1
-        before, dilation = dilation, dilation * 2 // stride
-        reduction *= stride
+    plan = []
+    strides = plan_strides(2, [2] * len(depths), output_stride)
+    for (reduction, stride, before, dilation), rates in zip(
+        strides, drop_path_rates(drop_path_rate, depths), strict=True
+    ):
         plan.append((reduction, [(1, dilation, r) if j else (stride, before, r) for j, r in enumerate(rates)]))
     return plan
 

@@ -90,6 +90,11 @@ def build_model(
 
 def _construct(cls: type[nn.Module], **kwargs: Any) -> nn.Module:
     _check_arguments(cls, kwargs)
+    if "output_stride" in kwargs and not {"output_stride", "kwargs"} & signature(cls).parameters.keys():
+        raise TypeError(
+            f"expected no output_stride for {cls.__name__}, whose maps all have the stride of its patches, got "
+            f"{reprlib.repr(kwargs['output_stride'])}; try patch_size"
+        )
     try:
         model = cls(**kwargs)
     except torch.OutOfMemoryError:

@@ -26,12 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._backbone import Backbone, TellsAttended, convert_checkpoint, drop_path_rates
+from visattn.models._backbone import Backbone, TellsAttended, convert_checkpoint, drop_path_rates, plan_strides
 from visattn.models._build import build_model
 from visattn.models._variants import Variant, imagenet_cfg, register_variants
-from visattn.ops import floor_to_multiple
-
-torch.fx.wrap("floor_to_multiple")
 
 __all__ = ["BiFormer"]
 
@@ -59,21 +56,6 @@ def resolve_n_win(n_win: int | str | Sequence[int], stages: int) -> list[int]:
     if len(resolved) != stages or min(resolved) < 1:
         raise ValueError(f"expected n_win of at least 1, one int or one per each of {stages} stages, got {n_win}")
     return resolved
-
-
-class PatchConv(nn.Conv2d):
-    """Convolution of patches that do not overlap: [B, dim, H, W] -> [B, out_dim, H/size, W/size], rounded down.
-
-    Maps smaller than a patch are zero-padded at the bottom and right.
-    """
-
-    def __init__(self, dim: int, out_dim: int, size: int, **dd: Any) -> None:
-        super().__init__(dim, out_dim, size, stride=size, **dd)
-        self.size = [size, size]
-
-    def forward(self, input: Tensor) -> Tensor:
-        x = floor_to_multiple(input.permute(0, 2, 3, 1), self.size).permute(0, 3, 1, 2)  # [B, dim, H', W']
-        return self._conv_forward(x, self.weight, self.bias)
 
 
 class Stem(nn.Module):
@@ -181,6 +163,8 @@ class BiFormer(TellsAttended, Backbone):
         drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
         out_norm: "layer" (as the official dense models) or "batch" normalises every feature map that `features_only`
             returns; None returns them as they are.
+        output_stride: 32, 16 or 8. Stages beyond it keep their map; convolutions are dilated instead, there are as many
+            regions as ever, of more tokens.
         img_size: No effect, as for timm's models of any input size; accepted so that callers may always give it.
 
     Raises:
@@ -218,6 +202,7 @@ class BiFormer(TellsAttended, Backbone):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         out_norm: str | None = None,
+        output_stride: int = 32,
         img_size: int | tuple[int, int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -262,15 +247,19 @@ class BiFormer(TellsAttended, Backbone):
         self.patch_embed = Stem(*_create_stem(layout, in_chans, embed_dims[0], **dd))
         self.stages = nn.Sequential()
         rates = drop_path_rates(drop_path_rate, depths)
+        steps = plan_strides(4, (1, *[2] * (len(depths) - 1)), output_stride)
         for i, dim in enumerate(embed_dims):
-            downsample = _create_downsampler(layout, embed_dims[i - 1], dim, **dd) if i else nn.Identity()
+            reduction, stride, before, dilation = steps[i]
+            downsample = (
+                _create_downsampler(layout, embed_dims[i - 1], dim, stride, before, **dd) if i else nn.Identity()
+            )
             blocks = []
             for rate in rates[i]:
                 mlp = _dwconv_mlp(dim, int(mlp_ratio * dim), **dd) if mlp_dwconv else None
                 block = {"mlp_ratio": mlp_ratio, "mlp": mlp, "drop_path": rate, "layer_scale": layer_scale, **dd}
                 blocks.append(BiFormerBlock(dim, create_mixer(i, dim), before_attn_dwconv, pre_norm, **block))
-            self.stages.append(layers.Stage(downsample, blocks))
-            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
+            self.stages.append(layers.Stage(downsample, blocks, dilation=dilation))
+            self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
         self._build_head(drop_rate, out_norm, **dd, norm=nn.BatchNorm2d(embed_dims[-1], **dd))
         for norm in self.out_norms:
             if isinstance(norm, nn.LayerNorm):
@@ -279,7 +268,7 @@ class BiFormer(TellsAttended, Backbone):
 
 def _create_stem(layout: str, in_chans: int, dim: int, **dd: Any) -> list[nn.Module]:
     if layout == "swin":
-        return [PatchConv(in_chans, dim, 4, **dd), nn.BatchNorm2d(dim, **dd)]
+        return [layers.PatchConv(in_chans, dim, 4, **dd), nn.BatchNorm2d(dim, **dd)]
     if layout != "biformer":
         raise ValueError(f"expected layout 'biformer' or 'swin', got {layout!r}")
     return [
@@ -291,10 +280,11 @@ def _create_stem(layout: str, in_chans: int, dim: int, **dd: Any) -> list[nn.Mod
     ]
 
 
-def _create_downsampler(layout: str, dim: int, out_dim: int, **dd: Any) -> nn.Module:
+def _create_downsampler(layout: str, dim: int, out_dim: int, stride: int, dilation: int, **dd: Any) -> nn.Module:
     if layout == "swin":
-        return nn.Sequential(nn.BatchNorm2d(dim, **dd), PatchConv(dim, out_dim, 2, **dd))
-    return nn.Sequential(nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, **dd), nn.BatchNorm2d(out_dim, **dd))
+        return nn.Sequential(nn.BatchNorm2d(dim, **dd), layers.PatchConv(dim, out_dim, 2, stride, dilation, **dd))
+    conv = nn.Conv2d(dim, out_dim, 3, stride, dilation, dilation, **dd)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_dim, **dd))
 
 
 _cfg = partial(

@@ -24,7 +24,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._backbone import Backbone, convert_checkpoint, drop_path_rates, unwrap
+from visattn.models._backbone import Backbone, convert_checkpoint, drop_path_rates, plan_strides, unwrap
 from visattn.models._token_mixer import create_token_mixer_backbone, fit_positions, plan_attention, token_mixer_cfg
 from visattn.models._variants import Variant, deprecate_infix, register_variants
 from visattn.ops import pad_to_at_least
@@ -89,9 +89,11 @@ class CSWin(Backbone):
         proj_drop_rate: Dropout after attention and MLP projections.
         drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
         out_norm: "layer" normalises every feature map that `features_only` returns; None returns them as they are.
+        output_stride: 32, 16 or 8. Stages beyond it keep their map; convolutions are dilated instead, and stripes keep
+            their width.
 
     Raises:
-        ValueError: An attention, depths, arguments, heads or widths that do not fit.
+        ValueError: An attention, depths, arguments, heads, widths or `output_stride` that do not fit.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class CSWin(Backbone):
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         out_norm: str | None = None,
+        output_stride: int = 32,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -125,10 +128,12 @@ class CSWin(Backbone):
         shared = {"qkv_bias": qkv_bias, "proj_drop": proj_drop_rate, **dd}
         self.patch_embed = Stem(in_chans, embed_dim, **dd)
         rates = drop_path_rates(drop_path_rate, depths)
+        steps = plan_strides(4, (1, *[2] * (number - 1)), output_stride)
         self.stages = nn.Sequential()
         height, width = (max(1, (n + 1) // 4) for n in to_2tuple(img_size))
         for i, (heads, split_size) in enumerate(zip(num_heads, split_sizes, strict=True)):
             dim = embed_dim * 2**i
+            reduction, stride, before, dilation = steps[i]
             height, width = (ceil_div(n, 2) if i else n for n in (height, width))
             if i == number - 1 or (height, width) == (split_size, split_size):
                 split_size = None
@@ -140,9 +145,9 @@ class CSWin(Backbone):
                     attn = layers.create_token_mixer(attention, dim, heads, (height, width), **args, **shared)
                 block = InLineBlock if isinstance(attn, layers.InLineAttention) else layers.TransformerBlock
                 blocks.append(block(dim, attn, mlp_ratio, proj_drop_rate, rate, **dd))
-            downsample = layers.ConvDownsampler(dim // 2, bias=True, **dd) if i else nn.Identity()
-            self.stages.append(layers.Stage(downsample, blocks))
-            self.feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 2), "module": f"stages.{i}"})
+            downsample = layers.ConvDownsampler(dim // 2, True, stride, before, **dd) if i else nn.Identity()
+            self.stages.append(layers.Stage(downsample, blocks, dilation=dilation))
+            self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
         self._build_head(drop_rate, out_norm, **dd)
 
 

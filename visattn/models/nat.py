@@ -9,6 +9,7 @@ What differs from the official code, and why:
     * Any image size: maps smaller than kernel x dilation are padded as natten 0.14 did (the natten that the weights
       were trained with); later natten versions refuse them.
     * Dilations are an argument. They do not change the parameters, so one checkpoint serves all tasks.
+    * `output_stride` 16 and 8, for dense prediction.
 """
 
 import re
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._backbone import Backbone, convert_checkpoint, drop_path_rates
+from visattn.models._backbone import Backbone, convert_checkpoint, drop_path_rates, plan_strides
 from visattn.models._build import build_model
 from visattn.models._variants import Variant, imagenet_cfg, register_variants
 
@@ -87,10 +88,12 @@ class NAT(Backbone):
         proj_drop_rate: Dropout after attention and MLP projections.
         drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
         out_norm: "layer" normalises every feature map that `features_only` returns; None returns them as they are.
+        output_stride: 32, 16 or 8. Stages beyond it keep their map, and their dilations are multiplied by the strides
+            left out: at every 2nd (4th) position the last map is that of the network of stride 32, exactly.
         img_size: No effect, as for timm's models of any input size; accepted so that callers may always give it.
 
     Raises:
-        ValueError: Dilations or heads that do not fit.
+        ValueError: Dilations, heads or `output_stride` that do not fit.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class NAT(Backbone):
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         out_norm: str | None = None,
+        output_stride: int = 32,
         img_size: int | tuple[int, int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -123,17 +127,20 @@ class NAT(Backbone):
             self.patch_embed = layers.PatchTokenizer(in_chans, embed_dim, 4, **dd)
         downsampler = layers.ConvDownsampler if overlapped else layers.PatchMerging
         rates = drop_path_rates(drop_path_rate, depths)
+        plan = plan_strides(4, (1, *[2] * (len(depths) - 1)), output_stride)
         self.stages = nn.Sequential()
         for i, stage_dilations in enumerate(resolve_dilations(dilations, depths)):
             dim = embed_dim * 2**i
+            reduction, stride, before, factor = plan[i]
             blocks = []
             for dilation, rate in zip(stage_dilations, rates[i], strict=True):
                 attn = layers.NeighborhoodAttention(
-                    dim, num_heads[i], kernel_size, dilation, qkv_bias, proj_drop=proj_drop_rate, **dd
+                    dim, num_heads[i], kernel_size, factor * dilation, qkv_bias, proj_drop=proj_drop_rate, **dd
                 )
                 blocks.append(layers.TransformerBlock(dim, attn, mlp_ratio, proj_drop_rate, rate, layer_scale, **dd))
-            self.stages.append(layers.Stage(downsampler(dim // 2, **dd) if i else nn.Identity(), blocks))
-            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
+            downsample = downsampler(dim // 2, stride=stride, dilation=before, **dd) if i else nn.Identity()
+            self.stages.append(layers.Stage(downsample, blocks))
+            self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
         self._build_head(drop_rate, out_norm, **dd)
 
     def no_weight_decay(self) -> set[str]:

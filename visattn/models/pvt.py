@@ -19,6 +19,7 @@ What differs from the official code, and why:
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._backbone import Backbone, convert_checkpoint, drop_path_rates, unwrap
+from visattn.models._backbone import Backbone, convert_checkpoint, drop_path_rates, plan_strides, unwrap
 from visattn.models._build import NHWC_POOLS, TOKEN_POOLS
 from visattn.models._token_mixer import create_token_mixer_backbone, fit_positions, plan_attention, token_mixer_cfg
 from visattn.models._variants import Variant, deprecate_infix, register_variants
@@ -49,6 +50,7 @@ class ClassTokenStage(nn.Module):
         downsample: nn.Module,
         blocks: list[nn.Module],
         dim: int,
+        dilation: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -58,6 +60,8 @@ class ClassTokenStage(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim, device=device, dtype=dtype))
         self.cls_pos_embed = nn.Parameter(torch.empty(1, 1, dim, device=device, dtype=dtype))
         self.blocks = nn.ModuleList(blocks)
+        if dilation > 1:
+            layers.dilate_convs(self.blocks, dilation)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -139,9 +143,12 @@ class PVT(Backbone):
         proj_drop_rate: Dropout after attention and MLP projections.
         drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
         out_norm: "layer" normalises every feature map that `features_only` returns; None returns them as they are.
+        output_stride: 32, 16 or 8. Stages beyond it keep their map; convolutions are dilated instead, and keys and
+            values are reduced by the same factors.
 
     Raises:
-        ValueError: An unknown attention or pooling, or heads, sizes, depths or arguments that do not fit.
+        ValueError: An unknown attention or pooling, or heads, sizes, depths, arguments or `output_stride` that do not
+            fit.
     """
 
     def __init__(
@@ -165,6 +172,7 @@ class PVT(Backbone):
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         out_norm: str | None = None,
+        output_stride: int = 32,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -178,11 +186,17 @@ class PVT(Backbone):
         self.class_level = len(depths) - 1 if class_token else None
         grids = _grids(img_size, patch_size, len(depths))
         rates = drop_path_rates(drop_path_rate, depths)
+        steps = plan_strides(patch_size, (1, *[2] * (len(depths) - 1)), output_stride)
+        self.last_stride = steps[-1][1]
         self.patch_embed = layers.PositionedTokenizer(in_chans, embed_dims[0], patch_size, grids[0], "NCHW", **dd)
         projections = {"qkv_bias": qkv_bias, "proj_drop": proj_drop_rate, **dd}
         self.stages = nn.Sequential()
         for i, (dim, mlp_ratio) in enumerate(zip(embed_dims, mlp_ratios, strict=True)):
-            downsample = layers.PositionedTokenizer(embed_dims[i - 1], dim, 2, grids[i], **dd) if i else nn.Identity()
+            reduction, stride, before, dilation = steps[i]
+            patches = {"stride": stride, "dilation": before, **dd}
+            downsample = (
+                layers.PositionedTokenizer(embed_dims[i - 1], dim, 2, grids[i], **patches) if i else nn.Identity()
+            )
             has_token = i == self.class_level
             shared = {"num_prefix_tokens": int(has_token), "sr_ratio": sr_ratios[i], **projections}
             block_type = layers.TokenTransformerBlock if has_token else layers.TransformerBlock
@@ -191,9 +205,9 @@ class PVT(Backbone):
                 name = "softmax" if args is None else attention
                 attn = layers.create_token_mixer(name, dim, num_heads[i], grids[i], **shared, **(args or {}))
                 blocks.append(block_type(dim, attn, mlp_ratio, proj_drop_rate, rate, eps=1e-6, **dd))
-            stage = ClassTokenStage(downsample, blocks, dim, **dd) if has_token else layers.Stage(downsample, blocks)
-            self.stages.append(stage)
-            self.feature_info.append({"num_chs": dim, "reduction": patch_size * 2**i, "module": f"stages.{i}"})
+            stage = partial(ClassTokenStage, dim=dim, **dd) if has_token else layers.Stage
+            self.stages.append(stage(downsample, blocks, dilation=dilation))
+            self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
         norm = nn.LayerNorm(dim, eps=1e-6, **dd) if class_token else nn.Identity()
         head = TokenHead(dim, num_classes, global_pool, drop_rate, **dd) if class_token else None
         self._build_head(drop_rate, out_norm, norm=norm, head=head, **dd)
@@ -213,7 +227,7 @@ class PVT(Backbone):
         """See `Backbone`; with a class token the result is tokens [B, 1 + H' * W', C'], and `maps` gets their map."""
         x = super().forward_features(x, maps=maps, number=number)
         if maps is not None and len(maps) - 1 == self.class_level:
-            size = [torch.sym_max(1, n // 2) for n in maps[-2].shape[1:3]]
+            size = [torch.sym_max(1, n // self.last_stride) for n in maps[-2].shape[1:3]]
             maps[-1] = x[:, 1:].unflatten(1, size)  # [B, H', W', C']
         return x
 

@@ -25,7 +25,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._backbone import Backbone, convert_checkpoint, drop_path_rates, unwrap
+from visattn.models._backbone import Backbone, convert_checkpoint, drop_path_rates, plan_strides, unwrap
 from visattn.models._token_mixer import create_token_mixer_backbone, fit_positions, plan_attention, token_mixer_cfg
 from visattn.models._variants import Variant, register_variants
 from visattn.ops.geometry import ceil_div
@@ -58,9 +58,11 @@ class Swin(Backbone):
         drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
         out_norm: "layer" normalises every feature map that `features_only` returns, as the official dense backbones
             do; None returns them as they are.
+        output_stride: 32, 16 or 8. Stages beyond it keep their map; convolutions are dilated instead, and windows keep
+            their size.
 
     Raises:
-        ValueError: An unknown attention, or heads, sizes, depths or arguments that do not fit.
+        ValueError: An unknown attention, or heads, sizes, depths, arguments or `output_stride` that do not fit.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Swin(Backbone):
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         out_norm: str | None = None,
+        output_stride: int = 32,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -97,10 +100,12 @@ class Swin(Backbone):
         shared = {"qkv_bias": qkv_bias, "proj_drop": proj_drop_rate, **dd}
         self.patch_embed = layers.PatchTokenizer(in_chans, embed_dim, 4, **dd)
         rates = drop_path_rates(drop_path_rate, depths)
+        steps = plan_strides(4, (1, *[2] * (len(depths) - 1)), output_stride)
         self.stages = nn.Sequential()
         for i, heads in enumerate(num_heads):
-            dim, stride = embed_dim * 2**i, 2 ** (i + 2)
-            feat_size = (ceil_div(height, stride), ceil_div(width, stride))
+            dim = embed_dim * 2**i
+            reduction, stride, before, dilation = steps[i]
+            feat_size = (ceil_div(height, 2 ** (i + 2)), ceil_div(width, 2 ** (i + 2)))
             blocks = []
             for j, (rate, args) in enumerate(zip(rates[i], plan[i], strict=True)):
                 if args is None:
@@ -108,9 +113,9 @@ class Swin(Backbone):
                 else:
                     attn = layers.create_token_mixer(attention, dim, heads, feat_size, **args, **shared)
                 blocks.append(layers.TransformerBlock(dim, attn, mlp_ratio, proj_drop_rate, rate, **dd))
-            downsample = layers.PatchMerging(dim // 2, **dd) if i else nn.Identity()
-            self.stages.append(layers.Stage(downsample, blocks))
-            self.feature_info.append({"num_chs": dim, "reduction": stride, "module": f"stages.{i}"})
+            downsample = layers.PatchMerging(dim // 2, stride, before, **dd) if i else nn.Identity()
+            self.stages.append(layers.Stage(downsample, blocks, dilation=dilation))
+            self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
         self._build_head(drop_rate, out_norm, **dd)
 
     def no_weight_decay(self) -> set[str]:

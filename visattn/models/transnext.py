@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._backbone import Backbone, TellsAttended, convert_checkpoint, drop_path_rates
+from visattn.models._backbone import Backbone, TellsAttended, convert_checkpoint, drop_path_rates, plan_strides
 from visattn.models._build import build_model
 from visattn.models._variants import Variant, imagenet_cfg, register_variants
 
@@ -57,10 +57,12 @@ class TransNeXt(TellsAttended, Backbone):
         proj_drop_rate: Dropout after attention and MLP projections.
         drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
         out_norm: "layer" normalises every feature map that `features_only` returns; None returns them as they are.
+        output_stride: 32, 16 or 8. Stages beyond it keep their map; convolutions are dilated instead, neighbours stay
+            the nearest, maps are pooled by the same ratios, and positions keep their distances in the image.
         img_size: No effect, as for timm's models of any input size; accepted so that callers may always give it.
 
     Raises:
-        ValueError: A position bias without what it needs, or heads, sizes or ratios that do not fit.
+        ValueError: A position bias without what it needs, or heads, sizes, ratios or `output_stride` that do not fit.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class TransNeXt(TellsAttended, Backbone):
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         out_norm: str | None = None,
+        output_stride: int = 32,
         img_size: int | tuple[int, int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -105,12 +108,14 @@ class TransNeXt(TellsAttended, Backbone):
             )
         self.patch_embed = layers.PatchTokenizer(in_chans, embed_dim, 4, kernel_size=7, **dd)
         rates = drop_path_rates(drop_path_rate, depths)
+        steps = plan_strides(4, (1, *[2] * (number - 1)), output_stride)
         self.stages = nn.Sequential()
         for i, (ratio, sr_ratio) in enumerate(zip(mlp_ratios, sr_ratios, strict=True)):
-            dim, stride = embed_dim * 2**i, 2 ** (i + 2)
+            dim = embed_dim * 2**i
+            reduction, stride, before, dilation = steps[i]
             # the official rounding, in two steps
             hidden_dim = int(2 * int(dim * ratio) / 3)
-            sizes = pretrain_size // stride, None if bias_img_size is None else bias_img_size // stride
+            sizes = pretrain_size // reduction, None if bias_img_size is None else bias_img_size // reduction
             blocks = []
             for rate in rates[i]:
                 if sr_ratio == 1:
@@ -121,10 +126,10 @@ class TransNeXt(TellsAttended, Backbone):
                     )
                 mlp = layers.ConvGLU(dim, hidden_dim, proj_drop_rate, **dd)
                 blocks.append(layers.TransformerBlock(dim, attn, drop_path=rate, eps=1e-6, mlp=mlp, **dd))
-            downsample = layers.ConvDownsampler(dim // 2, bias=True, **dd) if i else nn.Identity()
+            downsample = layers.ConvDownsampler(dim // 2, True, stride, before, **dd) if i else nn.Identity()
             norm = nn.LayerNorm(dim, eps=1e-6, **dd) if i < number - 1 else None
-            self.stages.append(layers.Stage(downsample, blocks, norm))
-            self.feature_info.append({"num_chs": dim, "reduction": stride, "module": f"stages.{i}"})
+            self.stages.append(layers.Stage(downsample, blocks, norm, dilation))
+            self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
         self._build_head(drop_rate, out_norm, norm=nn.LayerNorm(embed_dim * 2 ** (number - 1), eps=1e-6, **dd), **dd)
 
     def init_weights(self, needs_reset: bool = True) -> None:
