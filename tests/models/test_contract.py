@@ -61,6 +61,14 @@ def test_img_size_is_accepted(name):
     timm.create_model(name, img_size=(96, 160), device="meta")
 
 
+def test_adapters_find_single_layers_by_their_names(model):
+    """LoRA's usual targets: linear layers, and the convolutions of patches, PVT's merges and MBConv's shortcuts."""
+    convs = ("patch_embed.proj", "downsample.proj", "shortcut.proj")
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in ("qkv", "proj"):
+            assert isinstance(module, torch.nn.Conv2d if name.endswith(convs) else torch.nn.Linear), name
+
+
 def test_flops_are_those_of_the_cards_on_a_cpu_too(model, image):
     for mode in (torch.inference_mode, torch.enable_grad):
         with mode(), FlopCounterMode(display=False) as counter:
