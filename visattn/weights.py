@@ -229,6 +229,7 @@ class ChecksWeights(nn.Module):
             check_fit(self, state_dict, f"weights of {type(self).__name__}", "others", strict=strict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
+    # pyrefly: ignore[bad-override]: torch and mmengine give all by position
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *how: Any) -> None:
         """Rename, in place, keys of earlier versions; a detector's `load_state_dict` calls this for its backbone."""
         own = {f"{prefix}{key}" for key in self.state_dict()}
