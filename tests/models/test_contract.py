@@ -69,6 +69,13 @@ def test_adapters_find_single_layers_by_their_names(model):
             assert isinstance(module, torch.nn.Conv2d if name.endswith(convs) else torch.nn.Linear), name
 
 
+@torch.no_grad()
+def test_channels_last_is_the_same(model, image):
+    expected = model(image)
+    model = model.to(memory_format=torch.channels_last)
+    assert relative_error(model(image.contiguous(memory_format=torch.channels_last)), expected) <= SAME_MODEL
+
+
 class Stand(torch.nn.Module):
     """What adapters and quantisers put in the place of a linear layer: its weight is not to be had."""
 
