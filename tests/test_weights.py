@@ -122,6 +122,25 @@ def test_what_means_the_same_is_loaded(model):
     model.to(torch.float8_e4m3fn).load_state_dict(model.state_dict())
 
 
+@pytest.mark.parametrize("name", ["test_dinat", "test_biformer"])
+def test_names_of_earlier_versions_load(name, tmp_path):
+    """Their stems' layers were `patch_embed.proj.0` and so on, as in NAT's official files."""
+    model = timm.create_model(name)
+    state = model.state_dict()
+    earlier = {key.replace("patch_embed.conv.", "patch_embed.proj."): value for key, value in state.items()}
+    assert earlier.keys() != state.keys()
+    path = save(tmp_path / "w.pth", earlier)
+    again = [read(path, name) for read in FROM_FILES[1:]]
+    again.append(timm.create_model(name))
+    again[-1].load_state_dict(earlier)
+    around = torch.nn.ModuleDict({"backbone": timm.create_model(name)})
+    around.load_state_dict({f"backbone.{key}": value for key, value in earlier.items()})
+    for other in (*again, around.backbone):
+        assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items())
+    grey, first = from_pretrained_file(path, name, in_chans=1), "patch_embed.conv.0.weight"
+    torch.testing.assert_close(grey.state_dict()[first], state[first].sum(1, keepdim=True))
+
+
 @pytest.mark.parametrize("read", [from_checkpoint_path, from_pretrained_file])
 def test_values_that_are_not_finite_are_told(trained, tmp_path, read):
     state = {key: value.clone() for key, value in trained.state_dict().items()}

@@ -1,8 +1,19 @@
 """Attention vision backbones for timm: `import visattn` registers every model with `timm.create_model`."""
 
 from visattn import models, ops
+from visattn.cam import NCHWFeatures, cam_layers, reshape_transform
 from visattn.models import is_model, list_models
 from visattn.swap import swap_attention
 
-__all__ = ["__version__", "is_model", "list_models", "models", "ops", "swap_attention"]
+__all__ = [
+    "NCHWFeatures",
+    "__version__",
+    "cam_layers",
+    "is_model",
+    "list_models",
+    "models",
+    "ops",
+    "reshape_transform",
+    "swap_attention",
+]
 __version__ = "0.1.0"

@@ -1,9 +1,10 @@
 """Weights from files: plain tensors only, whatever a file pretends to be, and nothing loaded before everything fits."""
 
+import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,15 @@ def convert_weights(weights: Mapping[str, Tensor], model: nn.Module, source: str
         ) from error
 
 
+def rename_earlier(key: str, own: Container[str]) -> str:
+    """Name what files of earlier versions call otherwise: stems of several layers, `proj` as if they were one.
+
+    Only names in `own` are given.
+    """
+    now = re.sub(r"\bpatch_embed\.proj\.(?=\d)", "patch_embed.conv.", key)
+    return now if now in own else key
+
+
 def load_fitting(
     model: nn.Module, weights: Mapping[str, Any], expected: str, got: str, new: tuple[str, ...] = ()
 ) -> None:
@@ -146,6 +156,7 @@ def check_fit(
     """
     own = model.state_dict()
     metadata, unfit, odd = getattr(weights, "_metadata", None) or {}, [], []
+    weights = {rename_earlier(key, own): value for key, value in weights.items()}
     for key, target in own.items():
         if key not in weights or not isinstance(target, Tensor):
             continue
@@ -217,6 +228,14 @@ class ChecksWeights(nn.Module):
         if isinstance(state_dict, Mapping):
             check_fit(self, state_dict, f"weights of {type(self).__name__}", "others", strict=strict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    # pyrefly: ignore[bad-override]: torch and mmengine give all by position
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *how: Any) -> None:
+        """Rename, in place, keys of earlier versions; a detector's `load_state_dict` calls this for its backbone."""
+        own = {f"{prefix}{key}" for key in self.state_dict()}
+        for key in [key for key in state_dict if rename_earlier(key, own) != key]:
+            state_dict[rename_earlier(key, own)] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *how)
 
 
 def first_line(error: BaseException) -> str:

@@ -60,7 +60,7 @@ def test_log_rel_pos_is_timms(size):
     theirs = RelPosMlp(size, num_heads=3, hidden_dim=16).eval()
     ours = LogRelPos(3, 16).eval()
     ours.load_state_dict(theirs.state_dict())
-    table = ours(*size)
+    table = ours(torch.empty(1, *size, 3))
     assert table.shape == (3, 2 * size[0] - 1, 2 * size[1] - 1)
     rows, cols = (i.flatten() for i in torch.meshgrid(*map(torch.arange, size), indexing="ij"))
     dense = table[:, rows[None] - rows[:, None] + size[0] - 1, cols[None] - cols[:, None] + size[1] - 1]

@@ -261,11 +261,11 @@ class File:
 
 AGENTS_AT_96 = {"args": {"img_size": 96}, "shapes": {"stages.0.blocks.1.attn.ah_bias": (1, 2, 9, 24, 1)}}
 FILES = [
-    File("biformer_stl_nchw", "biformer_stl_nchw", "patch_embed.proj.0", "stages.2.blocks.1.attn.lepe.weight", "model"),
+    File("biformer_stl_nchw", "biformer_stl_nchw", "patch_embed.conv.0", "stages.2.blocks.1.attn.lepe.weight", "model"),
     File("agent_cswin_t", "agent_cswin_tiny", "patch_embed.proj", "stages.3.downsample.reduction.weight", "model",
          **AGENTS_AT_96),
     File("timm_halonet26t", "halonet26t_va", "patch_embed.conv1.conv", "stages.2.blocks.1.conv1.conv.weight"),
-    File("nat_mini", "nat_mini", "patch_embed.proj.0", "stages.2.blocks.1.attn.rpb"),
+    File("nat_mini", "nat_mini", "patch_embed.conv.0", "stages.2.blocks.1.attn.rpb"),
     File("official_resnest50", "resnest50_va", "patch_embed.conv1", "stages.2.blocks.1.conv2.fc1.weight"),
     File("agent_swin_t", "agent_swin_tiny", "patch_embed.proj", "stages.3.downsample.reduction.weight", "model"),
     File("transnext_micro", "transnext_micro", "patch_embed.proj", "stages.2.blocks.1.attn.tokens", "model",

@@ -47,7 +47,7 @@ def test_attended_asks_every_layer_with_its_own_input(model, training):
 def test_attended_has_gradients_as_the_caller_wants(model):
     image = torch.randn(1, 3, 64, 64)
     model.attended(image)[NAMES[1]]["sum"].backward()
-    assert model.patch_embed.proj[0].weight.grad.isfinite().all()
+    assert model.patch_embed.conv[0].weight.grad.isfinite().all()
     with torch.no_grad():
         assert not model.attended(image)[NAMES[1]]["sum"].requires_grad
 

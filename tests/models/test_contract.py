@@ -61,6 +61,55 @@ def test_img_size_is_accepted(name):
     timm.create_model(name, img_size=(96, 160), device="meta")
 
 
+def test_adapters_find_single_layers_by_their_names(model):
+    """LoRA's usual targets: linear layers, and the convolutions of patches, PVT's merges and MBConv's shortcuts."""
+    convs = ("patch_embed.proj", "downsample.proj", "shortcut.proj")
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in ("qkv", "proj"):
+            assert isinstance(module, torch.nn.Conv2d if name.endswith(convs) else torch.nn.Linear), name
+
+
+@torch.no_grad()
+def test_channels_last_is_the_same(model, image):
+    expected = model(image)
+    model = model.to(memory_format=torch.channels_last)
+    assert relative_error(model(image.contiguous(memory_format=torch.channels_last)), expected) <= SAME_MODEL
+
+
+class Stand(torch.nn.Module):
+    """What adapters and quantisers put in the place of a linear layer: its weight is not to be had."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.in_features = linear, linear.in_features
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+ROUTED = {"param_routing": True, "diff_routing": True, "soft_routing": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in SMALL), ("test_biformer", ROUTED), ("test_coatnet_va", {"rel_pos_dim": 8})],
+)
+def test_linear_layers_can_be_replaced(name, options):
+    """They are called, and their weights trained, by whatever way they go into the model."""
+    model, image = timm.create_model(name, **options).eval(), torch.randn(SIZE)
+    other = copy.deepcopy(model)
+    for parent in list(other.modules()):
+        for child, module in parent.named_children():
+            if isinstance(module, torch.nn.Linear):
+                setattr(parent, child, Stand(module))
+    expected, got = model(image), other(image)
+    assert relative_error(got, expected) <= SAME_MODEL
+    expected.square().sum().backward()
+    got.square().sum().backward()
+    own, others = (torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (model, other))
+    assert relative_error(others, own) <= 10 * SAME_MODEL
+
+
 def test_flops_are_those_of_the_cards_on_a_cpu_too(model, image):
     for mode in (torch.inference_mode, torch.enable_grad):
         with mode(), FlopCounterMode(display=False) as counter:

@@ -1,6 +1,7 @@
 """Agent attention as a token mixer."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from timm.layers import trunc_normal_
@@ -105,6 +106,13 @@ class AgentAttention(TokenMixer):
         for name, parameter in self.named_parameters(recurse=False):
             if name.endswith("_bias"):
                 trunc_normal_(parameter, std=0.02)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AgentAttention":
+        """As for any module; tables of five axes, which no memory format of images fits, give `fn` all but the first.
+
+        `Module.to(memory_format=torch.channels_last)` would raise.
+        """
+        return super()._apply(lambda t: fn(t[0])[None] if t.ndim == 5 else fn(t), recurse)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, size: Size, kv_size: Size) -> Tensor:
         agents = adaptive_avg_pool(self._map(q, size), self.agent_size)  # [B, ph, pw, C]

@@ -8,7 +8,7 @@ from timm.layers import to_2tuple, trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visattn.layers.attention import MultiHeadAttention
+from visattn.layers.attention import MultiHeadAttention, weight_and_bias
 from visattn.ops import aggregated_attention, aggregated_weights, avg_pool_grid
 
 torch.fx.wrap("aggregated_attention")
@@ -47,15 +47,18 @@ class _CosineAttention(MultiHeadAttention):
         nn.init.constant_(self.temperature, math.log(math.expm1(1 / 0.24)))
         trunc_normal_(self.query_embedding, std=0.02)
 
-    def _position(self) -> dict[str, Any]:
-        """The arguments of the op that scale queries and make the position bias of pooled keys."""
+    def _position(self, x: Tensor) -> dict[str, Any]:
+        """The arguments of the op that scale queries and make the position bias of pooled keys, for the input x."""
+        (weight1, bias1), (weight2, bias2) = (
+            weight_and_bias(fc, x) for fc in (self.cpb_fc1, self.cpb_fc2)
+        )
         return {
             "temperature": self.temperature,
             "query_embedding": self.query_embedding,
-            "cpb_weight1": self.cpb_fc1.weight,
-            "cpb_bias1": self.cpb_fc1.bias,
-            "cpb_weight2": self.cpb_fc2.weight,
-            "cpb_bias2": self.cpb_fc2.bias,
+            "cpb_weight1": weight1,
+            "cpb_bias1": bias1,
+            "cpb_weight2": weight2,
+            "cpb_bias2": bias2,
             "pretrain_size": self.pretrain_size,
             "bias_size": self.bias_size,
         }
@@ -102,7 +105,7 @@ class CosineAttention(_CosineAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self._project(x)
-        x = aggregated_attention(q, k, v, **self._position())
+        x = aggregated_attention(q, k, v, **self._position(x))
         return self.proj_drop(self.proj(x.flatten(3)))  # [B, H, W, C]
 
     def attended(self, x: Tensor) -> dict[str, Tensor]:
@@ -115,7 +118,7 @@ class CosineAttention(_CosineAttention):
             "pooled" [B, H, W, N, H, W], the weights of all tokens, which sum to 1.
         """
         q, k, _ = self._project(x)
-        return {"pooled": aggregated_weights(q, k, **self._position())[1]}
+        return {"pooled": aggregated_weights(q, k, **self._position(x))[1]}
 
 
 class AggregatedAttention(_CosineAttention):
@@ -207,7 +210,7 @@ class AggregatedAttention(_CosineAttention):
             q,
             pool_k,
             pool_v,
-            **self._position(),
+            **self._position(x),
             k=k,
             v=v,
             kernel_size=self.kernel_size,
@@ -229,7 +232,7 @@ class AggregatedAttention(_CosineAttention):
         """
         q, pool_k, _, k, _ = self._project_both(x)
         window = {"k": k, "kernel_size": self.kernel_size, "local_bias": self.local_bias}
-        local, pooled = aggregated_weights(q, pool_k, **self._position(), **window)
+        local, pooled = aggregated_weights(q, pool_k, **self._position(x), **window)
         return {"local": cast(Tensor, local), "pooled": pooled}
 
     def extra_repr(self) -> str:

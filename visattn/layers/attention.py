@@ -80,6 +80,23 @@ class MultiHeadAttention(nn.Module):
         return q, k, v
 
 
+def weight_and_bias(linear: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the parameters of a linear layer with a bias to an op that takes them.
+
+    Quantisers and adapters keep theirs in other forms; what they put in its place is called to tell them.
+
+    Args:
+        linear: The layer, or what replaces it.
+        x: Any tensor of the dtype and on the device of its inputs.
+    """
+    # Tensors of other classes have parts; of a class tracers know that.
+    if type(linear) is nn.Linear and not hasattr(type(linear.weight), "__tensor_flatten__"):
+        return linear.weight, linear.bias
+    bias = linear(x.new_zeros(1, linear.in_features))  # [1, O]
+    columns = linear(torch.eye(linear.in_features, dtype=x.dtype, device=x.device)) - bias  # [I, O]
+    return columns.mT, bias[0]
+
+
 @traced_as_one
 def attend_globally(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor | None = None, scale: float | None = None

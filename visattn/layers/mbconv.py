@@ -148,7 +148,7 @@ class MBConv(nn.Module):
         squeezed = int(se_ratio * (hidden if expand_input else out_dim))
         # pyrefly: ignore[bad-argument-type]: timm takes the name of an activation too
         squeeze = SqueezeExcite(hidden, rd_channels=squeezed, act_layer=se_act, **dd)
-        self.se_early = squeeze if se_early else nn.Identity()
+        self.se_early = squeeze if se_early else None  # conv2 and norm2 can be fused then
         self.norm2 = nn.BatchNorm2d(hidden, **norm)
         self.se = nn.Identity() if se_early else squeeze
         self.conv3 = nn.Conv2d(hidden, out_dim, 1, bias=bias, **dd)
@@ -157,6 +157,8 @@ class MBConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shortcut = self.shortcut(x)
         x = self.act(self.norm1(self.conv1(self.down(self.pre_act(self.pre_norm(x))))))
-        x = self.act(self.norm2(self.se_early(self.conv2(self.pad(x)))))
-        x = self.conv3(self.se(x))
+        x = self.conv2(self.pad(x))
+        if self.se_early is not None:
+            x = self.se_early(x)
+        x = self.conv3(self.se(self.act(self.norm2(x))))
         return self.drop_path(x) + shortcut

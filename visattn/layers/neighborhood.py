@@ -72,7 +72,8 @@ class GlobalAttention(MultiHeadAttention):
         attn_dim: Channels of all heads together; default `dim`.
         out_dim: Channels of the output; default `dim`.
         resize: Interpolation of the table, "bicubic" or "bilinear".
-        rel_pos: Computes the table [N, 2H-1, 2W-1] for a map (H, W), instead of `rpb`; `feat_size` has no effect then.
+        rel_pos: Computes the table [N, 2H-1, 2W-1] for the map that comes in, instead of `rpb`; `feat_size` has no
+            effect then.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class GlobalAttention(MultiHeadAttention):
         _, h, w, _ = x.shape
         q, k, v = self._project(x)
         if self.rel_pos is not None:
-            table = self.rel_pos(h, w)
+            table = self.rel_pos(x)
         else:
             table = resize_rel_pos(self.rpb, [2 * h - 1, 2 * w - 1], self.resize)
         x = attend_globally(q, k, v, table=table)

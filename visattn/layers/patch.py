@@ -30,14 +30,14 @@ class ConvTokenizer(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.proj = nn.Sequential(
+        self.conv = nn.Sequential(
             nn.Conv2d(in_chans, embed_dim // 2, 3, stride=2, padding=1, **dd),
             nn.Conv2d(embed_dim // 2, embed_dim, 3, stride=2, padding=1, **dd),
         )
         self.norm = nn.LayerNorm(embed_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))  # [B, H/4, W/4, C]
+        return self.norm(self.conv(x).permute(0, 2, 3, 1))  # [B, H/4, W/4, C]
 
 
 class PatchTokenizer(nn.Module):

@@ -10,7 +10,7 @@ from visattn.layers.block import TransformerBlock
 
 
 class LogRelPos(nn.Module):
-    """Position bias as an MLP of the displacement on a logarithmic scale: (H, W) -> table [N, 2H-1, 2W-1].
+    """Position bias as an MLP of the displacement on a logarithmic scale: map [B, H, W, C] -> table [N, 2H-1, 2W-1].
 
     It depends on the displacement alone, so that the same weights serve maps of every size.
 
@@ -32,14 +32,14 @@ class LogRelPos(nn.Module):
         how = {"act_layer": nn.ReLU, "drop": (0.125, 0.0), "device": device, "dtype": dtype}
         self.mlp = Mlp(2, hidden_dim, num_heads, **how)
 
-    def forward(self, h: int, w: int) -> Tensor:
-        weight = self.mlp.fc1.weight
+    def forward(self, x: Tensor) -> Tensor:
+        _, h, w, _ = x.shape
         # The table runs from -n + 1 to n - 1, key from query; the MLP takes query from key. (arange cannot be traced.)
-        y = h - weight.new_ones([2 * h - 1, 2 * w - 1], dtype=torch.int64).cumsum(0)
-        x = w - weight.new_ones([2 * h - 1, 2 * w - 1], dtype=torch.int64).cumsum(1)
-        displacement = torch.stack([y, x], dim=-1).to(torch.float32)
+        rows = h - x.new_ones([2 * h - 1, 2 * w - 1], dtype=torch.int64).cumsum(0)
+        columns = w - x.new_ones([2 * h - 1, 2 * w - 1], dtype=torch.int64).cumsum(1)
+        displacement = torch.stack([rows, columns], dim=-1).to(torch.float32)
         displacement = displacement.sign() * displacement.abs().log1p()
-        return self.mlp(displacement.to(weight.dtype)).permute(2, 0, 1)  # [N, 2H - 1, 2W - 1]
+        return self.mlp(displacement.to(x.dtype)).permute(2, 0, 1)  # [N, 2H - 1, 2W - 1]
 
 
 class PooledTransformerBlock(TransformerBlock):

@@ -7,6 +7,7 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
+from visattn.layers.attention import weight_and_bias
 from visattn.layers.conv import DepthwiseConv
 from visattn.ops import bilevel_routing_attention, fit, pad_to_multiple, region_routing
 from visattn.ops.checks import check_choice
@@ -117,11 +118,11 @@ class BiLevelRoutingAttention(nn.Module):
         q, k, v = (t.unflatten(-1, [self.num_heads, -1]) for t in (q, k, v))  # [B, H', W', N, D]
         return q, k, v
 
-    def _routing(self) -> dict[str, Any]:
-        """The arguments of the op that choose regions."""
+    def _routing(self, x: Tensor) -> dict[str, Any]:
+        """The arguments of the op that choose regions, for the input x."""
         routing = {"n_win": self.n_win, "topk": self.topk, "rule": self.rule, "scale": self.scale}
         if self.router is not None:
-            routing |= {"router_weight": self.router.weight, "router_bias": self.router.bias}
+            routing["router_weight"], routing["router_bias"] = weight_and_bias(self.router, x)
         return routing
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ class BiLevelRoutingAttention(nn.Module):
         q, k, v = self._project(x)
         weights = {"soft": self.soft_routing, "diff": self.diff_routing}
         pool = {"kv_pool": self.kv_pool, "kv_size": self.kv_size}
-        out = bilevel_routing_attention(q, k, v, **self._routing(), **weights, **pool)
+        out = bilevel_routing_attention(q, k, v, **self._routing(x), **weights, **pool)
         out = out.flatten(3)  # [B, H', W', C]
         if self.lepe is not None:
             out = out + self.lepe(v.flatten(3))  # [B, H', W', C]
@@ -145,7 +146,7 @@ class BiLevelRoutingAttention(nn.Module):
             first; "weights", of the same shape: their routing weights, which sum to 1.
         """
         q, k, _ = self._project(x)
-        index, weights = region_routing(q, k, **self._routing())
+        index, weights = region_routing(q, k, **self._routing(x))
         return {"regions": index, "weights": weights}
 
     def extra_repr(self) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from visattn import layers
 from visattn.models._build import NCHW_POOLS, NHWC_POOLS, check_classifier
 from visattn.ops import resize_rel_pos
-from visattn.weights import ChecksWeights, check_state_dict
+from visattn.weights import ChecksWeights, check_state_dict, rename_earlier
 
 # B batch, H W map, C channels. Maps are [B, H, W, C] or [B, C, H, W] between the stem and the head: see `output_fmt`.
 
@@ -363,7 +363,7 @@ def convert_checkpoint(
             continue
         key, value = convert(official, official_value)
         key = re.sub(r"\.gamma([12])$", r".ls\1.gamma", key)
-        key = re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)
+        key = rename_earlier(re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key), own)
         if key.endswith(".rpb") and key in own:
             value = resize_rel_pos(value, own[key].shape[1:], resize)
         converted[key] = value

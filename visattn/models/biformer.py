@@ -63,10 +63,10 @@ class Stem(nn.Module):
 
     def __init__(self, *modules: nn.Module) -> None:
         super().__init__()
-        self.proj = nn.Sequential(*modules)
+        self.conv = nn.Sequential(*modules)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x.contiguous(memory_format=torch.channels_last))
+        return self.conv(x.contiguous(memory_format=torch.channels_last))
 
 
 class BiFormerBlock(layers.TransformerBlock):
@@ -290,7 +290,7 @@ def _create_downsampler(layout: str, dim: int, out_dim: int, stride: int, dilati
 _cfg = partial(
     imagenet_cfg,
     url="",
-    first_conv="patch_embed.proj.0",
+    first_conv="patch_embed.conv.0",
     license="mit",
     origin_url="https://github.com/rayleizhu/BiFormer",
     paper_ids="arXiv:2303.08810",
@@ -325,7 +325,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 _RENAMED = (
-    (r"^downsample_layers\.0\.", "patch_embed.proj."),
+    (r"^downsample_layers\.0\.", "patch_embed.conv."),
     (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
     (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
     (r"^extra_norms\.", "out_norms."),

@@ -151,7 +151,7 @@ class NAT(Backbone):
 _cfg = partial(
     imagenet_cfg,
     url="",
-    first_conv="patch_embed.proj.0",
+    first_conv="patch_embed.conv.0",
     license="mit",
     origin_url="https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
     paper_ids=("arXiv:2204.07143", "arXiv:2209.15001"),

@@ -1,0 +1,56 @@
+"""Features for class activation maps: [B, C, H, W] in every family, from the layer that the scores depend on."""
+
+import pytest
+import timm
+import torch
+
+import visattn
+from tests.cams import TOKENS, grad_cam
+from tests.tolerances import SAME_MODEL, relative_error
+
+SMALL = visattn.list_models("test_*")
+SIZES = ((96, 128), (64, 64), (32, 128))  # the last two have as many patches
+
+
+@pytest.fixture(params=SMALL)
+def model(request):
+    return timm.create_model(request.param, num_classes=5).eval()
+
+
+def test_features_are_channels_first(model):
+    (layer,), to_nchw = visattn.cam_layers(model), visattn.reshape_transform(model)
+    wrapped, found = visattn.NCHWFeatures(model), []
+    wrapped.features.register_forward_hook(lambda module, args, output: found.append(output))
+    layer.register_forward_hook(lambda module, args, output: found.append(to_nchw(output)))
+    for size in SIZES:
+        image = torch.randn(2, 3, *size)
+        expected, _ = grad_cam(model, image, torch.tensor([1, 4]))
+        found.clear()
+        assert torch.equal(wrapped(image), model(image))
+        assert len(found) == 3  # with the wrapper both hooks
+        assert all(torch.equal(features, expected) for features in found)
+
+
+def test_maps_add_up_to_the_scores(model):
+    """Behind the last map there is only an average and a linear layer; those with a class token need not add up."""
+    image, classes = torch.randn(2, 3, 96, 128), torch.tensor([1, 4])
+    _, maps = grad_cam(model, image, classes)
+    assert maps.flatten(1).std(1).min() > 0
+    wrapped = visattn.NCHWFeatures(model)
+    wrapped.features.register_forward_hook(lambda module, args, output: output * 0)
+    missing = model(image) - wrapped(image)
+    if model.pretrained_cfg["architecture"] not in (*TOKENS, "test_maxvit_va"):  # which has a norm there, too
+        assert relative_error(maps.sum((1, 2)), missing.gather(1, classes[:, None])[:, 0]) <= SAME_MODEL
+
+
+def test_nothing_stays_behind_an_error():
+    model = timm.create_model("test_deit_va")
+    with pytest.raises(RuntimeError):
+        visattn.NCHWFeatures(model)(torch.randn(1, 5, 32, 32))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("ask", [visattn.cam_layers, visattn.reshape_transform, visattn.NCHWFeatures])
+def test_other_models_are_refused(ask):
+    with pytest.raises(TypeError, match="expected a model of visattn, got ResNet; try"):
+        ask(timm.create_model("resnet10t"))
