@@ -90,13 +90,11 @@ class PatchConv(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.stride == (1, 1):
-            x = F.pad(
-                input, (0, self.missing, 0, self.missing)
-            )  # [B, dim, H + missing, W + missing]
+            more = self.missing
+            x = F.pad(input, (0, more, 0, more))  # [B, dim, H + more, W + more]
         else:
-            x = floor_to_multiple(input.permute(0, 2, 3, 1), self.size).permute(
-                0, 3, 1, 2
-            )  # [B, dim, H', W']
+            x = floor_to_multiple(input.permute(0, 2, 3, 1), self.size)  # [B, H', W', dim]
+            x = x.permute(0, 3, 1, 2)  # [B, dim, H', W']
         return self._conv_forward(x, self.weight, self.bias)
 
 
