@@ -23,7 +23,7 @@ def _export(args: argparse.Namespace) -> None:
         args.model, pretrained=args.pretrained, checkpoint_path=args.checkpoint, **classes, **args.model_kwargs
     )
     labels = None if args.labels is None else args.labels.read_text(encoding="utf-8").split("\n")
-    side = args.image_size and (args.image_size[0], args.image_size[-1])
+    side = args.image_size and (args.image_size if len(args.image_size) > 1 else args.image_size[0])
     report = export(
         model,
         args.file,
@@ -31,7 +31,7 @@ def _export(args: argparse.Namespace) -> None:
         dynamic=args.dynamic,
         image_size=side,
         batch_size=args.batch_size,
-        labels=labels and [label.strip() for label in labels if label.strip()],
+        labels=None if labels is None else [label.strip() for label in labels if label.strip()],
         opset=args.opset,
         tolerance=args.tolerance,
     )
