@@ -147,8 +147,9 @@ def test_least_size_has_two_rows_in_the_last_map():
         ({"image_size": (3, 64, 64)}, ValueError, "expected image_size of one int or 2 .*, got"),
         ({"image_size": ()}, ValueError, "expected image_size of one int or 2"),
         ({"image_size": 64.0}, ValueError, "expected image_size of one int or 2"),
-        ({"batch_size": 0}, ValueError, "expected batch_size >= 1, got 0"),
-        ({"batch_size": 2.0}, ValueError, "expected batch_size of one int, got 2.0"),
+        ({"batch_size": 0, "dynamic": "none"}, ValueError, "expected batch_size >= 1, got 0"),
+        ({"batch_size": 2.0, "dynamic": "none"}, ValueError, "expected batch_size of one int, got 2.0"),
+        ({"batch_size": 4}, ValueError, "expected batch_size with dynamic='none' only, got 4 for dynamic='batch'"),
         ({"opset": 18}, ValueError, "expected an opset with target 'onnx' or 'openvino' only, got 18 for 'pt2'"),
         ({"labels": "label.txt!"}, TypeError, "expected labels as a list of strings, got 'label.txt!'"),
         ({"labels": range(1000)}, TypeError, "expected labels as a list of strings"),
@@ -309,6 +310,25 @@ def test_command(tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"visattn: Unknown model \(nothing\)"):
         main(["export", "nothing", file])
     (tmp_path / "labels.txt").touch()
-    for wrong in ["--image-size", "3", "64", "64"], ["--labels", str(tmp_path / "labels.txt")]:
+    (tmp_path / "latin.txt").write_bytes("ü".encode("latin-1"))
+    for wrong in ["--image-size", "3", "64", "64"], *(["--labels", str(path)] for path in tmp_path.glob("*.txt")):
         with pytest.raises(SystemExit, match=r"visattn: expected .* got"):
             main(["export", "test_deit_va", file, *wrong])
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", "test_deit_va", file, "--model-kwargs", "drop_path_rate"])
+    assert "expected KEY=VALUE after --model-kwargs, got 'drop_path_rate'; try" in capsys.readouterr().err
+    (tmp_path / "w.safetensors").touch()
+    with pytest.raises(SystemExit, match=r"visattn: "):
+        main(["export", "resnet10t", file, "--checkpoint", str(tmp_path / "w.safetensors")])
+
+
+def test_labels_with_the_mark_of_windows(tmp_path):
+    (tmp_path / "labels.txt").write_text("Kühe\r\n漢字\r\n", encoding="utf-8-sig", newline="")
+    arguments = ["--image-size", "64", "--num-classes", "2", "--labels", str(tmp_path / "labels.txt")]
+    main(["export", "test_deit_va", str(tmp_path / "m.pt2"), *arguments])
+    assert load(tmp_path / "m.pt2").metadata["labels"] == ["Kühe", "漢字"]
+
+
+def test_size_is_what_the_model_was_made_for(tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=(64, 96))
+    assert [*export(model, tmp_path / "m.pt2", dynamic="none").errors] == [(1, 3, 64, 96)]

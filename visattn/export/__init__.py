@@ -237,11 +237,14 @@ def export(
         raise ValueError(f"expected an opset with target 'onnx' or 'openvino' only, got {opset!r} for {target!r}")
     if (batch_size := one_int("batch_size", batch_size)) < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}")
+    if batch_size > 1 and dynamic != "none":
+        raise ValueError(f"expected batch_size with dynamic='none' only, got {batch_size} for dynamic={dynamic!r}")
     model = copy.deepcopy(getattr(model, "_orig_mod", model)).cpu().eval().requires_grad_(False)  # of torch.compile
     channels, *side = timm.data.resolve_data_config({}, model=model)["input_size"]
     channels = next((m.in_chans for m in model.modules() if hasattr(m, "in_chans")), channels)  # that it was made with
-    if image_size is not None:
-        side = per_axis("image_size", image_size, int, 2)
+    if image_size is None:  # timm's transformers know what size they were made for
+        image_size = next((m.img_size for m in model.modules() if getattr(m, "img_size", None)), side)
+    side = per_axis("image_size", image_size, int, 2)
     least = least_size(model, channels) if dynamic == "size" else None
     if min(side) < (least or 1) or max(side) > MOST:
         raise ValueError(f"expected sides of {least or 1} to {MOST} px, got {side[0]}x{side[1]}")
