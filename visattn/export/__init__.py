@@ -160,6 +160,11 @@ def _verify(model: nn.Module, run: Exported, shapes: Sequence[tuple[int, ...]]) 
     return errors
 
 
+def _made_with(model: nn.Module, argument: str, default: Any) -> Any:
+    """Find what a model was made with, which timm's configuration of its weights does not tell."""
+    return next((value for m in model.modules() if (value := getattr(m, argument, None))), default)
+
+
 def _folder_near(path: Path) -> tempfile.TemporaryDirectory[str]:
     """Make a folder from which files can be moved to `path`, in the nearest of its folders that exists."""
     nearest = next(folder for folder in path.absolute().parents if folder.exists())
@@ -239,12 +244,11 @@ def export(
         raise ValueError(f"expected batch_size >= 1, got {batch_size}")
     if batch_size > 1 and dynamic != "none":
         raise ValueError(f"expected batch_size with dynamic='none' only, got {batch_size} for dynamic={dynamic!r}")
-    model = copy.deepcopy(getattr(model, "_orig_mod", model)).cpu().eval().requires_grad_(False)  # of torch.compile
+    inner: Any = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = copy.deepcopy(inner).cpu().eval().requires_grad_(False)
     channels, *side = timm.data.resolve_data_config({}, model=model)["input_size"]
-    channels = next((m.in_chans for m in model.modules() if hasattr(m, "in_chans")), channels)  # that it was made with
-    if image_size is None:  # timm's transformers know what size they were made for
-        image_size = next((m.img_size for m in model.modules() if getattr(m, "img_size", None)), side)
-    side = per_axis("image_size", image_size, int, 2)
+    channels = _made_with(model, "in_chans", channels)
+    side = per_axis("image_size", _made_with(model, "img_size", side) if image_size is None else image_size, int, 2)
     least = least_size(model, channels) if dynamic == "size" else None
     if min(side) < (least or 1) or max(side) > MOST:
         raise ValueError(f"expected sides of {least or 1} to {MOST} px, got {side[0]}x{side[1]}")
