@@ -50,6 +50,15 @@ def test_nothing_stays_behind_an_error():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_tokens_of_another_model_or_size_are_refused():
+    model = timm.create_model("test_deit_va").eval()
+    to_nchw = visattn.reshape_transform(model)
+    model(torch.randn(1, 3, 64, 96))
+    assert to_nchw(torch.randn(1, 1 + 24, 5)).shape == (1, 5, 4, 6)
+    with pytest.raises(ValueError, match=r"expected a class token and those of the last map \[4, 6\], got 17; try"):
+        to_nchw(torch.randn(1, 1 + 16, 5))
+
+
 @pytest.mark.parametrize("ask", [visattn.cam_layers, visattn.reshape_transform, visattn.NCHWFeatures])
 def test_other_models_are_refused(ask):
     with pytest.raises(TypeError, match="expected a model of visattn, got ResNet; try"):

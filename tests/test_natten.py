@@ -112,6 +112,24 @@ def test_lse_merges_attentions_to_different_keys():
         assert relative_error(got, want) <= EXACT
 
 
+def test_queries_that_see_no_key_merge_to_zeros():
+    q, k, v = (x.requires_grad_() for x in maps(5, 6))
+    hidden = {"key_mask": torch.zeros(1, 5, 6, dtype=torch.bool).expand(len(q), 5, 6), "return_lse": True}
+    (a, lse_a), (b, lse_b) = (neighborhood_attention(q, k, v, size, **hidden) for size in (3, 5))
+    out, lse = natten.merge_attentions([a, b], [lse_a, lse_b])
+    assert torch.equal(out, torch.zeros_like(out))
+    assert lse.isneginf().all()
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+def test_weights_of_a_float32_softmax_meet_values_of_half_precision():
+    q, _, v = (first(x).bfloat16() for x in maps(5, 6))
+    weights = natten.na2d_qk(q, q, 3).float().softmax(-1)
+    out = natten.na2d_av(weights, v, 3)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, natten.na2d_av(weights.bfloat16(), v, 3))
+
+
 def test_heads_shared_by_queries():
     (q,), (k, v) = maps(7, heads=4, number=1), maps(7, number=2)
     out = natten.na1d(q, k, v, 3)
@@ -189,9 +207,16 @@ def refused(q, n=natten):
     yield lambda: n.na2d_qk(first(q), first(q), 3, 1, 2), TypeError, "every input to be a tensor, got int"
     yield lambda: n.na2d_av(first(q), first(q), 3), ValueError, r"expected weights \(1, 2, 5, 6, 9\)"
     yield lambda: n.nothing, AttributeError, "got 'nothing'"
+    yield lambda: n.na2d(q[0, 0, 0, 0], q, q, 3), ValueError, r"expected q of shape .*, got \(4,\)"
+    yield lambda: n.na2d(q, q[0, 0, 0, 0], q, 3), ValueError, "expected k like q"
+    yield lambda: n.na2d(q, q[..., :0, :], q[..., :0, :], 3), ValueError, "expected k like q"
+    yield lambda: n.na2d(None, q, q, 3), TypeError, "expected query to be a tensor, got NoneType"
+    yield lambda: n.na2d_qk(first(q), None, 3), TypeError, "expected key to be a tensor, got NoneType"
+    yield lambda: n.na2d_av(first(q)[..., :1].long(), first(q), 1), TypeError, "expected weights of a floating dtype"
+    yield lambda: n.NeighborhoodAttention2D(8, 0, 3), ValueError, "expected dim divisible by num_heads, got 8 and 0"
 
 
-@pytest.mark.parametrize("number", range(19))
+@pytest.mark.parametrize("number", range(26))
 def test_refusals(number):
     call, error, words = list(refused(torch.randn(1, 5, 6, 2, 4)))[number]
     with pytest.raises(error, match=words):

@@ -3,6 +3,7 @@
 Most families here compute on other layouts, of which those libraries make wrong pictures without a word.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -31,7 +32,8 @@ def reshape_transform(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """What pytorch-grad-cam asks for under this name: output of the model's `cam_layers` -> [B, C, H, W].
 
     `GradCAM(model, visattn.cam_layers(model), visattn.reshape_transform(model))`, for images of any size. Tokens do not
-    say of what map they are: a hook, which stays on the layer that makes them, notes that.
+    say of what map they are: a hook, which stays on the layer that makes them, notes that. A copy of the model needs
+    its own.
 
     Raises:
         TypeError: As `cam_layers`.
@@ -98,6 +100,9 @@ class _Features:
 
     def to_nchw(self, x: Tensor) -> Tensor:
         if self.embed is not None:
+            if x.shape[1] != 1 + math.prod(self.size):
+                tokens = f"a class token and those of the last map {self.size}"
+                raise ValueError(f"expected {tokens}, got {x.shape[1]}; try reshape_transform of the model that ran")
             x = x[:, 1:].unflatten(1, self.size)  # [B, H, W, C]
         return x if self.channels_first else x.permute(0, 3, 1, 2)  # [B, C, H, W]
 

@@ -6,8 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
+from safetensors import SafetensorError
 from timm.utils import ParseKwargs
 
 import visattn  # noqa: F401  registers the models
@@ -22,8 +24,7 @@ def _export(args: argparse.Namespace) -> None:
     model = timm.create_model(
         args.model, pretrained=args.pretrained, checkpoint_path=args.checkpoint, **classes, **args.model_kwargs
     )
-    labels = None if args.labels is None else args.labels.read_text(encoding="utf-8").split("\n")
-    side = args.image_size and (args.image_size[0], args.image_size[-1])
+    side = args.image_size and (args.image_size if len(args.image_size) > 1 else args.image_size[0])
     report = export(
         model,
         args.file,
@@ -31,11 +32,26 @@ def _export(args: argparse.Namespace) -> None:
         dynamic=args.dynamic,
         image_size=side,
         batch_size=args.batch_size,
-        labels=labels and [label.strip() for label in labels if label.strip()],
+        labels=None if args.labels is None else _read_labels(args.labels),
         opset=args.opset,
         tolerance=args.tolerance,
     )
     print(report)
+
+
+def _read_labels(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # Windows begins files with a mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected labels in a text file of UTF-8, got {path} ({error}); try another file") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+class _Arguments(ParseKwargs):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if wrong := [value for value in values if "=" not in value]:
+            parser.error(f"expected KEY=VALUE after {option_string}, got {wrong[0]!r}; try drop_path_rate=0.1")
+        super().__call__(parser, namespace, values, option_string)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--pretrained", action="store_true", help="fetch the model's weights")
     one.add_argument("--checkpoint", help="file of weights: .safetensors, or a .pth of tensors")
     one.add_argument("--num-classes", type=int)
-    one.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
+    one.add_argument("--model-kwargs", nargs="*", default={}, action=_Arguments, metavar="KEY=VALUE")
     one.add_argument("--labels", type=Path, help="file with the name of a class on each line, kept in what is written")
     one.add_argument("--opset", type=int, help="version of ONNX's operators")
     one.add_argument("--tolerance", type=float, default=1e-5, help="largest accepted error relative to PyTorch")
@@ -65,5 +81,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
+    except (ValueError, TypeError, RuntimeError, ImportError, OSError, SafetensorError) as error:
         sys.exit(f"visattn: {error}")

@@ -31,8 +31,13 @@ def repair() -> list[str]:
 
     Raises:
         UnknownVersionError: This version of transformers is not known.
+        ImportError: There is none.
     """
-    found = version("transformers")
+    try:
+        found = version("transformers")
+    except ImportError as error:
+        expected = f"transformers {OLDEST[0]} or {NEWEST[0]} installed"
+        raise ImportError(f"expected {expected}, got none; try pip install transformers") from error
     if not OLDEST <= tuple(int(part) for part in found.split(".")[:2]) <= NEWEST:
         oldest, newest = (".".join(map(str, known)) for known in (OLDEST, NEWEST))
         expected, remedy = f"transformers {oldest} to {newest}", f"pip install transformers=={newest}.*"

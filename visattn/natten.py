@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from visattn.layers.attention import MultiHeadAttention
 from visattn.ops import neighborhood_attention
-from visattn.ops.checks import check_tensors, per_axis
+from visattn.ops.checks import check_tensors, per_axis, spatial_axes
 from visattn.ops.neighborhood.split import neighborhood_scores, neighborhood_sum
 
 Ints = int | Sequence[int] | None
@@ -82,7 +82,8 @@ def _windows(axes: int, kernel_size: Any, dilation: Ints, stride: Ints, is_causa
 
 def _share(query: Tensor, key: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """Repeat heads [..., N / groups, D] that several heads of the query [..., N, D] share."""
-    groups = query.shape[-2] // key.shape[-2]
+    heads = key.shape[-2] if key.ndim == query.ndim else 0  # what does not fit is refused later
+    groups = query.shape[-2] // heads if heads else 1
     tensors = key, *others
     return tensors if groups < 2 else tuple(x if x is None else x.repeat_interleave(groups, -2) for x in tensors)
 
@@ -116,9 +117,10 @@ def neighborhood_attention_generic(
         **tuning: natten's arguments that choose a kernel; no effect.
     """
     _check_arguments(positional, tuning)
+    check_tensors(query=query, key=key, value=value)
     _check_tensors(query, key, value, additional_keys, additional_values)
+    windows = _windows(spatial_axes(query), kernel_size, dilation, stride, is_causal)
     key, value, extra_k, extra_v = _share(query, key, value, additional_keys, additional_values)
-    windows = _windows(query.ndim - 3, kernel_size, dilation, stride, is_causal)
     how: dict[str, Any] = {"bias": rpb, "scale": scale or None, "return_lse": return_lse}
     return neighborhood_attention(query, key, value, **windows, extra_k=extra_k, extra_v=extra_v, **how)
 
@@ -129,10 +131,14 @@ na1d = na2d = na3d = neighborhood_attention_generic  # axes are the tensors', as
 def merge_attentions(
     outputs: Sequence[Tensor], lse_tensors: Sequence[Tensor], torch_compile: bool = True, use_autograd_fix: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Merge attentions of the same queries to different keys, [..., D] each, by their log-sum-exps [...]."""
+    """Merge attentions of the same queries to different keys, [..., D] each, by their log-sum-exps [...].
+
+    Where all of these are -inf, no key was visible to any, and their outputs are zeros.
+    """
     lse = torch.stack(list(lse_tensors))
-    weights = lse.softmax(0).unsqueeze(-1)
-    return (torch.stack(list(outputs)) * weights).sum(0).to(outputs[0].dtype), lse.logsumexp(0)
+    total = lse.logsumexp(0)
+    weights = lse.masked_fill(total == float("-inf"), 0).softmax(0).unsqueeze(-1)
+    return (torch.stack(list(outputs)) * weights).sum(0).to(outputs[0].dtype), total
 
 
 def na2d_qk(
@@ -148,8 +154,9 @@ def na2d_qk(
 
     Scores of additional keys [B, N, E, D] come last; `rpb` as in `na2d`, which needs far less memory.
     """
+    check_tensors(query=query, key=key)
     _check_tensors(query, key, additional_keys)
-    windows = _windows(query.ndim - 3, kernel_size, dilation, 1, is_causal)
+    windows = _windows(spatial_axes(query), kernel_size, dilation, 1, is_causal)
     return neighborhood_scores(query, key, bias=rpb, extra_k=additional_keys, **windows)
 
 
@@ -162,8 +169,9 @@ def na2d_av(
     is_causal: Bools = False,
 ) -> Tensor:
     """Sum values [B, N, *spatial, Dv] by weights [B, N, *spatial, M + E], laid out as from `na2d_qk`."""
+    check_tensors(attn=attn, value=value)
     _check_tensors(attn, value, additional_values)
-    windows = _windows(value.ndim - 3, kernel_size, dilation, 1, is_causal)
+    windows = _windows(spatial_axes(value), kernel_size, dilation, 1, is_causal)
     return neighborhood_sum(attn, value, extra_v=additional_values, **windows)
 
 

@@ -31,6 +31,7 @@ REAL += (
     "efficient_swin_tiny",
 )
 REAL += ("transnext_micro",)  # with the others, one of each family
+SIDES = ["height", "width"]
 SIZES = ((224, 224), (256, 192), (100, 132))  # the last fits neither windows nor regions nor strides
 QUICK = [(name, "none", (100, 132)) for name in ("test_biformer", "test_focused_swin", "test_maxvit_va")]
 QUICK += [(name, "batch", (100, 132)) for name in ("test_inline_pvt", "test_halonet_va", "test_cswin")]
@@ -143,6 +144,17 @@ def test_least_size_has_two_rows_in_the_last_map():
         ({"dynamic": "size", "image_size": 31}, ValueError, "expected sides of 33 to 2048 px, got 31x31"),
         ({"path": "m.pte"}, ValueError, "expected fixed sizes"),
         ({"tolerance": -1.0}, ExportError, "try a larger tolerance"),
+        ({"image_size": (3, 64, 64)}, ValueError, "expected image_size of one int or 2 .*, got"),
+        ({"image_size": ()}, ValueError, "expected image_size of one int or 2"),
+        ({"image_size": 64.0}, ValueError, "expected image_size of one int or 2"),
+        ({"batch_size": 0, "dynamic": "none"}, ValueError, "expected batch_size >= 1, got 0"),
+        ({"batch_size": 2.0, "dynamic": "none"}, ValueError, "expected batch_size of one int, got 2.0"),
+        ({"batch_size": 4}, ValueError, "expected batch_size with dynamic='none' only, got 4 for dynamic='batch'"),
+        ({"opset": 18}, ValueError, "expected an opset with target 'onnx' or 'openvino' only, got 18 for 'pt2'"),
+        ({"labels": "label.txt!"}, TypeError, "expected labels as a list of strings, got 'label.txt!'"),
+        ({"labels": range(1000)}, TypeError, "expected labels as a list of strings"),
+        ({"labels": []}, ValueError, "expected 1000 labels, one per class, got 0"),
+        ({"path": "new/m.pt2", "tolerance": -1.0}, ExportError, "try a larger tolerance"),
     ],
 )
 def test_bad_input(changes, error, message, tmp_path, monkeypatch):
@@ -152,6 +164,104 @@ def test_bad_input(changes, error, message, tmp_path, monkeypatch):
     with pytest.raises(error, match=message):
         export(timm.create_model("test_dinat"), **arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_model_without_weights_and_things_that_are_no_model(tmp_path):
+    with pytest.raises(ValueError, match=r"expected weights, got a model on the meta device; try"):
+        export(timm.create_model("test_deit_va", device="meta"), tmp_path / "m.pt2")
+    for wrong in "test_deit_va", timm.create_model("test_deit_va").state_dict():
+        with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got (str|OrderedDict); try"):
+            export(wrong, tmp_path / "m.pt2")
+
+
+def test_places_where_no_file_can_be(tmp_path):
+    model = Cropped()
+    (tmp_path / "m.pt2").mkdir()
+    with pytest.raises(ValueError, match=r"expected a file to write, got the folder .*m.pt2; try"):
+        export(model, tmp_path / "m.pt2")
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"expected a folder to write m.pt2 in, got .*file \(Not a dir.*; try"):
+        export(model, tmp_path / "file" / "m.pt2")
+    assert not list((tmp_path / "m.pt2").iterdir())
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "m.pt2").write_text("not a program")
+    with pytest.raises(ExportError, match=r"expected a file of `visattn.export.export`, got .*m.pt2"):
+        load(tmp_path / "m.pt2")
+    torch.export.save(torch.export.export(nn.ReLU(), (torch.ones(2),)), tmp_path / "m.pt2")
+    with pytest.raises(ExportError, match=r"expected a file of `visattn.export.export`, got .*m.pt2"):
+        load(tmp_path / "m.pt2")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", ["onnx", "openvino", "pt2", "aoti", "executorch"])
+def test_images_in_memory_of_another_order(target, tmp_path):
+    for package in TARGETS[target].packages:
+        pytest.importorskip(package)
+    export(Cropped(), tmp_path / f"m{TARGETS[target].suffix}", dynamic="none", image_size=40)
+    run, image = load(tmp_path / f"m{TARGETS[target].suffix}"), torch.randn(1, 40, 80, 3)[:, :, ::2].permute(0, 3, 1, 2)
+    torch.testing.assert_close(run(image.requires_grad_()), [image[..., 1:, :-2], image.mean((2, 3))])
+    for wrong in image.double(), image[0], image[:, :2], image[..., :39], image.repeat(2, 1, 1, 1):
+        with pytest.raises(ValueError, match=r"expected images of torch.float32 \[1, 3, 40, 40\], got torch.float"):
+            run(wrong)
+
+
+def test_the_file_tells_its_shape(tmp_path):
+    for dynamic, shape in ("none", [1, 3, 64, 96]), ("batch", ["batch", 3, 64, 96]), ("size", ["batch", 3, *SIDES]):
+        export(timm.create_model("test_deit_va"), tmp_path / "m.pt2", dynamic=dynamic, image_size=(64, 96))
+        run = load(tmp_path / "m.pt2")
+        assert run.metadata["shape"] == shape
+        assert run.metadata["input_size"] == [3, 64, 96]
+    with pytest.raises(ValueError, match=r"expected images of .* with sides of 32 to 2048 px, got .* \[1, 3, 31, 64\]"):
+        run(torch.randn(1, 3, 31, 64))
+
+
+def test_an_opset_that_cannot_be_had_is_refused(tmp_path):
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(ExportError, match=r"expected an opset that PyTorch's exporter converts to, got 7; try"):
+        export(timm.create_model("test_dinat"), tmp_path / "m.onnx", image_size=64, opset=7)
+
+
+@pytest.mark.parametrize("features_only", [False, True])
+def test_channels_are_those_that_the_model_was_made_with(features_only, tmp_path):
+    model = timm.create_model("test_deit_va", in_chans=4, features_only=features_only)
+    found = export(model, tmp_path / "m.pt2", dynamic="none", image_size=64)
+    assert [*found.errors] == [(1, 4, 64, 64)]
+
+
+def test_compiled_models_are_exported_as_they_were(tmp_path):
+    export(torch.compile(timm.create_model("test_deit_va")), tmp_path / "m.pt2", image_size=64)
+
+
+def test_labels_of_another_classifier_are_left_out(tmp_path):
+    model = timm.create_model("test_deit_va", num_classes=2)
+    model.pretrained_cfg["label_names"] = ["cat", "dog", "cow"]
+    export(model, tmp_path / "m.pt2", image_size=64)
+    assert load(tmp_path / "m.pt2").metadata["labels"] == []
+    export(Cropped(), tmp_path / "m.pt2", image_size=64, labels=("cat", "dog", "cow"))
+    assert load(tmp_path / "m.pt2").metadata["labels"] == ["cat", "dog", "cow"]
+
+
+def test_results_of_zeros_and_of_nan(tmp_path):
+    model = timm.create_model("test_deit_va")
+    nn.init.zeros_(model.get_classifier().weight)
+    nn.init.zeros_(model.get_classifier().bias)
+    export(model, tmp_path / "m.pt2", image_size=64)
+    with pytest.raises(ExportError, match=r"got nan for an image \[2, 3, 64, 64\]"):
+        export(NaNOfTwo(), tmp_path / "m.pt2", image_size=64)
+
+
+class NaNOfTwo(nn.Module):
+    """NaN for a batch of two alone."""
+
+    def forward(self, x):
+        ones = torch.ones_like(x[:, 0, 0, 0])
+        return ones + 0 / (ones.sum() - 2)
+
+
+def test_sizes_of_models_that_refuse_by_assertions():
+    assert least_size(timm.create_model("vit_tiny_patch16_224"), 3) == 224
 
 
 def test_missing_package(tmp_path, monkeypatch):
@@ -199,3 +309,26 @@ def test_command(tmp_path, capsys):
     assert "random weights" in said.err
     with pytest.raises(SystemExit, match=r"visattn: Unknown model \(nothing\)"):
         main(["export", "nothing", file])
+    (tmp_path / "labels.txt").touch()
+    (tmp_path / "latin.txt").write_bytes("ü".encode("latin-1"))
+    for wrong in ["--image-size", "3", "64", "64"], *(["--labels", str(path)] for path in tmp_path.glob("*.txt")):
+        with pytest.raises(SystemExit, match=r"visattn: expected .* got"):
+            main(["export", "test_deit_va", file, *wrong])
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", "test_deit_va", file, "--model-kwargs", "drop_path_rate"])
+    assert "expected KEY=VALUE after --model-kwargs, got 'drop_path_rate'; try" in capsys.readouterr().err
+    (tmp_path / "w.safetensors").touch()
+    with pytest.raises(SystemExit, match=r"visattn: "):
+        main(["export", "resnet10t", file, "--checkpoint", str(tmp_path / "w.safetensors")])
+
+
+def test_labels_with_the_mark_of_windows(tmp_path):
+    (tmp_path / "labels.txt").write_text("Kühe\r\n漢字\r\n", encoding="utf-8-sig", newline="")
+    arguments = ["--image-size", "64", "--num-classes", "2", "--labels", str(tmp_path / "labels.txt")]
+    main(["export", "test_deit_va", str(tmp_path / "m.pt2"), *arguments])
+    assert load(tmp_path / "m.pt2").metadata["labels"] == ["Kühe", "漢字"]
+
+
+def test_size_is_what_the_model_was_made_for(tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=(64, 96))
+    assert [*export(model, tmp_path / "m.pt2", dynamic="none").errors] == [(1, 3, 64, 96)]

@@ -3,6 +3,7 @@
 import importlib
 import sys
 import types
+from importlib.metadata import version
 
 import pytest
 import timm
@@ -198,6 +199,12 @@ def test_a_natten_without_the_old_functions_is_no_obstacle(monkeypatch):
     model = sys.modules[hf.MODULES[0]].DinatModel(config()).eval()
     assert model(torch.randn(1, 3, *MAP)).last_hidden_state.shape == (1, 6, 5, 32)
     assert sys.modules["transformers.utils"].is_natten_available()
+
+
+def test_missing_transformers_is_told(monkeypatch):
+    monkeypatch.setattr(hf, "version", lambda package: version("a package that is not installed"))
+    with pytest.raises(ImportError, match="expected transformers 4 or 5 installed, got none; try pip install"):
+        hf.repair()
 
 
 @pytest.mark.parametrize("version", ["4.49.0", "5.25.0.dev0", "6.0"])

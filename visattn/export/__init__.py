@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 import visattn
 from visattn.export.program import DYNAMIC, MOST, Dynamic, least_size, trace
 from visattn.export.targets import TARGETS, Exported, Metadata
+from visattn.ops.checks import one_int, per_axis
 
 __all__ = ["TARGETS", "ExportError", "Exported", "Report", "export", "load"]
 
@@ -89,22 +90,31 @@ def _target_of(path: Path, target: str | None) -> str:
     return target
 
 
-def _metadata(model: nn.Module, labels: Sequence[str] | None, dynamic: Dynamic, least: int | None) -> Metadata:
+def _metadata(
+    model: nn.Module, labels: Sequence[str] | None, dynamic: Dynamic, least: int | None, image: Tensor
+) -> Metadata:
     """Gather what a user of the file must know besides it."""
     configuration = timm.data.resolve_data_config({}, model=model)
     known: dict[str, Any] = vars(model).get("pretrained_cfg") or {}
-    labels = list(labels or known.get("label_names") or [])
-    classes = getattr(model, "num_classes", 0)
-    if labels and classes != len(labels):
+    classes = getattr(model, "num_classes", None)
+    if labels is None:
+        names = known.get("label_names") or []
+        labels = names if len(names) == classes else []  # the classifier may be another than the weights came with
+    elif isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+        raise TypeError(f"expected labels as a list of strings, got {labels!r:.80}")
+    elif classes not in (None, len(labels)):
         raise ValueError(f"expected {classes} labels, one per class, got {len(labels)}")
-    keys = "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"
+    keys = "mean", "std", "interpolation", "crop_pct", "crop_mode"
+    names = {"none": [], "batch": ["batch"], "size": ["batch", image.shape[1], "height", "width"]}[dynamic]
     return {
         "model": known.get("architecture", type(model).__name__),
         "visattn": visattn.__version__,
         "torch": torch.__version__,
         "image": "float32 [B, C, H, W], RGB, (x / 255 - mean) / std",
+        "shape": [*names, *image.shape[len(names) :]],  # of images; a name in the place of what may change
+        "input_size": list(image.shape[1:]),  # of the example
         **{key: configuration[key] for key in keys},
-        "labels": labels,
+        "labels": list(labels),
         "dynamic": dynamic,
         "least": least,
     }
@@ -144,9 +154,25 @@ def _verify(model: nn.Module, run: Exported, shapes: Sequence[tuple[int, ...]]) 
         if any(x.shape != y.shape for x, y in pairs):
             shown = [list(y.shape) for y in got], [list(x.shape) for x in expected]
             raise ExportError(f"expected outputs {shown[1]} for an image {list(shape)}, got {shown[0]}")
-        off = sum((y - x).double().square().sum() for x, y in pairs) / sum(x.double().square().sum() for x in expected)
-        errors[shape] = float(off) ** 0.5
+        off = float(sum((y.double() - x.double()).square().sum() for x, y in pairs))
+        norm = float(sum(x.double().square().sum() for x in expected))
+        errors[shape] = (off / norm if norm else off) ** 0.5  # all zeros from a classifier that begins with them
     return errors
+
+
+def _made_with(model: nn.Module, argument: str, default: Any) -> Any:
+    """Find what a model was made with, which timm's configuration of its weights does not tell."""
+    return next((value for m in model.modules() if (value := getattr(m, argument, None))), default)
+
+
+def _folder_near(path: Path) -> tempfile.TemporaryDirectory[str]:
+    """Make a folder from which files can be moved to `path`, in the nearest of its folders that exists."""
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        return tempfile.TemporaryDirectory(dir=nearest, prefix=".export-")
+    except OSError as error:
+        got = f"{nearest} ({error.strerror})"
+        raise type(error)(f"expected a folder to write {path.name} in, got {got}; try another") from error
 
 
 def _peak_memory() -> int | None:
@@ -193,31 +219,44 @@ def export(
 
     Raises:
         ValueError: An unknown target or suffix, a size below the minimum, labels that do not fit.
-        TypeError: A model whose parameters are not float32.
+        TypeError: A model whose parameters are not float32, or no model; labels that are no strings.
+        OSError: No file can be written there.
         ImportError: A package of the target is not installed.
         ExportError: The target cannot take the model, or the file's results differ from PyTorch's; with the reason.
     """
     start, path = time.perf_counter(), Path(path)
     target = _target_of(path, target)
+    if path.is_dir():
+        raise ValueError(f"expected a file to write, got the folder {path}; try another name")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}; try timm.create_model(name)")
     if dynamic not in DYNAMIC:
         raise ValueError(f"expected dynamic of {', '.join(map(repr, DYNAMIC))}, got {dynamic!r}")
     if dynamic != "none" and (why := TARGETS[target].only_fixed):
         raise ValueError(f"{target}: expected fixed sizes, as {why}, got dynamic={dynamic!r}; try dynamic='none'")
     if dtypes := {p.dtype for p in model.parameters()} - {torch.float32}:
         raise TypeError(f"expected parameters of torch.float32, got {dtypes.pop()}; try model.float()")
-    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    if any(x.is_meta for x in (*model.parameters(), *model.buffers())):
+        raise ValueError("expected weights, got a model on the meta device; try to make it with device='cpu'")
+    if opset is not None and "onnx" not in TARGETS[target].packages:
+        raise ValueError(f"expected an opset with target 'onnx' or 'openvino' only, got {opset!r} for {target!r}")
+    if (batch_size := one_int("batch_size", batch_size)) < 1:
+        raise ValueError(f"expected batch_size >= 1, got {batch_size}")
+    if batch_size > 1 and dynamic != "none":
+        raise ValueError(f"expected batch_size with dynamic='none' only, got {batch_size} for dynamic={dynamic!r}")
+    inner: Any = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = copy.deepcopy(inner).cpu().eval().requires_grad_(False)
     channels, *side = timm.data.resolve_data_config({}, model=model)["input_size"]
-    if image_size is not None:
-        side = [image_size, image_size] if isinstance(image_size, int) else list(image_size)
+    channels = _made_with(model, "in_chans", channels)
+    side = per_axis("image_size", _made_with(model, "img_size", side) if image_size is None else image_size, int, 2)
     least = least_size(model, channels) if dynamic == "size" else None
     if min(side) < (least or 1) or max(side) > MOST:
         raise ValueError(f"expected sides of {least or 1} to {MOST} px, got {side[0]}x{side[1]}")
     # PyTorch takes a dynamic size that is 1 in the example for always 1.
     image = torch.randn(batch_size if dynamic == "none" else 2, channels, *side)
-    metadata = _metadata(model, labels, dynamic, least)
+    metadata = _metadata(model, labels, dynamic, least, image)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, warnings.catch_warnings():
+    with _folder_near(path) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of exporters about themselves
         written = Path(folder) / path.name
         options = {} if opset is None else {"opset_version": opset}
@@ -228,14 +267,15 @@ def export(
         except Exception as error:
             what = f"{metadata['model']} with dynamic={dynamic!r} at {side[0]}x{side[1]}"
             raise ExportError(f"{target}: expected to export {what}, got {_cause(error)}") from error
-        if not max(errors.values()) <= tolerance:  # NaN too
-            shape, error = max(errors.items(), key=lambda item: item[1])
+        if wrong := [(error, shape) for shape, error in errors.items() if not error <= tolerance]:  # NaN too
+            error, shape = max(wrong)
             raise ExportError(
                 f"{target}: expected results within {tolerance:.0e} of PyTorch's, got {error:.1e} for an image "
                 f"{list(shape)}; try a larger tolerance if that is enough for you"
             )
         files = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)  # what others need first
         size = sum(file.stat().st_size for file in files)
+        path.parent.mkdir(parents=True, exist_ok=True)
         for file in files:
             os.replace(file, path.parent / file.name)
     return Report(path, target, dynamic, least, said, size, time.perf_counter() - start, _peak_memory(), errors)
@@ -251,9 +291,14 @@ def load(path: str | Path, target: str | None = None) -> Exported:
     Raises:
         ValueError, ImportError: As `export`.
         FileNotFoundError: There is no such file.
+        ExportError: It holds something else.
     """
     path = Path(path)
     target = _target_of(path, target)
     if not path.is_file():
         raise FileNotFoundError(f"expected a file of `visattn.export.export`, got none at {path}")
-    return TARGETS[target].load(path)
+    try:
+        return TARGETS[target].load(path)
+    except Exception as error:
+        got = f"{path}: {_cause(error)}"
+        raise ExportError(f"{target}: expected a file of `visattn.export.export`, got {got}") from error

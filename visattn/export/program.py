@@ -27,7 +27,8 @@ def least_size(model: nn.Module, channels: int) -> int:
     meta: Any = copy.deepcopy(model).to("meta")
     for side in range(2, 257):
         image = torch.empty(1, channels, side, side, device="meta")
-        with contextlib.suppress(RuntimeError):  # what is smaller than a convolution is refused
+        # what is smaller than a convolution is refused; timm's transformers refuse by assertions
+        with contextlib.suppress(RuntimeError, ValueError, AssertionError):
             maps = [x for x in tree_leaves(meta(image)) if x.ndim == 4]  # of a model that returns its features
             if not maps and hasattr(meta, "forward_intermediates"):
                 maps = meta.forward_intermediates(image, indices=1, intermediates_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
+from visattn.export.program import MOST
+
 KEY = "visattn"  # under which a file keeps its metadata, as JSON
 Metadata = dict[str, Any]
 Run = Callable[[Tensor], list[Tensor]]
@@ -21,13 +24,25 @@ Run = Callable[[Tensor], list[Tensor]]
 
 @dataclass(frozen=True)
 class Exported:
-    """A model read from a file: call it with images [B, C, H, W], float32, for the list of its outputs."""
+    """A model read from a file: call it with images [B, C, H, W], float32, for the list of its outputs.
+
+    Raises:
+        ValueError: Images that the file does not take; some runtimes would read them as something else.
+    """
 
     run: Run
     metadata: Metadata
 
     def __call__(self, image: Tensor) -> list[Tensor]:
-        return self.run(image)
+        shape, least = self.metadata["shape"], self.metadata["least"]
+        bounds = {"batch": (1, math.inf), "height": (least, MOST), "width": (least, MOST)}
+        bounds = [bounds.get(n, (n, n)) for n in shape]
+        fits = image.ndim == 4 and all(low <= n <= high for n, (low, high) in zip(image.shape, bounds, strict=True))
+        if not fits or image.dtype != torch.float32:
+            limits = "" if least is None else f" with sides of {least} to {MOST} px"
+            got = f"{image.dtype} {list(image.shape)}"
+            raise ValueError(f"expected images of torch.float32 {shape}{limits}, got {got}")
+        return self.run(image.detach().cpu().contiguous())
 
 
 @dataclass(frozen=True)
@@ -56,10 +71,13 @@ def _save_onnx(program: ExportedProgram, path: Path, metadata: Metadata, options
         "torch.onnx.ONNXProgram",
         torch.onnx.export(program, verbose=False, input_names=["image"], output_names=names, **options),
     )
+    opset = exported.model.opset_imports[""]
+    if (wanted := options.get("opset_version", opset)) != opset:
+        raise ValueError(f"expected an opset that PyTorch's exporter converts to, got {wanted}; try {opset}")
     exported.model.metadata_props[KEY] = json.dumps(metadata)
     large = sum(x.nbytes for x in program.state_dict.values()) > 1.5e9  # Protocol Buffers end at 2 GiB
     exported.save(path, external_data=large)
-    return f"opset {exported.model.opset_imports['']}"
+    return f"opset {opset}"
 
 
 def _load_onnx(path: Path) -> Exported:

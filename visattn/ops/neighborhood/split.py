@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visattn.ops.checks import check_shape, per_axis
+from visattn.ops.checks import check_floating, check_shape, per_axis
 from visattn.ops.geometry import neighbors, outer_index, read_table
 from visattn.ops.neighborhood import NeighborhoodProblem
 
@@ -57,7 +57,8 @@ def neighborhood_sum(
 ) -> Tensor:
     """Sum values [B, N, *spatial, Dv] by weights [B, N, *spatial, M + E] that belong to `neighborhood_scores`.
 
-    Weights of hidden keys count as 0. Extra values are [B, N, E, Dv].
+    Weights of hidden keys count as 0. Extra values are [B, N, E, Dv]. Weights are cast to v's dtype: softmax is often
+    computed in float32.
     """
     windows = {
         "kernel_size": kernel_size,
@@ -68,7 +69,9 @@ def neighborhood_sum(
     values, hidden, _ = _gather(v, v, extra_v, None, windows)
     near, far = hidden.shape[1], 0 if extra_v is None else extra_v.shape[2]
     check_shape("weights", weights, (*v.shape[:-1], near + far), "([B, N, *spatial, M + E])")
-    of_near, of_far = weights.flatten(2, -2).split([near, far], -1)  # [B, N, S, M], [B, N, S, E]
+    check_floating(weights=weights)
+    weights = weights.to(v.dtype).flatten(2, -2)  # [B, N, S, M + E]
+    of_near, of_far = weights.split([near, far], -1)  # [B, N, S, M], [B, N, S, E]
     out = torch.einsum("bnsm,bnsmd->bnsd", of_near.masked_fill(hidden, 0), values)
     out = out if extra_v is None else out + of_far @ extra_v
     return out.unflatten(2, v.shape[2:-1])
