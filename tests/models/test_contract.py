@@ -66,7 +66,7 @@ def test_adapters_find_single_layers_by_their_names(model):
     convs = ("patch_embed.proj", "downsample.proj", "shortcut.proj")
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in ("qkv", "proj"):
-            assert isinstance(module, torch.nn.Conv2d if name.endswith(convs) else torch.nn.Linear), name
+            assert type(module) is (torch.nn.Conv2d if name.endswith(convs) else torch.nn.Linear), name
 
 
 @torch.no_grad()

@@ -68,6 +68,14 @@ class PatchTokenizer(nn.Module):
         return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # [B, H/p, W/p, C]
 
 
+def _fit_patches(x: Tensor, size: int, missing: int) -> Tensor:
+    """Crop [B, I, H, W] to whole patches of `size` pixels, one at least; or pad what is `missing` of the last ones."""
+    if missing:
+        return F.pad(x, (0, missing, 0, missing))  # [B, I, H + missing, W + missing]
+    x = floor_to_multiple(x.permute(0, 2, 3, 1), [size, size])  # [B, H', W', I]
+    return x.permute(0, 3, 1, 2)  # [B, I, H', W']
+
+
 class PatchConv(nn.Conv2d):
     """Convolution of patches that do not overlap: [B, dim, H, W] -> [B, out_dim, H/size, W/size], rounded down.
 
@@ -85,16 +93,11 @@ class PatchConv(nn.Conv2d):
         **dd: Any,
     ) -> None:
         super().__init__(dim, out_dim, size, stride or size, dilation=dilation, **dd)
-        self.size = [size, size]
-        self.missing = dilation * (size - 1)
+        self.size = size
+        self.missing = dilation * (size - 1) if stride == 1 else 0
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.stride == (1, 1):
-            more = self.missing
-            x = F.pad(input, (0, more, 0, more))  # [B, dim, H + more, W + more]
-        else:
-            x = floor_to_multiple(input.permute(0, 2, 3, 1), self.size)  # [B, H', W', dim]
-            x = x.permute(0, 3, 1, 2)  # [B, dim, H', W']
+        x = _fit_patches(input, self.size, self.missing)
         return self._conv_forward(x, self.weight, self.bias)
 
 
@@ -131,7 +134,11 @@ class PositionedTokenizer(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.channels_first = input_fmt == "NCHW"
-        self.proj = PatchConv(in_chans, embed_dim, patch_size, stride, dilation, **dd)
+        self.patch_size = patch_size
+        self.missing = dilation * (patch_size - 1) if stride == 1 else 0
+        stride = stride or patch_size
+        # One of PyTorch's own: adapters replace it by the name `proj`, and make others of its class.
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride, dilation=dilation, **dd)
         self.norm = nn.LayerNorm(embed_dim, **dd)
         self.pos_embed = nn.Parameter(torch.empty(1, *feat_size, embed_dim, **dd))
         self.reset_parameters()
@@ -142,6 +149,7 @@ class PositionedTokenizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.channels_first else x.permute(0, 3, 1, 2)  # [B, I, H, W]
+        x = _fit_patches(x, self.patch_size, self.missing)
         x = self.norm(self.proj(x).permute(0, 2, 3, 1))  # [B, H/p, W/p, C]
         table = self.pos_embed[0].permute(2, 0, 1)  # [C, h, w]
         table = resize_rel_pos(table, [x.shape[1], x.shape[2]], "bilinear")  # [C, H/p, W/p]
