@@ -132,7 +132,7 @@ def _row(cells: dict[tuple[str, str, str], Cell], cell: Cell) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="files without suffix; what they hold already is kept")
+    parser.add_argument("--out", type=Path, help="files without suffix; what they hold of this torch is kept")
     parser.add_argument("--models", nargs="+", default=visattn.list_models("test_*"))
     parser.add_argument("--targets", nargs="+", default=["compile", *TARGETS])
     parser.add_argument("--dynamic", nargs="+", default=DYNAMIC)
@@ -143,10 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.cell:
         print(json.dumps(asdict(measure(Cell(*args.cell)))))
         return
-    cells: dict[tuple[str, str, str], Cell] = {}
-    if args.out is not None and args.out.with_suffix(".json").exists():
-        for values in json.loads(args.out.with_suffix(".json").read_text())["results"]:
-            cells[Cell(**values).key] = Cell(**values)
+    kept = [] if args.out is None else [Cell(**values) for values in report.earlier(args.out, {})]
+    cells = {cell.key: cell for cell in kept}
     row, text = functools.partial(_row, cells), TEXT.replace("{{size}}", "x".join(map(str, SIZE)))
     for target in args.targets:
         for dynamic in args.dynamic:

@@ -60,12 +60,12 @@ def failure(error: Exception) -> str:
 
 
 def earlier(out: Path, setting: dict[str, str]) -> list[dict[str, Any]]:
-    """The results in `out`, none if they are of another setting or torch."""
+    """The results in `out`, none if they are of another GPU or version of Triton, as `setting` names them, or torch."""
     file = out.with_suffix(".json")
     if not file.exists():
         return []
     record = json.loads(file.read_text())
-    same = {name: setting[name] for name in ("GPU", "triton")} | {"torch": torch.__version__}
+    same = {name: setting[name] for name in ("GPU", "triton") if name in setting} | {"torch": torch.__version__}
     if any(record["setting"].get(name) != value for name, value in same.items()):
         print(f"results in {file} are of another GPU or version and are dropped")
         return []

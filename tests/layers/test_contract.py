@@ -71,7 +71,7 @@ CASES = {
     "merging, stride 1": Case(lambda: layers.PatchMerging(12, 1, 2), dim=24),
     "downsampler": Case(lambda: layers.ConvDownsampler(12), stride=2, dim=24),
     "downsampler, stride 1": Case(lambda: layers.ConvDownsampler(12, True, 1, 2), dim=24),
-    "patches, stride 1": Case(lambda: layers.PatchConv(12, 16, 2, 1, 2), True, dim=16),
+    "patches, stride 1": Case(lambda: layers.PatchConv(12, 16, 2, 1, dilation=2), True, dim=16),
     "mbconv, same": Case(lambda: net(same_pad=True), True, 8, 16, 9),
     "mbconv, pool": Case(lambda: net(stride_mode="pool"), True, 8, 16, 9),
     "mbconv, max3": Case(lambda: net(pool="max3"), True, 8, 16, 9),

@@ -41,7 +41,7 @@ def test_downsamplers(kind):
 
 @torch.no_grad()
 def test_patches():
-    plain, kept = layers.PatchConv(12, 8, 2), layers.PatchConv(12, 8, 2, stride=1)
+    plain, kept = layers.PatchConv(12, 8, 2, 2), layers.PatchConv(12, 8, 2, 1)
     kept.load_state_dict(plain.state_dict())
     x = X.permute(0, 3, 1, 2)  # [B, C, H, W]
     assert relative_error(kept(x)[:, :, :8:2, ::2], plain(x)) <= SAME_MODEL

@@ -62,11 +62,16 @@ def test_img_size_is_accepted(name):
 
 
 def test_adapters_find_single_layers_by_their_names(model):
-    """LoRA's usual targets: linear layers, and the convolutions of patches, PVT's merges and MBConv's shortcuts."""
+    """LoRA's usual targets: linear layers, and the convolutions of patches, PVT's merges and MBConv's shortcuts.
+
+    Adapters make others of a layer's class, so that its constructor is PyTorch's.
+    """
     convs = ("patch_embed.proj", "downsample.proj", "shortcut.proj")
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in ("qkv", "proj"):
-            assert type(module) is (torch.nn.Conv2d if name.endswith(convs) else torch.nn.Linear), name
+            kind = torch.nn.Conv2d if name.endswith(convs) else torch.nn.Linear
+            assert isinstance(module, kind), name
+            assert type(module).__init__ is kind.__init__, name
 
 
 @torch.no_grad()

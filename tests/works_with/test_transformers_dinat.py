@@ -1,9 +1,11 @@
 """transformers' DiNAT, NAT and OneFormer after `visattn.hf.repair()`: goldens, and the layout of transformers 4.53."""
 
 import importlib
+import subprocess
 import sys
 import types
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import timm
@@ -19,6 +21,7 @@ from visattn.natten import natten2dav, natten2dqkrpb
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
 TINY = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "kernel_size": 3, "dilations": [[1, 3], [1, 2]]}
+ROOT = Path(__file__).parents[2]
 MAP = (48, 36)  # of an image: its maps have 12 x 9 and 6 x 5 tokens
 
 
@@ -79,28 +82,58 @@ def from_official(weights):
     return renamed
 
 
-def test_classifier_gives_the_official_logits_and_those_of_visattn(works):
+def official_classifier():
     golden = load("dinat_mini")
-    weights = official_weights(golden)
     dilations = [[1, 8, 1], [1, 4, 1, 4], [1, 2, 1, 2, 1, 2], [1] * 5]
     widths = {"embed_dim": 64, "depths": [3, 4, 6, 5], "num_heads": [2, 4, 8, 16], "mlp_ratio": 3.0}
-    model = transformers.DinatForImageClassification(
-        config(**widths, kernel_size=7, dilations=dilations, num_labels=1000)
-    )
-    model.eval().load_state_dict(from_official(weights))
+    settings = config(**widths, kernel_size=7, dilations=dilations, num_labels=1000)
+    model = transformers.DinatForImageClassification(settings).eval()
+    model.load_state_dict(from_official(official_weights(golden)))
+    return model, cases(golden)
+
+
+@torch.no_grad()
+def official_error():
+    """How far the classifier's logits are from the official ones, at worst."""
+    model, images = official_classifier()
+    pairs = [(model(fill.image(**case["input"])).logits.flatten()[:32], case["logits"]) for case in images]
+    return max(relative_error(logits, torch.tensor(expected)) for logits, expected in pairs)
+
+
+def test_classifier_gives_the_official_logits_and_those_of_visattn(works):
+    assert official_error() <= tolerances.MODEL_GOLDEN
+    model, images = official_classifier()
     ours = timm.create_model("dinat_mini").eval()
-    ours.load_state_dict(filter_fn(ours)(dict(weights), ours))
-    error = 0.0
+    ours.load_state_dict(filter_fn(ours)(official_weights(load("dinat_mini")), ours))
     with torch.no_grad():
-        for case in cases(golden):
-            logits = model(fill.image(**case["input"])).logits
-            assert relative_error(logits.flatten()[:32], torch.tensor(case["logits"])) <= tolerances.MODEL_GOLDEN
-            error = max(error, relative_error(logits, ours(fill.image(**case["input"]))))
+        x = [fill.image(**case["input"]) for case in images]
+        error = max(relative_error(model(image).logits, ours(image)) for image in x)
     assert error <= tolerances.SAME_MODEL
     works(
         "transformers",
         "DinatForImageClassification, repaired, with dinat_mini's weights",
         f"logits differ by {error:.1e}",
+    )
+
+
+# Nothing of transformers is touched but its own answer to whether natten is installed, which looks for a distribution.
+UNTOUCHED = """
+import visattn.natten; visattn.natten.install()
+import transformers.utils.import_utils as utils; utils._natten_available = True
+import tests.works_with.test_transformers_dinat as test
+print(test.official_error())
+"""
+
+
+@pytest.mark.skipif(
+    not version("transformers").startswith(("4.50", "4.51", "4.52", "4.53")),
+    reason="later versions give natten wrong axes",
+)
+def test_transformers_untouched_on_the_natten_door(works):
+    done = subprocess.run([sys.executable, "-c", UNTOUCHED], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) <= tolerances.MODEL_GOLDEN
+    works(
+        "transformers", "DinatForImageClassification, untouched, on visattn.natten", f"within {float(done.stdout):.1e}"
     )
 
 

@@ -98,20 +98,20 @@ def _metadata(
     known: dict[str, Any] = vars(model).get("pretrained_cfg") or {}
     classes = getattr(model, "num_classes", None)
     if labels is None:
-        names = known.get("label_names") or []
-        labels = names if len(names) == classes else []  # the classifier may be another than the weights came with
+        labels = known.get("label_names") or []
+        labels = labels if len(labels) == classes else []  # the classifier may be another than the weights came with
     elif isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
         raise TypeError(f"expected labels as a list of strings, got {labels!r:.80}")
     elif classes not in (None, len(labels)):
         raise ValueError(f"expected {classes} labels, one per class, got {len(labels)}")
     keys = "mean", "std", "interpolation", "crop_pct", "crop_mode"
-    names = {"none": [], "batch": ["batch"], "size": ["batch", image.shape[1], "height", "width"]}[dynamic]
+    may_change = {"none": [], "batch": ["batch"], "size": ["batch", image.shape[1], "height", "width"]}[dynamic]
     return {
         "model": known.get("architecture", type(model).__name__),
         "visattn": visattn.__version__,
         "torch": torch.__version__,
         "image": "float32 [B, C, H, W], RGB, (x / 255 - mean) / std",
-        "shape": [*names, *image.shape[len(names) :]],  # of images; a name in the place of what may change
+        "shape": [*may_change, *image.shape[len(may_change) :]],  # of images; a name in the place of what may change
         "input_size": list(image.shape[1:]),  # of the example
         **{key: configuration[key] for key in keys},
         "labels": list(labels),

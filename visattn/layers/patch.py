@@ -4,8 +4,6 @@ Downsamplers of stride 1 keep the map's size: with the same parameters they comp
 position. Their `dilation` spreads the taps where strides before them were left out too.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
@@ -68,36 +66,21 @@ class PatchTokenizer(nn.Module):
         return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # [B, H/p, W/p, C]
 
 
-def _fit_patches(x: Tensor, size: int, missing: int) -> Tensor:
-    """Crop [B, I, H, W] to whole patches of `size` pixels, one at least; or pad what is `missing` of the last ones."""
-    if missing:
-        return F.pad(x, (0, missing, 0, missing))  # [B, I, H + missing, W + missing]
-    x = floor_to_multiple(x.permute(0, 2, 3, 1), [size, size])  # [B, H', W', I]
-    return x.permute(0, 3, 1, 2)  # [B, I, H', W']
-
-
 class PatchConv(nn.Conv2d):
     """Convolution of patches that do not overlap: [B, dim, H, W] -> [B, out_dim, H/size, W/size], rounded down.
 
     Maps smaller than a patch are zero-padded at the bottom and right. With `stride` 1 there is a patch at every
-    position, [B, out_dim, H, W], and zeros at the bottom and right are what is missing of them.
+    position, [B, out_dim, H, W], and zeros at the bottom and right are what is missing of them. Arguments are those of
+    `nn.Conv2d`, as adapters make others of a layer's class; the stride is the kernel's size, or 1.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        out_dim: int,
-        size: int,
-        stride: int | None = None,
-        dilation: int = 1,
-        **dd: Any,
-    ) -> None:
-        super().__init__(dim, out_dim, size, stride or size, dilation=dilation, **dd)
-        self.size = size
-        self.missing = dilation * (size - 1) if stride == 1 else 0
-
     def forward(self, input: Tensor) -> Tensor:
-        x = _fit_patches(input, self.size, self.missing)
+        if self.stride == (1, 1):
+            more = self.dilation[0] * (self.kernel_size[0] - 1)
+            x = F.pad(input, (0, more, 0, more))  # [B, dim, H + more, W + more]
+        else:
+            x = floor_to_multiple(input.permute(0, 2, 3, 1), self.kernel_size)  # [B, H', W', dim]
+            x = x.permute(0, 3, 1, 2)  # [B, dim, H', W']
         return self._conv_forward(x, self.weight, self.bias)
 
 
@@ -134,11 +117,8 @@ class PositionedTokenizer(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.channels_first = input_fmt == "NCHW"
-        self.patch_size = patch_size
-        self.missing = dilation * (patch_size - 1) if stride == 1 else 0
         stride = stride or patch_size
-        # One of PyTorch's own: adapters replace it by the name `proj`, and make others of its class.
-        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride, dilation=dilation, **dd)
+        self.proj = PatchConv(in_chans, embed_dim, patch_size, stride, dilation=dilation, **dd)
         self.norm = nn.LayerNorm(embed_dim, **dd)
         self.pos_embed = nn.Parameter(torch.empty(1, *feat_size, embed_dim, **dd))
         self.reset_parameters()
@@ -149,7 +129,6 @@ class PositionedTokenizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.channels_first else x.permute(0, 3, 1, 2)  # [B, I, H, W]
-        x = _fit_patches(x, self.patch_size, self.missing)
         x = self.norm(self.proj(x).permute(0, 2, 3, 1))  # [B, H/p, W/p, C]
         table = self.pos_embed[0].permute(2, 0, 1)  # [C, h, w]
         table = resize_rel_pos(table, [x.shape[1], x.shape[2]], "bilinear")  # [C, H/p, W/p]
@@ -208,6 +187,7 @@ class PatchMerging(nn.Module):
         else:
             x = pad_to_multiple(x, [2, 2])
             b, h, w, c = x.shape
-            x = x.reshape(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 4, 2, 5)
+            x = x.reshape(b, h // 2, 2, w // 2, 2, c)  # [B, H/2, 2, W/2, 2, C]
+            x = x.permute(0, 1, 3, 4, 2, 5)  # [B, H/2, W/2, 2, 2, C]
             x = x.flatten(3)  # [B, H/2, W/2, 4C]
         return self.reduction(self.norm(x))

@@ -268,7 +268,7 @@ class BiFormer(TellsAttended, Backbone):
 
 def _create_stem(layout: str, in_chans: int, dim: int, **dd: Any) -> list[nn.Module]:
     if layout == "swin":
-        return [layers.PatchConv(in_chans, dim, 4, **dd), nn.BatchNorm2d(dim, **dd)]
+        return [layers.PatchConv(in_chans, dim, 4, 4, **dd), nn.BatchNorm2d(dim, **dd)]
     if layout != "biformer":
         raise ValueError(f"expected layout 'biformer' or 'swin', got {layout!r}")
     return [
@@ -282,7 +282,8 @@ def _create_stem(layout: str, in_chans: int, dim: int, **dd: Any) -> list[nn.Mod
 
 def _create_downsampler(layout: str, dim: int, out_dim: int, stride: int, dilation: int, **dd: Any) -> nn.Module:
     if layout == "swin":
-        return nn.Sequential(nn.BatchNorm2d(dim, **dd), layers.PatchConv(dim, out_dim, 2, stride, dilation, **dd))
+        conv = layers.PatchConv(dim, out_dim, 2, stride, dilation=dilation, **dd)
+        return nn.Sequential(nn.BatchNorm2d(dim, **dd), conv)
     conv = nn.Conv2d(dim, out_dim, 3, stride, dilation, dilation, **dd)
     return nn.Sequential(conv, nn.BatchNorm2d(out_dim, **dd))
 

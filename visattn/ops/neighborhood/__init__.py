@@ -109,6 +109,22 @@ class NeighborhoodProblem(AttentionProblem):
         return 2 * math.prod(self.q.shape[:-1]) * keys * (self.q.shape[-1] + self.v.shape[-1])
 
 
+def windows_per_axis(
+    axes: int,
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int],
+    stride: int | Sequence[int],
+    is_causal: bool | Sequence[bool],
+) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[bool]]:
+    """Give each argument of a window one value for each of `axes` axes, in the order that problems have them in."""
+    return (
+        per_axis("kernel_size", kernel_size, int, axes),
+        per_axis("dilation", dilation, int, axes),
+        per_axis("stride", stride, int, axes),
+        per_axis("is_causal", is_causal, bool, axes),
+    )
+
+
 _backends = Backends(
     "neighborhood_attention", NeighborhoodProblem, triton.attend, eager.attend, reference.attend
 )
@@ -192,13 +208,7 @@ def neighborhood_attention(
 
     Sources: arXiv:2204.07143 eq. 1-3 (NA), arXiv:2209.15001 eq. 2 (dilation), arXiv:2504.16922 (stride).
     """
-    axes = spatial_axes(q)
-    windows = (
-        per_axis("kernel_size", kernel_size, int, axes),
-        per_axis("dilation", dilation, int, axes),
-        per_axis("stride", stride, int, axes),
-        per_axis("is_causal", is_causal, bool, axes),
-    )
+    windows = windows_per_axis(spatial_axes(q), kernel_size, dilation, stride, is_causal)
     q, k, v, extra_k, extra_v = to_autocast(q, k, v, extra_k, extra_v)
     extra, how = (extra_k, extra_v, extra_bias), (default_scale(q.shape[-1], scale), return_lse)
     problem = NeighborhoodProblem(q, k, v, *windows, bias, *extra, key_mask, *how)

@@ -5,14 +5,13 @@ By definition, with exact gradients. M keys of every query (and E extra ones) ar
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from visattn.ops.checks import check_floating, check_shape, per_axis
+from visattn.ops.checks import check_floating, check_shape
 from visattn.ops.geometry import neighbors, outer_index, read_table
-from visattn.ops.neighborhood import NeighborhoodProblem
+from visattn.ops.neighborhood import NeighborhoodProblem, windows_per_axis
 
 
 def neighborhood_scores(
@@ -29,13 +28,8 @@ def neighborhood_scores(
 
     Hidden keys of causal axes have -inf. Arguments as of `neighborhood_attention`, but for extra keys [B, N, E, D].
     """
-    windows = {
-        "kernel_size": kernel_size,
-        "dilation": dilation,
-        "stride": stride,
-        "is_causal": is_causal,
-    }
-    keys, hidden, displacement = _gather(q, k, extra_k, bias, windows)
+    windows = kernel_size, dilation, stride, is_causal
+    keys, hidden, displacement = _gather(q, k, extra_k, bias, *windows)
     query = q.flatten(2, -2)  # [B, N, S, D]
     scores = torch.einsum("bnsd,bnsmd->bnsm", query, keys)
     if bias is not None:
@@ -60,13 +54,7 @@ def neighborhood_sum(
     Weights of hidden keys count as 0. Extra values are [B, N, E, Dv]. Weights are cast to v's dtype: softmax is often
     computed in float32.
     """
-    windows = {
-        "kernel_size": kernel_size,
-        "dilation": dilation,
-        "stride": stride,
-        "is_causal": is_causal,
-    }
-    values, hidden, _ = _gather(v, v, extra_v, None, windows)
+    values, hidden, _ = _gather(v, v, extra_v, None, kernel_size, dilation, stride, is_causal)
     near, far = hidden.shape[1], 0 if extra_v is None else extra_v.shape[2]
     check_shape("weights", weights, (*v.shape[:-1], near + far), "([B, N, *spatial, M + E])")
     check_floating(weights=weights)
@@ -78,24 +66,22 @@ def neighborhood_sum(
 
 
 def _gather(
-    q: Tensor, x: Tensor, extra: Tensor | None, bias: Tensor | None, windows: dict[str, Any]
+    q: Tensor,
+    x: Tensor,
+    extra: Tensor | None,
+    bias: Tensor | None,
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int],
+    stride: int | Sequence[int],
+    is_causal: bool | Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Check the call; copy the M tokens of x that every query sees [B, N, S, M, D], tell which are hidden [S, M], and
     list their displacements per axis."""
-    per: Any = {
-        name: per_axis(name, n, bool if name == "is_causal" else int, q.ndim - 3)
-        for name, n in windows.items()
-    }
+    windows = windows_per_axis(q.ndim - 3, kernel_size, dilation, stride, is_causal)
     query, key = q.movedim(1, -2), x.movedim(1, -2)  # [B, *spatial, N, D]
     extra = None if extra is None else extra.transpose(1, 2)  # [B, E, N, D]
-    more: Any = {
-        "bias": bias,
-        "extra_k": extra,
-        "extra_v": extra,
-        "extra_bias": None,
-        "key_mask": None,
-    }
-    axes = NeighborhoodProblem(query, key, key, **per, **more, scale=1.0, return_lse=False).axes
+    more = bias, extra, extra, None, None, 1.0, False
+    axes = NeighborhoodProblem(query, key, key, *windows, *more).axes
     found = [neighbors(axis, q.device) for axis in axes]
     index = outer_index([n.index for n in found], [axis.length for axis in axes])  # [S, M]
     hidden = outer_index([(~n.visible).long() for n in found], [2] * len(axes)) > 0
