@@ -1,4 +1,4 @@
-"""Render model_cards/<family>.md from model_cards/<family>.yaml and the code.
+"""Render model_cards/<family>.md from model_cards/<family>.yaml and the code; and visattn/models/numbers.csv.
 
     python scripts/make_cards.py             # write every .md
     python scripts/make_cards.py nat         # write one
@@ -12,8 +12,11 @@ the meta device. The dataclasses below are the yaml's keys; those without a defa
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import difflib
+import functools
+import io
 import re
 import sys
 from collections.abc import Iterable
@@ -32,6 +35,7 @@ from visattn.models import FAMILIES
 
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
 CONFIGS = CARDS.parent / "configs"
+NUMBERS = CARDS.parent / "visattn" / "models" / "numbers.csv"  # what `visattn list` shows
 PAPERS = "_papers.yaml"  # cited by several cards
 
 
@@ -201,6 +205,7 @@ def address(cfg: PretrainedCfg) -> str:
     return f"https://huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url or ""
 
 
+@functools.cache
 def measure(model: str, tag: str) -> tuple[int, float]:
     """Parameters and GMACs of a model at the input size and classes of a tag."""
     network = timm.create_model(f"{model}.{tag}", device="meta")
@@ -283,6 +288,20 @@ def _models(card: Card) -> str:
     head = ["name", "params (M)", "GMACs", "size", "crop", "classes", "weights", "licence"]
     head += ["top-1, published (%)", "GFLOPs, published", "params, published (M)", "source"]
     return _table(head, rows, left=(0, 6, 7, 11))
+
+
+def numbers(card: Card) -> list[list[str]]:
+    """Rows of numbers.csv: model, parameters (M), GMACs, pixels and published top-1 of its default configuration."""
+    rows = []
+    for name in models(card):
+        cfg = weights_of(name)[0]
+        params, gmacs = measure(name, cfg.tag)
+        published = card.published.get(f"{name}.{cfg.tag}") or card.published.get(name)
+        top1 = published.top1 if published and cfg.num_classes == 1000 else None
+        rows.append(
+            [name, f"{params / 1e6:.2f}", f"{gmacs:.3f}", f"{cfg.input_size[-1]}", "" if top1 is None else f"{top1}"]
+        )
+    return rows
 
 
 def _models_note(card: Card) -> str:
@@ -369,15 +388,25 @@ def main(argv: list[str] | None = None) -> int:
     if unknown or not known:
         print(f"error: expected cards in {args.cards}, got no {', '.join(unknown) or '*.yaml'}", file=sys.stderr)
         return 1
-    status = 0
+    status, table = 0, {}
+    if NUMBERS.is_file() and args.families:
+        table = {row[0]: row for row in csv.reader(NUMBERS.read_text(encoding="utf-8").splitlines()[1:])}
+    files: dict[Path, str] = {}
     for family in args.families or known:
-        target = known[family].with_suffix(".md")
         try:
-            text = render(load(known[family]))
+            card = load(known[family])
+            files[known[family].with_suffix(".md")] = render(card)
+            table |= {row[0]: row for row in numbers(card)}
         except CardError as error:
             print(f"error: {error}", file=sys.stderr)
             status = 1
-            continue
+    if args.cards == CARDS and not status:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(
+            [["model", "params", "gmacs", "size", "top1"], *sorted(table.values())]
+        )
+        files[NUMBERS] = text.getvalue()
+    for target, text in files.items():
         if not args.check:
             target.write_text(text, encoding="utf-8")
             continue
@@ -385,7 +414,7 @@ def main(argv: list[str] | None = None) -> int:
         if on_disk != text:
             lines = [on_disk.splitlines(), text.splitlines()]
             diff = difflib.unified_diff(*lines, f"{target.name} on disk", f"{target.name} rendered", lineterm="")
-            print(f"{target.name} is out of date: run python scripts/make_cards.py {family}", *diff, sep="\n")
+            print(f"{target.name} is out of date: run python scripts/make_cards.py", *diff, sep="\n")
             status = 1
     return status
 

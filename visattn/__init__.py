@@ -2,15 +2,18 @@
 
 from visattn import models, ops
 from visattn.cam import NCHWFeatures, cam_layers, reshape_transform
+from visattn.hub import Classifier, load
 from visattn.models import is_model, list_models
 from visattn.swap import swap_attention
 
 __all__ = [
+    "Classifier",
     "NCHWFeatures",
     "__version__",
     "cam_layers",
     "is_model",
     "list_models",
+    "load",
     "models",
     "ops",
     "reshape_transform",

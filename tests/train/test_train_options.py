@@ -189,16 +189,14 @@ def test_optimizers_of_shards(folder_data, run, launch, tmp_path, opt, tolerance
 def test_presets_train(folder_data, tmp_path, preset):
     options = ("--model", "test_dinat", "--data", folder_data, *SMALL, "--micro-batch", 4, "--workers", 0)
     options += ("--no-pretrained", "--epochs", 1, "--output", tmp_path / "out", "--name", preset)
-    assert finetune.run([preset, *map(str, options)]) == 0
+    assert finetune.main([preset, *map(str, options)]) == 0
     assert len(column(tmp_path / "out" / preset, "top1")) == 1
 
 
 @pytest.mark.parametrize("words", [[], ["a\nb"], ["x" * 5000]])
 def test_no_preset_is_said(capsys, words):
-    assert finetune.run(words) == 2
-    assert re.fullmatch(
-        r"error: expected a preset, got .{4,90}; try python -m visattn.train.finetune .*\n", capsys.readouterr().err
-    )
+    assert finetune.main(words) == 2
+    assert re.fullmatch(r"error: expected a preset, got .{4,90}; try visattn finetune .*\n", capsys.readouterr().err)
 
 
 def test_loggers_follow_a_run_and_its_continuation(folder_data, run):

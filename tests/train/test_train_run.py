@@ -42,6 +42,7 @@ def test_folder_run_leaves_the_promised_files(folder_data, run):
         "args.yaml",
         "log.csv",
         "checkpoints",
+        "config.json",
         "model.safetensors",
         "model.safetensors.sha256",
         "curves.png",

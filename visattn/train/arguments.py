@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import sys
+from inspect import cleandoc
 from pathlib import Path
 
 import tyro
@@ -19,7 +20,7 @@ AUTO = Path("auto")
 def parse(argv: list[str] | None = None) -> Config:
     """Read the command line (and the recipe or file it names) into a checked Config."""
     check_words(sys.argv[1:] if argv is None else argv)
-    early = argparse.ArgumentParser(prog="python -m visattn.train", add_help=False, allow_abbrev=False)
+    early = argparse.ArgumentParser(prog="visattn train", add_help=False, allow_abbrev=False)
     early.add_argument("--recipe")
     early.add_argument("--config", type=Path)
     early.add_argument("--resume", type=Path)
@@ -51,7 +52,7 @@ def parse(argv: list[str] | None = None) -> Config:
         base = find_recipe(named.recipe)
     elif named.config:
         base = read_yaml(named.config)
-    config = tyro.cli(Config, args=argv, default=base, prog="python -m visattn.train")
+    config = tyro.cli(Config, args=argv, default=base, prog="visattn train", description=cleandoc(Config.__doc__ or ""))
     if config.override and not named.resume:
         raise ConfigError("--override: expected --resume, whose options it changes, got none; try without it")
     config = dataclasses.replace(config, resume=folder)

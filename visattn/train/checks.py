@@ -28,6 +28,11 @@ def check(config: Config) -> None:
     _check_names(config)
     _check_schedule(config)
     _check_model(config)
+    if (config.push_to_hub is None) != (config.hub_license is None):
+        raise ConfigError(
+            "--push-to-hub: expected --hub-license with it, the terms of your weights, got one of the two; "
+            "try --hub-license apache-2.0, or other"
+        )
     if not (config.mixup or config.cutmix):
         return
     for name in ("batch_size", "micro_batch"):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 # How a run is started, not what it computes: kept out of files.
-LAUNCH_ONLY = ("recipe", "config", "print_config", "resume", "override")
+LAUNCH_ONLY = ("recipe", "config", "print_config", "resume", "override", "push_to_hub", "hub_license")
 # A resumed run may change what leaves its mathematics alone, its `epochs`, and with `override` what has no state.
 FREE_ON_RESUME = (
     *("output", "name", "device", "engine", "workers", "micro_batch", "compile", "channels_last", "grad_checkpointing"),
@@ -47,13 +47,25 @@ def number(default: Any, low: float, high: float, tiny: float = 1e-12) -> Any:
 
 @dataclass(frozen=True)
 class Config:
-    """Train an image classifier. Without arguments: handwritten digits on a CPU, in about a minute."""
+    """Train an image classifier. Without arguments: handwritten digits on a CPU, in about a minute.
+
+    $ visattn train
+    $ visattn train --data photos/ --model dinat_mini --img-size 224
+    $ visattn train --recipe dinat_mini --data imagenet/
+    $ visattn train --resume output/RUN
+    $ torchrun --nproc-per-node 8 -m visattn.train --recipe dinat_mini --data imagenet/
+    """
 
     recipe: str | None = None  # model to train by its recipe (configs/imagenet); the command line overrides it
     config: Path | None = None  # flat YAML file with any of the options below instead; likewise
     print_config: bool = False  # only show what results, in full, as a file for --config
     resume: Path | None = None  # run folder to continue, at the very step; `auto`: --name's folder, if there is one
     override: bool = False  # let --resume change more than --epochs: learning rate, batch size, regularization, ...
+
+    push_to_hub: str | None = (
+        None  # at the end: OWNER/NAME on the Hugging Face hub for the best weights and a model card
+    )
+    hub_license: str | None = None  # of these weights, for the card: apache-2.0, cc-by-nc-4.0, other, ...
 
     data: str = "digits"  # digits, mnist5k, hfds/NAME, or a folder with train/ and val/ of class folders or tar shards
     max_bad: float = number(0.01, 0, 1)  # share of unreadable training images above which the run stops

@@ -1,4 +1,4 @@
-"""`python -m visattn.train.finetune PRESET --model NAME --data DIR`: the trainer with configs/finetune/PRESET.yaml."""
+"""`visattn finetune PRESET --model NAME --data DIR`: the trainer with configs/finetune/PRESET.yaml."""
 
 import sys
 
@@ -7,23 +7,30 @@ from visattn.train.start import begin
 if __name__ == "__main__":
     begin()
 
-from visattn.train.__main__ import fail, finish, main
+from visattn.train import __main__ as trainer
 from visattn.train.errors import ConfigError, shown
 from visattn.train.files import configs_folder
 
 
-def run(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the trainer with the preset that the first argument names; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        presets = {path.stem: str(path) for path in sorted((configs_folder() / "finetune").glob("*.yaml"))}
+        presets = {path.stem: path for path in sorted((configs_folder() / "finetune").glob("*.yaml"))}
+        if argv and argv[0] in ("-h", "--help"):
+            print("usage: visattn finetune PRESET --model NAME --data DIR ...\n")
+            for name, path in presets.items():
+                said = " ".join(line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines())
+                print(f"  {name:20}{said.partition('. ')[0].partition(': ')[0]}")
+            print("\nvisattn finetune PRESET --help shows all options, with the preset's values.")
+            return 0
         if not argv or argv[0] not in presets:
             got = shown(argv[0]) if argv else "none"
-            names = ", ".join(presets)
-            raise ConfigError(f"expected a preset, got {got}; try python -m visattn.train.finetune with {names}")
+            raise ConfigError(f"expected a preset, got {got}; try visattn finetune with {', '.join(presets)}")
     except ConfigError as error:
-        return fail(error, rank=0)
-    return main(["--config", presets[argv[0]], *argv[1:]])
+        return trainer.fail(error, rank=0)
+    return trainer.main(["--config", str(presets[argv[0]]), *argv[1:]])
 
 
 if __name__ == "__main__":
-    finish(run(sys.argv[1:]))
+    trainer.finish(main())

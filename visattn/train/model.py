@@ -2,6 +2,8 @@
 
 import difflib
 import fnmatch
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -9,6 +11,7 @@ import torch
 from rich.console import Console
 from timm.data.loader import adapt_to_chs
 from timm.models import resolve_model_input_args
+from timm.models._hub import save_config_for_hf
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -234,6 +237,18 @@ def make_scheduler(config: Config, optimizer: torch.optim.Optimizer, updates: in
         updates_per_epoch=updates,
     )
     return scheduler
+
+
+def describe_model(model: TimmModel, config: Resolved, class_names: list[str]) -> bytes:
+    """The config.json with which `timm.create_model("local-dir:RUN")` builds the model: arguments, input, labels."""
+    names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+    given = {name: getattr(config, name) for name in names}
+    given["input_size"] = config.in_chans, config.img_size, config.img_size
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        own = {"label_names": class_names, "pretrained_cfg": {"license": None}}  # the authors' is that of their weights
+        save_config_for_hf(model, str(path), model_config=own, data_config=given)
+        return path.read_bytes()
 
 
 def export_state(task: TrainingTask, world: World, ema: bool = False) -> dict[str, Any]:

@@ -119,6 +119,8 @@ def _settle(run: "Run") -> tuple[list[str], dict[str, float]]:
     if not os.path.isfile(run.folder / "args.yaml"):
         say(run.console, f"warning: files in {run.folder} have been deleted; those that still can be are written anew")
         run.owed["args.yaml"] = partial(_write_args, options=recipe(run.config))
+    if not os.path.isfile(run.folder / "config.json"):
+        run.owed["config.json"] = partial(write_atomic, content=run.model_config)
     best = {name: top1 for name, top1 in run.state.best.items() if os.path.isfile(run.folder / f"{name}.safetensors")}
     for name, write in list(run.owed.items()):
         keep(run, name, write)
@@ -161,7 +163,7 @@ def check_complete(run: "Run") -> None:
     """Raise OutputError if a file that a finished run promises is missing or older."""
     problems = [
         f"no {name}"
-        for name in ("args.yaml", "log.csv", "curves.png")
+        for name in ("args.yaml", "config.json", "log.csv", "curves.png")
         if name in run.owed or not os.path.isfile(run.folder / name)
     ]
     for name, column in BEST.items():

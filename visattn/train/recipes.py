@@ -125,4 +125,4 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         except (ValueError, OverflowError):
             pass
     wanted = f"one of {', '.join(args)}" if kind is Literal else hint if kind else hint.__name__
-    raise ConfigError(f"{where}: expected {wanted}, got {shown(value)}; try `python -m visattn.train --help`")
+    raise ConfigError(f"{where}: expected {wanted}, got {shown(value)}; try `visattn train --help`")

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from timm.models import resolve_model_input_args
 
-from visattn.train import checkpoint, metrics, outputs
+from visattn.train import checkpoint, metrics, outputs, publish
 from visattn.train.config import OVERRIDABLE, Config, Resolved, recipe
 from visattn.train.data import open_data, resolve
 from visattn.train.distributed import World, prepare
@@ -23,7 +23,15 @@ from visattn.train.loader import Images, Loaders, make_loaders
 from visattn.train.lock import FolderLock
 from visattn.train.loggers import Loggers, check_packages
 from visattn.train.metrics import Meter, Speed, say
-from visattn.train.model import check_names, make_model, make_optimizer, make_scheduler, make_task, try_training
+from visattn.train.model import (
+    check_names,
+    describe_model,
+    make_model,
+    make_optimizer,
+    make_scheduler,
+    make_task,
+    try_training,
+)
 from visattn.train.outputs import open_folder
 from visattn.train.progress import EpochBar, Status
 from visattn.train.recipes import read_yaml
@@ -44,6 +52,7 @@ class Run:
     console: Console
     flops: int | None  # of one image forward
     lock: FolderLock  # held by the main process
+    model_config: bytes  # config.json
     owed: dict[str, Callable[[Path], Any]] = field(default_factory=dict)  # files that could not be written yet, by name
     waiting: dict[str, float] = field(default_factory=dict)  # of these the weights, with their top-1
 
@@ -67,6 +76,8 @@ def build(config: Config, world: World, console: Console) -> Run:
     """Create everything a run needs; a resumed run gets its state back."""
     check_names(config)
     check_packages(config)
+    if config.push_to_hub:
+        world.on_main(lambda: publish.check_access(config.push_to_hub))
     config = resolve(config, resolve_model_input_args(config.model)["pretrained_cfg"])
     data = open_data(config)
     for source in (data.train, data.eval):
@@ -79,6 +90,7 @@ def build(config: Config, world: World, console: Console) -> Run:
         model = model.to(memory_format=torch.channels_last)
     flops = forward_flops(model, config.in_chans, config.img_size) if world.main else None
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    model_config = describe_model(model, config, data.class_names)
     task = make_task(config, model, world.device)
     try_training(model, config, loaders.batches, world)
     prepare(task, config, world)
@@ -105,7 +117,7 @@ def build(config: Config, world: World, console: Console) -> Run:
         f"{len(data.eval)} test images, {data.num_classes} classes, {config.img_size}x{config.img_size} px, "
         f"{world.device.type}{f' x {world.size} ({config.engine})' if world.size > 1 else ''}",
     )
-    return Run(config, folder, world, state, Engine(state, loaders, config, world), console, flops, lock)
+    return Run(config, folder, world, state, Engine(state, loaders, config, world), console, flops, lock, model_config)
 
 
 def resume(folder: Path, config: Config, state: TrainState, loaders: Loaders, world: World, console: Console) -> None:
@@ -301,3 +313,5 @@ def report(run: Run, seconds: float) -> None:
     )
     say(run.console, f"output: {run.folder}")
     run.world.on_main(lambda: outputs.check_complete(run))
+    if run.config.push_to_hub:
+        say(run.console, f"pushed: {run.world.on_main(lambda: publish.push(run.folder, run.config, best))}")

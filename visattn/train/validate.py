@@ -1,9 +1,10 @@
-"""`python -m visattn.train.validate`: loss and accuracy of a trained model on a test split or a robustness set."""
+"""`visattn validate`: loss and accuracy of a trained model on a test split or a robustness set."""
 
 import dataclasses
 import json
 import sys
 from dataclasses import dataclass, field
+from inspect import cleandoc
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -45,7 +46,11 @@ from visattn.train.weights import load_into
 
 @dataclass(frozen=True)
 class Options:
-    """Evaluate an image classifier. Unreadable images are named and counted; the figures are over all others."""
+    """Evaluate an image classifier. Unreadable images are named and counted; the figures are over all others.
+
+    $ visattn validate --run output/RUN
+    $ visattn validate --model dinat_mini --pretrained --data imagenet/
+    """
 
     data: str | None = None  # digits, mnist5k, hfds/NAME, or a folder with val/; with --robustness the set's own folder
     model: str | None = None  # any name that timm or visattn registers
@@ -279,7 +284,7 @@ def show(results: dict[str, Any], console: Console) -> None:
 def parse(argv: list[str] | None = None) -> Options:
     """Read the command line."""
     check_words(sys.argv[1:] if argv is None else argv)
-    return tyro.cli(Options, args=argv, prog="python -m visattn.train.validate")
+    return tyro.cli(Options, args=argv, prog="visattn validate", description=cleandoc(Options.__doc__ or ""))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,167 @@
+"""A trained model with what it takes to use it: from a run's folder, the Hugging Face hub, or a registered name."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from torch import Tensor, nn
+
+from visattn.weights import WeightsError, convert_weights, first_line, load_fitting, load_weights
+
+
+class Transform:
+    """timm's evaluation transform for a model, after the image has got the model's number of channels."""
+
+    def __init__(self, model: nn.Module):
+        data: dict[str, Any] = resolve_model_data_config(model)
+        self.mode = "L" if data["input_size"][0] == 1 else "RGB"
+        self.apply: Any = create_transform(**data)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.apply(image.convert(self.mode))
+
+
+class Classifier(NamedTuple):
+    """What `load` gives.
+
+    Attributes:
+        model: In evaluation mode, on the CPU; `[B, C, H, W]` float images to `[B, classes]` logits.
+        transform: From a PIL image of any mode and size to the model's float `[C, H, W]`, normalized.
+        labels: The name of each class, in the order of the logits.
+    """
+
+    model: nn.Module
+    transform: Transform
+    labels: list[str]
+
+
+def load(
+    source: str | os.PathLike,
+    *,
+    weights: str | os.PathLike | None = None,
+    labels: Sequence[str] | None = None,
+    ema: bool = False,
+    **model_args: Any,
+) -> Classifier:
+    """Load a trained classifier, its transform and its labels.
+
+    Args:
+        source: The folder of a run of `visattn train`, a repository of the Hugging Face hub ("owner/name", also after
+            "hf-hub:"), or a registered name, with a tag or without, whose pretrained weights are fetched.
+        weights: With a registered name: a file of weights instead; its classifier says how many classes there are.
+        labels: Names of the classes; None: those of the run, the repository or ImageNet, else the classes' numbers.
+        ema: With a run: its averaged weights.
+        model_args: For `timm.create_model`, in the place of the run's or the model's own.
+
+    Raises:
+        WeightsError: No such run, repository or model, one without weights, or weights that do not fit.
+        ValueError: Labels that are not as many as the classes, or options that the source does not have.
+    """
+    folder = Path(source)
+    if ema and not folder.is_dir():
+        raise ValueError(f"expected a run, whose average `ema` is, got {source}; try its folder")
+    if weights is not None and (folder.is_dir() or not timm.is_model(str(source))):
+        raise ValueError(f"expected a registered name beside `weights`, got {source}; try 'dinat_mini'")
+    if folder.is_dir():
+        model = _load_run(folder, ema, model_args)
+    elif weights is not None:
+        model = _load_file(str(source), Path(weights), model_args)
+    else:
+        model = _fetch(str(source), model_args)
+    return Classifier(model.eval(), Transform(model), _labels(model, labels))
+
+
+def _load_run(folder: Path, ema: bool, model_args: dict[str, Any]) -> Any:
+    """Build the model of a run's config.json with the run's weights."""
+    path = folder / ("model_ema.safetensors" if ema else "model.safetensors")
+    hint = "--ema-decay in training" if ema else f"`visattn train --resume {folder}` to the end of its first epoch"
+    if not (folder / "config.json").is_file():
+        got = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "an empty folder"
+        runs = [str(path.parent) for path in sorted(folder.glob("*/config.json"))[:3]]
+        hint = (
+            f"`visattn train --resume {folder}`, which writes it" if (folder / "args.yaml").is_file() else "output/RUN"
+        )
+        hint = ", ".join(runs) or hint
+        raise WeightsError(f"expected a run with config.json and model.safetensors in {folder}, got {got}; try {hint}")
+    if not path.is_file():
+        raise WeightsError(f"expected weights at {path}, got none; try {hint}")
+    try:
+        model: Any = timm.create_model(f"local-dir:{folder}", **model_args)
+    except (ArithmeticError, AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"expected the model of a run in {folder / 'config.json'}, got {first_line(error)}; try another run"
+        ) from error
+    load_fitting(model, load_weights(path), f"weights of {folder / 'config.json'}", str(path))
+    return model
+
+
+def _load_file(name: str, path: Path, model_args: dict[str, Any]) -> Any:
+    """Build a registered model with as many classes as the weights in a file have."""
+    weights = load_weights(path)
+    model: Any = timm.create_model(name, **model_args)
+    weights = convert_weights(weights, model, str(path))
+    head = model.pretrained_cfg.get("classifier")
+    head = head if isinstance(head, str) or not head else head[0]
+    bias = weights.get(f"{head}.bias")
+    if bias is not None and bias.shape[0] != model.num_classes:
+        classes: dict[str, Any] = {"num_classes": bias.shape[0]}
+        model = timm.create_model(name, **(model_args | classes))
+    load_fitting(model, weights, f"weights of {name}", str(path))
+    return model
+
+
+def _fetch(name: str, model_args: dict[str, Any]) -> Any:
+    """Build a registered model, or that of a repository, with its pretrained weights."""
+    if timm.is_model(name):
+        return timm.create_model(name, pretrained=True, **model_args)
+    hub = name if name.startswith("hf-hub:") else f"hf-hub:{name}"
+    if not name.startswith("hf-hub:") and (name.count("/") != 1 or Path(name).parent.is_dir()):
+        others = [str(path.parent) for path in sorted(Path(name).parent.glob("*/config.json"))] if "/" in name else []
+        near = difflib.get_close_matches(name, others or timm.list_models(), n=3, cutoff=0) or ["dinat_mini"]
+        raise WeightsError(f"expected a run's folder, OWNER/NAME or a model, got {name!r}; try {', '.join(near)}")
+    try:
+        return timm.create_model(hub, pretrained=True, **model_args)
+    except (OSError, RuntimeError, ValueError, LookupError) as error:
+        raise WeightsError(
+            f"expected the folder {name}, or that repository on the Hugging Face hub, got {first_line(error)}; "
+            "try the folder's whole path, or huggingface.co"
+        ) from error
+
+
+def read_labels(path: Path) -> list[str]:
+    """The names of classes from a text file, one a line.
+
+    Raises:
+        ValueError: no text file.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # Windows begins files with a mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected labels in a text file of UTF-8, got {path} ({error}); try another file") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _labels(model: Any, given: Sequence[str] | None) -> list[str]:
+    """Name the classes of a model."""
+    classes = model.num_classes
+    if given is not None:
+        if len(given) != classes:
+            raise ValueError(f"expected {classes} labels, one per class, got {len(given)}; try the list of training")
+        return [str(label) for label in given]
+    cfg = model.pretrained_cfg
+    names = cfg.get("label_names") or []
+    if isinstance(names, dict):
+        names = [names[str(number)] for number in range(len(names))]
+    if len(names) == classes:
+        return [str(name) for name in names]
+    if not names and cfg.get("num_classes") == classes and (subset := infer_imagenet_subset(model)):
+        known = ImageNetInfo(subset)
+        return [known.index_to_description(number) for number in range(classes)]
+    return [str(number) for number in range(classes)]
