@@ -56,14 +56,7 @@ def main(scope: str, job: str, description: str) -> None:
         args = parser.parse_args()
     except ValueError as error:  # mmengine's DictAction, of an option without "="
         stop(f"expected --cfg-options KEY=VALUE, got others ({first_line(error)}); try key.of.config=value")
-    if not args.config.is_file():
-        stop(f"expected a config file, got {args.config}; try one of configs/")
-    try:
-        config = Config.fromfile(args.config)
-        config.merge_from_dict(args.cfg_options)
-    except Exception as error:  # a config is a program
-        got = f"{type(error).__name__}: {first_line(error)}"
-        stop(f"expected a config that can be read, got {args.config} with {got}; try one of configs/")
+    config = read_config(args.config, args.cfg_options)
     if config.get("default_scope") != scope:
         stop(f"expected a config of {scope}, got one of {config.get('default_scope')}; try the other command")
     config.work_dir = args.work_dir or config.get("work_dir") or f"output/{args.config.stem}"
@@ -104,6 +97,19 @@ def main(scope: str, job: str, description: str) -> None:
             raise  # no fault of the config
         got = f"{type(error).__name__}: {first_line(error)}"
         stop(f"expected a config that can be built, got {args.config} with {got}; try one of configs/")
+
+
+def read_config(path: Path, changes: dict[str, Any]) -> Config:
+    """Read a config file and change it; end with one line where that fails."""
+    if not path.is_file():
+        stop(f"expected a config file, got {path}; try one of configs/")
+    try:
+        config = Config.fromfile(path)
+        config.merge_from_dict(changes)
+    except Exception as error:  # a config is a program
+        got = f"{type(error).__name__}: {first_line(error)}"
+        stop(f"expected a config that can be read, got {path} with {got}; try one of configs/")
+    return config
 
 
 def stop(message: str) -> NoReturn:

@@ -1,7 +1,9 @@
 """Runs from the command line, resumed, of two processes, and in lower precision."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import Runner
+from PIL import Image
 
 from tests.mm.conftest import ROOT
 from tests.mm.runs import losses, small_config
@@ -86,6 +89,11 @@ def test_commands_of_segmentation(nuclei, tmp_path):
     config.load_from = str(checkpoint)
     assert Runner.from_cfg(config).test()["mIoU"] == pytest.approx(score, abs=0.01)
     assert score > 0
+    picture, *_ = sorted((nuclei / "nuclei" / "val").glob("*.png"))
+    assert "1 pictures below" in tool("predict_mm", tmp_path / "small.py", checkpoint, picture, "--out", tmp_path)
+    assert (tmp_path / "vis" / picture.name).is_file()
+    with Image.open(*(tmp_path / "pred").iterdir()) as numbers:
+        assert {number for _, number in numbers.getcolors()} <= {0, 1}
 
 
 def test_commands_of_detection(nuclei, tmp_path, monkeypatch):
@@ -97,6 +105,26 @@ def test_commands_of_detection(nuclei, tmp_path, monkeypatch):
     said = tool("test_det", tmp_path / "small.py", tmp_path / "run" / "iter_2.pth", "--show")
     assert "coco/segm_mAP" in said
     assert len(list((tmp_path / "run").rglob("vis_image/*.png"))) == 4
+    folder = nuclei / "nuclei" / "val"
+    for name in "ab":  # pictures of one name
+        (tmp_path / name).mkdir()
+        shutil.copy(sorted(folder.glob("*.png"))[0], tmp_path / name / "x.png")
+    (tmp_path / "a" / "y.jpg").touch()
+    words = (
+        tmp_path / "small.py",
+        tmp_path / "run" / "iter_2.pth",
+        tmp_path / "a",
+        tmp_path / "b",
+        "--out",
+        tmp_path / "p",
+    )
+    said = tool("predict_mm", *words)
+    assert "unreadable: " in said
+    assert "2 pictures below" in said
+    for name in "ab":
+        assert (tmp_path / "p" / name / "vis" / "x.png").is_file()
+        found = json.loads((tmp_path / "p" / name / "preds" / "x.json").read_text())
+        assert {"labels", "scores", "bboxes", "masks"} <= found.keys()
 
 
 @pytest.mark.parametrize(
