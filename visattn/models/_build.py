@@ -63,9 +63,9 @@ def build_model(
         TypeError: Arguments that the constructor does not have.
         WeightsError: `pretrained` weights that are damaged, unsafe, or of another model.
     """
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
     if pretrained:
-        overlay = kwargs.get("pretrained_cfg_overlay") or {}
-        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
         if cfg.source == "local-dir" and cfg.file:
             for file in Path(cfg.file).glob("*.[bp]*"):  # .bin, .pt, .pth
                 check_file(file, f"weights of {variant}", "another copy")
