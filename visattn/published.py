@@ -6,13 +6,14 @@ download, so that proxies, certificates and mirrors are theirs: left to themselv
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from queue import Empty, Queue
 from threading import Thread
-from typing import Protocol
+from typing import Protocol, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
@@ -26,9 +27,11 @@ from timm.models._hub import download_cached_file, hf_split
 
 from visattn.weights import WeightsError, first_line
 
+T = TypeVar("T")
+
 ASK_SECONDS = 10.0  # for a host to answer
 WARN_SECONDS = 4.0  # until the user is told what is waited for
-GIVE_UP_SECONDS = 30.0  # a resolver without a network takes its time, whatever it is told
+GIVE_UP_SECONDS = 15.0  # a resolver without a network takes its time, whatever it is told
 
 
 class Source(Protocol):
@@ -163,16 +166,7 @@ def fetch(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Path:
     Raises:
         WeightsError: No address, or none that the file can be had from; the message says where to put it.
     """
-    sources = find_sources(cfg, cache_dir)
-    reasons = {}
-    for source, reason in _answers(cfg, sources).items():
-        try:
-            if not reason:
-                return source.cached() or source.download()
-        except Exception as error:  # of urllib, requests or httpx, and of what is no file of weights
-            reason = first_line(error)
-        reasons[source] = reason
-    raise WeightsError(_sentence(cfg, reasons))
+    return _first(cfg, cache_dir, lambda source: source.cached() or source.download())
 
 
 def check_published(model_name: str) -> None:
@@ -182,17 +176,12 @@ def check_published(model_name: str) -> None:
         WeightsError: None are published under an address, or no host answers.
     """
     cfg = timm.get_pretrained_cfg(model_name, allow_unregistered=True) or PretrainedCfg(architecture=model_name)
-    answers = _answers(cfg, find_sources(cfg))
-    if all(answers.values()):
-        raise WeightsError(_sentence(cfg, answers))
+    _first(cfg, None, lambda source: None)
 
 
-def _answers(cfg: PretrainedCfg, sources: Sequence[Source]) -> dict[Source, str]:
-    """Per source why its host does not answer, or nothing; a source with the file in its cache alone.
-
-    Raises:
-        WeightsError: No sources.
-    """
+def _first(cfg: PretrainedCfg, cache_dir: str | Path | None, get: Callable[[Source], T]) -> T:
+    """What `get` gives of the source whose file is in its cache, else of the first that answers and has it."""
+    sources = find_sources(cfg, cache_dir)
     if not sources:
         raise WeightsError(
             f"expected the published weights of {cfg.architecture}, got no address of any; try pretrained=False, "
@@ -200,35 +189,52 @@ def _answers(cfg: PretrainedCfg, sources: Sequence[Source]) -> dict[Source, str]
         )
     for source in sources:
         if source.cached():
-            return {source: ""}
-    answers: Queue[dict[Source, str]] = Queue()
-    Thread(target=lambda: answers.put({source: _ask(source) for source in sources}), daemon=True).start()
-    for wait in (WARN_SECONDS, GIVE_UP_SECONDS - WARN_SECONDS):
+            return get(source)
+    reasons: list[str] = []
+    for source in sources:
         try:
-            return answers.get(timeout=wait)
+            _wait_for(source, lambda reason: _sentence(cfg, sources, [*reasons, reason]))
+            return get(source)
+        except Exception as error:  # of urllib, requests or httpx, whichever a client uses
+            reasons.append(first_line(error))
+    raise WeightsError(_sentence(cfg, sources, reasons))
+
+
+def _wait_for(source: Source, describe: Callable[[str], str]) -> None:
+    """Return when the host answers, and raise what it cannot be asked for; warn if that takes long."""
+    answers: Queue[Exception | None] = Queue()
+
+    def ask() -> None:
+        try:
+            source.ask()
+            answers.put(None)
+        except Exception as error:  # it is raised below
+            answers.put(error)
+
+    Thread(target=ask, daemon=True).start()
+    for start, end in pairwise((0.0, WARN_SECONDS, GIVE_UP_SECONDS)):
+        try:
+            error = answers.get(timeout=end - start)
         except Empty:
-            late = dict.fromkeys(sources, f"no answer in {wait:.0f} s")
-            if wait == WARN_SECONDS:
-                warnings.warn(f"{_sentence(cfg, late)} (still waiting)", stacklevel=2)
-    return late
-
-
-def _ask(source: Source) -> str:
-    try:
-        source.ask()
-    except Exception as error:  # as for `fetch`
-        return first_line(error)
-    return ""
+            late = f"no answer in {end:g} s"
+            if end == GIVE_UP_SECONDS:
+                raise TimeoutError(late) from None
+            warnings.warn(f"{describe(late)} (still waiting)", stacklevel=2)
+        else:
+            if error is not None:
+                raise error
+            return
 
 
 def _name(cfg: PretrainedCfg) -> str:
     return ".".join(part for part in (cfg.architecture, cfg.tag) if part) or "a model"
 
 
-def _sentence(cfg: PretrainedCfg, reasons: dict[Source, str]) -> str:
-    got = " nor ".join(f"from {source.address}: {reason}" for source, reason in reasons.items())
-    places = " or ".join(source.place for source in reasons)
+def _sentence(cfg: PretrainedCfg, sources: Sequence[Source], reasons: Sequence[str]) -> str:
+    """Say why each of the first sources has not given the file; all of them are places to put it."""
+    got = " nor ".join(f"from {source.address}: {reason}" for source, reason in zip(sources, reasons, strict=False))
+    places = " or ".join(source.place for source in sources)
     return (
-        f"expected weights of {_name(cfg)}, got none {got}; try again with a network, or a copy at "
-        f"{places}, or anywhere with pretrained_cfg_overlay=dict(file=...)"
+        f"expected weights of {_name(cfg)}, got none {got}; try again with a network, or a copy at {places}, or "
+        "anywhere with pretrained_cfg_overlay=dict(file=...)"
     )

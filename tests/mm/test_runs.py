@@ -190,7 +190,7 @@ def test_mistakes_on_the_command_line(args, message, nuclei, tmp_path, monkeypat
         (
             "dinat_s_tiny",
             ["--pretrained"],
-            r"expected weights of dinat_s_tiny.in1k, got none from https://\S*: no answer",
+            r"expected weights of dinat_s_tiny.in1k, got none from https://\S*: no answer in 0.5 s",
         ),
         ("test_dinat", ["--weights", "nothing.pth"], "expected weights at nothing.pth, got no file"),
         ("test_dinat", ["--weights", "nothing.pth", "--resume"], "expected --weights or --resume, got both"),
