@@ -5,7 +5,9 @@ import socket
 import time
 import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
+from urllib.parse import urlsplit
 
 import huggingface_hub
 import pytest
@@ -252,6 +254,14 @@ def test_no_two_files_share_a_name():
                 assert names.setdefault(source.name, source.url) == source.url
                 assert source.name.endswith(".pth")
     assert "agent_swin_tiny.in1k.pth" in names
+
+
+def test_the_page_on_weights_names_every_host():
+    page = (Path(__file__).parents[1] / "docs" / "weights.md").read_text()
+    for name in visattn.list_models(pretrained=True):
+        for source in find_sources(timm.get_pretrained_cfg(name)):
+            host = urlsplit(source.url).hostname if isinstance(source, Web) else source.repository.partition("/")[0]
+            assert f"| {host} |" in page or f"Hugging Face hub, `{host}/...`" in page, host
 
 
 def test_all_files_of_the_hub_are_tried_in_timms_order(host):
