@@ -21,7 +21,7 @@ from urllib.request import Request, urlopen
 import huggingface_hub
 import timm
 import torch
-from huggingface_hub.utils import EntryNotFoundError
+from huggingface_hub.utils import EntryNotFoundError, get_session
 from timm.models import PretrainedCfg, _builder
 from timm.models._hub import download_cached_file, hf_split
 
@@ -118,11 +118,7 @@ class Hub:
 
     def ask(self) -> None:
         url = huggingface_hub.hf_hub_url(self.repository, self.names[0], revision=self.revision)
-        try:
-            huggingface_hub.get_hf_file_metadata(url)
-        except Exception as error:  # of requests or httpx, whichever the hub's client uses
-            if getattr(error, "response", None) is None:
-                raise
+        get_session().head(url, timeout=ASK_SECONDS)
 
     def download(self) -> Path:
         for name in self.names[:-1]:

@@ -5,7 +5,7 @@ Papers: Neighborhood Attention Transformer (CVPR 2023, arXiv:2204.07143), Dilate
 
 What differs from the official code, and why:
     * A stage begins with its downsampler (official: ends with it), so that a stage's output is its feature map;
-      layers are called `stages` in every variant. `checkpoint_filter_fn` renames official keys.
+      layers are called `stages` in every variant. `checkpoint_filter_fn` renames official keys, and transformers'.
     * Any image size: maps smaller than kernel x dilation are padded as natten 0.14 did (the natten that the weights
       were trained with); later natten versions refuse them.
     * Dilations are an argument. They do not change the parameters, so one checkpoint serves all tasks.
@@ -306,9 +306,7 @@ def _from_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Rename official keys, or transformers', and fit relative position tables to the model's kernel; native keys pass
-    unchanged.
-    """
+    """Rename official keys, or transformers', and fit position tables to the model's kernel; native keys pass as are."""
     state_dict = unwrap(state_dict)
     if any(key.endswith(".attention.self.rpb") for key in state_dict):
         state_dict = _from_transformers(state_dict)
