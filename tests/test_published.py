@@ -4,6 +4,7 @@ import io
 import socket
 import time
 import warnings
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -99,7 +100,7 @@ class _Answer(BaseHTTPRequestHandler):
         refused = self.server.refuses_head and self.command == "HEAD"
         self.send_response(405 if refused else 404 if content is None else 200)
         self.send_header("Content-Length", str(len(content or b"")))
-        self.send_header("ETag", '"1234"')
+        self.send_header("ETag", f'"{zlib.crc32(content or b"")}"')
         self.send_header("X-Repo-Commit", "a" * 40)
         if content is None:
             self.send_header("X-Error-Code", "EntryNotFound")
@@ -206,6 +207,16 @@ def test_a_hub_serves_what_it_has(model, file, host, caches):
     host.asked.clear()
     assert_same(create(hf_hub_id=REPOSITORY), model)
     assert not host.asked
+
+
+def test_a_repository_of_ours_names_its_model(model, host, tmp_path, monkeypatch):
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: pytest.fail("timm reads too"))
+    timm.models.save_for_hf(model, tmp_path / "saved")
+    for path in (tmp_path / "saved").iterdir():
+        host.files[f"/{REPOSITORY}/resolve/main/{path.name}"] = path.read_bytes()
+    loaded = timm.create_model(f"hf-hub:{REPOSITORY}", pretrained=True)
+    assert_same(loaded, model)
+    assert loaded.pretrained_cfg["source"] == "hf-hub"
 
 
 def test_the_second_address_serves_what_the_first_does_not_have(model, file, host, caches):

@@ -306,7 +306,7 @@ def _from_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Rename official keys, or transformers', and fit position tables to the model's kernel; native keys pass as are."""
+    """Rename official keys, or transformers', and fit position tables to the model's kernel; native keys pass."""
     state_dict = unwrap(state_dict)
     if any(key.endswith(".attention.self.rpb") for key in state_dict):
         state_dict = _from_transformers(state_dict)
