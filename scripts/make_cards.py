@@ -201,8 +201,10 @@ def weights_of(model: str) -> list[PretrainedCfg]:
     return [cfg for cfg in cfgs if cfg.has_weights] or cfgs[:1]
 
 
-def address(cfg: PretrainedCfg) -> str:
-    return f"https://huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url or ""
+def addresses(cfg: PretrainedCfg) -> dict[str, str]:
+    """Where weights are, in the order in which they are looked for, by what to call it."""
+    hub = {cfg.hf_hub_id: f"https://huggingface.co/{cfg.hf_hub_id}"} if cfg.hf_hub_id else {}
+    return {**hub, **({cfg.url.rpartition("/")[2]: cfg.url} if cfg.url else {})}
 
 
 @functools.cache
@@ -251,8 +253,8 @@ def _weights(card: Card) -> str:
 
 
 def _host(cfg: PretrainedCfg) -> str:
-    owner = cfg.hf_hub_id and cfg.hf_hub_id.partition("/")[0]
-    return f"the Hugging Face hub ({owner})" if owner else f"{urlsplit(cfg.url).hostname}"
+    hub = [f"the Hugging Face hub ({cfg.hf_hub_id.partition('/')[0]})"] if cfg.hf_hub_id else []
+    return " or ".join([*hub, *([f"{urlsplit(cfg.url).hostname}"] if cfg.url else [])])
 
 
 def _patterns(members: list[str], names: list[str]) -> list[str]:
@@ -278,10 +280,10 @@ def _models(card: Card) -> str:
             key = f"{name}.{cfg.tag}"
             published = card.published.get(key) or (None if index else card.published.get(name))
             crop = f"{cfg.crop_pct}" if cfg.crop_mode == "center" else f"{cfg.crop_pct} {cfg.crop_mode}"
-            link = address(cfg)
+            links = " or ".join(_link(text, target) for text, target in addresses(cfg).items())
             rows.append([
                 f"`{key if cfg.has_weights else name}`", f"{params / 1e6:.2f}", f"{gmacs:.3f}", f"{cfg.input_size[-1]}",
-                crop, f"{cfg.num_classes}", _link(cfg.hf_hub_id or link.rpartition("/")[2], link),
+                crop, f"{cfg.num_classes}", links or "–",
                 _cell(cfg.license if cfg.has_weights else None),
                 *(_cell(published and getattr(published, key)) for key in ("top1", "gflops", "params_m", "source")),
             ])  # fmt: skip

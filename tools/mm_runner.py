@@ -130,7 +130,8 @@ def start_from(config: Config, args: argparse.Namespace) -> None:
         stop("expected --weights or --resume, got both; try --resume alone to go on")
     try:
         if args.pretrained:
-            check_published(backbone.model_name)
+            if "pretrained_cfg_overlay" not in backbone:
+                check_published(backbone.model_name)
             backbone.update(pretrained=True, checkpoint=None)
         elif any(key.startswith("backbone.") for key in load_weights(args.weights)):
             config.load_from = str(args.weights)

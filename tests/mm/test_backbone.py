@@ -336,3 +336,13 @@ def test_published_weights_that_cannot_be_had_are_one_line():
     backbone = TimmBackbone("test_dinat", pretrained=True)
     with pytest.raises(WeightsError, match=r"expected the published weights of test_dinat, got no address of any; try"):
         backbone.init_weights()
+
+
+def test_a_file_stands_in_for_published_weights(tmp_path):
+    model = timm.create_model("test_dinat")
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "own.safetensors")
+    overlay = {"file": str(tmp_path / "own.safetensors")}
+    backbone = TimmBackbone("test_dinat", pretrained=True, pretrained_cfg_overlay=overlay)
+    backbone.init_weights()
+    state = model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in backbone.model.state_dict().items())

@@ -215,7 +215,11 @@ def test_mistakes_on_the_command_line(args, message, nuclei, tmp_path, monkeypat
     ("model_name", "args", "message"),
     [
         ("biformer_small", ["--pretrained"], "expected the published weights of biformer_small, got no address of any"),
-        ("nat_mini", ["--pretrained"], r"expected weights at https://\S*, got \S.*; try a file"),
+        (
+            "dinat_s_tiny",
+            ["--pretrained"],
+            r"expected weights of dinat_s_tiny.in1k, got none from https://\S*: no answer in 0.5 s",
+        ),
         ("test_dinat", ["--weights", "nothing.pth"], "expected weights at nothing.pth, got no file"),
         ("test_dinat", ["--weights", "nothing.pth", "--resume"], "expected --weights or --resume, got both"),
         (None, ["--pretrained"], "expected a config with visattn.TimmBackbone, got ResNet"),
@@ -227,9 +231,10 @@ def test_weights_that_cannot_be_had_end_the_run_at_once(model_name, args, messag
     def no_network(*args, **kwargs):
         time.sleep(30)  # as a resolver without a network does
 
-    monkeypatch.setattr("visattn.mm.backbone.urlopen", no_network)
-    monkeypatch.setattr("visattn.mm.backbone.ANSWER_SECONDS", 0.5)
-    monkeypatch.setattr("visattn.mm.backbone.check_cached_file", lambda url: False)
+    monkeypatch.setattr("visattn.published.urlopen", no_network)
+    monkeypatch.setattr("visattn.published.WARN_SECONDS", 0.2)
+    monkeypatch.setattr("visattn.published.GIVE_UP_SECONDS", 0.5)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(mm_runner, "check", lambda *_: pytest.fail("the data came first"))
     config = small_config("upernet", "test_dinat", "nowhere", tmp_path, 1)
     config.model.backbone = {"type": "ResNet"} if model_name is None else {**config.model.backbone}

@@ -61,6 +61,37 @@ def official_weights(golden):
     return {**fill.fill(keys, golden.get("salt", "")), **dict.fromkeys(golden["skip"], torch.tensor(0))}
 
 
+def in_transformers(weights, base="dinat"):
+    """The official weights of a DiNAT or NAT under the names that they have in transformers' classifiers."""
+    names = [
+        ("patch_embed.proj", f"{base}.embeddings.patch_embeddings.projection"),
+        ("patch_embed.norm", f"{base}.embeddings.norm"),
+        ("levels.", f"{base}.encoder.levels."),
+        (".blocks.", ".layers."),
+        (".attn.proj.", ".attention.output.dense."),
+        (".attn.", ".attention.self."),
+        (".norm1.", ".layernorm_before."),
+        (".norm2.", ".layernorm_after."),
+        (".mlp.fc1.", ".intermediate.dense."),
+        (".mlp.fc2.", ".output.dense."),
+        (".gamma1", ".layer_scale_parameters"),
+        ("head.", "classifier."),
+    ]
+    renamed = {}
+    for key, value in weights.items():
+        if key.endswith(".gamma1"):
+            value = torch.stack([value, weights[key.replace("gamma1", "gamma2")]])  # [2, C]
+        for old, new in names:
+            key = key.replace(old, new)
+        key = f"{base}.layernorm.{key[5:]}" if key.startswith("norm.") else key
+        if ".qkv." in key:
+            for part, chunk in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                renamed[key.replace("qkv", part)] = chunk
+        elif not key.endswith(".gamma2"):
+            renamed[key] = value
+    return renamed
+
+
 def filter_fn(model):
     """The `checkpoint_filter_fn` of the model's family."""
     return importlib.import_module(type(model).__module__).checkpoint_filter_fn

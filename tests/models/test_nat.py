@@ -1,12 +1,15 @@
 """The NAT family: official keys, resized tables and dilations."""
 
+import re
+
 import pytest
 import timm
 import torch
 from torch.nn import functional as F
 
 import visattn  # noqa: F401
-from tests.models.golden import filter_fn, load, official_weights
+from tests.models import golden as goldens
+from tests.models.golden import filter_fn, in_transformers, load, official_weights
 from visattn.models.nat import resolve_dilations
 
 
@@ -17,6 +20,35 @@ def test_layer_scale_keys_of_the_official_checkpoint():
         "stages.1.blocks.0.ls1.gamma",
         "stages.1.downsample.reduction.weight",
     ]
+
+
+@pytest.mark.parametrize("name", ["nat_mini", "dinat_mini"])
+def test_files_of_transformers_load_as_pretrained(name, tmp_path):
+    """The authors' repositories of the hub have them; here with the golden's weights."""
+    golden = load(name)
+    weights = in_transformers(official_weights(golden), name.partition("_")[0])
+    assert len(weights) == 325  # as transformers' own classifier has
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    overlay = {"file": str(tmp_path / "pytorch_model.bin")}
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    goldens.check_case(model, golden)
+
+
+def test_layer_scale_and_bare_models_of_transformers():
+    """A base model's keys have no name before them, and there is no classifier."""
+    model = timm.create_model("test_dinat", layer_scale=0.5, num_classes=0)
+    official = {}
+    for key, value in model.state_dict().items():
+        key = re.sub(r"stages\.(\d)\.downsample", lambda m: f"levels.{int(m[1]) - 1}.downsample", key)
+        key = key.replace("stages.", "levels.").replace("patch_embed.conv.", "patch_embed.proj.")
+        official[re.sub(r"ls(\d)\.gamma", r"gamma\1", key)] = torch.randn_like(value)
+    expected = filter_fn(model)(official, model)
+    assert expected.keys() == model.state_dict().keys()
+    theirs = in_transformers(official)
+    for weights in (theirs, {key.removeprefix("dinat."): value for key, value in theirs.items()}):
+        converted = filter_fn(model)(weights, model)
+        assert converted.keys() == expected.keys()
+        assert all(torch.equal(value, expected[key]) for key, value in converted.items())
 
 
 def test_computed_indices_of_the_official_checkpoint_are_left_out():

@@ -46,6 +46,8 @@ def test_names_with_the_infix_of_before_warn_and_build_the_model(name):
 def test_models_of_one_family_or_pattern():
     by_family = [name for family in FAMILIES for name in visattn.list_models(family=family)]
     assert sorted(by_family) == sorted(visattn.list_models())
+    assert timm.list_models(module="nat") == visattn.list_models(family="nat")
+    assert timm.list_models(module=FAMILIES) == visattn.list_models()
     assert visattn.list_models("dinat_s_*", pretrained=True)[0] == "dinat_s_base.in1k"
     assert visattn.list_models("*_base", family="cswin") == [
         f"{attention}cswin_base" for attention in ("agent_", "", "efficient_", "focused_", "inline_")

@@ -67,7 +67,8 @@ def test_rows_come_from_the_code(copy, quick):
     spoil(copy, "  nat_mini: {source: nat, top1: 81.8, params_m: 20, gflops: 2.7}\n", "")
     lines = make_cards.render(make_cards.load(copy)).splitlines()
     url = timm.get_pretrained_cfg("dinat_mini").url
-    link = f"[dinat_mini_in1k_224.pth]({url})"
+    hub = "shi-labs/dinat-mini-in1k-224"
+    link = f"[{hub}](https://huggingface.co/{hub}) or [dinat_mini_in1k_224.pth]({url})"
     assert f"| `dinat_mini.in1k` | 0.00 | 0.000 | 224 | 0.875 | 1000 | {link} | mit | – | – | – | – |" in lines
     assert "| `test_dinat` | 0.66 | 0.051 | 160 | 0.875 | 1000 | – | – | – | – | – | – |" in lines
     assert "| `test_isotropic_vitrpb` | 0.32 | 0.030 | 160 | 0.875 | 1000 | – | – | – | – | – | – |" in lines

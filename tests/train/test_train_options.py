@@ -20,7 +20,7 @@ from visattn.train.loader import Batches
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--pretrained",), "--pretrained: expected weights of test_dinat"),
+        (("--pretrained",), "--pretrained: expected the published weights of test_dinat, got no address of any; try"),
         (("--model-args", "colour=red"), "expected options that test_dinat takes"),
         (("--model-args", "depths=[1"), "--model-args: expected a YAML value, got 'depths=[1'"),
         (("--model-args", "num_heads=0"), "expected options that test_dinat takes"),

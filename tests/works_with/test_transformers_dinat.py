@@ -13,7 +13,7 @@ import torch
 
 from tests import tolerances
 from tests.golden import fill
-from tests.models.golden import cases, filter_fn, load, official_weights
+from tests.models.golden import cases, filter_fn, in_transformers, load, official_weights
 from tests.tolerances import relative_error
 from visattn import hf
 from visattn.natten import natten2dav, natten2dqkrpb
@@ -54,41 +54,13 @@ def config(**kwargs):
     return transformers.DinatConfig(**{**TINY, **kwargs})
 
 
-def from_official(weights):
-    """Rename the official model's weights as transformers' conversion script does."""
-    names = [
-        ("patch_embed.proj", "dinat.embeddings.patch_embeddings.projection"),
-        ("patch_embed.norm", "dinat.embeddings.norm"),
-        ("levels.", "dinat.encoder.levels."),
-        (".blocks.", ".layers."),
-        (".attn.proj.", ".attention.output.dense."),
-        (".attn.", ".attention.self."),
-        (".norm1.", ".layernorm_before."),
-        (".norm2.", ".layernorm_after."),
-        (".mlp.fc1.", ".intermediate.dense."),
-        (".mlp.fc2.", ".output.dense."),
-        ("head.", "classifier."),
-    ]
-    renamed = {}
-    for key, value in weights.items():
-        for old, new in names:
-            key = key.replace(old, new)
-        key = f"dinat.layernorm.{key[5:]}" if key.startswith("norm.") else key
-        if ".qkv." in key:
-            for part, chunk in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                renamed[key.replace("qkv", part)] = chunk
-        else:
-            renamed[key] = value
-    return renamed
-
-
 def official_classifier():
     golden = load("dinat_mini")
     dilations = [[1, 8, 1], [1, 4, 1, 4], [1, 2, 1, 2, 1, 2], [1] * 5]
     widths = {"embed_dim": 64, "depths": [3, 4, 6, 5], "num_heads": [2, 4, 8, 16], "mlp_ratio": 3.0}
     settings = config(**widths, kernel_size=7, dilations=dilations, num_labels=1000)
     model = transformers.DinatForImageClassification(settings).eval()
-    model.load_state_dict(from_official(official_weights(golden)))
+    model.load_state_dict(in_transformers(official_weights(golden)))
     return model, cases(golden)
 
 
@@ -104,7 +76,7 @@ def test_classifier_gives_the_official_logits_and_those_of_visattn(works):
     assert official_error() <= tolerances.MODEL_GOLDEN
     model, images = official_classifier()
     ours = timm.create_model("dinat_mini").eval()
-    ours.load_state_dict(filter_fn(ours)(official_weights(load("dinat_mini")), ours))
+    ours.load_state_dict(filter_fn(ours)(model.state_dict(), ours))
     with torch.no_grad():
         x = [fill.image(**case["input"]) for case in images]
         error = max(relative_error(model(image).logits, ours(image)) for image in x)

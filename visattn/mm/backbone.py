@@ -4,24 +4,19 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import partial
 from pathlib import Path
-from queue import Empty, Queue
-from threading import Thread
 from typing import Any, cast
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
-import huggingface_hub
 import timm
 import torch
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import Registry
 from timm.layers import LayerNorm2d
-from timm.models import group_parameters
-from timm.models._hub import check_cached_file, download_cached_file
+from timm.models import PretrainedCfg, group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import visattn.models  # noqa: F401 - registers the models
+from visattn.published import check_published, fetch
 from visattn.weights import (
     ChecksWeights,
     WeightsError,
@@ -34,7 +29,6 @@ from visattn.weights import (
 
 MODELS = Registry("model", parent=ROOT_MODELS, scope="visattn")
 TYPES = ("visattn.TimmBackbone", "TimmBackboneVA")  # the second is the name in older configs
-ANSWER_SECONDS = 10.0
 
 
 @ROOT_MODELS.register_module("TimmBackboneVA")
@@ -164,13 +158,16 @@ class TimmBackbone(ChecksWeights):
         """
         if self.checkpoint is not None:
             source = str(self.checkpoint)
-            weights = load_weights(_local_file(source))
+            is_url = source.startswith(("http://", "https://"))
+            published = PretrainedCfg(url=source, architecture=self.model_name)
+            weights = load_weights(fetch(published) if is_url else Path(source))
             for prefix in ("backbone.model.", "backbone."):  # of a detector with this class, or with another
                 part = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
                 weights = part or weights
             self._load(convert_weights(weights, self.model, source), source)
         elif self.pretrained:
-            check_published(self.model_name)
+            if "pretrained_cfg_overlay" not in self._options:
+                check_published(self.model_name)
             try:
                 published = self._create(pretrained=True)
             except WeightsError:
@@ -230,59 +227,6 @@ def fit_channels(model: dict[str, Any]) -> None:
             head["in_channels"] = channels[index] if isinstance(index, int) else [channels[i] for i in index]
             if "c1_in_channels" in head:  # of DeepLabV3+
                 head["c1_in_channels"] = channels[0]
-
-
-def check_published(model_name: str) -> None:
-    """Refuse a model whose weights cannot be fetched, before anything is.
-
-    Raises:
-        visattn.weights.WeightsError: None are published under an address, or its host does not answer.
-    """
-    config = timm.get_pretrained_cfg(model_name, allow_unregistered=True)
-    if config is None or not config.has_weights:
-        raise WeightsError(
-            f"expected the published weights of {model_name}, got no address of any; try a file of weights, "
-            "or another model: model_cards/ say which have some"
-        )
-    if config.hf_hub_id:
-        name = config.hf_hub_filename or "model.safetensors"
-        if not isinstance(huggingface_hub.try_to_load_from_cache(config.hf_hub_id, name), str):
-            _reach(huggingface_hub.constants.ENDPOINT)
-    elif config.url and not check_cached_file(config.url):
-        _reach(config.url if isinstance(config.url, str) else config.url[0])  # with a file name
-
-
-def _reach(url: str) -> None:
-    """Refuse a host that does not answer soon: without a network, looking for its address alone takes a minute."""
-    answers: Queue[str] = Queue()
-
-    def ask() -> None:
-        try:
-            urlopen(Request(url, method="HEAD"), timeout=ANSWER_SECONDS).close()
-            answers.put("")
-        except HTTPError:  # it answers; what it says is for the download
-            answers.put("")
-        except (OSError, ValueError) as error:
-            answers.put(first_line(error))
-
-    Thread(target=ask, daemon=True).start()
-    try:
-        error = answers.get(timeout=ANSWER_SECONDS)
-    except Empty:
-        error = f"no answer in {ANSWER_SECONDS:.0f} s"
-    if error:
-        raise WeightsError(f"expected weights at {url}, got {error}; try a file")
-
-
-def _local_file(source: str) -> Path:
-    if not source.startswith(("http://", "https://")):
-        return Path(source)
-    try:
-        if not check_cached_file(source):
-            _reach(source)
-        return Path(download_cached_file(source))
-    except OSError as error:
-        raise WeightsError(f"expected weights at {source}, got {first_line(error)}; try a file") from error
 
 
 def _convert_official(backbone: TimmBackbone, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

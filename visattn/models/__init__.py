@@ -15,6 +15,9 @@ for _family in FAMILIES:
 def list_models(pattern: str = "", pretrained: bool = False, family: str | None = None) -> list[str]:
     """Names of this package's models, as `timm.list_models` lists them.
 
+    timm's own function does so too if it is told the module, which is the family: `timm.list_models(module="nat")`, or
+    `module=visattn.models.FAMILIES` for all.
+
     Args:
         pattern: Shell-style wildcards, as in "dinat_*".
         pretrained: Only models whose weights can be fetched, with their tags.

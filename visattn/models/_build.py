@@ -14,6 +14,7 @@ import torch
 from timm.models import _factory, build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
+from visattn.published import fetch
 from visattn.weights import ChecksWeights, WeightsError, check_file, first_line, load_fitting, load_weights
 
 M = TypeVar("M", bound=nn.Module)
@@ -62,14 +63,17 @@ def build_model(
         TypeError: Arguments that the constructor does not have.
         WeightsError: `pretrained` weights that are damaged, unsafe, or of another model.
     """
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
     if pretrained:
-        overlay = kwargs.get("pretrained_cfg_overlay") or {}
-        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
-        if cfg.file and not cfg.source:  # a file of the caller's, which timm would read without its checksums
-            kwargs["pretrained_cfg_overlay"] = {**overlay, "state_dict": load_weights(Path(cfg.file))}
-        elif cfg.source == "local-dir" and cfg.file:
+        if cfg.source == "local-dir" and cfg.file:
             for file in Path(cfg.file).glob("*.[bp]*"):  # .bin, .pt, .pth
                 check_file(file, f"weights of {variant}", "another copy")
+        elif not cfg.state_dict:
+            weights = load_weights(Path(cfg.file) if cfg.file else fetch(cfg, kwargs.get("cache_dir")))
+            filter_fn = partial(_convert, weights, filter_fn)
+            # timm copies what its configuration holds several times, so there is only a word in it
+            kwargs["pretrained_cfg_overlay"] = {**overlay, "state_dict": {"read": True}, "source": None}
     try:
         model: Any = build_model_with_cfg(
             partial(_construct, cls),
@@ -84,8 +88,14 @@ def build_model(
             raise
         raise WeightsError(f"expected weights of {variant}, got {first_line(error)}; try other weights") from error
     if pretrained:
-        model.pretrained_cfg["state_dict"] = None  # where it came from is enough
+        model.pretrained_cfg |= {"state_dict": None, "source": cfg.source}  # where they came from is enough
     return model
+
+
+def _convert(
+    weights: dict[str, Tensor], filter_fn: Callable[[dict[str, Any], M], dict[str, Tensor]], _: Any, model: M
+) -> dict[str, Tensor]:
+    return filter_fn(weights, model)
 
 
 def _construct(cls: type[nn.Module], **kwargs: Any) -> nn.Module:

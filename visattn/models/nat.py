@@ -5,7 +5,7 @@ Papers: Neighborhood Attention Transformer (CVPR 2023, arXiv:2204.07143), Dilate
 
 What differs from the official code, and why:
     * A stage begins with its downsampler (official: ends with it), so that a stage's output is its feature map;
-      layers are called `stages` in every variant. `checkpoint_filter_fn` renames official keys.
+      layers are called `stages` in every variant. `checkpoint_filter_fn` renames official keys, and transformers'.
     * Any image size: maps smaller than kernel x dilation are padded as natten 0.14 did (the natten that the weights
       were trained with); later natten versions refuse them.
     * Dilations are an argument. They do not change the parameters, so one checkpoint serves all tasks.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from visattn import layers
-from visattn.models._backbone import Backbone, convert_checkpoint, drop_path_rates, plan_strides
+from visattn.models._backbone import Backbone, convert_checkpoint, drop_path_rates, plan_strides, unwrap
 from visattn.models._build import build_model
 from visattn.models._variants import Variant, imagenet_cfg, register_variants
 
@@ -208,24 +208,41 @@ VARIANTS: dict[str, Variant] = {
         _ATTO, {"untrained": _cfg(160)}, doc="Not of the paper: under 1M parameters, for small images and first runs."
     ),
     **{
-        f"nat_{size}": Variant(args, {"in1k": _cfg(url=f"{_URL}/nat/checkpoints/CLS/nat_{size}.pth")})
+        f"nat_{size}": Variant(
+            args,
+            {"in1k": _cfg(url=f"{_URL}/nat/checkpoints/CLS/nat_{size}.pth", hf_hub_id=f"shi-labs/nat-{size}-in1k-224")},
+        )
         for size, args in {**_SIZES, "small": {**_SMALL, "layer_scale": 1e-5}}.items()
     },
     **{
-        f"dinat_{size}": Variant({**args, **_DILATED}, {"in1k": _in1k(f"dinat_{size}_in1k_224")})
+        f"dinat_{size}": Variant(
+            {**args, **_DILATED}, {"in1k": _in1k(f"dinat_{size}_in1k_224", hf_hub_id=f"shi-labs/dinat-{size}-in1k-224")}
+        )
         for size, args in _SIZES.items()
     },
     **{
         f"dinat_s_{size}": Variant(args, {"in1k": _in1k(f"dinat_s_{size}_in1k_224", **_PATCH)})
         for size, args in _S_SIZES.items()
     },
-    "dinat_large": Variant({**_LARGE, **_DILATED}, {"in22k_ft_in1k": _in1k("dinat_large_in22k_in1k_224")}),
+    "dinat_large": Variant(
+        {**_LARGE, **_DILATED},
+        {"in22k_ft_in1k": _in1k("dinat_large_in22k_in1k_224", hf_hub_id="shi-labs/dinat-large-in22k-in1k-224")},
+    ),
     "dinat_large_384": Variant(
-        {**_LARGE, **_DILATED_384}, {"in22k_ft_in1k": _in1k("dinat_large_in22k_in1k_384", **_SIZE_384)}
+        {**_LARGE, **_DILATED_384},
+        {
+            "in22k_ft_in1k": _in1k(
+                "dinat_large_in22k_in1k_384", hf_hub_id="shi-labs/dinat-large-in22k-in1k-384", **_SIZE_384
+            )
+        },
     ),
     "dinat_large_384_11x11": Variant(
         {**_LARGE, **_DILATED, "kernel_size": 11},
-        {"in22k_ft_in1k": _in1k("dinat_large_in22k_in1k_384_11x11", **_SIZE_384)},
+        {
+            "in22k_ft_in1k": _in1k(
+                "dinat_large_in22k_in1k_384_11x11", hf_hub_id="shi-labs/dinat-large-11x11-in22k-in1k-384", **_SIZE_384
+            )
+        },
     ),
     "dinat_large_21k": Variant(_LARGE_21K, {"in22k": _in22k("dinat_large_in22k_224")}),
     "dinat_large_21k_11x11": Variant(
@@ -246,6 +263,23 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
+# Parts of transformers' keys, and what the official ones have there.
+_TRANSFORMERS = {
+    r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
+    r"^embeddings\.": "patch_embed.",
+    r"^encoder\.(levels\.\d+)\.layers\.": r"\1.blocks.",
+    r"^encoder\.": "",
+    r"\.layernorm_before\.": ".norm1.",
+    r"\.layernorm_after\.": ".norm2.",
+    r"\.attention\.self\.": ".attn.",
+    r"\.attention\.output\.dense\.": ".attn.proj.",
+    r"\.intermediate\.dense\.": ".mlp.fc1.",
+    r"\.output\.dense\.": ".mlp.fc2.",
+    r"^layernorm\.": "norm.",
+    r"^classifier\.": "head.",
+}
+
+
 def _rename(key: str) -> str:
     key = re.sub(r"^norm(\d)\.", r"out_norms.\1.", key)  # of the official dense backbones
     if not re.match(r"(levels|layers)\.\d+\.", key):
@@ -254,8 +288,28 @@ def _rename(key: str) -> str:
     return re.sub(r"^stages\.(\d+)\.downsample", lambda m: f"stages.{int(m[1]) + 1}.downsample", key)
 
 
+def _from_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Bring transformers' layout of NAT and DiNAT to the official one: joins q, k and v, and splits layer scale."""
+    official = {}
+    for key, value in state_dict.items():
+        key = re.sub(r"^(nat|dinat)\.", "", key)
+        for theirs, ours in _TRANSFORMERS.items():
+            key = re.sub(theirs, ours, key)
+        if key.endswith(".layer_scale_parameters"):  # [2, C]
+            official |= {key.replace("layer_scale_parameters", f"gamma{i + 1}"): row for i, row in enumerate(value)}
+        else:
+            official[key] = value
+    for key in [key for key in official if ".attn.query." in key]:
+        parts = [official.pop(key.replace("query", name)) for name in ("query", "key", "value")]
+        official[key.replace("query", "qkv")] = torch.cat(parts)  # [3 * C, C] or [3 * C]
+    return official
+
+
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Rename official keys and fit relative position tables to the model's kernel; native keys pass unchanged."""
+    """Rename official keys, or transformers', and fit position tables to the model's kernel; native keys pass."""
+    state_dict = unwrap(state_dict)
+    if any(key.endswith(".attention.self.rpb") for key in state_dict):
+        state_dict = _from_transformers(state_dict)
     return convert_checkpoint(state_dict, model, lambda key, value: (_rename(key), value))
 
 

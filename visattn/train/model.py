@@ -34,7 +34,7 @@ from visattn.train.loader import Batches
 from visattn.train.metrics import say
 from visattn.train.recipes import load_yaml
 from visattn.train.weights import TimmModel, load_into
-from visattn.weights import first_line
+from visattn.weights import WeightsError, first_line
 
 # What models and optimizers raise when options, or the machine, do not fit them.
 UNFIT = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError)
@@ -73,6 +73,8 @@ def make_model(config: Config, num_classes: int, console: Console) -> TimmModel:
             ) from error
     try:
         model: Any = timm.create_model(**arguments, pretrained=config.pretrained)
+    except WeightsError as error:
+        raise ConfigError(f"--pretrained: {error}, or --weights FILE") from error
     except UNFIT as error:
         if config.pretrained and isinstance(error, (OSError, RuntimeError)):
             raise ConfigError(
@@ -179,6 +181,8 @@ def make_task(config: Resolved, model: TimmModel, device: torch.device) -> Train
         )
     except TrainError:
         raise
+    except WeightsError as error:
+        raise ConfigError(f"--kd-model: {error}, or --kd-weights FILE") from error
     except UNFIT as error:
         raise ConfigError(
             f"--kd-model: expected a teacher for {config.model}, got: {first_line(error)}; try --kd-weights"
