@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import timm
@@ -111,3 +112,21 @@ def test_pushed_run_comes_back(run, tmp_path):
     assert "top-1" in card
     assert "model: test_dinat" in card
     assert str(run.parent) not in card
+
+
+def test_no_network_is_one_sentence_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+
+    def refuse(*_, **__):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    start = time.perf_counter()
+    with pytest.raises(
+        WeightsError, match=r"expected the folder someone/digits or .*/someone/digits .*; try again with"
+    ):
+        visattn.load("someone/digits")
+    with pytest.raises(WeightsError, match=r"expected weights of nat_mini.in1k, got none from .*; try again with"):
+        visattn.load("nat_mini")
+    assert time.perf_counter() - start < 5

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import timm
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from timm.models._hub import hf_split
 from torch import Tensor, nn
 
+from visattn.published import Hub, wait_for
 from visattn.weights import WeightsError, convert_weights, first_line, load_fitting, load_weights
 
 
@@ -121,18 +123,20 @@ def _fetch(name: str, model_args: dict[str, Any]) -> Any:
     """Build a registered model, or that of a repository, with its pretrained weights."""
     if timm.is_model(name):
         return timm.create_model(name, pretrained=True, **model_args)
-    hub = name if name.startswith("hf-hub:") else f"hf-hub:{name}"
     if not name.startswith("hf-hub:") and (name.count("/") != 1 or Path(name).parent.is_dir()):
         others = [str(path.parent) for path in sorted(Path(name).parent.glob("*/config.json"))] if "/" in name else []
         near = difflib.get_close_matches(name, others or timm.list_models(), n=3, cutoff=0) or ["dinat_mini"]
         raise WeightsError(f"expected a run's folder, OWNER/NAME or a model, got {name!r}; try {', '.join(near)}")
+    name = name.removeprefix("hf-hub:")
+    source = Hub(*hf_split(name), ("config.json",), None)
+    expected = f"expected the folder {name} or {source.address}"
     try:
-        return timm.create_model(hub, pretrained=True, **model_args)
-    except (OSError, RuntimeError, ValueError, LookupError) as error:
-        raise WeightsError(
-            f"expected the folder {name}, or that repository on the Hugging Face hub, got {first_line(error)}; "
-            "try the folder's whole path, or huggingface.co"
-        ) from error
+        if not source.cached():
+            wait_for(source, lambda reason: f"{expected}, got {reason}")
+        return timm.create_model(f"hf-hub:{name}", pretrained=True, **model_args)
+    except Exception as error:  # of the hub's client, whichever it is, of its file, or of the model
+        hint = f"again with a network, or a copy at {source.place}"
+        raise WeightsError(f"{expected}, got {first_line(error)}; try {hint}") from error
 
 
 def read_labels(path: Path) -> list[str]:

@@ -189,14 +189,14 @@ def _first(cfg: PretrainedCfg, cache_dir: str | Path | None, get: Callable[[Sour
     reasons: list[str] = []
     for source in sources:
         try:
-            _wait_for(source, lambda reason: _sentence(cfg, sources, [*reasons, reason]))
+            wait_for(source, lambda reason: _sentence(cfg, sources, [*reasons, reason]))
             return get(source)
         except Exception as error:  # of urllib, requests or httpx, whichever a client uses
             reasons.append(first_line(error))
     raise WeightsError(_sentence(cfg, sources, reasons))
 
 
-def _wait_for(source: Source, describe: Callable[[str], str]) -> None:
+def wait_for(source: Source, describe: Callable[[str], str]) -> None:
     """Return when the host answers, and raise what it cannot be asked for; warn if that takes long."""
     answers: Queue[Exception | None] = Queue()
 
