@@ -77,7 +77,6 @@ class Export:
     batch_size: int = 1  # images at a time, with --dynamic none
     pretrained: bool = False  # fetch the model's weights
     weights: Path | None = None  # file of weights: .safetensors, or a .pth of tensors
-    num_classes: int | None = None  # of the classifier; None: as the weights, or the model, have it
     model_args: tuple[str, ...] = ()  # further arguments of the model, each as name=value
     labels: Path | None = None  # file with the name of a class on each line; None: the run's
     opset: int | None = None  # version of ONNX's operators

@@ -110,7 +110,7 @@ def _metadata(
         "model": known.get("architecture", type(model).__name__),
         "visattn": visattn.__version__,
         "torch": torch.__version__,
-        "image": "float32 [B, C, H, W], RGB, (x / 255 - mean) / std",
+        "image": f"float32 [B, C, H, W]{', RGB' if image.shape[1] == 3 else ''}, (x / 255 - mean) / std",
         "shape": [*may_change, *image.shape[len(may_change) :]],  # of images; a name in the place of what may change
         "input_size": list(image.shape[1:]),  # of the example
         **{key: configuration[key] for key in keys},
