@@ -1,8 +1,8 @@
-"""Render model_cards/<family>.md from model_cards/<family>.yaml and the code.
+"""Render model_cards/<family>.md from model_cards/<family>.yaml and the code, and README.md's table of all families.
 
-    python scripts/make_cards.py             # write every .md
-    python scripts/make_cards.py nat         # write one
-    python scripts/make_cards.py --check     # CI: exit 1 and show where an .md differs
+    python scripts/make_cards.py             # write every .md, and the table
+    python scripts/make_cards.py nat         # write one .md
+    python scripts/make_cards.py --check     # CI: exit 1 and show where something differs
 
 The yaml holds what the code does not know: text, and the authors' numbers with their sources. Names, parameters, GMACs
 and weights (tag, address, input size, crop, classes, licence) are read from the registered models, which are built on
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import re
 import sys
 from collections.abc import Iterable
@@ -33,6 +34,7 @@ from visattn.models import FAMILIES
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
 CONFIGS = CARDS.parent / "configs"
 PAPERS = "_papers.yaml"  # cited by several cards
+TABLE = re.compile(r"(?<=<!-- families: scripts/make_cards.py -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 class CardError(ValueError):
@@ -201,6 +203,7 @@ def address(cfg: PretrainedCfg) -> str:
     return f"https://huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url or ""
 
 
+@functools.cache
 def measure(model: str, tag: str) -> tuple[int, float]:
     """Parameters and GMACs of a model at the input size and classes of a tag."""
     network = timm.create_model(f"{model}.{tag}", device="meta")
@@ -226,6 +229,37 @@ def render(card: Card) -> str:
     parts += ["## Licence", _licence(card), "## Citation", _papers(card)]
     parts += [f"```bibtex\n{paper.bibtex.strip()}\n```" for paper in card.papers]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def families(cards: dict[str, Card]) -> str:
+    """One table of all families: name of the card's file to card."""
+    rows = []
+    for stem, card in cards.items():
+        names = [name for name in models(card) if not name.startswith("test_")]
+        fetched = [name for name in names if any(cfg.has_weights for cfg in weights_of(name))]
+        by_file = [name for name in names if any(fnmatch(name, pattern) for pattern in card.weights.file_only)]
+        params = [measure(name, weights_of(name)[0].tag)[0] / 1e6 for name in names]
+        kinds = {"fetched": len(fetched), "from a file": len(by_file)}
+        rows.append([
+            _link(card.title, f"{CARDS.name}/{stem}.md"), f"`{names[0]}`", f"{len(names)}", _span(params, ".0f"),
+            _span([item.top1 for item in card.published.values() if item.top1 is not None], ".1f"),
+            _best(card, "COCO", "box AP"), _best(card, "ADE20K", "mIoU"),
+            ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count) or "–",
+        ])  # fmt: skip
+    head = ["family", "for example", "models", "params (M)", "ImageNet top-1 (%)"]
+    return _table([*head, "COCO box AP", "ADE20K mIoU", "weights"], rows, left=(0, 1, 7))
+
+
+def _span(values: list[float], form: str) -> str:
+    return " to ".join(dict.fromkeys(format(value, form) for value in (min(values), max(values)))) if values else "–"
+
+
+def _best(card: Card, data: str, column: str) -> str:
+    """The highest number in this column of the card's tables on this data; of two trainings, the later is meant."""
+    tables = [table for table in card.results if table.title.startswith(data) and column in table.columns]
+    cells = [row[1 + table.columns.index(column)] for table in tables for row in table.rows]
+    found = [float(str(cell).rpartition("/")[2]) for cell in cells if cell is not None]
+    return f"{max(found):.1f}" if found else "–"
 
 
 def _weights(card: Card) -> str:
@@ -369,25 +403,35 @@ def main(argv: list[str] | None = None) -> int:
     if unknown or not known:
         print(f"error: expected cards in {args.cards}, got no {', '.join(unknown) or '*.yaml'}", file=sys.stderr)
         return 1
-    status = 0
+    status, cards = 0, {}
     for family in args.families or known:
-        target = known[family].with_suffix(".md")
         try:
-            text = render(load(known[family]))
+            cards[family] = load(known[family])
+            text = render(cards[family])
         except CardError as error:
             print(f"error: {error}", file=sys.stderr)
             status = 1
             continue
-        if not args.check:
-            target.write_text(text, encoding="utf-8")
-            continue
-        on_disk = target.read_text(encoding="utf-8") if target.is_file() else ""
-        if on_disk != text:
-            lines = [on_disk.splitlines(), text.splitlines()]
-            diff = difflib.unified_diff(*lines, f"{target.name} on disk", f"{target.name} rendered", lineterm="")
-            print(f"{target.name} is out of date: run python scripts/make_cards.py {family}", *diff, sep="\n")
-            status = 1
+        status |= put(known[family].with_suffix(".md"), text, args.check)
+    readme = args.cards.parent / "README.md"
+    if cards.keys() == known.keys() and readme.is_file():
+        text = readme.read_text(encoding="utf-8")
+        status |= put(readme, TABLE.sub(f"\n{families(cards)}\n\n", text), args.check)
     return status
+
+
+def put(target: Path, text: str, check: bool) -> int:
+    """Write a file, or only say where it differs; returns whether it does."""
+    if not check:
+        target.write_text(text, encoding="utf-8")
+        return 0
+    on_disk = target.read_text(encoding="utf-8") if target.is_file() else ""
+    if on_disk == text:
+        return 0
+    lines = [on_disk.splitlines(), text.splitlines()]
+    diff = difflib.unified_diff(*lines, f"{target.name} on disk", f"{target.name} rendered", lineterm="")
+    print(f"{target.name} is out of date: run python scripts/make_cards.py", *diff, sep="\n")
+    return 1
 
 
 if __name__ == "__main__":
