@@ -1,8 +1,7 @@
 """Draw the pictures of README.md and docs/ into docs/assets/, from runs of what they show.
 
-    python scripts/make_pictures.py                     # all, in some minutes on a CPU
-    python scripts/make_pictures.py attention training  # these
-    python scripts/make_pictures.py detection           # needs tools/install_mm.sh
+    python scripts/make_pictures.py                            # all, in some minutes on a CPU
+    python scripts/make_pictures.py --only attention training  # what needs no tools/install_mm.sh
 
 `speed.png` is drawn by benchmarks/plot_peers.py.
 """
@@ -130,8 +129,8 @@ PICTURES = {"attention": attention, "training": training, "detection": detection
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[*PICTURES, []], help="which to draw (default: all)")
-    for name in parser.parse_args(argv).names or PICTURES:
+    parser.add_argument("--only", nargs="+", choices=PICTURES, default=PICTURES, help="which to draw (default: all)")
+    for name in parser.parse_args(argv).only:
         with tempfile.TemporaryDirectory() as folder:
             picture = PICTURES[name](Path(folder)).convert("RGB")
             file = ASSETS / f"{name}.png"
