@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 # ```python runs, all blocks of a page one after the other; ```py needs what is not here: a run, mmdetection
-RUNNABLE = [page for page in PAGES if "```python\n" in page.read_text()]
+RUNNABLE = [page for page in PAGES if "\n```python\n" in page.read_text()]
 
 
 def name(page):
