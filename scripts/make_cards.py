@@ -1,8 +1,9 @@
-"""Render model_cards/<family>.md from model_cards/<family>.yaml and the code; and visattn/models/numbers.csv.
+"""Render model_cards/<family>.md from model_cards/<family>.yaml and the code, and of all families together the table in
+README.md and visattn/models/numbers.csv, which `visattn list` shows.
 
-    python scripts/make_cards.py             # write every .md
-    python scripts/make_cards.py nat         # write one
-    python scripts/make_cards.py --check     # CI: exit 1 and show where an .md differs
+    python scripts/make_cards.py             # write every .md, and the table
+    python scripts/make_cards.py nat         # write one .md
+    python scripts/make_cards.py --check     # CI: exit 1 and show where something differs
 
 The yaml holds what the code does not know: text, and the authors' numbers with their sources. Names, parameters, GMACs
 and weights (tag, address, input size, crop, classes, licence) are read from the registered models, which are built on
@@ -12,11 +13,9 @@ the meta device. The dataclasses below are the yaml's keys; those without a defa
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import difflib
 import functools
-import io
 import re
 import sys
 from collections.abc import Iterable
@@ -35,8 +34,9 @@ from visattn.models import FAMILIES
 
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
 CONFIGS = CARDS.parent / "configs"
-NUMBERS = CARDS.parent / "visattn" / "models" / "numbers.csv"  # what `visattn list` shows
+NUMBERS = CARDS.parent / "visattn" / "models" / "numbers.csv"
 PAPERS = "_papers.yaml"  # cited by several cards
+TABLE = re.compile(r"(?<=<!-- families: scripts/make_cards.py -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 class CardError(ValueError):
@@ -235,6 +235,37 @@ def render(card: Card) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def families(cards: dict[str, Card]) -> str:
+    """One table of all families: name of the card's file to card."""
+    rows = []
+    for stem, card in cards.items():
+        names = [name for name in models(card) if not name.startswith("test_")]
+        fetched = [name for name in names if any(cfg.has_weights for cfg in weights_of(name))]
+        by_file = [name for name in names if any(fnmatch(name, pattern) for pattern in card.weights.file_only)]
+        params = [measure(name, weights_of(name)[0].tag)[0] / 1e6 for name in names]
+        kinds = {"fetched": len(fetched), "from a file": len(by_file)}
+        rows.append([
+            _link(card.title, f"{CARDS.name}/{stem}.md"), f"`{names[0]}`", f"{len(names)}", _span(params, ".0f"),
+            _span([item.top1 for item in card.published.values() if item.top1 is not None], ".1f"),
+            _best(card, "COCO", "box AP"), _best(card, "ADE20K", "mIoU"),
+            ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count) or "–",
+        ])  # fmt: skip
+    head = ["family", "for example", "models", "params (M)", "ImageNet top-1 (%)"]
+    return _table([*head, "COCO box AP", "ADE20K mIoU", "weights"], rows, left=(0, 1, 7))
+
+
+def _span(values: list[float], form: str) -> str:
+    return " to ".join(dict.fromkeys(format(value, form) for value in (min(values), max(values)))) if values else "–"
+
+
+def _best(card: Card, data: str, column: str) -> str:
+    """The highest number in this column of the card's tables on this data; of two trainings, the later is meant."""
+    tables = [table for table in card.results if table.title.startswith(data) and column in table.columns]
+    cells = [row[1 + table.columns.index(column)] for table in tables for row in table.rows]
+    found = [float(str(cell).rpartition("/")[2]) for cell in cells if cell is not None]
+    return f"{max(found):.1f}" if found else "–"
+
+
 def _weights(card: Card) -> str:
     """Which models have weights, and where from."""
     kinds: dict[str, list[str]] = {}
@@ -292,18 +323,24 @@ def _models(card: Card) -> str:
     return _table(head, rows, left=(0, 6, 7, 11))
 
 
-def numbers(card: Card) -> list[list[str]]:
-    """Rows of numbers.csv: model, parameters (M), GMACs, pixels and published top-1 of its default configuration."""
+def numbers(cards: Iterable[Card]) -> str:
+    """The text of numbers.csv: parameters (M), GMACs, pixels and published top-1 of each default configuration."""
     rows = []
-    for name in models(card):
-        cfg = weights_of(name)[0]
-        params, gmacs = measure(name, cfg.tag)
-        published = card.published.get(f"{name}.{cfg.tag}") or card.published.get(name)
-        top1 = published.top1 if published and cfg.num_classes == 1000 else None
-        rows.append(
-            [name, f"{params / 1e6:.2f}", f"{gmacs:.3f}", f"{cfg.input_size[-1]}", "" if top1 is None else f"{top1}"]
-        )
-    return rows
+    for card in cards:
+        for name in models(card):
+            cfg = weights_of(name)[0]
+            params, gmacs = measure(name, cfg.tag)
+            published = card.published.get(f"{name}.{cfg.tag}") or card.published.get(name)
+            top1 = published.top1 if published and cfg.num_classes == 1000 else None
+            row = (
+                name,
+                f"{params / 1e6:.2f}",
+                f"{gmacs:.3f}",
+                f"{cfg.input_size[-1]}",
+                "" if top1 is None else f"{top1}",
+            )
+            rows.append(",".join(row))
+    return "\n".join(["model,params,gmacs,size,top1", *sorted(rows), ""])
 
 
 def _models_note(card: Card) -> str:
@@ -390,35 +427,36 @@ def main(argv: list[str] | None = None) -> int:
     if unknown or not known:
         print(f"error: expected cards in {args.cards}, got no {', '.join(unknown) or '*.yaml'}", file=sys.stderr)
         return 1
-    status, table = 0, {}
-    if NUMBERS.is_file() and args.families:
-        table = {row[0]: row for row in csv.reader(NUMBERS.read_text(encoding="utf-8").splitlines()[1:])}
-    files: dict[Path, str] = {}
+    status, cards = 0, {}
     for family in args.families or known:
         try:
-            card = load(known[family])
-            files[known[family].with_suffix(".md")] = render(card)
-            table |= {row[0]: row for row in numbers(card)}
+            cards[family] = load(known[family])
+            text = render(cards[family])
         except CardError as error:
             print(f"error: {error}", file=sys.stderr)
             status = 1
-    if args.cards == CARDS and not status:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(
-            [["model", "params", "gmacs", "size", "top1"], *sorted(table.values())]
-        )
-        files[NUMBERS] = text.getvalue()
-    for target, text in files.items():
-        if not args.check:
-            target.write_text(text, encoding="utf-8")
             continue
-        on_disk = target.read_text(encoding="utf-8") if target.is_file() else ""
-        if on_disk != text:
-            lines = [on_disk.splitlines(), text.splitlines()]
-            diff = difflib.unified_diff(*lines, f"{target.name} on disk", f"{target.name} rendered", lineterm="")
-            print(f"{target.name} is out of date: run python scripts/make_cards.py", *diff, sep="\n")
-            status = 1
+        status |= put(known[family].with_suffix(".md"), text, args.check)
+    readme = args.cards.parent / "README.md"
+    if cards.keys() == known.keys() and readme.is_file():
+        text = readme.read_text(encoding="utf-8")
+        status |= put(readme, TABLE.sub(f"\n{families(cards)}\n\n", text), args.check)
+        status |= put(NUMBERS, numbers(cards.values()), args.check)
     return status
+
+
+def put(target: Path, text: str, check: bool) -> int:
+    """Write a file, or only say where it differs; returns whether it does."""
+    if not check:
+        target.write_text(text, encoding="utf-8")
+        return 0
+    on_disk = target.read_text(encoding="utf-8") if target.is_file() else ""
+    if on_disk == text:
+        return 0
+    lines = [on_disk.splitlines(), text.splitlines()]
+    diff = difflib.unified_diff(*lines, f"{target.name} on disk", f"{target.name} rendered", lineterm="")
+    print(f"{target.name} is out of date: run python scripts/make_cards.py", *diff, sep="\n")
+    return 1
 
 
 if __name__ == "__main__":

@@ -151,3 +151,29 @@ def test_usage_runs():
         (1, 512, 4, 6),
     ]
     assert scope["detector"].state_dict().keys() == scope["backbone"].state_dict().keys()
+
+
+def test_the_readme_has_a_row_for_every_family():
+    table = make_cards.TABLE.search((ROOT / "README.md").read_text())[0]
+    cards = re.findall(r"^\| \[.+?\]\(model_cards/(\w+)\.md\) \|", table, re.MULTILINE)
+    assert cards == [path.stem for path in sorted((ROOT / "model_cards").glob("[!_]*.yaml"))]
+
+
+def test_the_readme_is_written_and_checked(copy, quick, capsys):
+    cards = copy.parent / "model_cards"
+    cards.mkdir()
+    copy = Path(shutil.move(copy, cards))
+    readme = cards.parent / "README.md"
+    readme.write_text("before\n<!-- families: scripts/make_cards.py -->\nold\n<!-- end -->\nafter\n")
+    argv = ["--cards", str(cards)]
+    assert make_cards.main(argv) == 0
+    row = "| `nat_mini` | 26 | 0 | 80.0 to 87.5 | 55.3 | 54.0 | 25 fetched |\n\n<!-- end -->\nafter\n"
+    assert readme.read_text().endswith(row)
+    assert make_cards.main([*argv, "--check"]) == 0
+    spoil(copy, "[dinat_large, 55.3,", "[dinat_large, 55.4,")
+    assert make_cards.main(argv[:2]) == 0
+    assert "| 55.4 | 54.0 |" in readme.read_text()
+    spoil(readme, "| 55.4 |", "| 99.9 |")
+    capsys.readouterr()
+    assert make_cards.main([*argv, "--check"]) == 1
+    assert "README.md is out of date" in capsys.readouterr().out

@@ -208,7 +208,9 @@ def inline_attention(
     They may be negative. Computed as mean(v) + scale / M * q ((k - mean(k))^T v). Differentiable in q, k and v.
 
     Args:
-        q, k, v: As in `efficient_attention`.
+        q: Queries, as in `efficient_attention`.
+        k: Keys.
+        v: Values.
         scale: Factor of q k^T, > 0. Default: D ** -0.5.
         backend: As in `efficient_attention`.
 
@@ -238,7 +240,9 @@ def focused_linear_attention(
     Differentiable in every tensor.
 
     Args:
-        q, k, v: As in `efficient_attention`.
+        q: Queries, as in `efficient_attention`.
+        k: Keys.
+        v: Values.
         focus_scale: [N, D].
         factor: Exponent, > 0.
         backend: As in `efficient_attention`.
