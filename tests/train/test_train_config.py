@@ -16,7 +16,7 @@ from visattn.train.recipes import read_yaml
 # Every option with its default. People's recipes and scripts rely on both.
 FROZEN = """
 recipe null, config null, print_config false, resume null, override false
-data digits, max_bad 0.01, workers 0, model dinat_atto, model_args [],
+data digits, val_split null, max_bad 0.01, workers 0, model dinat_atto, model_args [],
 pretrained false, weights null, train_only [], output output, name null
 img_size null, in_chans null, mean null, std null, interpolation null, crop_pct null, crop_mode null
 epochs 15, cooldown_epochs 0, batch_size 64, micro_batch null, opt adamw, sched cosine, lr 0.002, min_lr 1.0e-05,

@@ -29,7 +29,7 @@ import visattn  # noqa: F401  registers its models with timm
 from visattn.train import signals
 from visattn.train.checks import check_images, check_pass, check_values, check_words
 from visattn.train.config import Config, Resolved
-from visattn.train.data import open_eval, resolve
+from visattn.train.data import open_eval, resolve, test_splits
 from visattn.train.distributed import pick_device
 from visattn.train.engine import autocast
 from visattn.train.errors import CheckpointError, ConfigError, DataError, TrainError, exhausted, printable
@@ -163,6 +163,8 @@ def configure(options: Options) -> tuple[Resolved, Path | None]:
         config = Config(pretrained=options.pretrained)
     names = ("model", "data", "in_chans", "img_size", "crop_pct", "crop_mode", "batch_size", "amp")
     asked = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.data is not None and test_splits(Path(options.data)):  # which a run that made its own did not have
+        asked["val_split"] = None
     if options.run is not None:
         asked |= {"pretrained": False, "weights": None, "train_only": (), "grad_checkpointing": False}
     config = dataclasses.replace(config, workers=options.workers, device=options.device, **asked)
