@@ -22,7 +22,7 @@ from timm.task import (
 )
 from timm.utils import unwrap_model
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from visattn.train.config import Config, Resolved
 from visattn.train.distributed import World
@@ -240,3 +240,9 @@ def export_state(task: TrainingTask, world: World, ema: bool = False) -> dict[st
     """The full state dict of the model that is evaluated; with fsdp2 all processes must ask for it together."""
     options = StateDictOptions(full_state_dict=world.size > 1, cpu_offload=world.size > 1)
     return get_model_state_dict(unwrap_model(task.get_eval_model(ema=ema)), options=options)
+
+
+def import_state(task: TrainingTask, weights: dict[str, Any]) -> None:
+    """Put what `export_state` gave back into the model; with fsdp2 all processes must do so together."""
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(unwrap_model(task.get_trainable_module()), weights, options=options)

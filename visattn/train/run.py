@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from timm.models import resolve_model_input_args
 
-from visattn.train import checkpoint, metrics, outputs
+from visattn.train import analysis, checkpoint, metrics, outputs, pictures
 from visattn.train.config import OVERRIDABLE, Config, Resolved, recipe
 from visattn.train.data import open_data, resolve
 from visattn.train.distributed import World, prepare
@@ -42,6 +42,7 @@ class Run:
     state: TrainState
     engine: Engine
     console: Console
+    class_names: list[str]
     flops: int | None  # of one image forward
     lock: FolderLock  # held by the main process
     owed: dict[str, Callable[[Path], Any]] = field(default_factory=dict)  # files that could not be written yet, by name
@@ -105,7 +106,8 @@ def build(config: Config, world: World, console: Console) -> Run:
         f"{len(data.eval)} test images, {data.num_classes} classes, {config.img_size}x{config.img_size} px, "
         f"{world.device.type}{f' x {world.size} ({config.engine})' if world.size > 1 else ''}",
     )
-    return Run(config, folder, world, state, Engine(state, loaders, config, world), console, flops, lock)
+    engine = Engine(state, loaders, config, world)
+    return Run(config, folder, world, state, engine, console, data.class_names, flops, lock)
 
 
 def resume(folder: Path, config: Config, state: TrainState, loaders: Loaders, world: World, console: Console) -> None:
@@ -154,11 +156,13 @@ def train(run: Run) -> None:
     finally:
         if run.world.main and run.state.history and run.lock.holds():
             outputs.keep_history(run)  # the last checkpoint may have failed before
-            draw = partial(metrics.draw_curves, history=run.state.history, title=run.folder.name)
+            draw = partial(pictures.draw_curves, history=run.state.history, title=run.folder.name)
             outputs.keep(run, "curves.png", draw)
         if loggers:
             loggers.close()
     _catch_up(run)
+    analysis.examine(run)
+    outputs.settle(run)
 
 
 def _catch_up(run: Run) -> None:
