@@ -7,13 +7,14 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.font_manager import fontManager
 from PIL import Image
-from runs import PLAIN, SMALL
+from runs import PLAIN, SMALL, build
 
-from visattn.train import pictures
+from visattn.train import analysis, pictures
 from visattn.train.engine import Engine
 from visattn.train.validate import main as validate
 
@@ -64,6 +65,28 @@ def test_every_test_image_counts_once_over_the_processes(folder_data, launch, tm
     processes = launch(*options, size=2)
     assert processes.wait() == [0, 0], processes.output()
     check_tables(tmp_path / "out" / "r", 10, tmp_path)
+
+
+def test_the_first_batch_shows_what_the_model_gets(folder_data, tmp_path, monkeypatch):
+    """Mixed labels as fractions, without the smoothing; and the run trains with that batch as it would have."""
+    options = ("--data", folder_data, *SMALL, "--mixup", 0.8, "--reprob", 0.5, "--output", tmp_path, "--name", "r")
+    run, seen = build("--model", "test_vit", *options), []
+    monkeypatch.setattr(analysis, "contact_sheet", lambda *args: seen.append(args))
+    expected = list(run.engine.loaders.begin(0, 0))
+    batches = list(analysis.show_first_batch(run, run.engine.loaders.begin(0, 0)))
+    for (images, target), (same_images, same_target) in zip(expected, batches, strict=True):
+        assert torch.equal(images, same_images)
+        assert torch.equal(target, same_target)
+    [(pictures, captions, path, _)] = seen
+    assert path == run.folder / "first_batch.png"
+    pixels = np.stack([np.asarray(picture) for picture in pictures]).transpose(0, 3, 1, 2) / 255
+    mean, std = (np.array(values)[:, None, None] for values in (run.config.mean, run.config.std))
+    np.testing.assert_allclose(pixels, np.clip(expected[0][0].numpy() * std + mean, 0, 1), atol=1 / 255)
+    for caption, weights in zip(captions, expected[0][1], strict=True):
+        fractions = {name: float(fraction) for fraction, name in (line.split() for line in caption.split("\n"))}
+        assert sum(fractions.values()) == pytest.approx(1, abs=0.011)
+        for name, weight in zip(("blue", "red"), weights.tolist(), strict=True):
+            assert fractions.get(name, 0) == pytest.approx((weight - 0.05) / 0.9, abs=0.006)
 
 
 def test_sheets_and_matrices_take_any_names_and_images(tmp_path):

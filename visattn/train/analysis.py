@@ -1,14 +1,19 @@
-"""What a trained model gets wrong: confusion.csv, confusion.png, classes.csv and worst.png at the end of a run."""
+"""What a run shows of its images: at its start first_batch.png; at its end what the model gets wrong, in confusion.csv,
+confusion.png, classes.csv and worst.png.
+"""
 
 import contextlib
 import csv
 import io
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torchvision.transforms.functional import to_pil_image
 
 from visattn.train import outputs
 from visattn.train.errors import CheckpointError
@@ -21,7 +26,35 @@ from visattn.train.weights import load_weights
 if TYPE_CHECKING:
     from visattn.train.run import Run
 
-WORST = 32  # images that are shown
+SHOWN = 32  # most images of a sheet
+
+
+def show_first_batch(
+    run: "Run", batches: Iterator[tuple[torch.Tensor, torch.Tensor]]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Draw the images that the main process trains with first, as the model gets them; returns all batches again."""
+    images, target = next(batches)
+    if run.world.main:
+        config = run.config
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (config.mean, config.std))
+        pixels = (images[:SHOWN].float().cpu() * std + mean).clamp(0, 1)  # [n, C, H, W]
+        pictures = [to_pil_image(picture) for picture in pixels]
+        captions = [_caption(weights, run) for weights in target[:SHOWN].cpu()]
+        title = f"{run.folder.name}: the first images after augmentation"
+        outputs.keep(run, "first_batch.png", lambda path: contact_sheet(pictures, captions, path, title))
+    return itertools.chain([(images, target)], batches)
+
+
+def _caption(target: torch.Tensor, run: "Run") -> str:
+    """The class; of mixed images both, with their fractions."""
+    if target.ndim == 0:
+        return run.class_names[int(target)]
+    # Without the label smoothing, which mixing has built in.
+    smoothing = run.config.smoothing
+    fractions = (target.float() - smoothing / len(target)) / (1 - smoothing)
+    largest, classes = fractions.topk(2)
+    both = zip(largest.tolist(), classes.tolist(), strict=True)
+    return "\n".join(f"{fraction:.2f} {run.class_names[number]}" for fraction, number in both if fraction > 0.005)
 
 
 def examine(run: "Run") -> None:
@@ -48,7 +81,7 @@ def examine(run: "Run") -> None:
     outputs.keep(run, "classes.csv", partial(write_classes, truth=truth, predicted=said, names=names))
     draw = partial(draw_confusion, truth=truth, predicted=said, labels=names, title=title)
     outputs.keep(run, "confusion.png", draw)
-    worst = readable[np.argsort(-losses[readable], kind="stable")][:WORST]
+    worst = readable[np.argsort(-losses[readable], kind="stable")][:SHOWN]
     shown = []
     for index in worst:
         with contextlib.suppress(BadImageError):  # it was readable a moment ago

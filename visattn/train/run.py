@@ -176,8 +176,10 @@ def train_epoch(run: Run, loggers: Loggers | None) -> bool:
     """Train to the end of the epoch; says whether a checkpoint of it was written."""
     state, config, world, engine = run.state, run.config, run.world, run.engine
     epoch, done = divmod(state.place, run.updates)
-    speed = Speed()
     batches = engine.loaders.begin(epoch, done)
+    if state.update == 0:
+        batches = analysis.show_first_batch(run, batches)
+    speed = Speed()
     with EpochBar(run.console, epoch + 1, run.epochs, run.updates, done, enabled=world.main) as bar:
         while True:
             taken = engine.update(batches, speed)
