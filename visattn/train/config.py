@@ -13,8 +13,19 @@ FREE_ON_RESUME = (
     *("checkpoint_every", "keep_checkpoints", "dist_timeout", "tensorboard", "wandb", "wandb_project", "peak_tflops"),
 )
 OVERRIDABLE = (
-    *("cooldown_epochs", "batch_size", "sched", "lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay"),
-    *("grad_clip", "smoothing", "drop_path", "mixup", "cutmix", "scale", "ratio", "hflip", "color_jitter"),
+    *("cooldown_epochs", "patience", "batch_size", "sched", "lr", "min_lr", "warmup_lr", "warmup_epochs"),
+    *(
+        "weight_decay",
+        "grad_clip",
+        "smoothing",
+        "drop_path",
+        "mixup",
+        "cutmix",
+        "scale",
+        "ratio",
+        "hflip",
+        "color_jitter",
+    ),
     *("auto_augment", "reprob", "train_interpolation", "kd_weight", "kd_temperature", "amp", "sync_bn"),
     *("nonfinite", "max_skips", "max_bad"),
 )
@@ -77,6 +88,7 @@ class Config:
 
     epochs: int = number(15, 1, 10**6)  # length of the schedule, warm-up included
     cooldown_epochs: int = number(0, 0, 10**6)  # further epochs at the last learning rate
+    patience: int | None = number(None, 1, 10**6)  # epochs in a row without a better top-1 after which the run ends
     batch_size: int = number(64, 1, 2**20)  # images per optimizer update, over all processes
     micro_batch: int | None = number(None, 1, 2**20)  # most images of a process's forward pass; None: its whole share
     opt: str = "adamw"  # timm optimizer name
@@ -84,7 +96,7 @@ class Config:
     lr: float = number(2e-3, 1e-30, 1000)  # peak learning rate, not scaled by the batch size
     min_lr: float = number(1e-5, 0, 1000)  # final learning rate
     warmup_lr: float = number(1e-5, 0, 1000)  # first learning rate
-    warmup_epochs: float = number(2, 0, 10**6)  # linear warm-up
+    warmup_epochs: float = number(2, 0, 10**6)  # linear warm-up; of a run that is no longer than it, the first half
     weight_decay: float = number(0.05, 0, 10)  # not of biases, norms and what the model's no_weight_decay names
     layer_decay: float | None = number(None, 0.01, 1)  # learning rate factor from each layer group to the one before it
     grad_clip: float | None = number(None, 1e-12, 1e6)  # largest gradient norm
@@ -126,7 +138,7 @@ class Config:
     keep_checkpoints: int = number(2, 1, 10**6)  # newest ones that stay
     tensorboard: bool = False  # event files in the run's folder
     wandb: Literal["off", "offline", "online"] = "off"  # Weights & Biases; offline writes to the run's folder only
-    wandb_project: str = "visattn"
+    wandb_project: str = "visattn"  # the project there
     peak_tflops: float | None = number(None, 1e-3, 1e6)  # of one device, for the MFU; None: known for common GPUs
 
 

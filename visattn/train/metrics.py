@@ -141,6 +141,15 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
     )
 
 
+def epochs_since_best(history: list[dict[str, Any]]) -> int:
+    """Epochs since the model, or its average, last had a better top-1 than ever before."""
+    since = []
+    for column in ("top1", "ema_top1"):
+        tops = [row[column] for row in history if row[column] is not None]
+        since += [len(tops) - 1 - tops.index(max(tops))] if tops else []
+    return min(since, default=0)
+
+
 def write_log(path: Path, history: list[dict[str, Any]]) -> None:
     """Write the whole log anew: after a kill and a resume no epoch is missing or doubled."""
     text = io.StringIO(newline="")

@@ -218,6 +218,11 @@ def make_optimizer(config: Config, task: TrainingTask) -> torch.optim.Optimizer:
         ) from error
 
 
+def warmup(config: Config) -> float:
+    """Epochs of warm-up: as asked for, or half of a run that would be over before."""
+    return config.warmup_epochs if config.warmup_epochs < config.epochs else config.epochs / 2
+
+
 def make_scheduler(config: Config, optimizer: torch.optim.Optimizer, updates: int) -> Scheduler:
     """The schedule, with `updates` in an epoch."""
     scheduler, _ = create_scheduler_v2(
@@ -227,7 +232,7 @@ def make_scheduler(config: Config, optimizer: torch.optim.Optimizer, updates: in
         decay_rate=1.0,  # the power of poly
         cooldown_epochs=config.cooldown_epochs,
         # pyrefly: ignore[bad-argument-type]: timm takes parts of an epoch too
-        warmup_epochs=config.warmup_epochs,
+        warmup_epochs=warmup(config),
         warmup_lr=config.warmup_lr,
         min_lr=config.min_lr,
         step_on_epochs=False,

@@ -23,7 +23,7 @@ from visattn.train.loader import Images, Loaders, make_loaders
 from visattn.train.lock import FolderLock
 from visattn.train.loggers import Loggers, check_packages
 from visattn.train.metrics import Meter, Speed, say
-from visattn.train.model import check_names, make_model, make_optimizer, make_scheduler, make_task, try_training
+from visattn.train.model import check_names, make_model, make_optimizer, make_scheduler, make_task, try_training, warmup
 from visattn.train.outputs import open_folder
 from visattn.train.progress import EpochBar, Status
 from visattn.train.recipes import read_yaml
@@ -60,8 +60,14 @@ class Run:
 
     @property
     def trained(self) -> bool:
-        """True after the last update."""
-        return self.state.place >= self.epochs * self.updates
+        """True after the last update, and once `--patience` is over."""
+        return self.state.place >= self.epochs * self.updates or self.impatient
+
+    @property
+    def impatient(self) -> bool:
+        """True where as many epochs as `--patience` says were no better than one before them."""
+        patience = self.config.patience
+        return patience is not None and metrics.epochs_since_best(self.state.history) >= patience
 
 
 def build(config: Config, world: World, console: Console) -> Run:
@@ -87,6 +93,8 @@ def build(config: Config, world: World, console: Console) -> Run:
     scheduler = make_scheduler(config, optimizer, loaders.batches.updates)
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "float16")
     state = TrainState(task, optimizer, scheduler, scaler, Meter(), [len(data.train), len(data.eval)])
+    if warmup(config) != config.warmup_epochs:
+        say(console, f"warm-up: {warmup(config):g} of {config.epochs} epochs, as {config.warmup_epochs:g} do not fit")
     lock = FolderLock()
     try:
         folder = world.on_main(lambda: open_folder(config, data.name, lock, console))
@@ -161,6 +169,10 @@ def train(run: Run) -> None:
         if loggers:
             loggers.close()
     _catch_up(run)
+    if run.impatient:
+        patience = run.config.patience
+        text = f"stopped early: {patience} epochs without a better top-1"
+        say(run.console, f"{text}; --resume {run.folder} --override --patience N goes on, with N above {patience}")
     analysis.examine(run)
     outputs.settle(run)
 

@@ -54,18 +54,18 @@ class Options:
     run: Path | None = None  # model, data and weights of this run folder instead
     ema: bool = False  # the run's averaged weights
 
-    in_chans: int | None = None  # these five: None takes the run's, or the model's
-    img_size: int | None = None
-    crop_pct: float | None = None
-    crop_mode: Literal["center", "squash", "border"] | None = None
-    batch_size: int | None = None
+    in_chans: int | None = None  # 1 (grey) or 3 (RGB); None, as in the next four: the run's, or the model's
+    img_size: int | None = None  # in pixels
+    crop_pct: float | None = None  # share of the resized image that is kept
+    crop_mode: Literal["center", "squash", "border"] | None = None  # how an image becomes square
+    batch_size: int | None = None  # images of a forward pass, each with all its crops
     crops: Literal[1, 5, 10] = 1  # average over the centre, the corners (5), and their mirror images (10)
     real_labels: bool = False  # also score against the reassessed labels of ImageNet's validation images
     real_json: Path | None = None  # these labels from a file instead of the ones inside timm
     robustness: Literal["a", "r", "c"] | None = None  # the folder layout of ImageNet-A, -R or -C
 
     workers: int = 0  # loader processes
-    device: str = "auto"
+    device: str = "auto"  # auto takes cuda where there is one; otherwise a torch device name
     amp: Literal["none", "bfloat16", "float16"] | None = None  # mixed precision; None: the run's, or none
     results: Path | None = None  # JSON file for the figures
 
