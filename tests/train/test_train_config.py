@@ -18,7 +18,7 @@ from visattn.train.validate import Options
 
 # Every option with its default. People's recipes and scripts rely on both.
 FROZEN = """
-recipe null, config null, print_config false, resume null, override false
+recipe null, config null, print_config false, resume null, override false, lr_find false
 data digits, val_split null, max_bad 0.01, workers 0, model dinat_atto, model_args [],
 pretrained false, weights null, train_only [], output output, name null
 img_size null, in_chans null, mean null, std null, interpolation null, crop_pct null, crop_mode null

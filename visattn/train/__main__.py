@@ -17,6 +17,7 @@ from visattn.train import checkpoint, distributed, signals
 from visattn.train.arguments import parse
 from visattn.train.config import recipe
 from visattn.train.errors import DataError, DeviceMemoryError, Interrupted, PeerError, TrainError, exhausted
+from visattn.train.lr_find import find_lr
 from visattn.train.metrics import make_console
 from visattn.train.run import Run, build, report, train
 
@@ -39,8 +40,11 @@ def main(argv: list[str] | None = None) -> int:
         try:
             with run.lock:
                 signals.ask(run.engine)
-                train(run)
-                report(run, time.perf_counter() - start)
+                if config.lr_find:
+                    find_lr(run)
+                else:
+                    train(run)
+                    report(run, time.perf_counter() - start)
         except Interrupted as error:
             fail(Interrupted(f"{error}{_goes_on(run)}"), rank)
             return run.engine.stop or error.exit_code

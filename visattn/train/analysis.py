@@ -3,13 +3,11 @@ confusion.png, classes.csv and worst.png.
 """
 
 import contextlib
-import csv
-import io
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,7 +15,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from visattn.train import outputs
 from visattn.train.errors import CheckpointError
-from visattn.train.files import write_atomic
+from visattn.train.files import write_table
 from visattn.train.model import import_state
 from visattn.train.pictures import contact_sheet, draw_confusion
 from visattn.train.sources import BadImageError
@@ -98,7 +96,7 @@ def write_confusion(path: Path, truth: np.ndarray, predicted: np.ndarray, names:
     """Write how many images of each true class got each prediction, for the pairs that occur."""
     pairs, counts = np.unique(np.stack([truth, predicted]), axis=1, return_counts=True)
     rows = [(names[one], names[other], count) for one, other, count in zip(*pairs, counts, strict=True)]
-    _write_table(path, ("true", "predicted", "images"), rows)
+    write_table(path, ("true", "predicted", "images"), rows)
 
 
 def write_classes(path: Path, truth: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> None:
@@ -111,12 +109,4 @@ def write_classes(path: Path, truth: np.ndarray, predicted: np.ndarray, names: S
         (name, *("" if np.isnan(score) else round(score, 4) for score in values), int(images))
         for name, (*values, images) in zip(names, np.array(scores, dtype=float).T.tolist(), strict=True)
     ]
-    _write_table(path, ("class", "precision", "recall", "f1", "images"), rows)
-
-
-def _write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(columns)
-    writer.writerows(rows)
-    write_atomic(path, text.getvalue().encode(errors="surrogateescape"))  # folders may have names that are no text
+    write_table(path, ("class", "precision", "recall", "f1", "images"), rows)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 # How a run is started, not what it computes: kept out of files.
-LAUNCH_ONLY = ("recipe", "config", "print_config", "resume", "override")
+LAUNCH_ONLY = ("recipe", "config", "print_config", "resume", "override", "lr_find")
 # A resumed run may change what leaves its mathematics alone, its `epochs`, and with `override` what has no state.
 FREE_ON_RESUME = (
     *("output", "name", "device", "engine", "workers", "micro_batch", "compile", "channels_last", "grad_checkpointing"),
@@ -14,20 +14,9 @@ FREE_ON_RESUME = (
 )
 OVERRIDABLE = (
     *("cooldown_epochs", "patience", "batch_size", "sched", "lr", "min_lr", "warmup_lr", "warmup_epochs"),
-    *(
-        "weight_decay",
-        "grad_clip",
-        "smoothing",
-        "drop_path",
-        "mixup",
-        "cutmix",
-        "scale",
-        "ratio",
-        "hflip",
-        "color_jitter",
-    ),
-    *("auto_augment", "reprob", "train_interpolation", "kd_weight", "kd_temperature", "amp", "sync_bn"),
-    *("nonfinite", "max_skips", "max_bad"),
+    *("weight_decay", "grad_clip", "smoothing", "drop_path", "mixup", "cutmix", "scale", "ratio", "hflip"),
+    *("color_jitter", "auto_augment", "reprob", "train_interpolation", "kd_weight", "kd_temperature", "amp"),
+    *("sync_bn", "nonfinite", "max_skips", "max_bad"),
 )
 
 Resize = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
@@ -64,6 +53,7 @@ class Config:
     config: Path | None = None  # flat YAML file with any of the options below instead; likewise
     print_config: bool = False  # only show what results, in full, as a file for --config
     resume: Path | None = None  # run folder to continue, at the very step; `auto`: --name's folder, if there is one
+    lr_find: bool = False  # only try rising learning rates: a curve, lr_find.png, and a suggestion
     override: bool = False  # let --resume change more than --epochs: learning rate, batch size, regularization, ...
 
     data: str = "digits"  # digits, mnist5k, hfds/NAME, or a folder with train/ and val/ of class folders or tar shards

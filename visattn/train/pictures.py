@@ -149,6 +149,25 @@ def _save(figure: Figure, path: Path) -> None:
     write_atomic(path, png.getvalue())
 
 
+def draw_lr_find(
+    path: Path, rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[float], lr: float | None, title: str
+) -> None:
+    """Draw the loss over the learning rate, and the rate that is suggested."""
+    figure = Figure(figsize=(7, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(shorten(title, 80), family=fonts([title]), parse_math=False)
+    axes.semilogx(rates, losses, ".", color="tab:gray", alpha=0.5, label="training loss of an update")
+    axes.semilogx(rates, smoothed, color="tab:blue", label="smoothed")
+    if lr is not None:
+        axes.axvline(lr, color="tab:orange", label=f"suggested: {lr:.1e}")
+        axes.set_ylim(0.9 * min(losses), 1.2 * max(smoothed[: smoothed.index(min(smoothed)) + 1]))
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
 def draw_curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
     """Draw loss, accuracy, learning rate and gradient norm over the epochs as a PNG; needs no display."""
     figure = Figure(figsize=(14, 4), dpi=120, layout="constrained")
