@@ -50,6 +50,7 @@ def test_the_suggestion_is_a_tenth_of_the_best_rate(folder_data, tmp_path, monke
     options = ("--data", folder_data, "--model", "test_vit", *SMALL, "--layer-decay", 0.5, "--output", tmp_path)
     made = build(*options, "--lr-find", "--name", "r")
     assert 1e-3 <= find_lr(made) < 5e-3
+    assert "nan" not in (made.folder / "lr_find.csv").read_text()
     sweep = Sweep(made.state.optimizer)
     first = [group["lr"] for group in made.state.optimizer.param_groups]
     sweep.step_update(UPDATES - 1)
