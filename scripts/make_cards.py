@@ -34,7 +34,6 @@ from visattn.models import FAMILIES
 
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
 CONFIGS = CARDS.parent / "configs"
-NUMBERS = CARDS.parent / "visattn" / "models" / "numbers.csv"
 PAPERS = "_papers.yaml"  # cited by several cards
 TABLE = re.compile(r"(?<=<!-- families: scripts/make_cards.py -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
@@ -438,10 +437,12 @@ def main(argv: list[str] | None = None) -> int:
             continue
         status |= put(known[family].with_suffix(".md"), text, args.check)
     readme = args.cards.parent / "README.md"
+    table = args.cards.parent / "visattn" / "models" / "numbers.csv"
     if cards.keys() == known.keys() and readme.is_file():
         text = readme.read_text(encoding="utf-8")
         status |= put(readme, TABLE.sub(f"\n{families(cards)}\n\n", text), args.check)
-        status |= put(NUMBERS, numbers(cards.values()), args.check)
+    if cards.keys() == known.keys() and table.is_file():
+        status |= put(table, numbers(cards.values()), args.check)
     return status
 
 

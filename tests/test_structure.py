@@ -19,7 +19,8 @@ WALLS = {
     "layers": ("visattn.models", *DOORS),
     "models": DOORS,
     **{door.partition(".")[2]: tuple(d for d in DOORS if d != door) for door in DOORS},
-    "cli": tuple(door for door in DOORS if door not in ("visattn.cli", "visattn.export")),
+    "cli": tuple(door for door in DOORS if door not in ("visattn.cli", "visattn.export", "visattn.train")),
+    "__main__": tuple(door for door in DOORS if door != "visattn.cli"),
 }
 
 

@@ -2,7 +2,9 @@
 
 import argparse
 import atexit
+import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,6 +14,7 @@ try:
     from mm_checks import check_data
     from mmengine.config import Config, ConfigDict, DictAction
     from mmengine.dist import broadcast_object_list, init_dist, is_main_process
+    from mmengine.logging import MMLogger
     from mmengine.runner import Runner
     from mmengine.utils.dl_utils import set_multi_processing
 
@@ -20,7 +23,22 @@ except ImportError as error:
     sys.exit(f"expected mmengine, mmcv, mmdet and mmsegmentation ({error}); try tools/install_mm.sh")
 from visattn.weights import WeightsError, first_line, load_weights
 
+# How what mmengine says at length begins: hundreds of lines on the environment, the config, the hooks, the parameters.
+LONG = re.compile(r"\s*(-{60}\s+System environment|Config:|Hooks will be executed|paramwise_options)")
 LOGGERS = {"tensorboard": "TensorboardVisBackend", "wandb": "WandbVisBackend"}
+
+
+class QuietRunner(Runner):
+    """Leaves what is long to the log file in the work folder."""
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        logger = super().build_logger(*args, **kwargs)
+        for handler in logger.handlers:
+            if not isinstance(handler, logging.FileHandler):
+                handler.addFilter(lambda record: not LONG.match(record.getMessage()))
+        if is_main_process():
+            print(f"config, environment, hooks and parameters: {self.log_dir}/{self.timestamp}.log", flush=True)
+        return logger
 
 
 def main(scope: str, job: str, description: str) -> None:
@@ -80,13 +98,14 @@ def main(scope: str, job: str, description: str) -> None:
         if args.amp:
             config.optim_wrapper.update(type="AutocastOptimWrapper", dtype=args.amp)
         start_from(config, args)
+        log_often(config)
     start_processes(config)
     if not args.no_check:
         check(config, job)
     runner = None
     try:
         fit_channels(config.model.get("module", config.model))  # "module" is the model under --tta
-        runner = Runner.from_cfg(config)
+        runner = QuietRunner.from_cfg(config)
         getattr(runner, job)()
     except WeightsError as error:
         stop(str(error))
@@ -139,6 +158,14 @@ def start_from(config: Config, args: argparse.Namespace) -> None:
             backbone.update(pretrained=False, checkpoint=str(args.weights))
     except WeightsError as error:
         stop(str(error))
+
+
+def log_often(config: Config) -> None:
+    """Let a run of few iterations, or with few between its tests, log a loss before their end too."""
+    schedule, hooks = config.get("train_cfg") or {}, config.setdefault("default_hooks", ConfigDict())
+    if "max_iters" in schedule:
+        hook = hooks.setdefault("logger", ConfigDict(type="LoggerHook"))
+        hook.interval = min(hook.get("interval", 10), schedule.max_iters, schedule.get("val_interval", 1000))
 
 
 def check(config: Config, job: str) -> None:

@@ -24,6 +24,7 @@ class Transform:
     def __init__(self, model: nn.Module):
         data: dict[str, Any] = resolve_model_data_config(model)
         self.mode = "L" if data["input_size"][0] == 1 else "RGB"
+        self.mean, self.std = data["mean"], data["std"]
         self.apply: Any = create_transform(**data)
 
     def __call__(self, image: Image.Image) -> Tensor:

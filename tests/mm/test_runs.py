@@ -79,7 +79,14 @@ def test_the_hook_refuses_what_it_cannot_make_plain(nuclei, tmp_path):
 def test_commands_of_segmentation(nuclei, tmp_path):
     config = small_config("upernet", "test_dinat", nuclei, tmp_path / "run", 5, log_level="INFO")
     config.dump(tmp_path / "small.py")
-    tool("train_seg", tmp_path / "small.py", "--log", "tensorboard", "--seed", 1)
+    said = tool("train_seg", tmp_path / "small.py", "--log", "tensorboard", "--seed", 1)
+    assert re.search(r"Iter\(train\) \[5/5\] .* loss: ", said)  # of fewer iterations than the hook's interval
+    assert len(said.splitlines()) < 60
+    [log] = (tmp_path / "run").glob("*/*.log")
+    assert f"config, environment, hooks and parameters: {log}\n" in said
+    for text in ("System environment", "Config:", "Hooks will be executed", "paramwise_options"):
+        assert text not in said
+        assert text in log.read_text()
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
     said = tool("train_seg", tmp_path / "small.py", "--resume", "--cfg-options", "train_cfg.max_iters=6")
     assert "resumed epoch: 0, iter: 5" in said

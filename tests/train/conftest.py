@@ -166,7 +166,7 @@ def launch(tmp_path):
     `change` runs first in each of them.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["visattn.train.__main__"])
+    context.set_forkserver_preload(["visattn.train.__main__", "sklearn.metrics"])
     started = []
 
     def call(*args: object, size: int = 1, model: str = "test_vit", change: Callable[[], None] | None = None):

@@ -42,7 +42,7 @@ def expected(run, path):
 
 def test_folder(finished, pictures, tmp_path, capsys):
     words = ["--run", str(finished), str(pictures), "--topk", "2", "--workers", "2", "--batch-size", "1"]
-    assert main(["predict", *words, "--output", str(tmp_path / "o.csv")]) == 0
+    assert main(["predict", *words, "--output", str(tmp_path / "o.csv"), "--sheet", str(tmp_path / "o.png")]) == 0
     said = capsys.readouterr().out.splitlines()
     names = ["1.png", "2.jpg", "3.png", "10.png", "below 漢字/wide.png"]
     assert [line.partition(": ")[0] for line in said if str(pictures) in line and "unreadable" not in line] == [
@@ -56,6 +56,9 @@ def test_folder(finished, pictures, tmp_path, capsys):
     for row in rows:
         if row["rank"] == "1":
             assert (row["label"], float(row["probability"])) == expected(finished, row["image"])
+    with Image.open(tmp_path / "o.png") as sheet:
+        assert len(sheet.convert("L").getcolors(256)) > 100
+        assert sheet.width > sheet.height  # of one row
     assert main(["predict", *words, "--output", str(tmp_path / "o.jsonl"), "--quiet"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
     objects = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -95,6 +98,8 @@ def test_slips(finished, pictures, tmp_path, capsys):
         ([str(pictures)], "expected --run or --model, got both or none"),
         ([*run, "--model", "test_vit", str(pictures)], "expected --run or --model, got both or none"),
         ([*run, str(pictures), "--output", "o.txt"], "--output: expected a .csv or .jsonl file, got o.txt"),
+        ([*run, str(pictures), "--sheet", "o.jpg"], "--sheet: expected a .png file, got o.jpg"),
+        ([*run, str(pictures), "--quiet", "--sheet", "no/o.png"], "--sheet: expected a file to write to"),
         ([*run, str(pictures), "--labels", str(tmp_path / "labels.txt")], "expected 10 labels, one per class, got 2"),
         ([*run, str(pictures), "--topk", "0"], "--topk: expected 1 to"),
         ([*run, str(pictures), "--device", "moon"], "--device: expected a usable device, got 'moon'"),

@@ -1,6 +1,8 @@
 """Options: defaults < file < command line, and what is said when they are wrong."""
 
 import dataclasses
+import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -12,14 +14,17 @@ from visattn.train.checks import check
 from visattn.train.config import Config, recipe
 from visattn.train.errors import ConfigError
 from visattn.train.recipes import read_yaml
+from visattn.train.validate import Options
 
 # Every option with its default. People's recipes and scripts rely on both.
 FROZEN = """
-recipe null, config null, print_config false, resume null, override false
-data digits, max_bad 0.01, workers 0, model dinat_atto, model_args [],
+recipe null, config null, print_config false, resume null, override false, lr_find false,
+push_to_hub null, hub_license null
+data digits, val_split null, max_bad 0.01, workers 0, model dinat_atto, model_args [],
 pretrained false, weights null, train_only [], output output, name null
 img_size null, in_chans null, mean null, std null, interpolation null, crop_pct null, crop_mode null
-epochs 15, cooldown_epochs 0, batch_size 64, micro_batch null, opt adamw, sched cosine, lr 0.002, min_lr 1.0e-05,
+epochs 15, cooldown_epochs 0, patience null
+batch_size 64, micro_batch null, opt adamw, sched cosine, lr 0.002, min_lr 1.0e-05,
 warmup_lr 1.0e-05, warmup_epochs 2, weight_decay 0.05, layer_decay null, grad_clip null, ema_decay 0.0, ema_warmup true
 smoothing 0.1, drop_path null, mixup 0.0, cutmix 0.0, aug_repeats 1, scale null, ratio null, hflip null,
 color_jitter 0.0, auto_augment null, reprob 0.0, train_interpolation null
@@ -108,7 +113,6 @@ def test_only_files_are_read(file):
         ("--data", {"data": " "}),
         ("--output", {"output": Path("a/b\nc")}),
         ("--model-args", {"model_args": ("a=\x1b[2J",)}),
-        ("--warmup-epochs", {"warmup_epochs": 99}),
         ("--batch-size", {"mixup": 0.8, "batch_size": 7}),
         ("--micro-batch", {"cutmix": 1.0, "micro_batch": 7}),
         ("--model-args", {"model_args": ("window_size",)}),
@@ -174,6 +178,13 @@ def test_unknown_flag_exits_with_2(run, capsys):
     with pytest.raises(SystemExit, match="2"):
         run("r", "--modle", "x")
     assert "--model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [Config, Options])
+def test_every_option_has_a_help_text(options):
+    """The comment after it, from which tyro takes it."""
+    texts = dict(re.findall(r"^    (\w+): .*?  # (\w.*)$", inspect.getsource(options), re.MULTILINE))
+    assert texts.keys() == {field.name for field in dataclasses.fields(options)}
 
 
 def test_options_and_their_defaults_are_frozen():

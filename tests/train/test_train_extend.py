@@ -2,11 +2,14 @@
 
 import pytest
 import yaml
-from runs import PLAIN, SMALL, build, column, newest, rows
+from runs import PLAIN, SMALL, assert_same_tensors, build, column, newest, rows, stop_after_first_epoch
 
+from visattn.train import metrics
 from visattn.train import run as trainer
 from visattn.train.arguments import parse
+from visattn.train.engine import Engine
 from visattn.train.errors import CheckpointError, ConfigError
+from visattn.train.model import warmup
 
 
 @pytest.fixture
@@ -50,12 +53,48 @@ def test_a_run_is_shortened_to_what_has_begun(begun, capsys):
     resume = begun(6, "--epochs", 5, "--cooldown-epochs", 1)  # half of the second of 5 + 1 epochs
     with pytest.raises(ConfigError, match=r"--epochs: expected at least the 2 that have begun, got 1; try --epochs 2"):
         build(*resume, "--epochs", 1, "--cooldown-epochs", 0, "--override")
-    with pytest.raises(ConfigError, match=r"--warmup-epochs: expected fewer than --epochs 1"):
-        build(*resume, "--epochs", 1, "--warmup-epochs", 1, "--override")
     assert build(*resume, "--epochs", 1).epochs == 2
     shorter = build(*resume, "--epochs", 2, "--cooldown-epochs", 0, "--override")
     assert (shorter.epochs, shorter.trained, shorter.state.update) == (2, False, 6)
     assert build(*resume).epochs == 2
+
+
+def test_patience_ends_a_run_early_and_a_resume_knows(folder_data, run, capsys, monkeypatch):
+    tops, real = (50.0, 80.0, 90.0, 70.0, 90.0, 80.0, 85.0), Engine.evaluate
+    monkeypatch.setattr(Engine, "evaluate", lambda *args: {**real(*args), "top1": tops[args[0].state.update - 1]})
+    options = ("--data", folder_data, *PLAIN, "--epochs", 7)
+    code, folder = run("r", *options, "--patience", 2)
+    assert code == 0
+    assert column(folder, "top1") == [50, 80, 90, 70, 90]
+    assert "stopped early: 2 epochs without a better top-1; --resume" in capsys.readouterr().out
+    stop_after_first_epoch(folder, folder.with_name("parts"))
+    for name, more, epochs in (("parts", (), 5), ("r", (), 5), ("r", ("--override", "--patience", 3), 6)):
+        assert run(name, "--resume", folder.with_name(name), *more)[0] == 0
+        assert column(folder.with_name(name), "top1") == list(tops[:epochs])
+    assert_same_tensors(folder.with_name("parts"), run("whole", *options, "--patience", 2)[1])
+    capsys.readouterr()
+    assert run("all", *options)[0] == 0
+    assert "stopped early" not in capsys.readouterr().out
+    assert column(folder.with_name("all"), "top1") == list(tops)
+
+
+def test_an_average_that_gets_better_is_waited_for():
+    history = [{"top1": top1, "ema_top1": ema} for top1, ema in ((50, 10), (60, 20), (60, 30), (55, 30))]
+    assert metrics.epochs_since_best(history) == 1
+    assert metrics.epochs_since_best([row | {"ema_top1": None} for row in history]) == 2
+    assert metrics.epochs_since_best([]) == 0
+
+
+def test_the_warmup_of_a_short_run_shrinks(folder_data, tmp_path, capsys):
+    options = ("--data", folder_data, "--img-size", 32, "--batch-size", 8, "--output", tmp_path, "--model", "test_vit")
+    for epochs, rates in ((1, [1e-5, 1.005e-3, 1.005e-3]), (3, [1e-5, 1e-5 + 1.99e-3 / 8, 1e-5 + 2 * 1.99e-3 / 8])):
+        made, found = build(*options, "--epochs", epochs, "--name", epochs), []
+        for update in range(3):
+            made.state.scheduler.step_update(update)
+            found.append(max(group["lr"] for group in made.state.optimizer.param_groups))
+        assert found == pytest.approx(rates)
+    config = parse(["--epochs", "2", "--warmup-epochs", "2"])
+    assert (config.warmup_epochs, warmup(config)) == (2, 1)
 
 
 def test_overridden_options_come_into_force_and_stay(begun, capsys):

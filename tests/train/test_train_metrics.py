@@ -17,7 +17,7 @@ from torch import nn
 
 import visattn  # noqa: F401
 from visattn.layers.neighborhood import NeighborhoodAttention
-from visattn.train import flops, metrics
+from visattn.train import flops, metrics, pictures
 from visattn.train.metrics import Meter, Speed
 from visattn.train.progress import EpochBar, Status
 
@@ -98,15 +98,15 @@ def test_curves_show_what_there_is(tmp_path):
     """Blue and grey curves, the best point in orange; green only with an average."""
     blue, grey, orange, green = (31, 119, 180), (127, 127, 127), (255, 127, 14), (44, 160, 44)
     history = [ROW | {"epoch": epoch, "train_loss": 2 / epoch, "top1": 90 + epoch} for epoch in range(1, 6)]
-    metrics.draw_curves(tmp_path / "a.png", history, "run")
+    pictures.draw_curves(tmp_path / "a.png", history, "run")
     without = colors(tmp_path / "a.png")
     assert min(without[blue], without[grey]) > 500
     assert without[orange] > 5
     assert green not in without
-    metrics.draw_curves(tmp_path / "b.png", [row | EMA for row in history], "run")
+    pictures.draw_curves(tmp_path / "b.png", [row | EMA for row in history], "run")
     assert colors(tmp_path / "b.png")[green] > 500
     for name, loss in (("c.png", 0.22), ("d.png", 0.23)):  # one epoch is dots, not an empty picture
-        metrics.draw_curves(tmp_path / name, [ROW | EMA | {"train_loss": loss}], "run")
+        pictures.draw_curves(tmp_path / name, [ROW | EMA | {"train_loss": loss}], "run")
     assert (tmp_path / "c.png").read_bytes() != (tmp_path / "d.png").read_bytes()
 
 

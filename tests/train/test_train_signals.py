@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 from runs import SMALL, newest, slow
 
+from visattn.train.engine import Engine
 from visattn.train.loader import Loader
 from visattn.train.signals import CODES, ignore
 
@@ -145,3 +146,19 @@ def test_an_error_that_nothing_catches_ends_the_loader_processes():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_resume_is_suggested_where_there_is_a_checkpoint(folder_data, run, monkeypatch, capsys, every):
+    take = Engine.update
+
+    def update(self, *args):
+        if self.state.update == 1:
+            raise KeyboardInterrupt
+        return take(self, *args)
+
+    monkeypatch.setattr(Engine, "update", update)
+    code, folder = run("r", "--data", folder_data, *SMALL, "--epochs", 1, "--checkpoint-every", every)
+    assert code == 130
+    hint = f"; --resume {folder} goes on from there\n" if every else " before the first checkpoint\n"
+    assert capsys.readouterr().err == f"interrupted{hint}"

@@ -13,12 +13,13 @@ import torch
 import yaml
 
 import visattn  # noqa: F401  registers its models with timm
-from visattn.train import distributed, signals
+from visattn.train import checkpoint, distributed, signals
 from visattn.train.arguments import parse
 from visattn.train.config import recipe
 from visattn.train.errors import DataError, DeviceMemoryError, Interrupted, PeerError, TrainError, exhausted
+from visattn.train.lr_find import find_lr
 from visattn.train.metrics import make_console
-from visattn.train.run import build, report, train
+from visattn.train.run import Run, build, report, train
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     signals.end_at_once()
     rank = distributed.world_info_from_env()[1]
     console = make_console(enabled=rank == 0)
+    run = None
     try:
         config = parse(argv)
         if config.print_config:
@@ -38,10 +40,13 @@ def main(argv: list[str] | None = None) -> int:
         try:
             with run.lock:
                 signals.ask(run.engine)
-                train(run)
-                report(run, time.perf_counter() - start)
+                if config.lr_find:
+                    find_lr(run)
+                else:
+                    train(run)
+                    report(run, time.perf_counter() - start)
         except Interrupted as error:
-            fail(Interrupted(f"{error}; --resume {run.folder} goes on from there"), rank)
+            fail(Interrupted(f"{error}{_goes_on(run)}"), rank)
             return run.engine.stop or error.exit_code
         distributed.stop()
         return 0
@@ -67,8 +72,15 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return fail(PeerError(f"expected all processes to go on, got: {reason}; try --resume once all can run"), rank)
     except KeyboardInterrupt:
-        print("interrupted; --resume continues after the last checkpoint", file=sys.stderr)
+        print(f"interrupted{_goes_on(run)}", file=sys.stderr)
         return 130
+
+
+def _goes_on(run: Run | None) -> str:
+    """How to continue a run that has ended early, if it can be."""
+    if run and checkpoint.exists(run.folder):
+        return f"; --resume {run.folder} goes on from there"
+    return " before the first checkpoint"
 
 
 def fail(error: TrainError, rank: int) -> int:

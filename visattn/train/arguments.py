@@ -55,6 +55,10 @@ def parse(argv: list[str] | None = None) -> Config:
     config = tyro.cli(Config, args=argv, default=base, prog="visattn train", description=cleandoc(Config.__doc__ or ""))
     if config.override and not named.resume:
         raise ConfigError("--override: expected --resume, whose options it changes, got none; try without it")
+    if config.lr_find:
+        if named.resume:
+            raise ConfigError("--lr-find: expected a new run, got --resume; try without --resume")
+        config = dataclasses.replace(config, name=config.name and f"{config.name}-lr-find")  # the run's own stays free
     config = dataclasses.replace(config, resume=folder)
     check(config)
     return config

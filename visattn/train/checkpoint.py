@@ -188,6 +188,11 @@ def _complete(checkpoints: Path) -> list[Path]:
     return sorted(found, reverse=True)
 
 
+def exists(folder: Path) -> bool:
+    """Whether a run has come to a checkpoint."""
+    return bool(_complete(folder / "checkpoints"))
+
+
 def newest(folder: Path, console: Console) -> Path | None:
     """The newest checkpoint of a run that is whole; damaged ones are named and passed over.
 

@@ -136,11 +136,6 @@ def _check_schedule(config: Config) -> None:
             f"expected --min-lr and --warmup-lr of at most --lr {config.lr}, got {config.min_lr} and "
             f"{config.warmup_lr}; try {config.lr / 100:g}"
         )
-    if config.warmup_epochs >= config.epochs and config.warmup_epochs > 0:
-        raise ConfigError(
-            f"--warmup-epochs: expected fewer than --epochs {config.epochs}, got {config.warmup_epochs}; "
-            "try --warmup-epochs 0"
-        )
 
 
 def _check_model(config: Config) -> None:

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 # How a run is started, not what it computes: kept out of files.
-LAUNCH_ONLY = ("recipe", "config", "print_config", "resume", "override", "push_to_hub", "hub_license")
+LAUNCH_ONLY = ("recipe", "config", "print_config", "resume", "lr_find", "override", "push_to_hub", "hub_license")
 # A resumed run may change what leaves its mathematics alone, its `epochs`, and with `override` what has no state.
 FREE_ON_RESUME = (
     *("output", "name", "device", "engine", "workers", "micro_batch", "compile", "channels_last", "grad_checkpointing"),
     *("checkpoint_every", "keep_checkpoints", "dist_timeout", "tensorboard", "wandb", "wandb_project", "peak_tflops"),
 )
 OVERRIDABLE = (
-    *("cooldown_epochs", "batch_size", "sched", "lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay"),
-    *("grad_clip", "smoothing", "drop_path", "mixup", "cutmix", "scale", "ratio", "hflip", "color_jitter"),
-    *("auto_augment", "reprob", "train_interpolation", "kd_weight", "kd_temperature", "amp", "sync_bn"),
-    *("nonfinite", "max_skips", "max_bad"),
+    *("cooldown_epochs", "patience", "batch_size", "sched", "lr", "min_lr", "warmup_lr", "warmup_epochs"),
+    *("weight_decay", "grad_clip", "smoothing", "drop_path", "mixup", "cutmix", "scale", "ratio", "hflip"),
+    *("color_jitter", "auto_augment", "reprob", "train_interpolation", "kd_weight", "kd_temperature", "amp"),
+    *("sync_bn", "nonfinite", "max_skips", "max_bad"),
 )
 
 Resize = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
@@ -60,14 +60,14 @@ class Config:
     config: Path | None = None  # flat YAML file with any of the options below instead; likewise
     print_config: bool = False  # only show what results, in full, as a file for --config
     resume: Path | None = None  # run folder to continue, at the very step; `auto`: --name's folder, if there is one
+    lr_find: bool = False  # only try rising learning rates: a curve, lr_find.png, and a suggestion
     override: bool = False  # let --resume change more than --epochs: learning rate, batch size, regularization, ...
 
-    push_to_hub: str | None = (
-        None  # at the end: OWNER/NAME on the Hugging Face hub for the best weights and a model card
-    )
+    push_to_hub: str | None = None  # at the end: OWNER/NAME on the Hugging Face hub for best weights and a model card
     hub_license: str | None = None  # of these weights, for the card: apache-2.0, cc-by-nc-4.0, other, ...
 
     data: str = "digits"  # digits, mnist5k, hfds/NAME, or a folder with train/ and val/ of class folders or tar shards
+    val_split: float | None = number(None, 1e-6, 0.9)  # share of each class to test with, where --data has no val/
     max_bad: float = number(0.01, 0, 1)  # share of unreadable training images above which the run stops
     workers: int = number(0, 0, 1024)  # loader processes; 0 loads in the main process
     model: str = "dinat_atto"  # any name that timm or visattn registers
@@ -88,6 +88,7 @@ class Config:
 
     epochs: int = number(15, 1, 10**6)  # length of the schedule, warm-up included
     cooldown_epochs: int = number(0, 0, 10**6)  # further epochs at the last learning rate
+    patience: int | None = number(None, 1, 10**6)  # epochs in a row without a better top-1 after which the run ends
     batch_size: int = number(64, 1, 2**20)  # images per optimizer update, over all processes
     micro_batch: int | None = number(None, 1, 2**20)  # most images of a process's forward pass; None: its whole share
     opt: str = "adamw"  # timm optimizer name
@@ -95,7 +96,7 @@ class Config:
     lr: float = number(2e-3, 1e-30, 1000)  # peak learning rate, not scaled by the batch size
     min_lr: float = number(1e-5, 0, 1000)  # final learning rate
     warmup_lr: float = number(1e-5, 0, 1000)  # first learning rate
-    warmup_epochs: float = number(2, 0, 10**6)  # linear warm-up
+    warmup_epochs: float = number(2, 0, 10**6)  # linear warm-up; of a run that is no longer than it, the first half
     weight_decay: float = number(0.05, 0, 10)  # not of biases, norms and what the model's no_weight_decay names
     layer_decay: float | None = number(None, 0.01, 1)  # learning rate factor from each layer group to the one before it
     grad_clip: float | None = number(None, 1e-12, 1e6)  # largest gradient norm
@@ -137,7 +138,7 @@ class Config:
     keep_checkpoints: int = number(2, 1, 10**6)  # newest ones that stay
     tensorboard: bool = False  # event files in the run's folder
     wandb: Literal["off", "offline", "online"] = "off"  # Weights & Biases; offline writes to the run's folder only
-    wandb_project: str = "visattn"
+    wandb_project: str = "visattn"  # the project there
     peak_tflops: float | None = number(None, 1e-3, 1e6)  # of one device, for the MFU; None: known for common GPUs
 
 

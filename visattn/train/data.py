@@ -1,6 +1,7 @@
 """Data sets: what the options name, opened as sources with one class map."""
 
 import importlib.util
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from timm.data import resolve_data_config
 
 from visattn.train.config import Config, Resolved
 from visattn.train.errors import ConfigError, DataError, DataNotFoundError, TrainError
-from visattn.train.listing import Listing, is_hidden, list_folder, natural, some
+from visattn.train.listing import Listing, is_hidden, is_image, list_folder, natural, some
 from visattn.train.sources import EXTENSIONS, EmbeddedSource, HfSource, Source
 from visattn.train.tars import list_tars
 
@@ -81,6 +82,10 @@ def _filled(options: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 def open_data(config: Resolved) -> Data:
     """Open the splits that `config.data` names; images stay undecoded until they are read."""
     mode = "L" if config.in_chans == 1 else "RGB"
+    if config.val_split is not None and _is_named(config.data):
+        raise ConfigError(
+            f"--val-split: expected a folder of class folders in --data, got {config.data}; try without it"
+        )
     if config.data in EMBEDDED:
         train, test = (EmbeddedSource(config.data, split, config.img_size, mode) for split in ("train", "test"))
         return Data(config.data, train, test, [str(digit) for digit in range(10)])
@@ -93,7 +98,10 @@ def open_data(config: Resolved) -> Data:
         return _open_hf(config.data.removeprefix("hfds/"), mode)
 
     root = Path(config.data)
-    train, evaluation = (_list_split(root, names) for names in (("train",), EVAL_SPLITS))
+    if config.val_split is not None:
+        train, evaluation = _split(root, config.val_split, config.seed)
+    else:
+        train, evaluation = (_list_split(root, names, "--val-split 0.2") for names in (("train",), EVAL_SPLITS))
     classes = _classes(train)
     # One class map for both splits: timm alone would number the classes of each split by itself.
     tested = {*evaluation.labels, *evaluation.empty}
@@ -119,8 +127,8 @@ def open_data(config: Resolved) -> Data:
 
 
 def open_eval(config: Resolved) -> tuple[Source, list[str]]:
-    """The test split and its class names; of a folder nothing else is looked at."""
-    if config.data in EMBEDDED or config.data.startswith(("hfds/", *STREAMS)):
+    """The test split and its class names; of a folder with such a split nothing else is looked at."""
+    if _is_named(config.data) or config.val_split is not None:
         data = open_data(config)
         return data.eval, data.class_names
     listing = _list_split(Path(config.data), EVAL_SPLITS)
@@ -133,8 +141,44 @@ def open_eval(config: Resolved) -> tuple[Source, list[str]]:
     return listing.source(classes, "L" if config.in_chans == 1 else "RGB"), classes
 
 
-def _list_split(root: Path, names: tuple[str, ...]) -> Listing:
-    """List the first of `names` that is there, as a folder of class folders or shards, or as one tar."""
+def _is_named(data: str) -> bool:
+    """Whether `data` is no folder of the user's."""
+    return data in EMBEDDED or data.startswith(("hfds/", *STREAMS))
+
+
+def test_splits(root: Path) -> list[str]:
+    """What a folder has to test with."""
+    names = [name for split in EVAL_SPLITS for name in (split, f"{split}.tar")]
+    return [name for name in names if os.path.lexists(root / name)]
+
+
+def _split(root: Path, share: float, seed: int) -> tuple[Listing, Listing]:
+    """A folder of class folders or shards as what is trained with and what is tested with."""
+    if there := test_splits(root):
+        raise DataError(
+            f"--val-split: expected a folder of class folders alone, got {root} with {there[0]}, to test with; "
+            "try without --val-split"
+        )
+    if not os.path.isdir(root):
+        raise DataNotFoundError(f"expected the folder {root}, got none; try --data DIR with DIR/CLASS/*.png")
+    listing = _list_content(root)
+    if not listing.names:
+        raise _no_images(listing, root)
+    return listing.split(share, seed)
+
+
+def _no_images(listing: Listing, folder: Path) -> DataError:
+    return DataError(
+        f"expected images ({', '.join(sorted(EXTENSIONS))}) in class folders of {listing.path}, got none; "
+        f"try {folder}/CLASS/x.png{_said(listing)}"
+    )
+
+
+def _list_split(root: Path, names: tuple[str, ...], otherwise: str = "") -> Listing:
+    """List the first of `names` that is there, as a folder of class folders or shards, or as one tar.
+
+    `otherwise` is an option that does without them.
+    """
     try:
         for name in names:
             folder, tar = root / name, root / f"{name}.tar"
@@ -154,10 +198,7 @@ def _list_split(root: Path, names: tuple[str, ...]) -> Listing:
             if name != names[0]:
                 found.remarks.insert(0, f"used as there is no {names[0]}")
             if not found.names:
-                raise DataError(
-                    f"expected images ({', '.join(sorted(EXTENSIONS))}) in class folders of {found.path}, got none; "
-                    f"try {folder}/CLASS/x.png{_said(found)}"
-                )
+                raise _no_images(found, folder)
             return found
         got = f"no folder {root}"
         if os.path.isdir(root):
@@ -167,10 +208,15 @@ def _list_split(root: Path, names: tuple[str, ...]) -> Listing:
     except OSError as error:
         raise DataError(f"expected data that can be read, got: {error}; try ls -l {root}") from error
     wanted = " or ".join(str(root / name) for name in names)
-    raise DataNotFoundError(
-        f"expected the folder {wanted}, got {got}; try --data DIR with DIR/train/CLASS/*.png and DIR/val/CLASS/*.png, "
-        "with tar files of these, or --data digits"
-    )
+    hint = "--data DIR with DIR/train/CLASS/*.png and DIR/val/CLASS/*.png, with tar files of these, or --data digits"
+    if otherwise and os.path.isdir(root) and _holds_images(root):
+        hint = f"{otherwise}, which keeps a part of the images for testing, or {hint}"
+    raise DataNotFoundError(f"expected the folder {wanted}, got {got}; try {hint}")
+
+
+def _holds_images(root: Path) -> bool:
+    """Whether there are images in the first folders below `root`."""
+    return any(is_image(name) for _, _, names in itertools.islice(os.walk(root), 100) for name in names)
 
 
 def _list_content(folder: Path) -> Listing:

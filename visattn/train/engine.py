@@ -213,10 +213,38 @@ class Engine:
             Interrupted: a process was asked to stop. The checkpoint is older than the evaluation.
             DataError: no test image can be read.
         """
+        evaluator = ClassificationEvaluator(self.world.device)
+        for output, target in self._outputs(ema):
+            readable = target >= 0
+            evaluator.update(output[readable], target[readable])
+        if not self.world.total([evaluator.num_samples])[0]:
+            source = self.loaders.eval_images.source
+            raise DataError(f"expected readable test images, got none, as {source.describe(0)}; try to repair the data")
+        return dict(evaluator.compute(distributed=self.world.size > 1))
+
+    @torch.no_grad()
+    def predictions(self) -> np.ndarray:
+        """The predicted class, its probability, and the loss of each test image; -1 for unreadable ones.  # [3, images]
+
+        Raises:
+            Interrupted: a process was asked to stop.
+        """
+        found = torch.full((3, len(self.loaders.eval_images)), -1.0)
+        place, step = self.world.rank, self.world.size  # the processes take turns
+        for output, target in self._outputs(ema=False):
+            log_probabilities = output.float().log_softmax(1)
+            confidence, predicted = log_probabilities.exp().max(1)
+            losses = -log_probabilities.gather(1, target.clamp(min=0)[:, None]).squeeze(1)
+            values = torch.stack([predicted, confidence, losses]).masked_fill(target < 0, -1)
+            found[:, place : place + step * len(target) : step] = values.cpu()
+            place += step * len(target)
+        return self.world.merge(found).numpy()
+
+    def _outputs(self, ema: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The logits of this process's test images in their order, with their classes; -1 for an unreadable image."""
         # Not get_eval_model: of what fsdp2 has sharded only the whole can be called.
         model = unwrap_model(self.state.task.get_trainable_module(ema=ema))
         model.eval()
-        evaluator = ClassificationEvaluator(self.world.device)
         left = self.loaders.real_eval_images
         for images, target in plain_errors(self.loaders.eval):
             if self.world.total([self.stop])[0]:
@@ -229,11 +257,6 @@ class Engine:
                 output = output[0]
             output, target = output[: max(left, 0)], target[: max(left, 0)]  # the rest is padding
             left -= len(images)
-            readable = target >= 0
-            evaluator.update(output[readable], target[readable])
+            yield output, target
         if isinstance(model, FSDPModule):
             model.reshard()  # its own parameters stay gathered after a forward pass, for a backward pass
-        if not self.world.total([evaluator.num_samples])[0]:
-            source = self.loaders.eval_images.source
-            raise DataError(f"expected readable test images, got none, as {source.describe(0)}; try to repair the data")
-        return dict(evaluator.compute(distributed=self.world.size > 1))

@@ -1,13 +1,15 @@
 """Files: written so that they survive a kill, read only where they are files."""
 
 import contextlib
+import csv
 import errno
 import hashlib
+import io
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from visattn.train.errors import ConfigError
 
@@ -17,6 +19,15 @@ def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], object]) -> N
     with _written(path, content) as temporary:
         os.replace(temporary, path)
         sync_folder(path.parent)
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """`write_atomic` for a CSV file. Names of folders in it may be no text, and stay the bytes that they are."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue().encode(errors="surrogateescape"))
 
 
 def write_hashed(path: Path, content: bytes) -> None:

@@ -5,11 +5,12 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 
 from visattn.train.errors import DataError
+from visattn.train.seeding import seed_for
 from visattn.train.sources import EXTENSIONS, FolderSource, Source, TarSource
 
 SPLITS = ("train", "val", "valid", "validation", "test")
@@ -78,6 +79,41 @@ class Listing:
             source = FolderSource(self.names, targets, mode)
         source.report = self.report
         return source
+
+    def split(self, share: float, seed: int) -> tuple["Listing", "Listing"]:
+        """Keep a share of each class for testing; returns what is left to train with, and what is kept.
+
+        A class's images are kept in the order of hashes of their names, so that neither other images nor a library's
+        generator decide which.
+
+        Raises:
+            DataError: a class has a single image.
+        """
+        members: dict[str, list[int]] = {}
+        for index, label in enumerate(self.labels):
+            members.setdefault(label, []).append(index)
+        if single := sorted((label for label, indices in members.items() if len(indices) < 2), key=natural):
+            raise DataError(
+                f"--val-split: expected at least 2 images of each class in {self.path}, one to test with, got 1 of "
+                f"{some(single)}; try to add images, or to remove these classes"
+            )
+        kept: set[int] = set()
+        for indices in members.values():
+            # ascii(): names may hold bytes that are no text
+            order = sorted(indices, key=lambda i: seed_for(seed, "split", ascii(self.names[i].removeprefix(self.path))))
+            kept |= set(order[: min(max(1, round(share * len(indices))), len(indices) - 1)])
+        train, test = (
+            replace(
+                self,
+                names=[name for index, name in enumerate(self.names) if (index in kept) == held],
+                labels=[label for index, label in enumerate(self.labels) if (index in kept) == held],
+                places=[place for index, place in enumerate(self.places) if (index in kept) == held],
+            )
+            for held in (False, True)
+        )
+        test.remarks = [f"kept for testing, of {len(self.names)}, by --val-split {share:g} and --seed {seed}"]
+        test.empty, test.stores = [], set()
+        return train, test
 
     def finish(self, folders: Iterable[str], skipped: Skipped) -> None:
         """Take the labels from `names`, CLASS/.../IMAGE, if they have none, and add the remarks.

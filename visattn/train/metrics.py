@@ -1,4 +1,4 @@
-"""What a run measures, says and leaves behind: loss, speed, one line an epoch, log.csv, curves.png."""
+"""What a run measures and says: loss, speed, one line an epoch, log.csv."""
 
 import contextlib
 import csv
@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from visattn.train.errors import printable
@@ -143,6 +141,15 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
     )
 
 
+def epochs_since_best(history: list[dict[str, Any]]) -> int:
+    """Epochs since the model, or its average, last had a better top-1 than ever before."""
+    since = []
+    for column in ("top1", "ema_top1"):
+        tops = [row[column] for row in history if row[column] is not None]
+        since += [len(tops) - 1 - tops.index(max(tops))] if tops else []
+    return min(since, default=0)
+
+
 def write_log(path: Path, history: list[dict[str, Any]]) -> None:
     """Write the whole log anew: after a kill and a resume no epoch is missing or doubled."""
     text = io.StringIO(newline="")
@@ -150,47 +157,3 @@ def write_log(path: Path, history: list[dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(history)
     write_atomic(path, text.getvalue().encode())
-
-
-def draw_curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
-    """Draw loss, accuracy, learning rate and gradient norm over the epochs as a PNG; needs no display."""
-    figure = Figure(figsize=(14, 4), dpi=120, layout="constrained")
-    figure.suptitle(printable(title), parse_math=False)  # a run may be called $x
-    losses, accuracy, rates = figure.subplots(1, 3)
-    norms = rates.twinx()
-    best = max(history, key=lambda row: row["top1"])
-    curves = [
-        (losses, "train_loss", "train (as optimized)", "tab:gray"),
-        (losses, "eval_loss", "test (cross-entropy)", "tab:blue"),
-        (losses, "ema_loss", "test, EMA", "tab:green"),
-        (accuracy, "top5", "test top-5", "tab:gray"),
-        (accuracy, "top1", f"test top-1, best {best['top1']:.2f} %", "tab:blue"),
-        (accuracy, "ema_top1", "test top-1, EMA", "tab:green"),
-        (rates, "lr", "learning rate", "tab:blue"),
-        (norms, "grad_norm", "gradient norm", "tab:gray"),
-    ]
-    for axes, key, label, color in curves:
-        points = [(row["epoch"], row[key]) for row in history if row[key] is not None]
-        if points:
-            # A run of one epoch has no line: the dot shows it.
-            axes.plot(*zip(*points, strict=True), ".-", label=label, color=color)
-    accuracy.plot(best["epoch"], best["top1"], "o", color="tab:orange")
-    losses.set_ylim(bottom=0)
-    rates.set_ylim(bottom=0)
-    for axes, label in (
-        (losses, "loss"),
-        (accuracy, "accuracy (%)"),
-        (rates, "learning rate"),
-        (norms, "gradient norm"),
-    ):
-        axes.set_ylabel(label)
-        axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    for axes in (losses, accuracy, rates):
-        axes.grid(alpha=0.3)
-    losses.legend()
-    accuracy.legend()
-    rates.legend(handles=[*rates.lines, *norms.lines])
-    png = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
-    write_atomic(path, png.getvalue())

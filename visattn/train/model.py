@@ -25,7 +25,7 @@ from timm.task import (
 )
 from timm.utils import unwrap_model
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from visattn.train.config import Config, Resolved
 from visattn.train.distributed import World
@@ -225,6 +225,11 @@ def make_optimizer(config: Config, task: TrainingTask) -> torch.optim.Optimizer:
         ) from error
 
 
+def warmup(config: Config) -> float:
+    """Epochs of warm-up: as asked for, or half of a run that would be over before."""
+    return config.warmup_epochs if config.warmup_epochs < config.epochs else config.epochs / 2
+
+
 def make_scheduler(config: Config, optimizer: torch.optim.Optimizer, updates: int) -> Scheduler:
     """The schedule, with `updates` in an epoch."""
     scheduler, _ = create_scheduler_v2(
@@ -234,7 +239,7 @@ def make_scheduler(config: Config, optimizer: torch.optim.Optimizer, updates: in
         decay_rate=1.0,  # the power of poly
         cooldown_epochs=config.cooldown_epochs,
         # pyrefly: ignore[bad-argument-type]: timm takes parts of an epoch too
-        warmup_epochs=config.warmup_epochs,
+        warmup_epochs=warmup(config),
         warmup_lr=config.warmup_lr,
         min_lr=config.min_lr,
         step_on_epochs=False,
@@ -259,3 +264,9 @@ def export_state(task: TrainingTask, world: World, ema: bool = False) -> dict[st
     """The full state dict of the model that is evaluated; with fsdp2 all processes must ask for it together."""
     options = StateDictOptions(full_state_dict=world.size > 1, cpu_offload=world.size > 1)
     return get_model_state_dict(unwrap_model(task.get_eval_model(ema=ema)), options=options)
+
+
+def import_state(task: TrainingTask, weights: dict[str, Any]) -> None:
+    """Put what `export_state` gave back into the model; with fsdp2 all processes must do so together."""
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(unwrap_model(task.get_trainable_module()), weights, options=options)

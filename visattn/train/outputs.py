@@ -25,6 +25,10 @@ from visattn.train.weights import check_hash, export, snapshot
 if TYPE_CHECKING:
     from visattn.train.run import Run
 
+PROMISED = (
+    *("args.yaml", "config.json", "log.csv", "curves.png"),
+    *("confusion.csv", "confusion.png", "classes.csv", "worst.png"),
+)
 BEST = {"model": "top1", "model_ema": "ema_top1"}  # exported weights: the best by this column of log.csv
 
 
@@ -161,11 +165,7 @@ def catch_up(run: "Run") -> None:
 
 def check_complete(run: "Run") -> None:
     """Raise OutputError if a file that a finished run promises is missing or older."""
-    problems = [
-        f"no {name}"
-        for name in ("args.yaml", "config.json", "log.csv", "curves.png")
-        if name in run.owed or not os.path.isfile(run.folder / name)
-    ]
+    problems = [f"no {name}" for name in PROMISED if name in run.owed or not os.path.isfile(run.folder / name)]
     for name, column in BEST.items():
         best = max((row[column] for row in run.state.history if row[column] is not None), default=-1.0)
         held = run.state.best.get(name, -1.0)

@@ -1,4 +1,4 @@
-"""`visattn predict`: the classes of images and of a video's frames, on the terminal and in a file."""
+"""`visattn predict`: the classes of images and of the frames of videos: told, in a file, on a contact sheet."""
 
 import csv
 import glob
@@ -7,14 +7,16 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
@@ -28,8 +30,10 @@ from visattn.train.files import write_atomic
 from visattn.train.listing import is_hidden, is_image, natural
 from visattn.train.loader import Loader, TestImages, allow_files, plain_errors
 from visattn.train.metrics import make_console, say
+from visattn.train.pictures import contact_sheet, to_pictures
 from visattn.train.sources import BadImageError, FolderSource
 
+ON_SHEET = 100  # images
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 
 
@@ -42,6 +46,7 @@ class Prediction:
     labels: list[str] = field(default_factory=list)
     probabilities: list[float] = field(default_factory=list)
     error: str = ""
+    picture: Image.Image | None = None  # as the model sees it; of the first ones, if asked for
 
     def __str__(self) -> str:
         pairs = zip(self.labels, self.probabilities, strict=True)
@@ -94,11 +99,13 @@ def _frames(path: str, classifier: Classifier) -> Iterator[torch.Tensor]:
 
 
 class Predictor:
-    """Predicts the `topk` likeliest classes of what files hold."""
+    """Predicts the `topk` likeliest classes of what files hold, and keeps the first `pictures`."""
 
-    def __init__(self, classifier: Classifier, device: torch.device, topk: int, batch_size: int, workers: int):
+    def __init__(
+        self, classifier: Classifier, device: torch.device, topk: int, batch_size: int, workers: int, pictures: int
+    ):
         self.classifier, self.device, self.topk = classifier, device, min(topk, len(classifier.labels))
-        self.batch_size, self.workers = batch_size, workers
+        self.batch_size, self.workers, self.pictures = batch_size, workers, pictures
         self.model = classifier.model.to(device)
 
     def __call__(self, files: list[str]) -> Iterator[Prediction]:
@@ -109,7 +116,8 @@ class Predictor:
         for batch, targets in plain_errors(Loader(shown, self.batch_size, num_workers=self.workers)):
             for target, prediction in zip(targets, self.score(batch), strict=True):
                 name = source.name(number)
-                yield Prediction(name, *prediction) if target >= 0 else Prediction(name, error=source.describe(number))
+                prediction.image = name
+                yield prediction if target >= 0 else Prediction(name, error=source.describe(number))
                 number += 1
         for path in files:
             if _is_video(path):
@@ -121,17 +129,23 @@ class Predictor:
         try:
             while batch := list(itertools.islice(frames, self.batch_size)):
                 for prediction in self.score(torch.stack(batch)):
-                    yield Prediction(f"{path}#{number}", *prediction)
+                    prediction.image = f"{path}#{number}"
+                    yield prediction
                     number += 1
         except BadImageError as error:
             yield Prediction(path, error=f"{path} ({error})")
 
     @torch.no_grad()
-    def score(self, batch: torch.Tensor) -> Iterator[tuple[list[int], list[str], list[float]]]:
-        """Classes, labels and probabilities of each image of `[B, C, H, W]`."""
+    def score(self, batch: torch.Tensor) -> Iterator[Prediction]:
+        """Predictions of the images of `[B, C, H, W]`, without their names."""
         probabilities, classes = self.model(batch.to(self.device)).float().softmax(-1).topk(self.topk)
-        for numbers, values in zip(classes.tolist(), probabilities.tolist(), strict=True):
-            yield numbers, [self.classifier.labels[number] for number in numbers], values
+        transform = self.classifier.transform
+        pictures = to_pictures(batch[: self.pictures], transform.mean, transform.std)
+        self.pictures -= len(pictures)
+        rows = itertools.zip_longest(classes.tolist(), probabilities.tolist(), pictures)
+        for numbers, values, picture in rows:
+            labels = [self.classifier.labels[number] for number in numbers]
+            yield Prediction("", numbers, labels, values, picture=picture)
 
 
 def write(predictions: list[Prediction], path: Path) -> None:
@@ -148,10 +162,24 @@ def write(predictions: list[Prediction], path: Path) -> None:
     else:
         for one in predictions:
             text.write(json.dumps({"image": one.image, **_plain(one)}, ensure_ascii=False) + "\n")
+    write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def draw(predictions: list[Prediction], path: Path) -> None:
+    """Draw the pictures that were kept, each with its likeliest class and its name."""
+    shown = [one for one in predictions if one.picture and not one.error]
+    captions = [f"{one.labels[0]}\n{one.probabilities[0]:.0%}  {Path(one.image).name}" for one in shown]
+    count = sum(not one.error for one in predictions)
+    title = f"{len(shown)} of {count} images" if count > len(shown) else ""
+    contact_sheet([one.picture for one in shown if one.picture], captions, path, title)
+
+
+def _keep(option: str, path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file that an option names."""
     try:
-        write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
+        write(path)
     except (OSError, ValueError) as error:  # ValueError: a path that ends in no name
-        raise ConfigError(f"--output: expected a file to write to, got: {error}; try another path") from error
+        raise ConfigError(f"{option}: expected a file to write to, got: {error}; try another path") from error
 
 
 def _plain(one: Prediction) -> dict[str, Any]:
@@ -166,7 +194,7 @@ class Options:
     """Classify images, folders of them, patterns such as 'photos/*.jpg', and videos frame by frame.
 
     $ visattn predict --run output/RUN cat.jpg photos/
-    $ visattn predict --model dinat_mini --output found.csv 'photos/**/*.jpg'
+    $ visattn predict --model dinat_mini --output found.csv --sheet found.png 'photos/**/*.jpg'
     $ visattn predict --model nat_tiny --weights nat_tiny.pth --labels names.txt clip.mp4
     """
 
@@ -179,6 +207,7 @@ class Options:
 
     topk: int = number(5, 1, 10**6)  # classes to tell, the likeliest first
     output: Path | None = None  # .csv (a row a class of an image) or .jsonl (an object an image)
+    sheet: Path | None = None  # .png with the first 100 images as the model sees them, and their classes
     quiet: bool = False  # not a line an image
     batch_size: int = number(32, 1, 2**20)  # images at a time
     workers: int = number(0, 0, 1024)  # processes that read images; 0 reads in the main process
@@ -193,13 +222,16 @@ def run(options: Options, console: Console) -> int:
         raise ConfigError("expected --run or --model, got both or none; try --run output/RUN")
     if options.output and options.output.suffix not in (".csv", ".jsonl"):
         raise ConfigError(f"--output: expected a .csv or .jsonl file, got {options.output}; try found.csv")
+    if options.sheet and options.sheet.suffix != ".png":
+        raise ConfigError(f"--sheet: expected a .png file, got {options.sheet}; try sheet.png")
     files = find_files(options.images)
     if importlib.util.find_spec("av") is None and any(map(_is_video, files)):
         raise ConfigError("expected the package av for videos, got none; try pip install av, or images only")
     labels = None if options.labels is None else read_labels(options.labels)
     classifier = load(source, weights=options.weights, labels=labels, ema=options.ema)
     allow_files(options.workers)
-    predictor = Predictor(classifier, pick_device(options.device), options.topk, options.batch_size, options.workers)
+    device, pictures = pick_device(options.device), ON_SHEET if options.sheet else 0
+    predictor = Predictor(classifier, device, options.topk, options.batch_size, options.workers, pictures)
     predictions, bad = [], 0
     total = None if any(map(_is_video, files)) else len(files)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -213,7 +245,9 @@ def run(options: Options, console: Console) -> int:
                 say(console, str(prediction))
             progress.advance(bar)
     if options.output:
-        write(predictions, options.output)
+        _keep("--output", options.output, partial(write, predictions))
+    if options.sheet and any(one.picture for one in predictions):
+        _keep("--sheet", options.sheet, partial(draw, predictions))
     if bad == len(predictions):
         raise DataError(f"expected images that can be read, got none of {bad}; try others")
     say(console, f"{len(predictions) - bad} predicted{f', {bad} unreadable' * bool(bad)}")

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from timm.models import resolve_model_input_args
 
-from visattn.train import checkpoint, metrics, outputs, publish
+from visattn.train import analysis, checkpoint, metrics, outputs, pictures, publish
 from visattn.train.config import OVERRIDABLE, Config, Resolved, recipe
 from visattn.train.data import open_data, resolve
 from visattn.train.distributed import World, prepare
@@ -31,6 +31,7 @@ from visattn.train.model import (
     make_scheduler,
     make_task,
     try_training,
+    warmup,
 )
 from visattn.train.outputs import open_folder
 from visattn.train.progress import EpochBar, Status
@@ -50,6 +51,7 @@ class Run:
     state: TrainState
     engine: Engine
     console: Console
+    class_names: list[str]
     flops: int | None  # of one image forward
     lock: FolderLock  # held by the main process
     model_config: bytes  # config.json
@@ -68,8 +70,14 @@ class Run:
 
     @property
     def trained(self) -> bool:
-        """True after the last update."""
-        return self.state.place >= self.epochs * self.updates
+        """True after the last update, and once `--patience` is over."""
+        return self.state.place >= self.epochs * self.updates or self.impatient
+
+    @property
+    def impatient(self) -> bool:
+        """True where as many epochs as `--patience` says were no better than one before them."""
+        patience = self.config.patience
+        return patience is not None and metrics.epochs_since_best(self.state.history) >= patience
 
 
 def build(config: Config, world: World, console: Console) -> Run:
@@ -98,6 +106,8 @@ def build(config: Config, world: World, console: Console) -> Run:
     scheduler = make_scheduler(config, optimizer, loaders.batches.updates)
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "float16")
     state = TrainState(task, optimizer, scheduler, scaler, Meter(), [len(data.train), len(data.eval)])
+    if warmup(config) != config.warmup_epochs:
+        say(console, f"warm-up: {warmup(config):g} of {config.epochs} epochs, as {config.warmup_epochs:g} do not fit")
     lock = FolderLock()
     try:
         folder = world.on_main(lambda: open_folder(config, data.name, lock, console))
@@ -117,7 +127,8 @@ def build(config: Config, world: World, console: Console) -> Run:
         f"{len(data.eval)} test images, {data.num_classes} classes, {config.img_size}x{config.img_size} px, "
         f"{world.device.type}{f' x {world.size} ({config.engine})' if world.size > 1 else ''}",
     )
-    return Run(config, folder, world, state, Engine(state, loaders, config, world), console, flops, lock, model_config)
+    engine = Engine(state, loaders, config, world)
+    return Run(config, folder, world, state, engine, console, data.class_names, flops, lock, model_config)
 
 
 def resume(folder: Path, config: Config, state: TrainState, loaders: Loaders, world: World, console: Console) -> None:
@@ -166,11 +177,17 @@ def train(run: Run) -> None:
     finally:
         if run.world.main and run.state.history and run.lock.holds():
             outputs.keep_history(run)  # the last checkpoint may have failed before
-            draw = partial(metrics.draw_curves, history=run.state.history, title=run.folder.name)
+            draw = partial(pictures.draw_curves, history=run.state.history, title=run.folder.name)
             outputs.keep(run, "curves.png", draw)
         if loggers:
             loggers.close()
     _catch_up(run)
+    if run.impatient:
+        patience = run.config.patience
+        text = f"stopped early: {patience} epochs without a better top-1"
+        say(run.console, f"{text}; --resume {run.folder} --override --patience N goes on, with N above {patience}")
+    analysis.examine(run)
+    outputs.settle(run)
 
 
 def _catch_up(run: Run) -> None:
@@ -184,8 +201,10 @@ def train_epoch(run: Run, loggers: Loggers | None) -> bool:
     """Train to the end of the epoch; says whether a checkpoint of it was written."""
     state, config, world, engine = run.state, run.config, run.world, run.engine
     epoch, done = divmod(state.place, run.updates)
-    speed = Speed()
     batches = engine.loaders.begin(epoch, done)
+    if state.update == 0:
+        batches = analysis.show_first_batch(run, batches)
+    speed = Speed()
     with EpochBar(run.console, epoch + 1, run.epochs, run.updates, done, enabled=world.main) as bar:
         while True:
             taken = engine.update(batches, speed)

@@ -30,7 +30,7 @@ import visattn  # noqa: F401  registers its models with timm
 from visattn.train import signals
 from visattn.train.checks import check_images, check_pass, check_values, check_words
 from visattn.train.config import Config, Resolved
-from visattn.train.data import open_eval, resolve
+from visattn.train.data import open_eval, resolve, test_splits
 from visattn.train.distributed import pick_device
 from visattn.train.engine import autocast
 from visattn.train.errors import CheckpointError, ConfigError, DataError, TrainError, exhausted, printable
@@ -59,18 +59,18 @@ class Options:
     run: Path | None = None  # model, data and weights of this run folder instead
     ema: bool = False  # the run's averaged weights
 
-    in_chans: int | None = None  # these five: None takes the run's, or the model's
-    img_size: int | None = None
-    crop_pct: float | None = None
-    crop_mode: Literal["center", "squash", "border"] | None = None
-    batch_size: int | None = None
+    in_chans: int | None = None  # 1 (grey) or 3 (RGB); None, as in the next four: the run's, or the model's
+    img_size: int | None = None  # in pixels
+    crop_pct: float | None = None  # share of the resized image that is kept
+    crop_mode: Literal["center", "squash", "border"] | None = None  # how an image becomes square
+    batch_size: int | None = None  # images of a forward pass, each with all its crops
     crops: Literal[1, 5, 10] = 1  # average over the centre, the corners (5), and their mirror images (10)
     real_labels: bool = False  # also score against the reassessed labels of ImageNet's validation images
     real_json: Path | None = None  # these labels from a file instead of the ones inside timm
     robustness: Literal["a", "r", "c"] | None = None  # the folder layout of ImageNet-A, -R or -C
 
     workers: int = 0  # loader processes
-    device: str = "auto"
+    device: str = "auto"  # auto takes cuda where there is one; otherwise a torch device name
     amp: Literal["none", "bfloat16", "float16"] | None = None  # mixed precision; None: the run's, or none
     results: Path | None = None  # JSON file for the figures
 
@@ -168,6 +168,8 @@ def configure(options: Options) -> tuple[Resolved, Path | None]:
         config = Config(pretrained=options.pretrained)
     names = ("model", "data", "in_chans", "img_size", "crop_pct", "crop_mode", "batch_size", "amp")
     asked = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.data is not None and test_splits(Path(options.data)):  # which a run that made its own did not have
+        asked["val_split"] = None
     if options.run is not None:
         asked |= {"pretrained": False, "weights": None, "train_only": (), "grad_checkpointing": False}
     config = dataclasses.replace(config, workers=options.workers, device=options.device, **asked)
