@@ -46,6 +46,11 @@ def test_folder_run_leaves_the_promised_files(folder_data, run):
         "model.safetensors",
         "model.safetensors.sha256",
         "curves.png",
+        "first_batch.png",
+        "confusion.png",
+        "confusion.csv",
+        "classes.csv",
+        "worst.png",
     }
     log = rows(folder)
     assert tuple(log[0]) == metrics.COLUMNS

@@ -115,11 +115,11 @@ def test_every_number_has_a_range():
 
 
 # What else would take more than there is, or another option's consent.
-FEW = {"img_size": 32, "batch_size": 2, "micro_batch": 2}
+FEW = {"img_size": 32, "batch_size": 2, "micro_batch": 2, "val_split": None}
 FITTING = {
     "low": FEW,
     "tiny": FEW | {"lr": 1e-12},
-    "high": {"img_size": 32, "batch_size": 8, "workers": 0, "warmup_epochs": 2},
+    "high": {"img_size": 32, "batch_size": 8, "workers": 0, "warmup_epochs": 2, "val_split": None},
 }
 
 
