@@ -1,5 +1,7 @@
 """Features for class activation maps: [B, C, H, W] in every family, from the layer that the scores depend on."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -57,6 +59,17 @@ def test_tokens_of_another_model_or_size_are_refused():
     assert to_nchw(torch.randn(1, 1 + 24, 5)).shape == (1, 5, 4, 6)
     with pytest.raises(ValueError, match=r"expected a class token and those of the last map \[4, 6\], got 17; try"):
         to_nchw(torch.randn(1, 1 + 16, 5))
+
+
+def test_asking_again_adds_no_hook():
+    model = timm.create_model("test_deit_va").eval()
+    transforms = [visattn.reshape_transform(model) for _ in range(3)]
+    assert sum(len(module._forward_hooks) for module in model.modules()) == 1
+    copied = visattn.reshape_transform(copy.deepcopy(model))  # which keeps the hook, of its own
+    model(torch.randn(1, 3, 64, 96))
+    assert all(to_nchw(torch.randn(1, 1 + 24, 5)).shape == (1, 5, 4, 6) for to_nchw in transforms)
+    with pytest.raises(ValueError, match="try reshape_transform of the model that ran"):
+        copied(torch.randn(1, 1 + 24, 5))
 
 
 @pytest.mark.parametrize("ask", [visattn.cam_layers, visattn.reshape_transform, visattn.NCHWFeatures])

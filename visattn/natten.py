@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from visattn.layers.attention import MultiHeadAttention
 from visattn.ops import neighborhood_attention
-from visattn.ops.checks import check_tensors, per_axis, spatial_axes
+from visattn.ops.checks import check_tensors, one_int, spatial_axes
+from visattn.ops.neighborhood import windows_per_axis
 from visattn.ops.neighborhood.split import neighborhood_scores, neighborhood_sum
 
 Ints = int | Sequence[int] | None
@@ -75,9 +76,8 @@ def _check_arguments(positional: tuple[Any, ...], tuning: dict[str, Any]) -> Non
 def _windows(axes: int, kernel_size: Any, dilation: Ints, stride: Ints, is_causal: Bools) -> dict[str, Any]:
     """List the arguments of a window per axis, with natten's defaults in the place of None."""
     dilation, stride = (1 if steps is None else steps for steps in (dilation, stride))
-    sizes = {"kernel_size": kernel_size, "dilation": dilation, "stride": stride}
-    sizes = {name: per_axis(name, n, int, axes) for name, n in sizes.items()}
-    return {**sizes, "is_causal": per_axis("is_causal", False if is_causal is None else is_causal, bool, axes)}
+    window = windows_per_axis(axes, kernel_size, dilation, stride, False if is_causal is None else is_causal)
+    return dict(zip(("kernel_size", "dilation", "stride", "is_causal"), window, strict=True))
 
 
 def _share(query: Tensor, key: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
@@ -223,8 +223,9 @@ class _NeighborhoodAttention(MultiHeadAttention):
         if has_table and any(self.is_causal):
             raise NotImplementedError("expected no causal axis with rel_pos_bias: its table is for keys on both sides")
         table = tuple(2 * k - 1 for k in self.kernel_size) if has_table else None
+        dim, num_heads = one_int("embed_dim", dim), one_int("num_heads", num_heads)
         super().__init__(dim, num_heads, qkv_bias, proj_drop, table)
-        self.embed_dim, self.scale = dim, qk_scale or self.head_dim**-0.5
+        self.embed_dim, self.scale = dim, float(qk_scale or self.head_dim**-0.5)
         self.attn_drop = nn.Dropout(attn_drop)
 
     def _window(self) -> dict[str, Any]:

@@ -1,10 +1,17 @@
-"""Shared by the tests of routed attention and by those of tuning."""
+"""Shared by the tests of several ops, of routed attention and of tuning."""
 
 import pytest
+import torch
 
 from tests.ops.cases import ROUTED_FORMS, settled
 from tests.ops.launches import Kernel
 from visattn.ops.fused import tuning, tuning_cache, tuning_search
+
+
+@pytest.fixture
+def device(backend):
+    """Where a backend runs: without a GPU the kernels are interpreted."""
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(params=ROUTED_FORMS)

@@ -189,13 +189,14 @@ def test_gradients_that_are_differentiated_are_the_same(name):
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 @ON_MAPS
-def test_empty_batch(name, backend):
+def test_empty_batch(name, backend, device):
     case = CASES[name]
     if name in MAPS and backend != "eager":
         pytest.skip("one form for all")
     more = {"backend": backend} if name in ATTENTIONS else {}
-    one = results_and_gradients(partial(case.run, **more), case.inputs((1, *SIZE[1:]), torch.float32))
-    inputs, batched = case.inputs((0, *SIZE[1:]), torch.float32), case.axes(0)
+    given = (case.inputs((batch, *SIZE[1:]), torch.float32) for batch in (1, 0))
+    single, inputs = ({n: t.to(device) for n, t in tensors.items()} for tensors in given)
+    one, batched = results_and_gradients(partial(case.run, **more), single), case.axes(0)
     none = results_and_gradients(partial(case.run, **more), inputs)
     with torch.no_grad():
         none["result of inference"] = case.run(**inputs, **more)

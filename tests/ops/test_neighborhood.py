@@ -74,12 +74,6 @@ MASKED = [  # size, kernel_size, dilation, stride, is_causal
 ]
 
 
-@pytest.fixture
-def device(backend):
-    """Where a backend runs: without a GPU the kernels are interpreted."""
-    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
-
-
 def hidden_keys(*shape):
     """A key_mask: half of the keys of the first image; none of the second but its last."""
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import os
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +167,21 @@ def _made_with(model: nn.Module, argument: str, default: Any) -> Any:
     return next((value for m in model.modules() if (value := getattr(m, argument, None))), default)
 
 
+def _copied(model: nn.Module) -> nn.Module:
+    """Copy a model to run it on the CPU, without gradients; refuse wrappers that are none of their own."""
+    inner: Any = getattr(model, "_orig_mod", model)  # of torch.compile
+    name = type(inner).__name__
+    try:
+        copied = copy.deepcopy(inner).cpu().eval().requires_grad_(False)
+    except Exception as error:  # of TorchScript, FSDP, weight_norm
+        got = f"{name} ({_cause(error)})"
+        raise TypeError(f"expected a model to copy, got {got}; try a new model with its state_dict") from error
+    arguments = [*inspect.signature(copied.forward).parameters.values()]
+    if not arguments or arguments[0].kind not in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD):
+        raise TypeError(f"expected a model whose forward takes images, got a wrapper, {name}; try model.module")
+    return copied
+
+
 def _folder_near(path: Path) -> tempfile.TemporaryDirectory[str]:
     """Make a folder from which files can be moved to `path`, in the nearest of its folders that exists."""
     nearest = next(folder for folder in path.absolute().parents if folder.exists())
@@ -218,8 +235,10 @@ def export(
         What was written and measured. `load(path)` runs the file.
 
     Raises:
-        ValueError: An unknown target or suffix, a size below the minimum, labels that do not fit.
-        TypeError: A model whose parameters are not float32, or no model; labels that are no strings.
+        ValueError: An unknown target or suffix, a size below the minimum, labels that do not fit, a file of something
+            else where OpenVINO's .bin belongs.
+        TypeError: A model whose parameters are not float32, no model, or one in a wrapper such as `DataParallel`;
+            labels that are no strings.
         OSError: No file can be written there.
         ImportError: A package of the target is not installed.
         ExportError: The target cannot take the model, or the file's results differ from PyTorch's; with the reason.
@@ -228,6 +247,9 @@ def export(
     target = _target_of(path, target)
     if path.is_dir():
         raise ValueError(f"expected a file to write, got the folder {path}; try another name")
+    beside = TARGETS[target].beside and path.with_suffix(TARGETS[target].beside)
+    if beside and beside.exists() and not path.exists():
+        raise ValueError(f"expected no {beside}, which belongs to another file, got one; try another name")
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}; try timm.create_model(name)")
     if dynamic not in DYNAMIC:
@@ -240,12 +262,13 @@ def export(
         raise ValueError("expected weights, got a model on the meta device; try to make it with device='cpu'")
     if opset is not None and "onnx" not in TARGETS[target].packages:
         raise ValueError(f"expected an opset with target 'onnx' or 'openvino' only, got {opset!r} for {target!r}")
+    if not tolerance >= 0:  # NaN too
+        raise ValueError(f"expected tolerance >= 0, got {tolerance}")
     if (batch_size := one_int("batch_size", batch_size)) < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}")
     if batch_size > 1 and dynamic != "none":
         raise ValueError(f"expected batch_size with dynamic='none' only, got {batch_size} for dynamic={dynamic!r}")
-    inner: Any = getattr(model, "_orig_mod", model)  # of torch.compile
-    model = copy.deepcopy(inner).cpu().eval().requires_grad_(False)
+    model = _copied(model)
     channels, *side = timm.data.resolve_data_config({}, model=model)["input_size"]
     channels = _made_with(model, "in_chans", channels)
     side = per_axis("image_size", _made_with(model, "img_size", side) if image_size is None else image_size, int, 2)

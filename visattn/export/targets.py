@@ -55,6 +55,7 @@ class Target:
         save: Writes a program with its metadata; returns what of it a report should say.
         load: Reads such a file.
         only_fixed: Why no size may be dynamic; "" if some may.
+        beside: Suffix of a second file; "" if there is none.
     """
 
     suffix: str
@@ -62,6 +63,7 @@ class Target:
     save: Callable[[ExportedProgram, Path, Metadata, dict[str, Any]], str]
     load: Callable[[Path], Exported]
     only_fixed: str = ""
+    beside: str = ""
 
 
 def _save_onnx(program: ExportedProgram, path: Path, metadata: Metadata, options: dict[str, Any]) -> str:
@@ -185,7 +187,7 @@ def _load_executorch(path: Path) -> Exported:
 _ONNX = {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"}
 TARGETS = {
     "onnx": Target(".onnx", _ONNX, _save_onnx, _load_onnx),
-    "openvino": Target(".xml", _ONNX | {"openvino": "openvino"}, _save_openvino, _load_openvino),
+    "openvino": Target(".xml", _ONNX | {"openvino": "openvino"}, _save_openvino, _load_openvino, beside=".bin"),
     "pt2": Target(".pt2", {}, _save_pt2, _load_pt2),
     "aoti": Target(".aoti.pt2", {}, _save_aoti, _load_aoti),
     "executorch": Target(

@@ -50,7 +50,7 @@ class MultiHeadAttention(nn.Module):
     ) -> None:
         super().__init__()
         attn_dim = attn_dim or dim
-        if num_heads < 1 or attn_dim % num_heads:
+        if not 1 <= num_heads <= attn_dim or attn_dim % num_heads:
             raise ValueError(f"expected dim divisible by num_heads, got {attn_dim} and {num_heads}")
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads

@@ -38,27 +38,19 @@ class NeighborhoodProblem(AttentionProblem):
 
     def __post_init__(self) -> None:
         checks.check_qkv(self.q, self.k, self.v)
-        self._check_windows()
+        kernel, dilation, size = self.kernel_size, self.dilation, self.size
+        for k, d, n in zip(kernel, dilation, size, strict=True):
+            if not is_symbolic(n) and k * d > n:
+                raise ValueError(
+                    f"expected kernel_size * dilation <= size on every axis, got kernel_size {kernel}, dilation "
+                    f"{dilation} on a map of {tuple(size)}; try visattn.ops.pad_to_at_least before projecting q, k, v"
+                )
         self._check_extra()
         if self.bias is not None and any(self.is_causal):
             got = list(self.is_causal)
             raise ValueError(f"expected no causal axis with a bias, got is_causal {got}")
         checks.check_table(self.q, self.bias, self.kernel_size)
         checks.check_mask("key_mask", self.key_mask, self.q.shape[:-2])
-
-    def _check_windows(self) -> None:
-        kernel, dilation, stride, size = self.kernel_size, self.dilation, self.stride, self.size
-        for k, d, s, n in zip(kernel, dilation, stride, size, strict=True):
-            if k < 1 or d < 1 or not 1 <= s <= k:
-                raise ValueError(
-                    f"expected kernel_size >= 1, dilation >= 1 and 1 <= stride <= kernel_size on every axis, got "
-                    f"kernel_size {kernel}, dilation {dilation}, stride {stride}"
-                )
-            if not is_symbolic(n) and k * d > n:
-                raise ValueError(
-                    f"expected kernel_size * dilation <= size on every axis, got kernel_size {kernel}, dilation "
-                    f"{dilation} on a map of {tuple(size)}; try visattn.ops.pad_to_at_least before projecting q, k, v"
-                )
 
     def _check_extra(self) -> None:
         q, extra_k, extra_v, extra_bias = self.q, self.extra_k, self.extra_v, self.extra_bias
@@ -116,13 +108,27 @@ def windows_per_axis(
     stride: int | Sequence[int],
     is_causal: bool | Sequence[bool],
 ) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[bool]]:
-    """Give each argument of a window one value for each of `axes` axes, in the order that problems have them in."""
-    return (
-        per_axis("kernel_size", kernel_size, int, axes),
-        per_axis("dilation", dilation, int, axes),
-        per_axis("stride", stride, int, axes),
-        per_axis("is_causal", is_causal, bool, axes),
+    """Give each argument of a window one value for each of `axes` axes, in the order that problems have them in.
+
+    Raises:
+        ValueError: Values of another kind or number, or such as no map can have.
+    """
+    kernel, dilation, stride = (
+        per_axis(name, value, int, axes)
+        for name, value in (
+            ("kernel_size", kernel_size),
+            ("dilation", dilation),
+            ("stride", stride),
+        )
     )
+    if any(
+        k < 1 or d < 1 or not 1 <= s <= k for k, d, s in zip(kernel, dilation, stride, strict=True)
+    ):
+        raise ValueError(
+            f"expected kernel_size >= 1, dilation >= 1 and 1 <= stride <= kernel_size on every axis, got "
+            f"kernel_size {kernel}, dilation {dilation}, stride {stride}"
+        )
+    return kernel, dilation, stride, per_axis("is_causal", is_causal, bool, axes)
 
 
 _backends = Backends(
