@@ -37,8 +37,17 @@ def test_the_wheel_trains_in_an_empty_environment(tmp_path):
     (tmp_path / "empty").mkdir()
     run(sys.executable, "-m", "venv", tmp_path / "env")
     python = tmp_path / "env" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", wheel)
+    visattn = python.with_name("visattn")
+    assert "dinat_mini " in run(visattn, "list")  # without extras
+    failed = subprocess.run([visattn, "train"], capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert re.fullmatch(
+        r"error: expected the package \w+, got none; try pip install 'visattn\[train\]'\n", failed.stderr
+    )
     run(python, "-m", "pip", "install", "--quiet", f"{wheel}[train]", "mmengine")
-    said = run(python, "-m", "visattn.train", "--epochs", 2, "--warmup-epochs", 0, cwd=tmp_path / "empty")
+    said = run(visattn, "train", "--epochs", 2, "--warmup-epochs", 0, cwd=tmp_path / "empty")
     assert float(re.search(r"test accuracy ([\d.]+) %", said)[1]) > 15
-    assert next(tmp_path.glob("empty/output/*/model.safetensors"))
+    (trained,) = tmp_path.glob("empty/output/*/model.safetensors")
+    assert "0.72 M" in run(visattn, "info", trained.parent)
     assert run(python, "-c", USE, cwd=tmp_path / "empty").strip() == "MaskRCNN"
