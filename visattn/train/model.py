@@ -269,4 +269,4 @@ def export_state(task: TrainingTask, world: World, ema: bool = False) -> dict[st
 def import_state(task: TrainingTask, weights: dict[str, Any]) -> None:
     """Put what `export_state` gave back into the model; with fsdp2 all processes must do so together."""
     options = StateDictOptions(full_state_dict=True)
-    set_model_state_dict(unwrap_model(task.get_trainable_module()), weights, options=options)
+    set_model_state_dict(unwrap_model(task.get_eval_model()), weights, options=options)
