@@ -18,7 +18,7 @@ def test_kept_without_outputs(path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
@@ -32,7 +32,7 @@ def test_runs(path, tmp_path, monkeypatch):
     for name in ("configs", "tools"):
         (tmp_path / name).symlink_to(root / name)
     notebook = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(tmp_path)}}).execute()
     said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     assert "error: " not in said
     pictures = [
