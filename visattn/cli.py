@@ -28,6 +28,7 @@ from visattn.export import export
 from visattn.export.program import Dynamic
 from visattn.flops import forward_flops
 from visattn.hub import load, read_labels
+from visattn.published import is_known
 
 T = TypeVar("T")
 
@@ -168,7 +169,7 @@ def _info(options: Info) -> None:
 
 def _create(name: str, **options: Any) -> Any:
     """`timm.create_model`, with the nearest names where there is none of this."""
-    if not timm.is_model(name.partition(".")[0]):
+    if not is_known(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0)
         raise ValueError(f"expected a run's folder or a registered model, got {name}; try {', '.join(near)}")
     return timm.create_model(name, **options)
