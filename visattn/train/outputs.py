@@ -90,7 +90,7 @@ def keep_options(folder: Path, options: dict[str, Any]) -> None:
 
 
 def keep(run: "Run", name: str, write: Callable[[Path], Any]) -> None:
-    """Write a file of the folder, in the main process. A failure is said once, ends nothing, and leaves the file owed."""
+    """Write a file of the folder, in the main process. A failure ends nothing, is said once, leaves the file owed."""
     try:
         write(run.folder / name)
         run.owed.pop(name, None)
