@@ -15,6 +15,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 import visattn
 from tests.hub import Hub
+from visattn.hub import read_labels
 from visattn.weights import WeightsError
 
 pytest.importorskip("sklearn")
@@ -161,3 +162,12 @@ def test_slips_in_a_source(run, monkeypatch):
         visattn.load(run / "model.safetensors")
     with pytest.raises(WeightsError, match=r"expected a run's folder, .* got 'nat_mini.no'; try nat_mini"):
         visattn.load("nat_mini.no")
+
+
+def test_labels_are_read_from_text_files_alone(tmp_path):
+    (tmp_path / "names.txt").write_bytes("\ufeffa b\r\n\r\n漢\n".encode())
+    assert read_labels(tmp_path / "names.txt") == ["a b", "漢"]
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, tmp_path / "no"):
+        with pytest.raises(ValueError, match=r"expected names of classes at .*, got .*; try a text file"):
+            read_labels(path)

@@ -15,7 +15,7 @@ from timm.models._hub import hf_split
 from torch import Tensor, nn
 
 from visattn.published import Hub, is_known, wait_for
-from visattn.weights import WeightsError, convert_weights, first_line, load_fitting, load_weights
+from visattn.weights import WeightsError, check_file, convert_weights, first_line, load_fitting, load_weights
 
 # What timm raises where a config.json is not as it was written.
 BROKEN = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
@@ -161,6 +161,7 @@ def read_labels(path: Path) -> list[str]:
     Raises:
         ValueError: no text file.
     """
+    check_file(path, "names of classes", "a text file")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # Windows begins files with a mark
     except (OSError, UnicodeDecodeError) as error:
