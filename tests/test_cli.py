@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import pytest
+import timm
+from timm.models._hub import save_for_hf
 
 import visattn
 from visattn.cli import COMMANDS, main
@@ -39,13 +41,24 @@ def test_info(capsys):
     assert "19.98 M" in said
     assert "2.695 GMACs at 224x224 px" in said
     assert "512 at 1/32" in said
-    assert "nat_mini.pth (mit)" in said
+    assert "nat-mini-in1k-224 (mit)" in said
     assert "top-1 81.8 %" in said
     assert main(["info", "resnet18"]) == 0  # of timm
     assert "11.69 M" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [["lst"], ["list", "zzz"], ["list", "--family", "x"], ["info", "dinat_mni"]])
+def test_info_shows_names_as_they_are(tmp_path, capsys):
+    model = timm.create_model("test_vit", num_classes=3)
+    save_for_hf(model, tmp_path, model_config={"label_names": ["[/x]", "[red]", "a\nb"]}, safe_serialization=True)
+    assert main(["info", str(tmp_path)]) == 0
+    assert "3: [/x], [red], a\\nb " in capsys.readouterr().out
+    assert main(["info", "resnet18"]) == 0
+    assert "papers arXiv:2110.00476" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "words", [["lst"], ["list", "zzz"], ["list", "--family", "x"], ["info", "dinat_mni"], ["info", "nat_mini.no"]]
+)
 def test_slips_are_one_sentence(words, capsys):
     assert main(words) == 1
     said = capsys.readouterr()

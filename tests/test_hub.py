@@ -1,5 +1,6 @@
 """`visattn.load`: a run, the hub, a name with a file."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 import visattn
 from tests.hub import Hub
+from visattn.hub import read_labels
 from visattn.weights import WeightsError
 
 pytest.importorskip("sklearn")
@@ -130,3 +132,42 @@ def test_no_network_is_one_sentence_at_once(tmp_path, monkeypatch):
     with pytest.raises(WeightsError, match=r"expected weights of nat_mini.in1k, got none from .*; try again with"):
         visattn.load("nat_mini")
     assert time.perf_counter() - start < 5
+
+
+def test_config_that_somebody_changed(run, tmp_path):
+    (tmp_path / "model.safetensors").symlink_to(run / "model.safetensors")
+    written = json.loads((run / "config.json").read_text())
+
+    def load(**changes):
+        (tmp_path / "config.json").write_text(json.dumps({**written, **changes}))
+        return visattn.load(tmp_path)
+
+    for changes in (
+        {"architecture": None},
+        {"model_args": [1]},
+        {"pretrained_cfg": None},
+        {"pretrained_cfg": {**written["pretrained_cfg"], "interpolation": "x"}},
+        {"label_names": 5},
+    ):
+        with pytest.raises(WeightsError, match=r"expected .*config.json.*, got .*; try another run"):
+            load(**changes)
+    assert load(label_names={str(number): f"c{number}" for number in range(10)}).labels[9] == "c9"
+    assert load(label_names={f"n{number}": "c" for number in range(10)}).labels[9] == "9"
+
+
+def test_slips_in_a_source(run, monkeypatch):
+    monkeypatch.setenv("HOME", str(run.parent))
+    assert visattn.load("~/r").labels == visattn.load(run).labels
+    with pytest.raises(WeightsError, match=f"expected a run's folder, .* got a file; try {run}"):
+        visattn.load(run / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"expected a run's folder, .* got 'nat_mini.no'; try nat_mini"):
+        visattn.load("nat_mini.no")
+
+
+def test_labels_are_read_from_text_files_alone(tmp_path):
+    (tmp_path / "names.txt").write_bytes("\ufeffa b\r\n\r\n漢\n".encode())
+    assert read_labels(tmp_path / "names.txt") == ["a b", "漢"]
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, tmp_path / "no"):
+        with pytest.raises(ValueError, match=r"expected names of classes at .*, got .*; try a text file"):
+            read_labels(path)

@@ -19,6 +19,7 @@ import tyro
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError
 from timm.models import get_arch_pretrained_cfgs
 from tyro.conf import Positional
@@ -28,6 +29,8 @@ from visattn.export import export
 from visattn.export.program import Dynamic
 from visattn.flops import forward_flops
 from visattn.hub import load, read_labels
+from visattn.published import is_known
+from visattn.train.errors import printable
 
 T = TypeVar("T")
 
@@ -160,15 +163,16 @@ def _info(options: Info) -> None:
                 rows[f"weights {one.tag}"] = f"{place} ({one.license or 'no licence stated'})"
         if top1 := _numbers().get(name.partition(".")[0], {}).get("top1"):
             rows["published"] = f"top-1 {top1} % on ImageNet-1K"
-    rows["papers"] = ", ".join(cfg.get("paper_ids") or ())
-    for row in rows.items():
-        table.add_row(*map(str, row))
+    papers = cfg.get("paper_ids") or ()
+    rows["papers"] = papers if isinstance(papers, str) else ", ".join(papers)
+    for title, row in rows.items():
+        table.add_row(title, Text(printable(str(row))))  # classes may be called anything, [red] too
     _print(table)
 
 
 def _create(name: str, **options: Any) -> Any:
     """`timm.create_model`, with the nearest names where there is none of this."""
-    if not timm.is_model(name.partition(".")[0]):
+    if not is_known(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0)
         raise ValueError(f"expected a run's folder or a registered model, got {name}; try {', '.join(near)}")
     return timm.create_model(name, **options)

@@ -14,8 +14,11 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from timm.models._hub import hf_split
 from torch import Tensor, nn
 
-from visattn.published import Hub, wait_for
-from visattn.weights import WeightsError, convert_weights, first_line, load_fitting, load_weights
+from visattn.published import Hub, is_known, wait_for
+from visattn.weights import WeightsError, check_file, convert_weights, first_line, load_fitting, load_weights
+
+# What timm raises where a config.json is not as it was written.
+BROKEN = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
 class Transform:
@@ -67,10 +70,10 @@ def load(
         WeightsError: No such run, repository or model, one without weights, or weights that do not fit.
         ValueError: Labels that are not as many as the classes, or options that the source does not have.
     """
-    folder = Path(source)
+    folder = Path(os.path.expanduser(source))
     if ema and not folder.is_dir():
         raise ValueError(f"expected a run, whose average `ema` is, got {source}; try its folder")
-    if weights is not None and (folder.is_dir() or not timm.is_model(str(source))):
+    if weights is not None and (folder.is_dir() or not is_known(str(source))):
         raise ValueError(f"expected a registered name beside `weights`, got {source}; try 'dinat_mini'")
     if folder.is_dir():
         model = _load_run(folder, ema, model_args)
@@ -78,7 +81,17 @@ def load(
         model = _load_file(str(source), Path(weights), model_args)
     else:
         model = _fetch(str(source), model_args)
-    return Classifier(model.eval(), Transform(model), _labels(model, labels))
+    if labels is not None and len(labels) != model.num_classes:
+        raise ValueError(
+            f"expected {model.num_classes} labels, one per class, got {len(labels)}; try the list of training"
+        )
+    try:
+        return Classifier(model.eval(), Transform(model), [*map(str, labels or _labels(model))])
+    except BROKEN as error:
+        raise WeightsError(
+            f"expected a config.json that says how {source} reads images, got {type(error).__name__}: "
+            f"{first_line(error)}; try another run"
+        ) from error
 
 
 def _load_run(folder: Path, ema: bool, model_args: dict[str, Any]) -> Any:
@@ -97,7 +110,7 @@ def _load_run(folder: Path, ema: bool, model_args: dict[str, Any]) -> Any:
         raise WeightsError(f"expected weights at {path}, got none; try {hint}")
     try:
         model: Any = timm.create_model(f"local-dir:{folder}", **model_args)
-    except (ArithmeticError, AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except BROKEN as error:
         raise WeightsError(
             f"expected the model of a run in {folder / 'config.json'}, got {first_line(error)}; try another run"
         ) from error
@@ -122,8 +135,10 @@ def _load_file(name: str, path: Path, model_args: dict[str, Any]) -> Any:
 
 def _fetch(name: str, model_args: dict[str, Any]) -> Any:
     """Build a registered model, or that of a repository, with its pretrained weights."""
-    if timm.is_model(name):
+    if is_known(name):
         return timm.create_model(name, pretrained=True, **model_args)
+    if Path(name).is_file():
+        raise WeightsError(f"expected a run's folder, OWNER/NAME or a model, got a file; try {Path(name).parent}")
     if not name.startswith("hf-hub:") and (name.count("/") != 1 or Path(name).parent.is_dir()):
         others = [str(path.parent) for path in sorted(Path(name).parent.glob("*/config.json"))] if "/" in name else []
         near = difflib.get_close_matches(name, others or timm.list_models(), n=3, cutoff=0) or ["dinat_mini"]
@@ -146,6 +161,7 @@ def read_labels(path: Path) -> list[str]:
     Raises:
         ValueError: no text file.
     """
+    check_file(path, "names of classes", "a text file")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # Windows begins files with a mark
     except (OSError, UnicodeDecodeError) as error:
@@ -153,19 +169,14 @@ def read_labels(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def _labels(model: Any, given: Sequence[str] | None) -> list[str]:
+def _labels(model: Any) -> list[str]:
     """Name the classes of a model."""
-    classes = model.num_classes
-    if given is not None:
-        if len(given) != classes:
-            raise ValueError(f"expected {classes} labels, one per class, got {len(given)}; try the list of training")
-        return [str(label) for label in given]
-    cfg = model.pretrained_cfg
+    classes, cfg = model.num_classes, model.pretrained_cfg
     names = cfg.get("label_names") or []
     if isinstance(names, dict):
-        names = [names[str(number)] for number in range(len(names))]
+        names = [names[number] for number in map(str, range(len(names))) if number in names]
     if len(names) == classes:
-        return [str(name) for name in names]
+        return names
     if not names and cfg.get("num_classes") == classes and (subset := infer_imagenet_subset(model)):
         known = ImageNetInfo(subset)
         return [known.index_to_description(number) for number in range(classes)]

@@ -134,6 +134,15 @@ class Hub:
         )
 
 
+def is_known(name: str) -> bool:
+    """True for a registered model, without a tag or with one of its own."""
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError:  # of a tag that the model does not have
+        return False
+    return timm.is_model(name)
+
+
 def find_sources(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> list[Source]:
     """The addresses in a configuration, in the order in which timm prefers them."""
     sources: list[Source] = []

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def test_slips(finished, pictures, tmp_path, capsys):
         ([*run, "--model", "test_vit", str(pictures)], "expected --run or --model, got both or none"),
         ([*run, str(pictures), "--output", "o.txt"], "--output: expected a .csv or .jsonl file, got o.txt"),
         ([*run, str(pictures), "--sheet", "o.jpg"], "--sheet: expected a .png file, got o.jpg"),
-        ([*run, str(pictures), "--quiet", "--sheet", "no/o.png"], "--sheet: expected a file to write to"),
+        ([*run, str(pictures), "--quiet", "--sheet", "no/o.png"], "--sheet: expected a folder to write to"),
         ([*run, str(pictures), "--labels", str(tmp_path / "labels.txt")], "expected 10 labels, one per class, got 2"),
         ([*run, str(pictures), "--topk", "0"], "--topk: expected 1 to"),
         ([*run, str(pictures), "--device", "moon"], "--device: expected a usable device, got 'moon'"),
@@ -112,3 +113,30 @@ def test_slips(finished, pictures, tmp_path, capsys):
         assert error.startswith(f"error: {said}"), error
         assert "; try " in error
         assert error.count("\n") == 1
+
+
+def test_any_file_may_lie_among_the_images(finished, pictures, capsys):
+    pytest.importorskip("av")
+    (pictures / "1.png").rename(pictures / "a\n\udcff[1].png")
+    (pictures / "2.jpg").rename(pictures / "[2].jpg")
+    os.mkfifo(pictures / "pipe.mp4")
+    os.mkfifo(pictures / "pipe.png")
+    files = [str(path) for path in pictures.iterdir() if path.is_file() or path.suffix == ".mp4"]
+    for words in ([str(pictures)], files):
+        assert main(["predict", "--run", str(finished), *words]) == 0
+        said = capsys.readouterr().out
+        assert f"unreadable: {pictures / 'pipe.mp4'} (Not a regular file)" in said
+        assert f"{pictures}/a\\n\\udcff[1].png: " in said
+        assert f"{pictures}/[2].jpg: " in said
+
+
+def test_outputs_are_checked_before_the_work(finished, pictures, monkeypatch, capsys):
+    monkeypatch.setattr("visattn.train.predict.load", None)
+    (pictures / "link.png").symlink_to("1.png")
+    for words, said in (
+        (["--output", "no/o.csv"], "--output: expected a folder to write to, got no; try"),
+        (["--sheet", str(pictures / "1.png")], "--sheet: expected a .png file that is no input, got"),
+        (["--sheet", str(pictures / "link.png")], "--sheet: expected a .png file that is no input, got"),
+    ):
+        assert main(["predict", "--run", str(finished), str(pictures), *words]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {said}")

@@ -218,6 +218,10 @@ def test_real_labels(tmp_path, validate):
         (["--model", MODEL, "--pretrained", "--ema"], "--ema: expected --run"),
         (["--model", MODEL, "--pretrained", "--robustness", "a"], "--robustness: expected --data"),
         (["--model", "test_vt", "--pretrained", "--data", "x"], "expected a registered model, got 'test_vt'; try"),
+        (
+            ["--model", "test_vit.no", "--pretrained", "--data", "x"],
+            "expected a registered model, got 'test_vit.no'; try",
+        ),
         (["--run", "nowhere"], "expected a YAML file at nowhere/args.yaml"),
         (["--model", MODEL, "--pretrained", "--data", "digits"], "expected data with the 1000 classes of the weights"),
         (["--model", MODEL, "--weights", "no.pth", "--data", "digits"], "expected weights at no.pth, got no file; try"),

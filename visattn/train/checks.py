@@ -52,7 +52,7 @@ def check_values(options: Any) -> None:
     """
     for field in dataclasses.fields(options):
         value, allowed = getattr(options, field.name), field.metadata.get("range")
-        hint = "without it" if field.default in (None, ()) else f"the default, {field.default}"
+        hint = "without it" if field.default in (None, (), dataclasses.MISSING) else f"the default, {field.default}"
         for item in value if isinstance(value, tuple) else (value,):
             wanted = None
             if isinstance(item, (str, Path)):

@@ -27,6 +27,7 @@ from timm.utils import unwrap_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
+from visattn.published import is_known
 from visattn.train.config import Config, Resolved
 from visattn.train.distributed import World
 from visattn.train.errors import ConfigError, TrainError, shown
@@ -46,7 +47,7 @@ DISTILLATION = {"logit": LogitDistillationTask, "feature": FeatureDistillationTa
 def check_names(config: Config) -> None:
     """Raise ConfigError for a model or an optimizer that nobody registered, with the nearest names."""
     for option, name in (("--model", config.model), ("--kd-model", config.kd_model)):
-        if name is not None and not timm.is_model(name):
+        if name is not None and not is_known(name):
             near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.3) or ["test_vit"]
             raise ConfigError(f"{option}: expected a registered model, got {shown(name)}; try {', '.join(near)}")
     if config.opt not in list_optimizers():

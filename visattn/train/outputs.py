@@ -90,13 +90,16 @@ def keep_options(folder: Path, options: dict[str, Any]) -> None:
 
 
 def keep(run: "Run", name: str, write: Callable[[Path], Any]) -> None:
-    """Write a file of the folder, in the main process. A failure is said, ends nothing, and leaves the file owed."""
+    """Write a file of the folder, in the main process. A failure ends nothing, is said once, leaves the file owed."""
     try:
         write(run.folder / name)
         run.owed.pop(name, None)
+        run.said.pop(name, None)
     except OSError as error:
         run.owed[name] = write
-        say(run.console, f"warning: not written: {error}; training goes on, and it is tried again")
+        if run.said.get(name) != str(error):
+            say(run.console, f"warning: not written: {error}; training goes on, and it is tried again")
+        run.said[name] = str(error)
 
 
 def keep_history(run: "Run") -> None:

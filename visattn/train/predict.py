@@ -1,6 +1,7 @@
 """`visattn predict`: the classes of images and of the frames of videos: told, in a file, on a contact sheet."""
 
 import csv
+import dataclasses
 import glob
 import importlib.util
 import io
@@ -26,7 +27,7 @@ from visattn.train.checks import check_values
 from visattn.train.config import number
 from visattn.train.distributed import pick_device
 from visattn.train.errors import ConfigError, DataError, DataNotFoundError
-from visattn.train.files import write_atomic
+from visattn.train.files import open_regular, write_atomic
 from visattn.train.listing import is_hidden, is_image, natural
 from visattn.train.loader import Loader, TestImages, allow_files, plain_errors
 from visattn.train.metrics import make_console, say
@@ -91,7 +92,7 @@ def _frames(path: str, classifier: Classifier) -> Iterator[torch.Tensor]:
     import av
 
     try:
-        with av.open(path) as video:
+        with open_regular(path) as file, av.open(file) as video:
             for frame in video.decode(video=0):
                 yield classifier.transform(frame.to_image())
     except (av.FFmpegError, IndexError, OSError) as error:  # IndexError: no video stream in it
@@ -174,6 +175,19 @@ def draw(predictions: list[Prediction], path: Path) -> None:
     contact_sheet([one.picture for one in shown if one.picture], captions, path, title)
 
 
+def _check_output(option: str, path: Path | None, ending: tuple[str, ...], files: list[str]) -> None:
+    """Refuse, before minutes of work, what cannot be written to or would replace an image."""
+    if path is None:
+        return
+    wanted = f"a {' or '.join(ending)} file"
+    if path.suffix not in ending:
+        raise ConfigError(f"{option}: expected {wanted}, got {path}; try found{ending[0]}")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"{option}: expected a folder to write to, got {path.parent}; try mkdir, or another path")
+    if os.path.realpath(path) in map(os.path.realpath, files):
+        raise ConfigError(f"{option}: expected {wanted} that is no input, got {path}; try another path")
+
+
 def _keep(option: str, path: Path, write: Callable[[Path], None]) -> None:
     """Write a file that an option names."""
     try:
@@ -216,15 +230,13 @@ class Options:
 
 def run(options: Options, console: Console) -> int:
     """Predict and tell; returns the exit code."""
-    check_values(options)
+    check_values(dataclasses.replace(options, images=()))  # files have whatever names they have
     source = options.run or options.model
     if not source or (options.run and options.model):
         raise ConfigError("expected --run or --model, got both or none; try --run output/RUN")
-    if options.output and options.output.suffix not in (".csv", ".jsonl"):
-        raise ConfigError(f"--output: expected a .csv or .jsonl file, got {options.output}; try found.csv")
-    if options.sheet and options.sheet.suffix != ".png":
-        raise ConfigError(f"--sheet: expected a .png file, got {options.sheet}; try sheet.png")
     files = find_files(options.images)
+    _check_output("--output", options.output, (".csv", ".jsonl"), files)
+    _check_output("--sheet", options.sheet, (".png",), files)
     if importlib.util.find_spec("av") is None and any(map(_is_video, files)):
         raise ConfigError("expected the package av for videos, got none; try pip install av, or images only")
     labels = None if options.labels is None else read_labels(options.labels)

@@ -56,6 +56,7 @@ class Run:
     lock: FolderLock  # held by the main process
     model_config: bytes  # config.json
     owed: dict[str, Callable[[Path], Any]] = field(default_factory=dict)  # files that could not be written yet, by name
+    said: dict[str, str] = field(default_factory=dict)  # why they could not, as the user has been told
     waiting: dict[str, float] = field(default_factory=dict)  # of these the weights, with their top-1
 
     @property
