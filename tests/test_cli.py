@@ -60,7 +60,7 @@ def test_info_shows_names_as_they_are(tmp_path, capsys):
     "words", [["lst"], ["list", "zzz"], ["list", "--family", "x"], ["info", "dinat_mni"], ["info", "nat_mini.no"]]
 )
 def test_slips_are_one_sentence(words, capsys):
-    assert main(words) == 1
+    assert main(words) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.startswith("error: expected ")

@@ -171,3 +171,10 @@ def test_labels_are_read_from_text_files_alone(tmp_path):
     for path in (tmp_path / "pipe", tmp_path, tmp_path / "no"):
         with pytest.raises(ValueError, match=r"expected names of classes at .*, got .*; try a text file"):
             read_labels(path)
+
+
+def test_weights_of_a_run_know_their_input(run):
+    whole, named = visattn.load(run), visattn.load("test_dinat", weights=run / "model.safetensors")
+    assert named.labels == whole.labels
+    image = Image.effect_noise((40, 50), 60)
+    assert torch.equal(named.model(named.transform(image)[None]), whole.model(whole.transform(image)[None]))

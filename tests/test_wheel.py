@@ -41,7 +41,7 @@ def test_the_wheel_trains_in_an_empty_environment(tmp_path):
     visattn = python.with_name("visattn")
     assert "dinat_mini " in run(visattn, "list")  # without extras
     failed = subprocess.run([visattn, "train"], capture_output=True, text=True)
-    assert failed.returncode == 1
+    assert failed.returncode == 2
     assert re.fullmatch(
         r"error: expected the package \w+, got none; try pip install 'visattn\[train\]'\n", failed.stderr
     )

@@ -272,5 +272,5 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {said if argv[0] != 'export' else error}", file=sys.stderr)
     except (ValueError, TypeError, RuntimeError, ImportError, OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 1)
-    return 1
+        return getattr(error, "exit_code", 2)
+    return 2

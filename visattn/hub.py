@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +62,8 @@ def load(
     Args:
         source: The folder of a run of `visattn train`, a repository of the Hugging Face hub ("owner/name", also after
             "hf-hub:"), or a registered name, with a tag or without, whose pretrained weights are fetched.
-        weights: With a registered name: a file of weights instead; its classifier says how many classes there are.
+        weights: With a registered name: a file of weights instead; its classifier says how many classes there are, and
+            a config.json of this model beside it how images are read and what the classes are called.
         labels: Names of the classes; None: those of the run, the repository or ImageNet, else the classes' numbers.
         ema: With a run: its averaged weights.
         model_args: For `timm.create_model`, in the place of the run's or the model's own.
@@ -76,14 +78,16 @@ def load(
     if weights is not None and (folder.is_dir() or not is_known(str(source))):
         raise ValueError(f"expected a registered name beside `weights`, got {source}; try 'dinat_mini'")
     if folder.is_dir():
-        model = _load_run(folder, ema, model_args)
+        model = _load_run(folder, "model_ema.safetensors" if ema else "model.safetensors", model_args)
+    elif weights is not None and _architecture(Path(weights).parent) == str(source).partition(".")[0]:
+        model = _load_run(Path(weights).parent, Path(weights).name, model_args)
     elif weights is not None:
         model = _load_file(str(source), Path(weights), model_args)
     else:
         model = _fetch(str(source), model_args)
     if labels is not None and len(labels) != model.num_classes:
         raise ValueError(
-            f"expected {model.num_classes} labels, one per class, got {len(labels)}; try the list of training"
+            f"expected {model.num_classes} labels, one per class, got {len(labels)}; try all, in the order of training"
         )
     try:
         return Classifier(model.eval(), Transform(model), [*map(str, labels or _labels(model))])
@@ -94,20 +98,41 @@ def load(
         ) from error
 
 
-def _load_run(folder: Path, ema: bool, model_args: dict[str, Any]) -> Any:
-    """Build the model of a run's config.json with the run's weights."""
-    path = folder / ("model_ema.safetensors" if ema else "model.safetensors")
-    hint = "--ema-decay in training" if ema else f"`visattn train --resume {folder}` to the end of its first epoch"
-    if not (folder / "config.json").is_file():
-        got = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "an empty folder"
-        runs = [str(path.parent) for path in sorted(folder.glob("*/config.json"))[:3]]
+def find_in_run(folder: Path, config: str, weights: str) -> Path:
+    """The weights in the folder of a run.
+
+    Raises:
+        WeightsError: no such folder, or one without this file of its configuration, or without weights.
+    """
+    path = folder / weights
+    if not (folder / config).is_file():
+        got = "no folder"
+        if folder.is_dir():
+            got = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "an empty folder"
+        runs = ", ".join(str(path.parent) for path in sorted(folder.glob(f"*/{config}"))[:3])
         hint = (
             f"`visattn train --resume {folder}`, which writes it" if (folder / "args.yaml").is_file() else "output/RUN"
         )
-        hint = ", ".join(runs) or hint
-        raise WeightsError(f"expected a run with config.json and model.safetensors in {folder}, got {got}; try {hint}")
+        raise WeightsError(f"expected a run with {config} and {weights} in {folder}, got {got}; try {runs or hint}")
     if not path.is_file():
-        raise WeightsError(f"expected weights at {path}, got none; try {hint}")
+        hint = f"`visattn train --resume {folder}` to the end of its first epoch"
+        raise WeightsError(
+            f"expected weights at {path}, got none; try {'--ema-decay in training' if '_ema.' in weights else hint}"
+        )
+    return path
+
+
+def _architecture(folder: Path) -> str | None:
+    """The name of the model that a folder's config.json is of."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["architecture"]
+    except (LookupError, OSError, TypeError, ValueError):
+        return None
+
+
+def _load_run(folder: Path, weights: str, model_args: dict[str, Any]) -> Any:
+    """Build the model of a run's config.json with weights beside it."""
+    path = find_in_run(folder, "config.json", weights)
     try:
         model: Any = timm.create_model(f"local-dir:{folder}", **model_args)
     except BROKEN as error:

@@ -349,10 +349,10 @@ def test_command(tmp_path, capsys):
         ["test_deit_va", file, "--model-args", "drop_path_rate"],
         *(["test_deit_va", file, "--labels", str(path)] for path in tmp_path.glob("*.txt")),
     ):
-        assert main(["export", *wrong]) == 1
+        assert main(["export", *wrong]) == 2
         assert re.search("error: .*expected .* got", capsys.readouterr().err)
     (tmp_path / "w.safetensors").touch()
-    assert main(["export", "resnet10t", file, "--weights", str(tmp_path / "w.safetensors")]) == 1
+    assert main(["export", "resnet10t", file, "--weights", str(tmp_path / "w.safetensors")]) == 2
     assert "error: expected plain tensors at" in capsys.readouterr().err
 
 

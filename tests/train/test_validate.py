@@ -222,7 +222,7 @@ def test_real_labels(tmp_path, validate):
             ["--model", "test_vit.no", "--pretrained", "--data", "x"],
             "expected a registered model, got 'test_vit.no'; try",
         ),
-        (["--run", "nowhere"], "expected a YAML file at nowhere/args.yaml"),
+        (["--run", "nowhere"], "expected a run with args.yaml and model.safetensors in nowhere, got no folder"),
         (["--model", MODEL, "--pretrained", "--data", "digits"], "expected data with the 1000 classes of the weights"),
         (["--model", MODEL, "--weights", "no.pth", "--data", "digits"], "expected weights at no.pth, got no file; try"),
         (["--model", MODEL, "--pretrained", "--data", "no", "--robustness", "c"], "expected the folder of ImageNet-C"),

@@ -81,11 +81,12 @@ def examine(run: "Run") -> None:
     for index in worst:
         with contextlib.suppress(BadImageError):  # it was readable a moment ago
             label, guess = names[source.targets[index]], names[int(predicted[index])]
-            caption = f"{label}\n→ {guess} {confidence[index]:.0%}\n{Path(source.name(index)).name}"
+            sign = "→" if label == guess else "✗"
+            caption = f"{label}\n{sign} {guess} {confidence[index]:.0%}\n{Path(source.name(index)).name}"
             shown.append((source.read(index)[0], caption))
     if shown:
         images, captions = zip(*shown, strict=True)
-        title = f"{run.folder.name}: test images of the highest loss, {which}; true class → predicted class"
+        title = f"{run.folder.name}: test images of the highest loss, {which}; true class → predicted class, ✗ wrong"
         outputs.keep(run, "worst.png", lambda path: contact_sheet(images, captions, path, title))
 
 

@@ -24,6 +24,7 @@ def parse(argv: list[str] | None = None) -> Config:
     early.add_argument("--recipe")
     early.add_argument("--config", type=Path)
     early.add_argument("--resume", type=Path)
+    early.add_argument("--weights")
     early.add_argument("--name")
     early.add_argument("--output", type=Path, default=Config.output)
     named, _ = early.parse_known_args(argv)
@@ -52,6 +53,8 @@ def parse(argv: list[str] | None = None) -> Config:
         base = find_recipe(named.recipe)
     elif named.config:
         base = read_yaml(named.config)
+        if named.weights is not None:  # in the place of the published ones that the file asks for
+            base = dataclasses.replace(base, pretrained=False)
     config = tyro.cli(Config, args=argv, default=base, prog="visattn train", description=cleandoc(Config.__doc__ or ""))
     if config.override and not named.resume:
         raise ConfigError("--override: expected --resume, whose options it changes, got none; try without it")

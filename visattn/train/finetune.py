@@ -22,6 +22,10 @@ def main(argv: list[str] | None = None) -> int:
             for name, path in presets.items():
                 said = " ".join(line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines())
                 print(f"  {name:20}{said.partition('. ')[0].partition(': ')[0]}")
+            print("\n$ visattn finetune full --data DIR --model dinat_mini --val-split 0.2 --batch-size 32")
+            print(
+                "$ visattn finetune linear_probe --data DIR --model dinat_atto --weights output/RUN/model.safetensors"
+            )
             print("\nvisattn finetune PRESET --help shows all options, with the preset's values.")
             return 0
         if not argv or argv[0] not in presets:

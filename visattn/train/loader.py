@@ -7,6 +7,7 @@ the number of processes, so a run goes on with the same images after a restart i
 import itertools
 import math
 import resource
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -128,7 +129,7 @@ class TrainingImages(Images):
                 seed_worker(self.seed, "image", index.epoch, index.position)
                 return self.augment(sample[0]), sample[1]
         raise DataError(
-            f"expected readable training images, got {MAX_BAD_IN_A_ROW} unreadable ones from "
+            f"expected readable training images, got {min(MAX_BAD_IN_A_ROW, len(self))} unreadable ones from "
             f"{self.source.name(index.number)} on; try another --data"
         )
 
@@ -219,7 +220,9 @@ class Loader(DataLoader):
     """Its processes do not hear the signals that end a run, which are often sent to all that it has."""
 
     def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, worker_init_fn=signals.ignore, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # more than there are CPUs, as asked for
+            super().__init__(*args, worker_init_fn=signals.ignore, **options)
 
     def __iter__(self) -> Any:
         with signals.held_back():

@@ -49,7 +49,8 @@ def check_names(config: Config) -> None:
     for option, name in (("--model", config.model), ("--kd-model", config.kd_model)):
         if name is not None and not is_known(name):
             near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.3) or ["test_vit"]
-            raise ConfigError(f"{option}: expected a registered model, got {shown(name)}; try {', '.join(near)}")
+            hint = "a name, and --weights output/RUN/model.safetensors" if "/" in name else ", ".join(near)
+            raise ConfigError(f"{option}: expected a registered model, got {shown(name)}; try {hint}")
     if config.opt not in list_optimizers():
         near = difflib.get_close_matches(config.opt, map(str, list_optimizers()), n=3, cutoff=0.0)
         raise ConfigError(f"--opt: expected a timm optimizer, got {shown(config.opt)}; try {', '.join(near)}")
@@ -256,7 +257,8 @@ def describe_model(model: TimmModel, config: Resolved, class_names: list[str]) -
     given["input_size"] = config.in_chans, config.img_size, config.img_size
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
-        own = {"label_names": class_names, "pretrained_cfg": {"license": None}}  # the authors' is that of their weights
+        own: dict[str, Any] = {"license": None, "tag": None}  # not those of the authors' weights
+        own = {"label_names": class_names, "pretrained_cfg": own}
         save_config_for_hf(model, str(path), model_config=own, data_config=given)
         return path.read_bytes()
 

@@ -24,7 +24,7 @@ from visattn.train.errors import printable
 from visattn.train.files import write_atomic
 
 TILE, LINE, GAP = 160, 14, 10  # of a sheet, in pixels: an image, a line of text, what is between them
-LETTERS = 25  # of a caption's line
+LETTERS = 21  # of a caption's line
 COLUMNS = 8
 NUMBERED, NAMED = 20, 60  # most classes whose confusions stand as numbers, and whose names stand, beside the matrix
 CELLS = 1000  # most of a side of the matrix; each is a pixel then
@@ -195,7 +195,7 @@ def draw_curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
     ]
     for axes, key, label, color in curves:
         points = [(row["epoch"], row[key]) for row in history if row[key] is not None]
-        if points:
+        if points and not (key == "top5" and all(value == 100 for _, value in points)):  # of up to five classes
             # A run of one epoch has no line: the dot shows it.
             axes.plot(*zip(*points, strict=True), ".-", label=label, color=color)
     accuracy.plot(best["epoch"], best["top1"], "o", color="tab:orange")

@@ -118,7 +118,7 @@ class Predictor:
             for target, prediction in zip(targets, self.score(batch), strict=True):
                 name = source.name(number)
                 prediction.image = name
-                yield prediction if target >= 0 else Prediction(name, error=source.describe(number))
+                yield prediction if target >= 0 else Prediction(name, error=source.problem(number))
                 number += 1
         for path in files:
             if _is_video(path):
@@ -134,7 +134,7 @@ class Predictor:
                     yield prediction
                     number += 1
         except BadImageError as error:
-            yield Prediction(path, error=f"{path} ({error})")
+            yield Prediction(path, error=str(error))
 
     @torch.no_grad()
     def score(self, batch: torch.Tensor) -> Iterator[Prediction]:
@@ -252,7 +252,7 @@ def run(options: Options, console: Console) -> int:
             predictions.append(prediction)
             bad += bool(prediction.error)
             if prediction.error:
-                say(console, f"unreadable: {prediction.error}")
+                say(console, f"unreadable: {prediction.image} ({prediction.error})")
             elif not options.quiet:
                 say(console, str(prediction))
             progress.advance(bar)

@@ -158,7 +158,8 @@ def resume(folder: Path, config: Config, state: TrainState, loaders: Loaders, wo
     before = max(group["lr"] for group in state.optimizer.param_groups)
     state.scheduler.step_update(state.place)
     after = max(group["lr"] for group in state.optimizer.param_groups)
-    say(console, f"resumed after update {state.update}")
+    over = state.place >= epochs * updates
+    say(console, f"resumed after update {state.update}{f', the last: --epochs N with N above {epochs} goes on' * over}")
     if changed:
         say(console, f"from here on {', '.join(changed.values())}; the learning rate goes from {before:g} to {after:g}")
     now = options | {key: recipe(config)[key] for key in changed}

@@ -71,12 +71,15 @@ class Source(ABC):
 
     def describe(self, index: int) -> str:
         """The name of an unreadable image, and why it is."""
+        return f"{self.name(index)} ({self.problem(index)})"
+
+    def problem(self, index: int) -> str:
+        """Why an image cannot be read."""
         try:
             self.read(index)
-            reason = "readable again"
         except BadImageError as error:
-            reason = str(error)
-        return f"{self.name(index)} ({reason})"
+            return str(error)
+        return "readable again"
 
 
 class FileSource(Source):

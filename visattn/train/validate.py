@@ -27,6 +27,7 @@ from torch import nn
 from torchvision.transforms import Compose, FiveCrop, TenCrop
 
 import visattn  # noqa: F401  registers its models with timm
+from visattn.hub import find_in_run
 from visattn.train import signals
 from visattn.train.checks import check_images, check_pass, check_values, check_words
 from visattn.train.config import Config, Resolved
@@ -42,6 +43,7 @@ from visattn.train.recipes import read_yaml
 from visattn.train.robustness import open_robustness
 from visattn.train.sources import Source
 from visattn.train.weights import load_into
+from visattn.weights import WeightsError
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,12 @@ def configure(options: Options) -> tuple[Resolved, Path | None]:
 
     weights = options.weights
     if options.run is not None:
+        try:
+            name = "model_ema.safetensors" if options.ema else "model.safetensors"
+            weights = find_in_run(options.run, "args.yaml", name)
+        except WeightsError as error:
+            raise CheckpointError(str(error)) from error
         config = read_yaml(options.run / "args.yaml", hint="--run output/RUN")
-        weights = options.run / ("model_ema.safetensors" if options.ema else "model.safetensors")
     else:
         if options.data is None:
             raise ConfigError("--data: expected a data set, got none; try --data DIR")
