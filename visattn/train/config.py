@@ -67,9 +67,7 @@ class Config:
     hub_license: str | None = None  # of these weights, for the card: apache-2.0, cc-by-nc-4.0, other, ...
 
     data: str = "digits"  # digits, mnist5k, hfds/NAME, or a folder with train/ and val/ of class folders or tar shards
-    val_split: float | None = number(
-        None, 1e-6, 0.9
-    )  # share to test with of each class, if DIR has class folders alone
+    val_split: float | None = number(None, 1e-6, 0.9)  # share of each class to test with, where only classes are
     max_bad: float = number(0.01, 0, 1)  # share of unreadable training images above which the run stops
     workers: int = number(0, 0, 1024)  # loader processes; 0 loads in the main process
     model: str = "dinat_atto"  # any name that timm or visattn registers
