@@ -10,6 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mm_runner import read_config, stop
 from mmdet.apis import DetInferencer
 from mmseg.apis import MMSegInferencer
@@ -20,7 +21,7 @@ from visattn.mm.checkpoints import load_from_file
 from visattn.train.errors import DataNotFoundError
 from visattn.train.predict import find_files
 from visattn.train.sources import BadImageError, FolderSource
-from visattn.weights import WeightsError
+from visattn.weights import WeightsError, check_fit
 
 
 def main() -> int:
@@ -44,8 +45,10 @@ def main() -> int:
     try:
         fit_channels(config.model)
         files = _readable(find_files(tuple(args.images)))
-        meta = load_from_file(args.checkpoint, "cpu").get("meta", {}).get("dataset_meta")
-        predict = _inferencer(config, args, scope, meta)
+        saved = load_from_file(args.checkpoint, "cpu")
+        predict = _inferencer(config, args, scope, saved.get("meta", {}).get("dataset_meta"))
+        # mmengine leaves a head of other classes as it was initialized, and draws what that says.
+        check_fit(predict.model, saved.get("state_dict", saved), f"weights of {args.config}", args.checkpoint)
     except (DataNotFoundError, WeightsError) as error:
         stop(str(error))
     options = {"pred_score_thr": args.threshold, "no_save_pred": False} if scope == "mmdet" else {}
@@ -79,9 +82,12 @@ def _inferencer(config: Any, args: argparse.Namespace, scope: str, meta: dict[st
         return DetInferencer(config, args.checkpoint, device=args.device)
     data = config.test_dataloader.dataset
     meta = meta or data.get("metainfo") or DATASETS.get(data.type).METAINFO
-    return MMSegInferencer(
-        config, args.checkpoint, list(meta["classes"]), [list(colour) for colour in meta["palette"]], device=args.device
-    )
+    classes = list(meta["classes"])
+    colours = meta.get("palette") or np.random.default_rng(0).integers(0, 256, (len(classes), 3)).tolist()
+    colours = [list(colour) for colour in colours]
+    inferencer = MMSegInferencer(config, args.checkpoint, classes, colours, device=args.device)
+    inferencer.model.dataset_meta = {"classes": classes, "palette": colours}  # it would take a checkpoint's half
+    return inferencer
 
 
 if __name__ == "__main__":

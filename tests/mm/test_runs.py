@@ -101,6 +101,15 @@ def test_commands_of_segmentation(nuclei, tmp_path):
     assert (tmp_path / "vis" / picture.name).is_file()
     with Image.open(*(tmp_path / "pred").iterdir()) as numbers:
         assert {number for _, number in numbers.getcolors()} <= {0, 1}
+    weights = torch.load(checkpoint, weights_only=True)["state_dict"]
+    words = (tmp_path / "small.py", tmp_path / "other.pth", picture, "--out", tmp_path)
+    for meta in {}, {"dataset_meta": {"classes": ["a", "b"]}}:
+        torch.save({"state_dict": weights, "meta": meta}, tmp_path / "other.pth")
+        assert "1 pictures below" in tool("predict_mm", *words)
+    weights["decode_head.conv_seg.weight"] = weights["decode_head.conv_seg.weight"].repeat(2, 1, 1, 1)
+    torch.save(weights, tmp_path / "other.pth")
+    with pytest.raises(AssertionError, match=r"expected weights of .*with a size mismatch at decode_head\.conv_seg"):
+        tool("predict_mm", *words)
 
 
 def test_commands_of_detection(nuclei, tmp_path, monkeypatch):
