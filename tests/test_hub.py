@@ -48,6 +48,7 @@ def test_run_is_a_model_of_timm(run):
     assert torch.equal(model(tensor[None]), timms(tensor[None]))
     average = visattn.load(run, ema=True).model
     assert not torch.equal(average(tensor[None]), model(tensor[None]))
+    assert torch.equal(visattn.load(f"local-dir:{run}").model(tensor[None]), model(tensor[None]))
     assert visattn.load(run, labels=[*"abcdefghij"]).labels == [*"abcdefghij"]
 
 

@@ -60,7 +60,7 @@ def load(
     """Load a trained classifier, its transform and its labels.
 
     Args:
-        source: The folder of a run of `visattn train`, a repository of the Hugging Face hub ("owner/name", also after
+        source: The folder of a run of `visattn train` (also after "local-dir:"), a repository of the Hugging Face hub ("owner/name", also after
             "hf-hub:"), or a registered name, with a tag or without, whose pretrained weights are fetched.
         weights: With a registered name: a file of weights instead; its classifier says how many classes there are, and
             a config.json of this model beside it how images are read and what the classes are called.
@@ -72,7 +72,7 @@ def load(
         WeightsError: No such run, repository or model, one without weights, or weights that do not fit.
         ValueError: Labels that are not as many as the classes, or options that the source does not have.
     """
-    folder = Path(os.path.expanduser(source))
+    folder = Path(os.path.expanduser(str(source).removeprefix("local-dir:")))
     if ema and not folder.is_dir():
         raise ValueError(f"expected a run, whose average `ema` is, got {source}; try its folder")
     if weights is not None and (folder.is_dir() or not is_known(str(source))):
