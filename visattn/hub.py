@@ -60,8 +60,9 @@ def load(
     """Load a trained classifier, its transform and its labels.
 
     Args:
-        source: The folder of a run of `visattn train` (also after "local-dir:"), a repository of the Hugging Face hub ("owner/name", also after
-            "hf-hub:"), or a registered name, with a tag or without, whose pretrained weights are fetched.
+        source: The folder of a run of `visattn train`, a repository of the Hugging Face hub ("owner/name"), both also
+            after timm's "local-dir:" and "hf-hub:", or a registered name, with a tag or without, whose pretrained
+            weights are fetched.
         weights: With a registered name: a file of weights instead; its classifier says how many classes there are, and
             a config.json of this model beside it how images are read and what the classes are called.
         labels: Names of the classes; None: those of the run, the repository or ImageNet, else the classes' numbers.
