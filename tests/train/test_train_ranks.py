@@ -26,7 +26,7 @@ def test_what_one_rank_finds_wrong_is_said_and_ends_the_other(folder_data, launc
     codes = processes.wait(60)
     assert codes[rank] == 2, processes.output()
     assert codes[1 - rank] == 1
-    said = f"{'rank 1: ' if rank else ''}error: expected readable training images, got 100 unreadable ones from "
+    said = f"{'rank 1: ' if rank else ''}error: expected readable training images, got 32 unreadable ones from "
     assert sum(line.startswith(said) for line in processes.output().splitlines()) == 1, processes.output()
     assert "Traceback" not in processes.output()
 

@@ -93,7 +93,7 @@ def test_teachers_that_cannot_teach_are_refused(refused, tmp_path):
     assert "a head for others" in refused(*teacher, ten)
     assert "got no file" in refused(*teacher, tmp_path / "none.safetensors")
     assert "expected weights of this model" in refused("--kd-model", "test_convnext", "--kd-weights", good)
-    assert "--kd-model: expected a teacher" in refused("--kd-model", "test_dinat")  # nobody has its weights
+    assert "--kd-model: expected the published weights of test_dinat" in refused("--kd-model", "test_dinat")  # none
 
 
 @pytest.mark.parametrize(("size", "engine"), [(1, "ddp"), (2, "ddp"), (2, "fsdp2")])
