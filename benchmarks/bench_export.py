@@ -33,8 +33,8 @@ batch, "size" a dynamic batch, height and width in one file. Every file was run 
 its name: at its size, with batches of 1, 2 and 3, or at five sizes with batches of 1 to 3; "error" is the largest
 |file - PyTorch| / |PyTorch| among them, "CPU s" the time of tracing, converting and verifying. Speed is CPU time of one
 thread for one image, medians of interleaved calls: how many times faster the file is than eager PyTorch, and than
-`torch.compile`d PyTorch. What a target refuses is in the last column, in its words;
-what is not in the table has not been measured.
+`torch.compile`d PyTorch. What a target refuses is in the last column, in its words. ExecuTorch takes fixed sizes alone,
+as it plans its memory when it exports. What is not in the table has not been measured.
 """
 COLUMNS = "model", "target", "dynamic", "error", "MB", "CPU s", "x eager", "x compiled", "note"
 SIZE, CALLS = (160, 192), 9
@@ -150,7 +150,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for dynamic in args.dynamic:
             for model in args.models:
                 key = model, target, dynamic
-                if key in cells and not args.again:
+                refused = target in TARGETS and TARGETS[target].only_fixed and dynamic != "none"
+                if refused or (key in cells and not args.again):
                     continue
                 cells[key] = in_process(Cell(*key), args.limit)
                 print(*row(cells[key]), flush=True)
