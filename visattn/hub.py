@@ -21,6 +21,8 @@ from visattn.weights import WeightsError, check_file, convert_weights, first_lin
 # What timm raises where a config.json is not as it was written.
 BROKEN = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
+RUN_WEIGHTS = {False: "model.safetensors", True: "model_ema.safetensors"}  # of a run's folder: averaged or not
+
 
 class Transform:
     """timm's evaluation transform for a model, after the image has got the model's number of channels."""
@@ -79,7 +81,7 @@ def load(
     if weights is not None and (folder.is_dir() or not is_known(str(source))):
         raise ValueError(f"expected a registered name beside `weights`, got {source}; try 'dinat_mini'")
     if folder.is_dir():
-        model = _load_run(folder, "model_ema.safetensors" if ema else "model.safetensors", model_args)
+        model = _load_run(folder, RUN_WEIGHTS[ema], model_args)
     elif weights is not None and _architecture(Path(weights).parent) == str(source).partition(".")[0]:
         model = _load_run(Path(weights).parent, Path(weights).name, model_args)
     elif weights is not None:

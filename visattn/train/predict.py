@@ -1,10 +1,8 @@
 """`visattn predict`: the classes of images and of the frames of videos: told, in a file, on a contact sheet."""
 
-import csv
 import dataclasses
 import glob
 import importlib.util
-import io
 import itertools
 import json
 import os
@@ -27,7 +25,7 @@ from visattn.train.checks import check_values
 from visattn.train.config import number
 from visattn.train.distributed import pick_device
 from visattn.train.errors import ConfigError, DataError, DataNotFoundError
-from visattn.train.files import open_regular, write_atomic
+from visattn.train.files import write_atomic, write_table
 from visattn.train.listing import is_hidden, is_image, natural
 from visattn.train.loader import Loader, TestImages, allow_files, plain_errors
 from visattn.train.metrics import make_console, say
@@ -151,19 +149,16 @@ class Predictor:
 
 def write(predictions: list[Prediction], path: Path) -> None:
     """Write `.jsonl`, an object an image, or `.csv`, a row a class of an image."""
-    text = io.StringIO()
     if path.suffix == ".csv":
-        table = csv.writer(text)
-        table.writerow(["image", "rank", "class", "label", "probability", "error"])
+        table: list[tuple[Any, ...]] = []
         for one in predictions:
             rows = zip(one.classes, one.labels, one.probabilities, strict=True)
-            table.writerows([one.image, rank, *row, ""] for rank, row in enumerate(rows, 1))
-            if one.error:
-                table.writerow([one.image, "", "", "", "", one.error])
+            table += [(one.image, rank, *row, "") for rank, row in enumerate(rows, 1)]
+            table += [(one.image, "", "", "", "", one.error)] if one.error else []
+        write_table(path, ("image", "rank", "class", "label", "probability", "error"), table)
     else:
-        for one in predictions:
-            text.write(json.dumps({"image": one.image, **_plain(one)}, ensure_ascii=False) + "\n")
-    write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
+        lines = (json.dumps({"image": one.image, **_plain(one)}, ensure_ascii=False) for one in predictions)
+        write_atomic(path, "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
 
 
 def draw(predictions: list[Prediction], path: Path) -> None:

@@ -27,7 +27,7 @@ from torch import nn
 from torchvision.transforms import Compose, FiveCrop, TenCrop
 
 import visattn  # noqa: F401  registers its models with timm
-from visattn.hub import find_in_run
+from visattn.hub import RUN_WEIGHTS, find_in_run
 from visattn.train import signals
 from visattn.train.checks import check_images, check_pass, check_values, check_words
 from visattn.train.config import Config, Resolved
@@ -163,8 +163,7 @@ def configure(options: Options) -> tuple[Resolved, Path | None]:
     weights = options.weights
     if options.run is not None:
         try:
-            name = "model_ema.safetensors" if options.ema else "model.safetensors"
-            weights = find_in_run(options.run, "args.yaml", name)
+            weights = find_in_run(options.run, "args.yaml", RUN_WEIGHTS[options.ema])
         except WeightsError as error:
             raise CheckpointError(str(error)) from error
         config = read_yaml(options.run / "args.yaml", hint="--run output/RUN")
