@@ -25,7 +25,7 @@ from visattn.train.checks import check_values
 from visattn.train.config import number
 from visattn.train.distributed import pick_device
 from visattn.train.errors import ConfigError, DataError, DataNotFoundError
-from visattn.train.files import write_atomic, write_table
+from visattn.train.files import open_regular, write_atomic, write_table
 from visattn.train.listing import is_hidden, is_image, natural
 from visattn.train.loader import Loader, TestImages, allow_files, plain_errors
 from visattn.train.metrics import make_console, say
