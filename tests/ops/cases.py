@@ -401,6 +401,8 @@ MAPS = {
     "pool2x2 max": Case(ops.pool2x2, plain_map, {"kind": "max"}),
     "adaptive_avg_pool": Case(ops.adaptive_avg_pool, plain_map, {"size": [5, 2]}),
     "avg_pool_grid": Case(ops.avg_pool_grid, plain_map, {"ratio": [2, 3]}),
+    "shift": Case(ops.shift, plain_map, {"channels": 2}, small=(1, 3, 3, 2, 4)),
+    "shift far": Case(ops.shift, plain_map, {"channels": 1, "step": 8}, small=(1, 3, 3, 2, 4)),
     "window_conv": Case(
         ops.window_conv,
         lambda b, h, w, n, d: {"x": (b, h, w, n * d), "weight": (n * d, 1, 3, 3), "bias": (n * d,)},

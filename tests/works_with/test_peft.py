@@ -22,6 +22,7 @@ TARGETS = {
     "test_halonet_va": ["q", "kv"],
     "test_resnest_va": ["conv1", "conv3"],
     "test_resnet_ea": ["conv1", "conv2", "conv3"],
+    "test_shiftvit": ["fc1", "fc2"],
 }
 # TransNeXt has linear layers that make its position bias.
 EVERYWHERE = dict.fromkeys(["test_deit_va", "test_transnext", "test_dinat"], "all-linear")

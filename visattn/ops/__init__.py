@@ -25,6 +25,7 @@ from visattn.ops.pooling import adaptive_avg_pool, avg_pool_grid, pool2x2
 from visattn.ops.registration import decompose
 from visattn.ops.rel_pos import resize_rel_pos
 from visattn.ops.routed import bilevel_routing_attention, region_routing, routed_attention
+from visattn.ops.shift import shift
 from visattn.ops.window import window_attention
 from visattn.ops.window_conv import window_conv
 
@@ -56,6 +57,7 @@ __all__ = [
     "region_routing",
     "resize_rel_pos",
     "routed_attention",
+    "shift",
     "tune",
     "use_backend",
     "window_attention",
