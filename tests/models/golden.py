@@ -127,6 +127,18 @@ def every_third(model, image):
     return features, [maps[i] for i in (2, 5, 8, 11)]
 
 
+def quarters(model, image):
+    """Features and the maps of the blocks at the end of each quarter."""
+    features, maps = model.forward_intermediates(image)
+    return features, maps[len(maps) // 4 - 1 :: len(maps) // 4]
+
+
+def final(model, image):
+    """Features and the last map."""
+    features, maps = model.forward_intermediates(image, 1)
+    return features, maps
+
+
 def tokens(model, image):
     """Features and the tokens of every third of twelve blocks, the class token first."""
     args = {"return_prefix_tokens": True, "output_fmt": "NLC"}

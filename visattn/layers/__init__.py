@@ -3,6 +3,7 @@
 from visattn.layers.agent import AgentAttention
 from visattn.layers.aggregated import AggregatedAttention, CosineAttention
 from visattn.layers.block import TokenTransformerBlock, TransformerBlock
+from visattn.layers.class_attention import ClassAttention, ClassAttentionBlock
 from visattn.layers.conv import ConvNorm, DepthwiseConv, create_act, dilate_convs
 from visattn.layers.conv_glu import ConvGLU
 from visattn.layers.create import TOKEN_MIXERS, create_token_mixer
@@ -37,6 +38,8 @@ __all__ = [
     "AgentAttention",
     "AggregatedAttention",
     "BiLevelRoutingAttention",
+    "ClassAttention",
+    "ClassAttentionBlock",
     "ConvDownsampler",
     "ConvGLU",
     "ConvNorm",

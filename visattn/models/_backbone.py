@@ -255,7 +255,7 @@ class TellsAttended:
     def attended(self: Any, image: Tensor) -> dict[str, dict[str, Tensor]]:
         """What the queries of every attention layer attend to: {layer's name: what its own `attended` returns}.
 
-        One pass up to `forward_features`, with gradients as usual.
+        One pass, with gradients as usual.
 
         Args:
             image: Images [B, in_chans, H, W].
@@ -268,7 +268,7 @@ class TellsAttended:
 
         handles = [module.register_forward_pre_hook(partial(ask, name)) for name, module in tellers]
         try:
-            self.forward_features(image)
+            self(image)
         finally:
             for handle in handles:
                 handle.remove()
