@@ -149,7 +149,8 @@ class ClassAttentionHead(nn.Module):
             x = x if self.global_pool == "" else global_pool_nlc(x.flatten(1, 2), self.global_pool, 0)
             x = self.drop(self.norm(x))  # [B, C] or [B, H, W, C]
             return x if pre_logits else self.fc(x)
-        tokens = self.block(self.cls_token.expand(x.shape[0], -1, -1), x)  # [B, n, C]
+        # no view of the parameter: FlopCounterMode fails on one as a module's input in inference mode
+        tokens = self.block(self.cls_token.repeat(x.shape[0], 1, 1), x)  # [B, n, C]
         tokens = self.drop(self.norm(tokens))
         if pre_logits or isinstance(self.fc, nn.Identity) or not self.token_per_class:
             tokens = tokens.mean(1)  # [B, C]
