@@ -55,6 +55,7 @@ CASES = {
     "grid": Case(lambda: layers.WindowAttention(12, 2, (4, 3), grid=True)),
     "growing windows": Case(lambda: layers.WindowAttention(12, 2, None, 2, 4)),
     "shifted window": Case(lambda: layers.ShiftedWindowAttention(12, 2, 4, shifted=True)),
+    "shifted window, no table": Case(lambda: layers.ShiftedWindowAttention(12, 2, 4, shifted=True, rel_pos=False)),
     "stripes": Case(lambda: layers.CrossShapedAttention(12, 2, 3)),
     "no stripes": Case(lambda: layers.CrossShapedAttention(12, 2, None)),
     "lepe": Case(lambda: layers.LePEAttention(12, 2, 3)),
