@@ -85,6 +85,9 @@ CASES = {
     "inline, reduced keys": Case(lambda: Tokens("inline", sr_ratio=2, lepe=True)),
     "focused": Case(lambda: Tokens("focused", num_prefix_tokens=2, kernel_size=3)),
     "focused, reduced keys": Case(lambda: Tokens("focused", sr_ratio=2)),
+    "relu": Case(lambda: Tokens("relu_linear")),
+    "relu, lcm, prefix": Case(lambda: Tokens("relu_linear", floor=1e-3, lcm=True, num_prefix_tokens=2)),
+    "relu, lcm, reduced keys": Case(lambda: Tokens("relu_linear", lcm=True, sr_ratio=2)),
     "efficient": Case(lambda: Tokens("efficient")),
     "efficient, reduced keys": Case(lambda: Tokens("efficient", sr_ratio=2)),
 }
@@ -212,6 +215,7 @@ REFUSALS = [
     (lambda: Tokens("inline", kernel_func="gelu"), "expected kernel_func 'identity', .* or 'exp', got 'gelu'"),
     (lambda: Tokens("focused", kernel_size=4), "expected an odd kernel_size, got 4"),
     (lambda: Tokens("focused", focusing_factor=0), "expected focusing_factor > 0, got 0"),
+    (lambda: Tokens("relu_linear", floor=-1.0), "expected floor > 0, got -1.0"),
 ]
 
 
