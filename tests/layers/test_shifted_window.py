@@ -94,7 +94,7 @@ def test_what_is_attended_are_the_weights_of_the_values(window, args):
     out = torch.zeros_like(values[:, :h, :w])
     for i in range(h):
         for j in range(w):
-            top, left = ((n - s) % size // m * m for n, s, size, m in zip((i, j), shift, values.shape[1:3], (wh, ww)))
+            top, left = (i - shift[0]) % values.shape[1] // wh * wh, (j - shift[1]) % values.shape[2] // ww * ww
             tokens = values[:, top : top + wh, left : left + ww].flatten(1, 2)  # [B, M, N, D]
             out[:, i, j] = torch.einsum("bnm,bmnd->bnd", weights[:, i, j], tokens)
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))

@@ -23,17 +23,18 @@ from visattn import layers
 from visattn.models._backbone import Backbone, TellsAttended, convert_checkpoint, drop_path_rates, plan_strides
 from visattn.models._build import build_model
 from visattn.models._variants import Variant, imagenet_cfg, register_variants
-from visattn.ops import pad_to_multiple
+from visattn.ops import fit, pad_to_multiple
 
 __all__ = ["L2ViT"]
 
 # B batch, I image channels, H W map, C channels.
 
+torch.fx.wrap("fit")
 torch.fx.wrap("pad_to_multiple")
 
 
 class Stem(nn.Module):
-    """Two 3x3 convolutions of stride 2, each with BatchNorm, ReLU between, then LayerNorm: [B, I, H, W] -> [B, H/4, W/4, C].
+    """Two 3x3 convolutions of stride 2 with BatchNorm, ReLU between, LayerNorm: [B, I, H, W] -> [B, H/4, W/4, C].
 
     Images that 4 does not divide are zero-padded at the bottom and right.
     """
@@ -50,7 +51,9 @@ class Stem(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = pad_to_multiple(x.permute(0, 2, 3, 1), [4, 4])  # [B, H', W', I]
+        _, _, h, w = x.shape
+        # Of a size that is a symbol, PyTorch has to see that it is positive, as it does here, to export the last norm.
+        x = fit(x.permute(0, 2, 3, 1), [(h - 1) // 4 * 4 + 4, (w - 1) // 4 * 4 + 4])  # [B, H', W', I]
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # [B, H/4, W/4, C]
 
 
@@ -64,7 +67,8 @@ class Downsampler(nn.Module):
         super().__init__()
         self.stride = [stride, stride]
         self.norm = nn.LayerNorm(dim, **dd)
-        self.proj = layers.PatchConv(dim, out_dim, 2, stride, dilation=dilation, **dd)
+        conv = layers.PatchConv if stride == 1 else nn.Conv2d
+        self.proj = conv(dim, out_dim, 2, stride, dilation=dilation, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         x = pad_to_multiple(self.norm(x), self.stride)
@@ -72,22 +76,17 @@ class Downsampler(nn.Module):
 
 
 class LocalBlock(layers.TransformerBlock):
-    """Positional convolution, window attention, positional convolution, MLP: [B, H, W, dim] -> the same.
+    """Positional convolution, attention, positional convolution, MLP, each with a shortcut: [B, H, W, dim] -> the same.
 
     Args:
         dim: C.
-        num_heads: Heads.
-        window_size: Tokens per axis of a window; padding tokens take part.
-        proj_drop: Dropout after attention and MLP projections.
+        attn: Attention within windows.
         **block: Further arguments of `layers.TransformerBlock`.
     """
 
-    def __init__(
-        self, dim: int, num_heads: int, window_size: int, proj_drop: float, dd: dict[str, Any], **block: Any
-    ) -> None:
-        how = {"proj_drop": proj_drop, **dd}
-        attn = layers.ShiftedWindowAttention(dim, num_heads, window_size, rel_pos=False, **how)
-        super().__init__(dim, attn, **block, **how)
+    def __init__(self, dim: int, attn: nn.Module, **block: Any) -> None:
+        super().__init__(dim, attn, **block)
+        dd = {"device": block["device"], "dtype": block["dtype"]}
         self.cpe1 = layers.DepthwiseConv(dim, 3, **dd)
         self.cpe2 = layers.DepthwiseConv(dim, 3, **dd)
 
@@ -99,22 +98,18 @@ class LocalBlock(layers.TransformerBlock):
 
 
 class GlobalBlock(layers.TransformerBlock):
-    """Positional convolution, linear attention, local concentration, MLP: [B, H, W, dim] -> the same.
+    """Positional convolution, attention, local concentration, MLP, each with a shortcut: [B, H, W, dim] -> the same.
 
     Args:
         dim: C.
-        num_heads: Heads.
-        proj_drop: Dropout after attention and MLP projections.
+        attn: Attention over the whole map.
         drop_path: Probability of dropping a branch, per sample.
         **block: Further arguments of `layers.TransformerBlock`.
     """
 
-    def __init__(
-        self, dim: int, num_heads: int, proj_drop: float, drop_path: float, dd: dict[str, Any], **block: Any
-    ) -> None:
-        how = {"proj_drop": proj_drop, **dd}
-        attn = layers.ReluLinearAttention(dim, num_heads, (7, 7), **how)  # without position: of any map
-        super().__init__(dim, attn, drop_path=drop_path, **block, **how)
+    def __init__(self, dim: int, attn: nn.Module, drop_path: float, **block: Any) -> None:
+        super().__init__(dim, attn, drop_path=drop_path, **block)
+        dd = {"device": block["device"], "dtype": block["dtype"]}
         self.cpe1 = layers.DepthwiseConv(dim, 3, **dd)
         self.norm3 = nn.LayerNorm(dim, **dd)
         self.lcm = layers.LocalConcentration(dim, **dd)
@@ -173,18 +168,23 @@ class L2ViT(TellsAttended, Backbone):
     ) -> None:
         super().__init__(in_chans, num_classes, global_pool)
         dd = {"device": device, "dtype": dtype}
+        block = {"mlp_ratio": mlp_ratio, "proj_drop": proj_drop_rate, **dd}
         self.patch_embed = Stem(in_chans, embed_dims[0], **dd)
         rates = drop_path_rates(drop_path_rate, depths)
         steps = plan_strides(4, (1, *[2] * (len(depths) - 1)), output_stride)
         self.stages = nn.Sequential()
         for i, (dim, heads) in enumerate(zip(embed_dims, num_heads, strict=True)):
             reduction, stride, before, dilation = steps[i]
-            blocks = []
+            blocks: list[nn.Module] = []
             for j, rate in enumerate(rates[i]):
-                block = {"mlp_ratio": mlp_ratio, "proj_drop": proj_drop_rate, "drop_path": rate, "dd": dd}
-                blocks.append(
-                    GlobalBlock(dim, heads, **block) if j % 2 else LocalBlock(dim, heads, window_size, **block)
-                )
+                if j % 2:
+                    attn = layers.ReluLinearAttention(dim, heads, (1, 1), proj_drop=proj_drop_rate, **dd)
+                    blocks.append(GlobalBlock(dim, attn, rate, **block))
+                else:
+                    attn = layers.ShiftedWindowAttention(
+                        dim, heads, window_size, proj_drop=proj_drop_rate, rel_pos=False, **dd
+                    )
+                    blocks.append(LocalBlock(dim, attn, drop_path=rate, **block))
             downsample = Downsampler(embed_dims[i - 1], dim, stride, before, **dd) if i else nn.Identity()
             self.stages.append(layers.Stage(downsample, blocks, dilation=dilation))
             self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
@@ -259,7 +259,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
     Files that are called "ema" may hold the average beside the model that it is of: it is what was published.
     """
-    url = (getattr(model, "pretrained_cfg", None) or {}).get("url") or ""
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    url = cfg.get("url") or ""
     state_dict = state_dict.get("model_ema", state_dict) if "-ema" in url else state_dict
     return convert_checkpoint(state_dict, model, _convert)
 
