@@ -129,7 +129,7 @@ def swap_attention(
 
     Args:
         model: `VisionTransformer` (DeiT with distillation too) or `SwinTransformer` of timm, or one swapped before.
-        attention: A name of `visattn.layers.TOKEN_MIXERS`: "softmax", "agent", "inline", "focused" or "efficient".
+        attention: A name of `visattn.layers.TOKEN_MIXERS`, such as "softmax", "agent" or "relu_linear".
         depth: Only the first `depth` blocks of a ViT; for a Swin, how many of each stage, as in (2, 2, 0, 0). Default:
             all blocks.
         attention_args: Arguments of the layer, such as `num_agents=9`.

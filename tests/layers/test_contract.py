@@ -55,6 +55,7 @@ CASES = {
     "grid": Case(lambda: layers.WindowAttention(12, 2, (4, 3), grid=True)),
     "growing windows": Case(lambda: layers.WindowAttention(12, 2, None, 2, 4)),
     "shifted window": Case(lambda: layers.ShiftedWindowAttention(12, 2, 4, shifted=True)),
+    "shifted window, no table": Case(lambda: layers.ShiftedWindowAttention(12, 2, 4, shifted=True, rel_pos=False)),
     "stripes": Case(lambda: layers.CrossShapedAttention(12, 2, 3)),
     "no stripes": Case(lambda: layers.CrossShapedAttention(12, 2, None)),
     "lepe": Case(lambda: layers.LePEAttention(12, 2, 3)),
@@ -84,6 +85,9 @@ CASES = {
     "inline, reduced keys": Case(lambda: Tokens("inline", sr_ratio=2, lepe=True)),
     "focused": Case(lambda: Tokens("focused", num_prefix_tokens=2, kernel_size=3)),
     "focused, reduced keys": Case(lambda: Tokens("focused", sr_ratio=2)),
+    "relu": Case(lambda: Tokens("relu_linear")),
+    "relu, lcm, prefix": Case(lambda: Tokens("relu_linear", floor=1e-3, lcm=True, num_prefix_tokens=2)),
+    "relu, lcm, reduced keys": Case(lambda: Tokens("relu_linear", lcm=True, sr_ratio=2)),
     "efficient": Case(lambda: Tokens("efficient")),
     "efficient, reduced keys": Case(lambda: Tokens("efficient", sr_ratio=2)),
 }
@@ -211,6 +215,7 @@ REFUSALS = [
     (lambda: Tokens("inline", kernel_func="gelu"), "expected kernel_func 'identity', .* or 'exp', got 'gelu'"),
     (lambda: Tokens("focused", kernel_size=4), "expected an odd kernel_size, got 4"),
     (lambda: Tokens("focused", focusing_factor=0), "expected focusing_factor > 0, got 0"),
+    (lambda: Tokens("relu_linear", floor=-1.0), "expected floor > 0, got -1.0"),
 ]
 
 

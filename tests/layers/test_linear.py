@@ -1,4 +1,4 @@
-"""InLine, focused and efficient attention as layers: the official modules, their forms, other maps, tracing."""
+"""InLine, focused, ReLU linear and efficient attention as layers: the official modules, their forms, other maps, tracing."""
 
 import torch
 import torch.nn.functional as F
@@ -123,6 +123,25 @@ def test_efficient_reads_descriptions_of_the_map():
     q, k, v = layer.qkv(x).unflatten(-1, (3, 2, 3)).unbind(2)
     out = torch.einsum("blnd,bmnd,bmne->blne", q.softmax(-1), k.softmax(1), v)
     assert relative_error(layer(x, [3, 4]), layer.proj(out.flatten(2))) <= TOLERANCE
+
+
+def test_relu_by_hand():
+    """Two prefix tokens: attention of all tokens by the weights that are told, then convolutions of the map alone."""
+    layer = build("relu_linear", 6, 2, (4, 4), num_prefix_tokens=2, floor=2.0, lcm=True).eval()
+    x = torch.randn(2, 2 + 3 * 5, 6, dtype=torch.float64)
+    q, k, v = layer.qkv(x).unflatten(-1, (3, 2, 3)).unbind(2)
+    pairs = torch.einsum("blnd,bmnd->bnlm", q.relu(), k.relu())
+    total = pairs.sum(-1, keepdim=True)
+    assert (total < 2).any() and (total > 2).any()
+    weights = pairs / total.clamp(min=2) * layer.temperature[:, None, None]
+    assert relative_error(layer.attended(x, [3, 5])["weights"], weights) <= TOLERANCE
+    out = layer.proj(torch.einsum("bnlm,bmnd->blnd", weights, v).flatten(2))
+    lcm = layer.lcm
+    local = F.conv2d(out[:, 2:].mT.unflatten(2, (3, 5)), lcm.conv1.weight, lcm.conv1.bias, padding=3, groups=6)
+    local = lcm.bn(F.gelu(local))
+    local = F.conv2d(local, lcm.conv2.weight, lcm.conv2.bias, padding=3, groups=6)
+    out = torch.cat([out[:, :2], out[:, 2:] + local.flatten(2).mT], 1)
+    assert relative_error(layer(x, [3, 5]), out) <= TOLERANCE
 
 
 def test_padding_stays_as_it_is():

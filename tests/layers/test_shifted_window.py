@@ -24,9 +24,10 @@ def regions(length, window, shift):
 
 def by_definition(module, x, shift, table=None):
     """As in the official dense code: pad, roll, attend within each window under the mask, roll back, crop."""
-    table = module.rpb if table is None else table
     h, w = x.shape[1:3]
     wh, ww = module.window_size
+    if table is None:
+        table = x.new_zeros(1, 2 * wh - 1, 2 * ww - 1) if module.rpb is None else module.rpb
     x = F.pad(x, (0, 0, 0, -w % ww, 0, -h % wh))
     x = x.roll((-shift[0], -shift[1]), (1, 2))
     region = 3 * regions(x.shape[1], wh, shift[0])[:, None] + regions(x.shape[2], ww, shift[1])
@@ -58,6 +59,8 @@ def by_definition(module, x, shift, table=None):
         ((3, 4), 5, {"always_shift": True}, (0, 0)),
         ((2, 4), 5, {"shifted": True, "always_shift": True}, (2, 2)),
         ((1, 1), 3, {"shifted": True}, (0, 0)),
+        ((7, 10), 4, {"rel_pos": False}, (0, 0)),
+        ((7, 10), 4, {"shifted": True, "rel_pos": False}, (2, 2)),
     ],
 )
 def test_is_the_official_one_with_all_gradients(size, window, args, shift):
@@ -75,3 +78,24 @@ def test_windows_change_and_tables_are_resized():
     assert relative_error(module(x), by_definition(module, x, (0, 3), table)) <= tolerances.OP[torch.float64]
     module.set_window_size(5)
     assert torch.equal(module(x), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("window", "args"), [(4, {}), ((2, 5), {"shifted": True}), (4, {"rel_pos": False})])
+def test_what_is_attended_are_the_weights_of_the_values(window, args):
+    """Each token gives the sum of the values of its window, as they lie there, by the weights told."""
+    module = create(12, 3, window, **args)
+    x = torch.randn(2, 7, 9, 12, dtype=torch.float64)
+    (weights,) = module.attended(x).values()  # [B, H, W, N, M]
+    (h, w), (wh, ww) = x.shape[1:3], module.window_size
+    shift = [0, 0] if not module.shifted else [wh // 2, ww // 2]
+    values = F.pad(x, (0, 0, 0, -w % ww, 0, -h % wh))
+    values = module.qkv(values).unflatten(-1, (3, 3, 4))[:, :, :, 2].roll((-shift[0], -shift[1]), (1, 2))
+    out = torch.zeros_like(values[:, :h, :w])
+    for i in range(h):
+        for j in range(w):
+            top, left = (i - shift[0]) % values.shape[1] // wh * wh, (j - shift[1]) % values.shape[2] // ww * ww
+            tokens = values[:, top : top + wh, left : left + ww].flatten(1, 2)  # [B, M, N, D]
+            out[:, i, j] = torch.einsum("bnm,bmnd->bnd", weights[:, i, j], tokens)
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    assert relative_error(module.proj(out.flatten(3)), module(x)) <= tolerances.OP[torch.float64]

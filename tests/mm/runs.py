@@ -25,6 +25,7 @@ FAMILIES = {
     "resnest": "test_resnest_va",
     "agent": "test_agent_swin",
     "efficient": "test_efficient_cswin",
+    "l2vit": "test_l2vit",
 }
 WIDTH = 64  # of necks and heads
 

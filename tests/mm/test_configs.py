@@ -32,12 +32,14 @@ BUILT = [
     "detection/mask_rcnn_transnext-tiny_fpn_1x_coco.py",
     "detection/retinanet_agent-pvt-tiny_fpn_1x_coco.py",
     "detection/retinanet_biformer-small_fpn_1x_coco.py",
+    "detection/retinanet_l2vit-tiny_fpn_1x_coco.py",
     "segmentation/deeplabv3plus_resnest101-va_160k_ade20k.py",
     "segmentation/mask2former_dinat-large_90k_cityscapes.py",
     "segmentation/mask2former_transnext-tiny_160k_ade20k.py",
     "segmentation/semantic_fpn_biformer-small_80k_ade20k.py",
     "segmentation/upernet_agent-swin-tiny_160k_ade20k.py",
     "segmentation/upernet_dinat-mini_160k_ade20k.py",
+    "segmentation/upernet_l2vit-tiny_160k_ade20k.py",
 ]
 every_leaf = pytest.mark.parametrize("leaf", LEAVES)
 every_built = pytest.mark.parametrize(
@@ -96,7 +98,8 @@ def test_a_leaf_is_short_and_what_its_name_says(leaf):
     assert config.train_dataloader.dataset.data_root == FOLDS[data]
     instance = "instance" if (head, data) == ("mask2former", "coco") else ""
     assert task == ("panoptic" if "panoptic" in bases[0] else instance)
-    card = re.search(r"[Oo]fficial numbers, not reproduced here: (model_cards/\w+\.md)\.", text.replace("\n# ", " "))[1]
+    numbers = r"[Oo]fficial numbers(?:, not reproduced here| are not known): (model_cards/\w+\.md)\."
+    card = re.search(numbers, text.replace("\n# ", " "))[1]
     assert f"{Path(leaf).name})" in (ROOT / card).read_text()
 
 
@@ -161,6 +164,8 @@ POSITIONS = ["*.query_embedding", "*.local_bias", "*.cpb_fc*", "*.temperature"]
         ("detection/mask_rcnn_biformer-small_fpn_1x_coco.py", NORMS),
         ("detection/retinanet_biformer-small_fpn_1x_coco.py", []),
         ("detection/retinanet_agent-pvt-tiny_fpn_1x_coco.py", []),
+        ("detection/retinanet_l2vit-tiny_fpn_1x_coco.py", []),
+        ("segmentation/upernet_l2vit-tiny_160k_ade20k.py", []),
         ("segmentation/deeplabv3plus_resnest101-va_160k_ade20k.py", []),
     ],
 )
@@ -220,6 +225,7 @@ def settings(leaf):
 
 
 BIFORMER = {"out_norm": "layer", "norm_eval": True, "n_win": "detection", "batch": 2, "end": 12, "warmup": 500}
+L2VIT = {"out_norm": "layer"}
 NAT = {"out_norm": "layer", "batch": 2, "end": 36, "warmup": 500}
 SEG = {"batch": 2, "end": 160000, "warmup": 1500, "lr": 6e-5}
 TRANSNEXT = {"out_norm": "own", "position_bias": "interpolate", "bias_img_size": 800, "lr": 1e-4, "decay": 0.05}
@@ -247,6 +253,12 @@ TRANSNEXT = {"out_norm": "own", "position_bias": "interpolate", "bias_img_size":
          {**NAT, "lr": 5e-5, "decay": 0.05, "drop_path_rate": 0.6, "dilations": "detection"}),
         ("segmentation/upernet_dinat-large_160k_ade20k.py",
          {**SEG, "out_norm": "layer", "decay": 0.01, "drop_path_rate": 0.3, "dilations": "segmentation_640"}),
+        ("detection/mask_rcnn_l2vit-small_fpn_1x_coco.py",
+         {**L2VIT, "lr": 1e-4, "decay": 0.05, "batch": 2, "end": 12, "warmup": 500, "drop_path_rate": 0.1}),
+        ("detection/retinanet_l2vit-base_fpn_3x_coco.py",
+         {**L2VIT, "lr": 1e-4, "decay": 0.05, "batch": 2, "end": 36, "warmup": 500, "drop_path_rate": 0.3,
+          "out_indices": [1, 2, 3]}),
+        ("segmentation/upernet_l2vit-base_160k_ade20k.py", {**L2VIT, **SEG, "decay": 0.01, "drop_path_rate": 0.3}),
         ("detection/mask_rcnn_transnext-small_fpn_1x_coco.py",
          {**TRANSNEXT, "batch": 2, "end": 12, "warmup": 500, "drop_path_rate": 0.6}),
         ("detection/dino_4scale_transnext-tiny_12e_coco.py",
@@ -273,6 +285,21 @@ def test_agents_have_the_published_grids_and_the_detectors_windows():
     assert swin.model.backbone.always_shift
     assert swin.model.backbone.out_norm == "layer"
     assert swin.train_dataloader.dataset.pipeline[3].type == "RandomChoice"  # many sizes, in the short schedule too
+
+
+def test_l2vit_is_trained_at_many_sizes_and_never_clipped():
+    """In both schedules and of both heads, with and without masks; RetinaNet from three levels."""
+    leaves = [leaf for leaf in LEAVES if "_l2vit-" in leaf and leaf.startswith("detection")]
+    assert len(leaves) == 12
+    for leaf in leaves:
+        config = read(leaf)
+        masks = leaf.startswith("detection/mask")
+        loading, _, choice = config.train_dataloader.dataset.pipeline[1:4]
+        assert (choice.type, loading.get("with_mask", False)) == ("RandomChoice", masks)
+        assert choice == read("detection/mask_rcnn_agent-swin-tiny_fpn_3x_coco.py").train_pipeline[3]
+        assert ("segm" in config.val_evaluator.metric, config.optim_wrapper.get("clip_grad")) == (masks, None)
+    neck = build("detection/retinanet_l2vit-tiny_fpn_1x_coco.py")[1].neck
+    assert (neck.start_level, neck.num_ins) == (0, 3)
 
 
 def test_the_rest_of_the_transformers_and_of_tests_is_official():

@@ -187,7 +187,8 @@ def linear_shapes(name, q, k=None, dv=None):
     """The tensors of a call for q [B, *spatial, N, D], another k, and values of dv channels."""
     k = q if k is None else k
     shapes = {"q": q, "k": k, "v": (*k[:-1], dv or k[-1])}
-    return {**shapes, "focus_scale": q[-2:]} if name == "focused_linear_attention" else shapes
+    more = {"focused_linear_attention": {"focus_scale": q[-2:]}, "relu_linear_attention": {"temperature": q[-2:-1]}}
+    return {**shapes, **more.get(name, {})}
 
 
 @st.composite
@@ -382,6 +383,11 @@ ATTENTIONS = {
         ops.focused_linear_attention, lambda b, h, w, n, d: {**maps(b, h, w, n, d), "focus_scale": (n, d)},
         problems=linear_problems("focused_linear_attention", factor=[3.0, 1.0, 4.5]),
         forms=LINEAR_FORMS, heads=False, smooth=False,
+    ),
+    "relu": Case(
+        ops.relu_linear_attention, lambda b, h, w, n, d: {**maps(b, h, w, n, d), "temperature": (n,)}, {"floor": 70.0},
+        problems=linear_problems("relu_linear_attention", floor=[100.0, 10.0, 1e-3]), examples=200,
+        forms=LINEAR_FORMS, smooth=False,
     ),
     "convolution": Case(
         ops.dynamic_depthwise_conv, lambda b, h, w, n, d: {"x": (b, h, w, n * d), "kernels": (b, n * d, 9)},

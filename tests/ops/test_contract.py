@@ -290,7 +290,7 @@ def test_numpy_ints(name):
     expected = case.run(**inputs)
     for n, value in case.call.items():
         values = value if isinstance(value, list) else [value]
-        if isinstance(values[0], (bool, str)):
+        if isinstance(values[0], (bool, str, float)):
             continue
         wide = [np.int64(x) for x in values]
         for fine in (wide, np.array(values)) if isinstance(value, list) else wide:
@@ -321,12 +321,14 @@ FITTING = {
     "aggregated": {**aggregated_shapes(1, (8, 9), (3, 3), 2, 4, kernel=3), "pretrain_size": 7},
     **dict.fromkeys(("efficient", "inline"), dict.fromkeys("qkv", (1, 5, 6, 2, 4))),
     "focused": {**dict.fromkeys("qkv", (1, 5, 6, 2, 4)), "focus_scale": (2, 4)},
+    "relu": {**dict.fromkeys("qkv", (1, 5, 6, 2, 4)), "temperature": (2,)},
     "convolution": {"x": (1, 5, 6, 4), "kernels": (1, 4, 9)},
     "agent_position_bias": {
         "table": (2, 9, 7, 7), "rows": (2, 9, 8), "columns": (2, 9, 10), "size": [8, 10], "agent_size": [3, 3],
     },
 }  # fmt: skip
 BASE = {"k": None, "v": None, "local_bias": None, "tokens": None, "token_bias": None, "bias_size": [8, 8, 2, 2]}
+LINEAR_ATTENTIONS = ("efficient", "inline", "focused", "relu")
 MISTAKES = [
     ("neighborhood", {"kernel_size": 9}, r"kernel_size \* dilation <= size.*\[9, 9\].*\(8, 9\)"),
     ("neighborhood", {"dilation": 3}, r"kernel_size \* dilation <= size"),
@@ -395,13 +397,15 @@ MISTAKES = [
     ("aggregated", {"kernel_size": 5}, r"expected local_bias \(2, 25\)"),
     ("aggregated", {"tokens": (2, 9, 4)}, r"expected tokens \(2, 4, 9\)"),
     ("aggregated", {"k": (1, 8, 8, 2, 4)}, r"expected k \(1, 8, 9, 2, 4\)"),
-    *((n, {"k": (1, 5, 6, 2, 3)}, r"expected q \[B, \*spatial, N, D\]") for n in ("efficient", "inline", "focused")),
-    *((n, {"v": (1, 4, 6, 2, 4)}, r"expected q \[B, \*spatial, N, D\]") for n in ("efficient", "inline", "focused")),
+    *((n, {"k": (1, 5, 6, 2, 3)}, r"expected q \[B, \*spatial, N, D\]") for n in LINEAR_ATTENTIONS),
+    *((n, {"v": (1, 4, 6, 2, 4)}, r"expected q \[B, \*spatial, N, D\]") for n in LINEAR_ATTENTIONS),
     ("efficient", {"mask": torch.ones(1, 5, 6)}, r"boolean mask \(1, 5, 6\), got torch.float"),
     ("efficient", {"mask": torch.ones(1, 30) > 0}, r"boolean mask \(1, 5, 6\).* \(1, 30\)"),
     ("inline", {"scale": -1.0}, "expected scale > 0, got -1.0"),
     ("focused", {"focus_scale": (8,)}, r"focus_scale \(2, 4\).*\(8,\)"),
     ("focused", {"factor": 0.0}, "expected factor > 0, got 0.0"),
+    ("relu", {"temperature": (2, 1)}, r"temperature \(2,\).*\(2, 1\)"),
+    ("relu", {"floor": 0.0}, "expected floor > 0, got 0.0"),
     *(("convolution", {"kernels": s}, r"kernels \[B, C, K \* K\] with an odd K")
       for s in ((1, 4, 4), (2, 4, 9), (1, 4, 3, 3))),
     ("agent_position_bias", {"table": (2, 9, 7)}, r"expected table \[N, A, h, w\]"),
@@ -646,7 +650,8 @@ COSTS = [  # a call, and its multiplications
      6 * (PAIRS * (4 + 7) + 8 * 5 * 9 * 4) + BIAS),
     *((op, meta(**shapes, **more), 6 * cost)
       for op, more in ((ops.efficient_attention, {}), (ops.inline_attention, {}),
-                       (ops.focused_linear_attention, {"focus_scale": (3, 8)}))
+                       (ops.focused_linear_attention, {"focus_scale": (3, 8)}),
+                       (ops.relu_linear_attention, {"temperature": (3,)}))
       for shapes, cost in ((LINEAR, (20 + 100) * 8 * 6), (FEW, 20 * 3 * (8 + 6)))),
     (ops.dynamic_depthwise_conv, meta(x=(2, 5, 6, 4), kernels=(2, 4, 9)), 2 * 5 * 6 * 4 * 9),
 ]  # fmt: skip

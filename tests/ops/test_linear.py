@@ -1,7 +1,9 @@
 """Attentions of linear cost, and the convolution with kernels per sample: against their definitions."""
 
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from tests.tolerances import relative_error
 from visattn import ops
 from visattn.ops import efficient_attention
 
-NAMES = ("efficient_attention", "inline_attention", "focused_linear_attention")
+NAMES = ("efficient_attention", "inline_attention", "focused_linear_attention", "relu_linear_attention")
 ATTENTIONS = {name: getattr(ops, name) for name in NAMES}
 BACKENDS = ["eager", "reference"]
 ATTEND = pytest.mark.parametrize("name", ATTENTIONS)
@@ -59,7 +61,7 @@ def test_no_tensor_is_larger_than_needed(name, trains, form):
 @pytest.mark.parametrize("backend", BACKENDS)
 @ATTEND
 def test_is_an_average_with_weights_of_pairs(name, backend):
-    """softmax times softmax; (s q.k + 1 - mean over keys) / M; f(q).f(k) over its sum."""
+    """softmax times softmax; (s q.k + 1 - mean over keys) / M; f(q).f(k), or relu(q).relu(k), over its sum."""
     tensors = leaves(linear_shapes(name, (2, 30, 3, 4), (2, 20, 3, 4), 5), 0)
     q, k, v, *scale = tensors.values()
     pairs = partial(torch.einsum, "blnd,bmnd->blnm")
@@ -67,6 +69,9 @@ def test_is_an_average_with_weights_of_pairs(name, backend):
         weights = pairs(q.softmax(-1), k.softmax(1))
     elif name == "inline_attention":
         weights = (pairs(q, k) / 2 + 1 - pairs(q, k).mean(-1, keepdim=True) / 2) / 20
+    elif name == "relu_linear_attention":
+        weights = pairs(q.relu(), k.relu())
+        weights = weights * scale[0][:, None] / weights.sum(-1, keepdim=True).clamp(min=100)
     else:
         q, k = ((x.relu() + 1e-6) / F.softplus(scale[0]) for x in (q, k))
         q, k = (F.normalize((x**3).flatten(2), dim=-1) * x.flatten(2).norm(dim=-1, keepdim=True) for x in (q, k))
@@ -74,6 +79,23 @@ def test_is_an_average_with_weights_of_pairs(name, backend):
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-6)
     expected = torch.einsum("blnm,bmne->blne", weights, v)
     assert relative_error(ATTENTIONS[name](**tensors, backend=backend), expected) <= tolerances.OP[torch.float64]
+
+
+GOLDENS = {"l2vit_linear_attention": ops.relu_linear_attention}
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])  # on a CPU in Triton's interpreter
+@pytest.mark.parametrize("file", GOLDENS)
+def test_official_attention_with_all_gradients(file, backend, device):
+    golden = np.load(Path(__file__).parents[1] / "golden" / f"op_{file}.npz")
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    arrays = {n: torch.from_numpy(golden[n]).to(device, dtype) for n in golden.files if golden[n].ndim}
+    inputs = {n: t.requires_grad_() for n, t in arrays.items() if f"grad_{n}" in arrays and n != "out"}
+    out = GOLDENS[file](**inputs, backend=backend)
+    assert relative_error(out, arrays["out"]) <= tolerances.OP_GOLDEN_FORWARD
+    out.backward(arrays["grad_out"])
+    for n, t in inputs.items():
+        assert relative_error(t.grad, arrays[f"grad_{n}"]) <= tolerances.OP_GOLDEN_GRADIENT, n
 
 
 @pytest.mark.parametrize("factor", [3, 6])

@@ -25,6 +25,7 @@ from visattn.layers.patch import (
 )
 from visattn.layers.pool import create_pool
 from visattn.layers.rel_attention import LogRelPos, PooledTransformerBlock
+from visattn.layers.relu_linear import LocalConcentration, ReluLinearAttention
 from visattn.layers.routing import BiLevelRoutingAttention
 from visattn.layers.shifted_window import ShiftedWindowAttention
 from visattn.layers.split_attention import SplAt
@@ -55,6 +56,7 @@ __all__ = [
     "HaloAttention",
     "InLineAttention",
     "LePEAttention",
+    "LocalConcentration",
     "LogRelPos",
     "MBConv",
     "NeighborhoodAttention",
@@ -63,6 +65,7 @@ __all__ = [
     "PatchTokenizer",
     "PooledTransformerBlock",
     "PositionedTokenizer",
+    "ReluLinearAttention",
     "ShiftedWindowAttention",
     "SoftmaxAttention",
     "SplAt",

@@ -7,6 +7,7 @@ from visattn.layers.agent import AgentAttention
 from visattn.layers.efficient import EfficientAttention
 from visattn.layers.focused import FocusedLinearAttention
 from visattn.layers.inline import InLineAttention
+from visattn.layers.relu_linear import ReluLinearAttention
 from visattn.layers.token_mixer import SoftmaxAttention, TokenMixer
 
 TOKEN_MIXERS = {
@@ -15,6 +16,7 @@ TOKEN_MIXERS = {
     "inline": InLineAttention,
     "focused": FocusedLinearAttention,
     "efficient": EfficientAttention,
+    "relu_linear": ReluLinearAttention,
 }
 
 

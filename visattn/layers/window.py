@@ -32,6 +32,7 @@ class WindowAttention(MultiHeadAttention):
         scale: Factor of q k^T; default head width ** -0.5.
         qkv_bias: Bias of the query, key and value projections.
         proj_drop: Dropout after the output projection.
+        rel_pos: Learn the table; False: attention without position.
 
     Raises:
         ValueError: Heads that do not divide the channels, sizes below 1, or neither window nor table size.
@@ -50,6 +51,7 @@ class WindowAttention(MultiHeadAttention):
         scale: float | None = None,
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
+        rel_pos: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -59,6 +61,7 @@ class WindowAttention(MultiHeadAttention):
             expected = "table_size where window_size is None"
             raise ValueError(f"expected {expected}, got neither; try table_size=7")
         table, dd = tuple(2 * n - 1 for n in sizes), {"device": device, "dtype": dtype}
+        table = table if rel_pos else None
         super().__init__(dim, num_heads, qkv_bias, proj_drop, table, **dd)
         self.grid = grid
         self.scale = scale
@@ -69,13 +72,18 @@ class WindowAttention(MultiHeadAttention):
         """Attend in other windows from now on; None: in windows that grow with the map. No parameter changes."""
         self.window_size = None if window_size is None else _checked("window_size", window_size)
 
+    def _table(self, window: list[int], resize: str) -> Tensor | None:
+        if self.rpb is None:
+            return None
+        return resize_rel_pos(self.rpb, [2 * window[0] - 1, 2 * window[1] - 1], resize)
+
     def forward(self, x: Tensor) -> Tensor:
         _, h, w, _ = x.shape
         window = self.window_size
         if window is None:
             axes = zip((h, w), self.num_windows, strict=True)
             window = [ceil_div(n, windows) for n, windows in axes]
-        table = resize_rel_pos(self.rpb, [2 * window[0] - 1, 2 * window[1] - 1], "bilinear")
+        table = self._table(window, "bilinear")
         q, k, v = self._project(x)
         how = {"grid": self.grid, "bias": table, "scale": self.scale}
         x = window_attention(q, k, v, window_size=window, **how)

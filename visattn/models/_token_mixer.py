@@ -78,6 +78,7 @@ _SOURCES = {
     "inline": {**_SQUASHED, "origin_url": f"{_LEAPLAB}/InLine", "paper_ids": "arXiv:2412.06590"},
     "focused": {**_SQUASHED, "paper_ids": "arXiv:2308.00442"},
     "efficient": {"paper_ids": "arXiv:1812.01243"},
+    "relu_linear": {"paper_ids": "arXiv:2501.16182"},
 }
 
 

@@ -10,6 +10,7 @@ from visattn.ops.linear import (
     efficient_attention,
     focused_linear_attention,
     inline_attention,
+    relu_linear_attention,
 )
 from visattn.ops.neighborhood import neighborhood_attention
 from visattn.ops.padding import (
@@ -55,6 +56,7 @@ __all__ = [
     "pad_to_multiple",
     "pool2x2",
     "region_routing",
+    "relu_linear_attention",
     "resize_rel_pos",
     "routed_attention",
     "shift",

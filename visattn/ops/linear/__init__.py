@@ -119,6 +119,22 @@ class FocusedProblem(LinearProblem):
 
 
 @dataclass(frozen=True, eq=False)
+class ReluProblem(LinearProblem):
+    """temperature [N], floor > 0."""
+
+    temperature: Tensor
+    floor: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_tensors(temperature=self.temperature)
+        checks.check_floating(temperature=self.temperature)
+        checks.check_shape("temperature", self.temperature, self.q.shape[-2:-1], "([N])")
+        if not self.floor > 0:
+            raise ValueError(f"expected floor > 0, got {self.floor}")
+
+
+@dataclass(frozen=True, eq=False)
 class DynamicConvProblem(Problem):
     """x [B, H, W, C], kernels [B, C, K * K]."""
 
@@ -160,6 +176,9 @@ _inline = Backends(
 )
 _focused = Backends(
     "focused_linear_attention", FocusedProblem, *(form.attend_focused for form in _FORMS), **_how
+)
+_relu = Backends(
+    "relu_linear_attention", ReluProblem, *(form.attend_relu for form in _FORMS), **_how
 )
 _how = {"can_run": support.can_run_tensors, "whole_on_cpu": True}
 _dynamic_conv = Backends(
@@ -261,6 +280,43 @@ def focused_linear_attention(
     problem = FocusedProblem(*to_autocast(q, k, v), focus_scale, float(factor))
     with without_autocast(q.device):
         return _focused.choose(problem, backend)(problem)
+
+
+@traced_as_one
+def relu_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    floor: float = 100.0,
+    backend: str = "auto",
+) -> Tensor:
+    """temperature * relu(q) (relu(k)^T v) / max(relu(q) . sum_M(relu(k)), floor).
+
+    Queries whose sum is below the floor are scaled by it, not normalised. Differentiable in every tensor.
+
+    Args:
+        q: Queries, as in `efficient_attention`.
+        k: Keys.
+        v: Values.
+        temperature: [N].
+        floor: Least denominator, > 0.
+        backend: As in `efficient_attention`.
+
+    Returns:
+        [B, *spatial, N, Dv] of v's dtype; under autocast of its dtype, to which q, k and v are cast.
+
+    Raises:
+        ValueError: Shapes that do not fit, or a floor that is not positive.
+        TypeError: q, k, v of different dtypes, or not floating point.
+        BackendError: The requested backend cannot run this call.
+
+    Source: arXiv:2501.16182, linear global attention.
+    """
+    spatial_axes(q)
+    problem = ReluProblem(*to_autocast(q, k, v), temperature, float(floor))
+    with without_autocast(q.device):
+        return _relu.choose(problem, backend)(problem)
 
 
 @traced_as_one

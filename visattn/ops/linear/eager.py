@@ -132,22 +132,27 @@ def _focus(x: Tensor, scale: Tensor, factor: float) -> Tensor:
     return (powered * (length / powered.norm(dim=-1, keepdim=True))).view(x.shape)
 
 
-def focused_pair(problem: linear.FocusedProblem) -> tuple[Tensor, Tensor, float]:
-    """Normalise f(q), and give f(k): [B, L, N, D], [B, M, N, D]; weights are their products times the last result.
+def _in_range(q: Tensor, k: Tensor, problem: linear.LinearProblem) -> tuple[Tensor, Tensor, float]:
+    """Cast queries and keys whose products are weights to the inputs' dtype; those are times the last result then.
 
-    In float16 a channel's mean over the keys moves from these to the queries: small keys, and queries over the small
-    normalisers that they make, would leave its range. So queries are at most 1, and keys M ** 0.5.
+    In float16 a channel's mean over the keys moves from these to the queries: small keys, and queries over the large or
+    small normalisers that keys make, would leave its range. So keys are at most M ** 0.5, and queries near 1.
     """
-    (q, k, v), positions = problem.flat(), math.prod(problem.key_size)
+    dtype, root = problem.v.dtype, math.prod(problem.key_size) ** 0.5
+    if dtype != torch.float16:
+        return q.to(dtype), k.to(dtype), 1.0
+    mean = k.mean(1, keepdim=True, dtype=problem.dtype).detach()  # [B, 1, N, D]
+    mean = mean.clamp(min=torch.finfo(mean.dtype).tiny)
+    return (q * (mean * root**2)).to(dtype), (k / (mean * root)).to(dtype), 1 / root
+
+
+def focused_pair(problem: linear.FocusedProblem) -> tuple[Tensor, Tensor, float]:
+    """Normalise f(q), and give f(k): [B, L, N, D], [B, M, N, D]; weights are their products times the last result."""
+    (q, k, _), positions = problem.flat(), math.prod(problem.key_size)
     scale = F.softplus(problem.focus_scale.to(problem.dtype))
     q, k = _focus(q, scale, problem.factor), _focus(k, scale, problem.factor)
-    mean = k.mean(1, keepdim=True)  # [B, 1, N, D]
-    if v.dtype == torch.float16:
-        q, k = q * mean, k / (mean.clamp(min=torch.finfo(k.dtype).tiny) * positions**0.5)
-        q = q / (q.sum(-1, keepdim=True) + 1e-6)
-        return q.to(v.dtype), k.to(v.dtype), positions**-0.5
-    total = q.transpose(1, 2) @ mean.permute(0, 2, 3, 1) + 1e-6  # [B, N, L, 1]
-    return (q / total.transpose(1, 2)).to(v.dtype), k.to(v.dtype), 1 / positions
+    total = q.transpose(1, 2) @ k.mean(1, keepdim=True).permute(0, 2, 3, 1) + 1e-6  # [B, N, L, 1]
+    return _in_range(q / (total.transpose(1, 2) * positions), k, problem)
 
 
 def attend_focused(problem: linear.FocusedProblem) -> Tensor:
@@ -170,6 +175,38 @@ def attend_focused(problem: linear.FocusedProblem) -> Tensor:
         scale = F.softplus(problem.focus_scale.to(problem.dtype))
         return problem.unflat(_stream(problem.flat(), keys_of, reader_of))
     q, k, factor = focused_pair(problem)
+    return problem.unflat(_products(q, k, problem.v.flatten(1, -3), factor, problem.is_quadratic))
+
+
+def relu_pair(problem: linear.ReluProblem) -> tuple[Tensor, Tensor, float]:
+    """Normalise relu(q), and give relu(k): [B, L, N, D], [B, M, N, D]; weights are their products times the last."""
+    q, k, _ = problem.flat()
+    q, k, dtype = q.relu(), k.relu(), problem.dtype
+    total = k.sum(1, keepdim=True, dtype=dtype).permute(0, 2, 3, 1)  # [B, N, D, 1]
+    total = (q.to(dtype).transpose(1, 2) @ total).transpose(1, 2)  # [B, L, N, 1]
+    factor = problem.temperature.to(dtype)[:, None] / total.clamp(min=problem.floor)
+    return _in_range(q * factor, k, problem)
+
+
+def attend_relu(problem: linear.ReluProblem) -> Tensor:
+    """See `visattn.ops.relu_linear_attention`."""
+
+    def keys_of(key: Tensor) -> Map:
+        return torch.relu
+
+    def reader_of(context: Tensor, total: Tensor, value: Tensor) -> Read:
+        context = context * problem.temperature.to(context.dtype)[:, None, None]
+
+        def read(query: Tensor, out: Tensor | None) -> Tensor:
+            query = query.relu().transpose(0, 1)  # [N, l, D]
+            query = query / (query @ total[..., None]).clamp_(min=problem.floor)
+            return torch.bmm(query, context, out=out)
+
+        return read
+
+    if _streams(problem):
+        return problem.unflat(_stream(problem.flat(), keys_of, reader_of))
+    q, k, factor = relu_pair(problem)
     return problem.unflat(_products(q, k, problem.v.flatten(1, -3), factor, problem.is_quadratic))
 
 

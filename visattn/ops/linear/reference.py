@@ -56,6 +56,16 @@ def attend_focused(problem: linear.FocusedProblem) -> Tensor:
     return problem.unflat(torch.einsum("blnd,bnde->blne", query, context) / total)
 
 
+def attend_relu(problem: linear.ReluProblem) -> Tensor:
+    """See `visattn.ops.relu_linear_attention`."""
+    query, key, value = _flat(problem)
+    query, key = query.relu(), key.relu()
+    total = (query * key.sum(1, keepdim=True)).sum(-1, keepdim=True).clamp(min=problem.floor)
+    context = torch.einsum("bmnd,bmne->bnde", key, value)
+    out = torch.einsum("blnd,bnde->blne", query, context) / total
+    return problem.unflat(out * problem.temperature.to(out.dtype)[:, None])
+
+
 def convolve(problem: linear.DynamicConvProblem) -> Tensor:
     """See `visattn.ops.dynamic_depthwise_conv`."""
     x, kernels, size = problem.x, problem.kernels, problem.kernel_size

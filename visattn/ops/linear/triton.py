@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from visattn.ops.fused import support
-from visattn.ops.linear.eager import focused_pair
+from visattn.ops.linear.eager import focused_pair, relu_pair
 
 if TYPE_CHECKING:
     from visattn.ops import linear
@@ -51,6 +51,14 @@ def attend_focused(problem: linear.FocusedProblem) -> Tensor:
     from visattn.ops.fused.linear import apply, outer
 
     q, k, scale = focused_pair(problem)
+    return problem.unflat(apply(q, outer(k, problem.v.flatten(1, -3)) * scale))
+
+
+def attend_relu(problem: linear.ReluProblem) -> Tensor:
+    """See `visattn.ops.relu_linear_attention`."""
+    from visattn.ops.fused.linear import apply, outer
+
+    q, k, scale = relu_pair(problem)
     return problem.unflat(apply(q, outer(k, problem.v.flatten(1, -3)) * scale))
 
 

@@ -1,0 +1,11 @@
+# Settings of ChuanyangZheng/L2ViT at fad0341. Official numbers are not known: model_cards/l2vit.md.
+_base_ = ["_base_/mask_rcnn.py", "_base_/coco_multiscale.py", "_base_/schedule_1x.py", "_base_/runtime.py"]
+model = dict(
+    backbone=dict(
+        type="visattn.TimmBackbone",
+        model_name="l2vit_base",
+        out_norm="layer",
+        drop_path_rate=0.2,
+    ),
+    neck=dict(in_channels=[128, 256, 512, 1024]),
+)

@@ -1,0 +1,12 @@
+# Settings of ChuanyangZheng/L2ViT at fad0341. Official numbers are not known: model_cards/l2vit.md.
+_base_ = ["_base_/upernet.py", "_base_/ade20k.py", "_base_/schedule_160k.py", "_base_/runtime.py"]
+model = dict(
+    backbone=dict(
+        type="visattn.TimmBackbone",
+        model_name="l2vit_base",
+        out_norm="layer",
+        drop_path_rate=0.3,
+    ),
+    decode_head=dict(in_channels=[128, 256, 512, 1024]),
+    auxiliary_head=dict(in_channels=512),
+)
