@@ -8,8 +8,9 @@ Shapes: [T_h, T_w] tiles of [t_h, t_w] tokens, t = t_h t_w; the union of a tile'
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -62,18 +63,26 @@ class _Tiles:
         joined = x.flatten(3, 4).flatten(1, 2).flatten(3)  # [B, T_h t_h, T_w t_w, N D]
         return fit(joined, self.size).unflatten(-1, x.shape[-2:])
 
-    def weights(self, logits: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Make the softmax [B, T_h, t_h, T_w, t_w, N, M]."""
+    def weights(self, logits: Tensor, bias: Tensor | None) -> Tensor:
+        """Make the softmax [B, T_h, t_h, T_w, t_w, N, M], in float32 at least."""
+        dtype = torch.promote_types(logits.dtype, torch.float32)
         scores = self.cut(logits).to(dtype)
         if bias is not None:
-            table = bias.to(dtype).index_select(
-                2, self.column.flatten()
-            )  # [N, 2 K_h - 1, T_w t_w K_w]
+            table = bias.to(dtype).index_select(2, self.column.flatten())
             table = table.index_select(1, self.row.flatten())  # [N, T_h t_h K_h, T_w t_w K_w]
             table = table.unflatten(2, self.column.shape).unflatten(1, self.row.shape)
             table = table.permute(1, 2, 4, 5, 0, 3, 6)  # [T_h, t_h, T_w, t_w, N, K_h, K_w]
             scores = (scores.unflatten(-1, table.shape[-2:]) + table).flatten(-2)
         return scores.softmax(-1)
+
+    def add_table(self, scores: Tensor, bias: Tensor) -> Tensor:
+        """Add up what `weights` read: the gradient of the bias from [B, T_h, t_h, T_w, t_w, N, M]."""
+        scores = scores.sum(0).unflatten(-1, (self.row.shape[-1], self.column.shape[-1]))
+        scores = scores.permute(4, 0, 1, 5, 2, 3, 6)  # [N, T_h, t_h, K_h, T_w, t_w, K_w]
+        scores = scores.flatten(4).flatten(1, 3)  # [N, T_h t_h K_h, T_w t_w K_w]
+        grad = scores.new_zeros(*bias.shape[:2], scores.shape[2])
+        grad = grad.index_add(1, self.row.flatten(), scores)
+        return scores.new_zeros(bias.shape).index_add(2, self.column.flatten(), grad).to(bias.dtype)
 
     def _where(self, x: Tensor) -> Tensor:
         return self.place.expand(*x.shape[:6], -1)
@@ -82,7 +91,8 @@ class _Tiles:
         """Spread weights over the union of windows: [B, T_h, T_w, N, t, U]."""
         weights = weights.permute(0, 1, 3, 5, 2, 4, 6)  # [B, T_h, T_w, N, t_h, t_w, M]
         wide = weights.new_zeros(*weights.shape[:6], self.union)
-        return wide.scatter(-1, self._where(weights), weights).flatten(4, 5)
+        scatter = wide.scatter if is_symbolic(*self.size) else wide.scatter_
+        return scatter(-1, self._where(weights), weights).flatten(4, 5)
 
     def gather(self, wide: Tensor) -> Tensor:
         """Undo `spread`."""
@@ -105,46 +115,89 @@ class _Tiles:
         return x
 
 
-def _chunks(logits: Tensor, cut: Sequence[Tiles]) -> list[tuple[slice, list[_Tiles]]]:
+def _cut(axes: Sequence[Axis], device: torch.device) -> list[Tiles]:
+    return [tiles(axis, chunking.TILE[2], device) for axis in axes]
+
+
+def _chunks(logits: Tensor, axes: Sequence[Axis]) -> list[tuple[slice, list[_Tiles]]]:
     """Slice the batch, and for each slice the rows of tiles."""
-    images, heads = logits.shape[0], int(logits.shape[3])
-    (rows, t_h), (columns, t_w) = (part.query.shape for part in cut)
-    (_, u_h), (_, u_w) = (part.key.shape for part in cut)
-    row = heads * columns * t_h * t_w * u_h * u_w
-    step = max(1, chunking.chunk_size(logits.device) // row)
-    runs = [_Tiles(cut, run) for run in chunking.slices(rows, step)]
+    images, heads, cut = logits.shape[0], int(logits.shape[3]), _cut(axes, logits.device)
+    numbers = [part.query.numel() for part in cut], [part.key.shape[1] for part in cut]
+    rows, columns = (part.query.shape[0] for part in cut)
+    row = heads * math.prod(numbers[0]) * math.prod(numbers[1]) // rows
+    limit = max(1, chunking.chunk_size(logits.device) // row)
+    runs = [_Tiles(cut, run) for run in chunking.slices(rows, limit)]
     # A graph for any number of images cannot hold its parts.
     whole = is_symbolic(images) or torch.jit.is_tracing()
-    return [
-        (x, runs)
-        for x in ([slice(None)] if whole else chunking.slices(images, max(1, step // rows)))
-    ]
+    batch = [slice(None)] if whole else chunking.slices(images, max(1, limit // rows))
+    return [(part, runs) for part in batch]
 
 
 def _mix(part: _Tiles, logits: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """Make some rows [B, r, W, N, C] of the result."""
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    weights = part.spread(part.weights(logits, bias, dtype).to(v.dtype))
-    return join_blocks(weights @ part.values(v), part.tile, part.size)
+    weights = part.weights(logits, bias).to(v.dtype)
+    return join_blocks(part.spread(weights) @ part.values(v), part.tile, part.size)
+
+
+def _gradients(
+    part: _Tiles, grad_out: Tensor, logits: Tensor, v: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Make those of some rows [B, r, W, N, M] of the logits, of v and of the bias."""
+    weights, values = part.weights(logits, bias), part.values(v)
+    grad = part.cut(grad_out).permute(0, 1, 3, 5, 2, 4, 6)  # [B, T_h, T_w, N, t_h, t_w, C]
+    grad = grad.flatten(4, 5)  # [B, T_h, T_w, N, t, C]
+    grad_values = part.spread(weights.to(v.dtype)).mT @ grad
+    grad_weights = part.gather(grad @ values.mT).to(weights.dtype)
+    # The derivative of softmax: weights * (grad - sum of weights * grad).
+    scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+    grad_bias = None if bias is None else part.add_table(scores, bias)
+    return part.join(scores).to(logits.dtype), part.add_values(grad_values), grad_bias
 
 
 def _forward(logits: Tensor, v: Tensor, bias: Tensor | None, axes: tuple[Axis, ...]) -> Tensor:
-    cut = [tiles(axis, chunking.TILE[2], v.device) for axis in axes]
     found = [
         torch.cat([_mix(part, logits[images], v[images], bias) for part in parts], 1)
-        for images, parts in _chunks(logits, cut)
+        for images, parts in _chunks(logits, axes)
     ]
     return torch.cat(found) if found else torch.empty_like(v)
+
+
+class _Mix(chunking.Recomputed):
+    """`_forward`, keeping only its inputs for the backward pass."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return _forward(*inputs)
+
+    @staticmethod
+    # pyrefly: ignore[bad-override]: as many gradients as forward has results
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        (logits, v, bias), (axes,) = ctx.saved_tensors, ctx.how
+        grads: tuple[list[Tensor], list[Tensor]] = [], []
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        for images, parts in _chunks(logits, axes):
+            rows = []
+            grad_v = torch.zeros_like(v[images])
+            for part in parts:
+                row, values, table = _gradients(
+                    part, grad_out[images], logits[images], v[images], bias
+                )
+                rows.append(row)
+                grad_v = grad_v + values
+                grad_bias = None if table is None else grad_bias + table
+            grads[0].append(torch.cat(rows, 1))
+            grads[1].append(grad_v)
+        grad_logits, grad_v = (
+            torch.cat(x) if x else torch.zeros_like(y)
+            for x, y in zip(grads, (logits, v), strict=True)
+        )
+        return grad_logits, grad_v, grad_bias, None
 
 
 def attend(problem: MixProblem) -> Tensor:
     """See `visattn.ops.neighborhood_mix`."""
     logits, v, bias, axes = problem.logits, problem.v, problem.bias, problem.axes
     if is_symbolic(*problem.size):
-        return _mix(
-            _Tiles([tiles(axis, chunking.TILE[2], v.device) for axis in axes], slice(None)),
-            logits,
-            v,
-            bias,
-        )
-    return _forward(logits, v, bias, axes)
+        return _mix(_Tiles(_cut(axes, v.device), slice(None)), logits, v, bias)
+    run = _Mix.apply if problem.trains() else _forward
+    return run(logits, v, bias, axes)
