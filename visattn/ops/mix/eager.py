@@ -123,7 +123,7 @@ def _chunks(logits: Tensor, axes: Sequence[Axis]) -> list[tuple[slice, list[_Til
     """Slice the batch, and for each slice the rows of tiles."""
     images, heads, cut = logits.shape[0], int(logits.shape[3]), _cut(axes, logits.device)
     numbers = [part.query.numel() for part in cut], [part.key.shape[1] for part in cut]
-    rows, columns = (part.query.shape[0] for part in cut)
+    rows = cut[0].query.shape[0]
     row = heads * math.prod(numbers[0]) * math.prod(numbers[1]) // rows
     limit = max(1, chunking.chunk_size(logits.device) // row)
     runs = [_Tiles(cut, run) for run in chunking.slices(rows, limit)]
