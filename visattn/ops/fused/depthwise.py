@@ -31,12 +31,13 @@ def _config(elements: int, positions: int, block_c: int, num_warps: int) -> Conf
     )
 
 
-def _candidates(x: Tensor, whole: bool) -> list[Config]:
-    """With `whole`, a tile holds all channels of a head."""
+def _candidates(x: Tensor, taps: int, whole: bool) -> list[Config]:
+    """With `whole`, a tile holds all channels of a head. Loops over many taps leave few registers for a tile."""
     positions, channels = x.shape[1] * x.shape[2], power_of_2(x.shape[4])
     sizes = ((2048, 64, 4), (4096, 64, 4), (1024, 64, 4), (2048, 32, 4), (4096, 128, 8))
+    share = 4 if taps > _TOGETHER else 1
     found = [
-        _config(n, positions, channels if whole else min(channels, c), warps)
+        _config(n // share, positions, channels if whole else min(channels, c), warps)
         for n, c, warps in sizes
     ]
     return list(dict.fromkeys(found))
@@ -148,7 +149,9 @@ def _depthwise(
 
     key = _shape_class(x, weights, weights.ndim, transposed, clamped)
     with torch.cuda.device_of(x):
-        return run_tuned("depthwise", key, x.device, _candidates(x, whole=False), run)[0]
+        return run_tuned(
+            "depthwise", key, x.device, _candidates(x, weights.shape[-1], whole=False), run
+        )[0]
 
 
 @_depthwise.register_fake
@@ -186,7 +189,7 @@ def _depthwise_weights(
     key = _shape_class(x, grad, taps, clamped, per_channel, dtype)
     with torch.cuda.device_of(x):
         return run_tuned(
-            "depthwise_weights", key, x.device, _candidates(x, whole=not per_channel), run
+            "depthwise_weights", key, x.device, _candidates(x, taps, whole=not per_channel), run
         )[0]
 
 
