@@ -1,8 +1,9 @@
-"""The L2ViT family: official dense weights, averaged weights, windows, initialisation and what is attended."""
+"""The L2ViT family: official dense weights, averaged weights, windows, initialisation, what is attended, memory."""
 
 import pytest
 import timm
 import torch
+from bench_device import peak_bytes
 
 import visattn  # noqa: F401
 from tests.golden import fill
@@ -70,3 +71,12 @@ def test_what_is_attended_comes_on_request():
     assert list(attended) == [f"stages.{i}.blocks.{j}.attn" for i in range(4) for j in range(2)]
     assert attended["stages.0.blocks.0.attn"]["window"].shape == (2, 25, 16, 2, 49)
     assert attended["stages.0.blocks.1.attn"]["weights"].shape == (2, 2, 400, 400)
+
+
+@torch.inference_mode()
+def test_memory_is_linear_in_the_pixels():
+    model, per_pixel = timm.create_model("test_l2vit").eval(), []
+    for height, width in ((200, 304), (400, 304), (400, 608)):
+        image = torch.randn(1, 3, height, width)
+        per_pixel.append(peak_bytes(lambda image=image: model(image)) / (height * width))
+    assert max(per_pixel) <= 1.02 * min(per_pixel)

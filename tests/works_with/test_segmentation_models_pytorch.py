@@ -19,6 +19,7 @@ PYRAMIDS = (
     "test_cswin",
     "test_dinat",
     "test_halonet_va",
+    "test_l2vit",
     "test_maxvit_va",
     "pvt_tiny",  # test_pvt begins at stride 2, and has a level too few for five
     "test_resnest_va",
