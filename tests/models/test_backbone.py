@@ -71,7 +71,12 @@ def test_only_families_that_can_tell_have_it():
 
 @pytest.mark.parametrize(
     ("name", "block"),
-    [("test_dinat", "stages.0.blocks.0"), ("test_pvt", "stages.3.blocks.1"), ("test_agent_deit", "blocks.1")],
+    [
+        ("test_dinat", "stages.0.blocks.0"),
+        ("test_pvt", "stages.3.blocks.1"),
+        ("test_agent_deit", "blocks.1"),
+        ("test_patchconvnet", "stages.1.blocks.0"),
+    ],
 )
 def test_checkpointing_changes_no_module_and_no_gradient(name, block):
     model = timm.create_model(name)

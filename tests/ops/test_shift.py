@@ -54,7 +54,9 @@ def test_is_its_definition(size, part, step, layout, dtype, seed):
 
 
 def test_golden():
-    golden = {n: torch.from_numpy(a) for n, a in np.load(GOLDEN / "op_shift.npz").items() if n not in ("layout", "note")}
+    golden = {
+        n: torch.from_numpy(a) for n, a in np.load(GOLDEN / "op_shift.npz").items() if n not in ("layout", "note")
+    }
     x, out, cotangent, grad = (golden[n].permute(0, 2, 3, 1) for n in ("x", "out", "grad_out", "grad_x"))
     x.requires_grad_()
     got = ops.shift(x, x.shape[-1] // golden["n_div"].item())
@@ -65,16 +67,19 @@ def test_golden():
 def test_nothing_is_kept_for_the_backward_pass_and_only_the_result_is_as_large_as_the_map():
     x = torch.randn(1, 32, 32, 48, requires_grad=True)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t), torch.profiler.profile(
-        profile_memory=True
-    ) as profile:
+    with (
+        torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t),
+        torch.profiler.profile(profile_memory=True) as profile,
+    ):
         ops.shift(x, 4)
     assert not kept
     allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
     assert allocated <= 1.5 * x.nbytes
 
 
-@pytest.mark.parametrize(("shape", "channels", "step"), [((4, 4, 8), 1, 1), ((1, 4, 4, 8), 3, 1), ((1, 4, 4, 8), 1, -1)])
+@pytest.mark.parametrize(
+    ("shape", "channels", "step"), [((4, 4, 8), 1, 1), ((1, 4, 4, 8), 3, 1), ((1, 4, 4, 8), 1, -1)]
+)
 def test_arguments_that_do_not_fit(shape, channels, step):
     with pytest.raises(ValueError, match=r"expected a map \[B, H, W, C\], channels of 0 to C // 4 .* try channels of"):
         ops.shift(torch.randn(shape), channels, step)

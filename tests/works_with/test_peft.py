@@ -21,7 +21,8 @@ TARGETS = {
     **dict.fromkeys(visattn.list_models("test_*"), USUAL),
     "test_halonet_va": ["q", "kv"],
     "test_resnest_va": ["conv1", "conv3"],
-    **dict.fromkeys(["test_patchconvnet", "test_patchconvnet_multi"], ["fc", "proj", "kv"]),
+    "test_patchconvnet": ["fc", "proj", "kv"],
+    "test_patchconvnet_multi": ["fc", "proj", "kv"],
     "test_resnet_ea": ["conv1", "conv2", "conv3"],
     "test_shiftvit": ["fc1", "fc2"],
 }

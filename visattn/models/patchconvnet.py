@@ -7,13 +7,12 @@ What differs from the official code, and why:
     * Images of any size (official: square ones, as the grid is taken to be the root of the number of tokens).
     * Maps are channels-last and 1x1 convolutions linear layers; every block of the trunk is a stage of its own, so that
       features are counted as in the other families. Class attention, the final norm and the classifier are the head:
-      `forward_features` gives the map of the trunk, and the norm sees class tokens alone, as nothing else is classified.
+      `forward_features` gives the map of the trunk, and the norm sees class tokens alone: nothing else is classified.
     * With a token per class the official classifiers, one of one output for each, are the rows of one linear layer.
       `checkpoint_filter_fn` brings official keys to ours.
 """
 
 import re
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -69,7 +68,7 @@ class ConvBlock(nn.Module):
 
 
 class ClassAttentionHead(nn.Module):
-    """Pooling by class attention, norm and classifier, with the interface of timm's heads: [B, H, W, C] -> [B, classes].
+    """Pooling by class attention, norm, classifier; with the interface of timm's heads: [B, H, W, C] -> [B, classes].
 
     Without pooling by "token" there are no class tokens: averages and maxima of timm pool the map instead, "" leaves it
     as it is. Class tokens stay when the classifier is taken away, which then gives their mean.
@@ -150,7 +149,8 @@ class ClassAttentionHead(nn.Module):
             x = self.drop(self.norm(x))  # [B, C] or [B, H, W, C]
             return x if pre_logits else self.fc(x)
         # no view of the parameter: FlopCounterMode fails on one as a module's input in inference mode
-        tokens = self.block(self.cls_token.repeat(x.shape[0], 1, 1), x)  # [B, n, C]
+        tokens = cast(Tensor, self.cls_token).repeat(x.shape[0], 1, 1)  # [B, n, C]
+        tokens = self.block(tokens, x)
         tokens = self.drop(self.norm(tokens))
         if pre_logits or isinstance(self.fc, nn.Identity) or not self.token_per_class:
             tokens = tokens.mean(1)  # [B, C]
@@ -162,8 +162,8 @@ class ClassAttentionHead(nn.Module):
 class PatchConvNet(TellsAttended, Backbone):
     """PatchConvNet for images of any size.
 
-    `attended(image)["head.block"]` are the maps by which the classes see: "patches" [B, 1, n, H', W'], and where there is
-    one class token for all, also "tokens" [B, 1, 1, 1], the weight of that token itself.
+    `attended(image)["head.block"]` has the maps by which class tokens see: "patches" [B, 1, n, H', W'], and where there
+    is one token for all classes also "tokens" [B, 1, 1, 1], its own weight.
 
     Args:
         in_chans: Channels of the image.
@@ -208,9 +208,7 @@ class PatchConvNet(TellsAttended, Backbone):
             block = ConvBlock(embed_dim, layer_scale, drop_path_rate, **dd)
             self.stages.append(layers.Stage(nn.Identity(), [block]))
             self.feature_info.append({"num_chs": embed_dim, "reduction": 16, "module": f"stages.{i}"})
-        head = ClassAttentionHead(
-            embed_dim, num_classes, global_pool, drop_rate, token_per_class, layer_scale, **dd
-        )
+        head = ClassAttentionHead(embed_dim, num_classes, global_pool, drop_rate, token_per_class, layer_scale, **dd)
         self._build_head(drop_rate, out_norm, norm=nn.Identity(), head=head, **dd)
 
     def init_weights(self, needs_reset: bool = True) -> None:

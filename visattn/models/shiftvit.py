@@ -40,9 +40,7 @@ class SampleNorm(nn.GroupNorm):
     What it gives for one pixel depends on all others: of a crop, or of a padded image, everything is different.
     """
 
-    def __init__(
-        self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__(1, dim, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -206,9 +204,7 @@ VARIANTS: dict[str, Variant] = {
         {**_LIGHT, "depths": (2, 2, 6, 2), "drop_path_rate": 0.2}, _file("tiny_light"), doc="The paper's lightest."
     ),
     "shiftvit_light_small": Variant({**_LIGHT, "depths": (2, 2, 18, 2), "drop_path_rate": 0.4}, _file("small_light")),
-    "shiftvit_light_base": Variant(
-        {**_LIGHT, **_BASE, "depths": (2, 2, 18, 2), "drop_path_rate": 0.5}, _UNTRAINED
-    ),
+    "shiftvit_light_base": Variant({**_LIGHT, **_BASE, "depths": (2, 2, 18, 2), "drop_path_rate": 0.5}, _UNTRAINED),
     "shiftvit_r4_tiny": Variant({**_LIGHT, "depths": (2, 2, 12, 3), "drop_path_rate": 0.2}, _UNTRAINED),
     "shiftvit_r4_small": Variant({**_LIGHT, "depths": (2, 6, 24, 4), "drop_path_rate": 0.4}, _UNTRAINED),
     "shiftvit_r4_base": Variant({**_LIGHT, **_BASE, "depths": (4, 6, 22, 4), "drop_path_rate": 0.5}, _UNTRAINED),
