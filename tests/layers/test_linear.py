@@ -1,4 +1,4 @@
-"""InLine, focused, ReLU linear and efficient attention as layers: the official modules, their forms, other maps, tracing."""
+"""InLine, focused, ReLU and efficient attention as layers: the official modules, their forms, other maps, tracing."""
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +132,8 @@ def test_relu_by_hand():
     q, k, v = layer.qkv(x).unflatten(-1, (3, 2, 3)).unbind(2)
     pairs = torch.einsum("blnd,bmnd->bnlm", q.relu(), k.relu())
     total = pairs.sum(-1, keepdim=True)
-    assert (total < 2).any() and (total > 2).any()
+    assert (total < 2).any()
+    assert (total > 2).any()
     weights = pairs / total.clamp(min=2) * layer.temperature[:, None, None]
     assert relative_error(layer.attended(x, [3, 5])["weights"], weights) <= TOLERANCE
     out = layer.proj(torch.einsum("bnlm,bmnd->blnd", weights, v).flatten(2))

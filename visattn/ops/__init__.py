@@ -8,6 +8,7 @@ from visattn.ops.halo import halo_attention
 from visattn.ops.linear import (
     dynamic_depthwise_conv,
     efficient_attention,
+    flow_attention,
     focused_linear_attention,
     inline_attention,
     relu_linear_attention,
@@ -45,6 +46,7 @@ __all__ = [
     "fit",
     "fit_centered",
     "floor_to_multiple",
+    "flow_attention",
     "focused_linear_attention",
     "halo_attention",
     "inline_attention",
