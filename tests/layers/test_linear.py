@@ -145,6 +145,22 @@ def test_relu_by_hand():
     assert relative_error(layer(x, [3, 5]), out) <= TOLERANCE
 
 
+def test_flow_is_conserved():
+    """The values, weighed by competition and allocation as they are told, of tokens and of a map with reduced keys."""
+    layer = build("flow", 6, 2, (4, 4), num_prefix_tokens=1)
+    x = torch.randn(2, 13, 6, dtype=torch.float64)
+    q, k, v = layer.qkv(x).unflatten(-1, (3, 2, 3)).unbind(2)
+    competition, allocation = layer.attended(x, [3, 4]).values()
+    weights = torch.einsum("blnd,bmnd->blnm", q.sigmoid(), k.sigmoid())
+    weights = weights / weights.sum(-1, keepdim=True) * allocation[..., None]
+    out = torch.einsum("blnm,bmnd->blnd", weights, competition[..., None] * v)
+    assert relative_error(layer(x, [3, 4]), layer.proj(out.flatten(2))) <= 1e-5  # what is added to sums is left out
+    assert relative_error(competition.mean(1), torch.ones(2, 2)) <= TOLERANCE
+
+    told = build("flow", 6, 2, (4, 4), sr_ratio=2).attended(torch.randn(2, 7, 4, 6, dtype=torch.float64))
+    assert {n: tuple(t.shape) for n, t in told.items()} == {"competition": (2, 3, 2, 2), "allocation": (2, 7, 4, 2)}
+
+
 def test_padding_stays_as_it_is():
     """A padded batch gives what each image gives alone, and the padding, whatever it holds, comes out unchanged."""
     module = EfficientAttention2d(6, 8, 2, 4, dtype=torch.float64)

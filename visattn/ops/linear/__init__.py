@@ -351,6 +351,28 @@ def flow_attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Te
         return _flow.choose(problem, backend)(problem)
 
 
+def flow_weights(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """How `flow_attention` allocates queries and lets keys compete, for looking at.
+
+    Args: as in `flow_attention`.
+
+    Returns:
+        Allocation [B, *spatial, N], in (0, 1), and competition [B, *other, N], 1 on average, in float32 or float64.
+
+    Raises:
+        ValueError, TypeError: as in `flow_attention`.
+    """
+    spatial_axes(q)
+    problem = LinearProblem(*to_autocast(q, k, k))
+    with without_autocast(q.device):
+        query, key, _ = (x.to(problem.dtype).sigmoid() for x in problem.flat())
+        _, allocation, competition = reference.flows(query, key)
+    sizes = problem.size, problem.key_size
+    parts = zip((allocation, competition), sizes, strict=True)
+    allocation, competition = (x.squeeze(-1).unflatten(1, size) for x, size in parts)
+    return allocation, competition
+
+
 @traced_as_one
 def dynamic_depthwise_conv(x: Tensor, kernels: Tensor, backend: str = "auto") -> Tensor:
     """Depthwise cross-correlation of every sample with kernels of its own, zero padding. Differentiable in both.

@@ -66,23 +66,31 @@ def attend_relu(problem: linear.ReluProblem) -> Tensor:
     return problem.unflat(out * problem.temperature.to(out.dtype)[:, None])
 
 
-def attend_flow(problem: linear.LinearProblem) -> Tensor:
-    """See `visattn.ops.flow_attention`."""
-    (query, key, value), eps = _flat(problem), 1e-6
-    query, key = query.sigmoid(), key.sigmoid()
+def flows(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Measure incoming flow and allocation [B, L, N, 1], competition [B, M, N, 1] of sigmoids [B, L or M, N, D]."""
+    eps = 1e-6
 
     def flow(x: Tensor, total: Tensor) -> Tensor:
         return ((x + eps) * (total + eps)).sum(-1, keepdim=True) + eps
 
-    incoming = 1 / flow(query, key.sum(1, keepdim=True))  # [B, L, N, 1]
-    outgoing = 1 / flow(key, query.sum(1, keepdim=True))  # [B, M, N, 1]
-    conserved_sink = flow(query, (key * outgoing).sum(1, keepdim=True))
-    conserved_source = flow(key, (query * incoming).sum(1, keepdim=True)).clamp(-1, 1)
+    incoming, outgoing = (
+        flow(query, key.sum(1, keepdim=True)),
+        flow(key, query.sum(1, keepdim=True)),
+    )
+    conserved_sink = flow(query, (key / outgoing).sum(1, keepdim=True))
+    conserved_source = flow(key, (query / incoming).sum(1, keepdim=True)).clamp(-1, 1)
     allocation = (conserved_sink * (query.shape[1] / key.shape[1])).sigmoid()
-    competition = conserved_source.softmax(1) * key.shape[1]
+    return incoming, allocation, conserved_source.softmax(1) * key.shape[1]
+
+
+def attend_flow(problem: linear.LinearProblem) -> Tensor:
+    """See `visattn.ops.flow_attention`."""
+    query, key, value = _flat(problem)
+    query, key = query.sigmoid(), key.sigmoid()
+    incoming, allocation, competition = flows(query, key)
     context = torch.einsum("bmnd,bmne->bnde", key, value * competition)
     out = torch.einsum("blnd,bnde->blne", query, context)
-    return problem.unflat(out * incoming * allocation)
+    return problem.unflat(out / incoming * allocation)
 
 
 def convolve(problem: linear.DynamicConvProblem) -> Tensor:
