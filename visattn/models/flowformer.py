@@ -149,7 +149,7 @@ def _cfg(size: int = 224) -> dict[str, Any]:
 VARIANTS: dict[str, Variant] = {
     "flowformer_small": Variant({"drop_path_rate": 0.2}, {"untrained": _cfg()}),
     "test_flowformer": Variant(
-        {"patch_size": 2, "embed_dims": (24, 48, 96, 192), "depths": (1, 1, 2, 1), "num_heads": (3, 3, 3, 3)},
+        {"patch_size": 2, "embed_dims": (24, 48, 96, 144), "depths": (1, 1, 2, 1), "num_heads": (3, 3, 3, 3)},
         {"untrained": _cfg(160)},
         doc="Under 1M parameters, for tests.",
     ),
