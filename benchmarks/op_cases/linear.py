@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from op_cases import MIXED, Attend, Case, Providers
-from visattn.ops import dynamic_depthwise_conv, efficient_attention, focused_linear_attention, inline_attention
+from visattn.ops import (
+    dynamic_depthwise_conv,
+    efficient_attention,
+    flow_attention,
+    focused_linear_attention,
+    inline_attention,
+    relu_linear_attention,
+)
 
 
 def _maps(**tensors: Tensor) -> dict[str, Tensor]:
@@ -81,6 +88,41 @@ def official_focused(case: Case) -> Attend:
     return attend
 
 
+def official_flow(case: Case) -> Attend:
+    """A sum or a product over the tokens for every flow."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shape, eps = q.shape, 1e-6
+        q, k, v = _tokens(case, q, k, v)
+        q, k = q.sigmoid(), k.sigmoid()
+
+        def flow(x: Tensor, total: Tensor) -> Tensor:
+            return ((x + eps) * (total.unsqueeze(2) + eps)).sum(3) + eps  # [B, N, L]
+
+        into, out_of = 1 / flow(q, k.sum(2)), 1 / flow(k, q.sum(2))
+        received = flow(q, (k * out_of[..., None]).sum(2))
+        sent = flow(k, (q * into[..., None]).sum(2)).clamp(-1, 1)
+        competition = sent.softmax(-1) * float(k.shape[2])
+        context = k.transpose(-2, -1) @ (v * competition[..., None])
+        out = (q * into[..., None]) @ context * received.sigmoid()[..., None]
+        return out.transpose(1, 2).reshape(shape)
+
+    return attend
+
+
+def official_relu(case: Case) -> Attend:
+    """Products of all heads, normalised after them."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+        shape = q.shape
+        q, k, v = _tokens(case, q.relu(), k.relu(), v)
+        total = (q @ k.sum(2, keepdim=True).transpose(-2, -1)).clamp(min=100)
+        out = q @ (k.transpose(-2, -1) @ v) * temperature[:, None, None] / total
+        return out.transpose(1, 2).reshape(shape)
+
+    return attend
+
+
 def official_dynamic_conv(case: Case) -> Attend:
     """A grouped convolution of all samples' channels at once."""
 
@@ -142,6 +184,27 @@ class Focused(Linear):
 
 
 @dataclass(frozen=True)
+class Flow(Linear):
+    """Keys compete, queries are allocated."""
+
+    op = staticmethod(flow_attention)
+    providers: ClassVar[Providers] = {"official formula": (official_flow, None)}
+    cuda_providers: ClassVar[Providers] = providers
+
+
+@dataclass(frozen=True)
+class Relu(Linear):
+    """Rectified queries and keys, a floor under the normaliser."""
+
+    op = staticmethod(relu_linear_attention)
+    providers: ClassVar[Providers] = {"official formula": (official_relu, None)}
+    cuda_providers: ClassVar[Providers] = providers
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {**super().shapes(), "temperature": (self.heads,)}
+
+
+@dataclass(frozen=True)
 class DynamicConv(Linear):
     """A 3x3 kernel per sample and channel."""
 
@@ -153,7 +216,8 @@ class DynamicConv(Linear):
         return {"x": (self.batch, *self.size, channels), "kernels": (self.batch, channels, 9)}
 
 
-# First and third stages at 224 x 224: heads of Swin-T (efficient and focused) and of InLine-PVT; a map of a detector.
+# First and third stages at 224 x 224: heads of Swin-T (efficient, focused, ReLU), InLine-PVT and Flowformer; a map of a
+# detector.
 CASES = [
     Efficient("efficient_56", 8, (56, 56), 3, 32),
     Efficient("efficient_112", 2, (112, 112), 4, 32),
@@ -161,6 +225,8 @@ CASES = [
     InLine("inline_14", 8, (14, 14), 10, 32),
     DynamicConv("dynamic_conv_56", 8, (56, 56), 2, 32),
     Focused("focused_56", 8, (56, 56), 3, 32),
+    Flow("flow_56", 8, (56, 56), 12, 8),
+    Relu("relu_56", 8, (56, 56), 3, 32),
 ]
 
 # Eager forms only: what they cost on a GPU.
@@ -168,5 +234,7 @@ CUDA_CASES = [
     Efficient("efficient_56", 128, (56, 56), 3, 32, **MIXED),
     InLine("inline_56", 128, (56, 56), 2, 32, **MIXED),
     Focused("focused_56", 128, (56, 56), 3, 32, **MIXED),
+    Flow("flow_56", 128, (56, 56), 12, 8, **MIXED),
+    Relu("relu_56", 128, (56, 56), 3, 32, **MIXED),
 ]
 TINY = [Efficient("tiny_efficient", 3, (8, 6), 2, 16, fused=True)]

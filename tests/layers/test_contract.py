@@ -85,6 +85,8 @@ CASES = {
     "inline, reduced keys": Case(lambda: Tokens("inline", sr_ratio=2, lepe=True)),
     "focused": Case(lambda: Tokens("focused", num_prefix_tokens=2, kernel_size=3)),
     "focused, reduced keys": Case(lambda: Tokens("focused", sr_ratio=2)),
+    "flow": Case(lambda: Tokens("flow", num_prefix_tokens=2)),
+    "flow, reduced keys": Case(lambda: Tokens("flow", sr_ratio=2)),
     "relu": Case(lambda: Tokens("relu_linear")),
     "relu, lcm, prefix": Case(lambda: Tokens("relu_linear", floor=1e-3, lcm=True, num_prefix_tokens=2)),
     "relu, lcm, reduced keys": Case(lambda: Tokens("relu_linear", lcm=True, sr_ratio=2)),

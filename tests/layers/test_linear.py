@@ -1,4 +1,4 @@
-"""InLine, focused, ReLU linear and efficient attention as layers: the official modules, their forms, other maps, tracing."""
+"""InLine, focused, ReLU and efficient attention as layers: the official modules, their forms, other maps, tracing."""
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +132,8 @@ def test_relu_by_hand():
     q, k, v = layer.qkv(x).unflatten(-1, (3, 2, 3)).unbind(2)
     pairs = torch.einsum("blnd,bmnd->bnlm", q.relu(), k.relu())
     total = pairs.sum(-1, keepdim=True)
-    assert (total < 2).any() and (total > 2).any()
+    assert (total < 2).any()
+    assert (total > 2).any()
     weights = pairs / total.clamp(min=2) * layer.temperature[:, None, None]
     assert relative_error(layer.attended(x, [3, 5])["weights"], weights) <= TOLERANCE
     out = layer.proj(torch.einsum("bnlm,bmnd->blnd", weights, v).flatten(2))
@@ -142,6 +143,22 @@ def test_relu_by_hand():
     local = F.conv2d(local, lcm.conv2.weight, lcm.conv2.bias, padding=3, groups=6)
     out = torch.cat([out[:, :2], out[:, 2:] + local.flatten(2).mT], 1)
     assert relative_error(layer(x, [3, 5]), out) <= TOLERANCE
+
+
+def test_flow_is_conserved():
+    """The values, weighed by competition and allocation as they are told, of tokens and of a map with reduced keys."""
+    layer = build("flow", 6, 2, (4, 4), num_prefix_tokens=1)
+    x = torch.randn(2, 13, 6, dtype=torch.float64)
+    q, k, v = layer.qkv(x).unflatten(-1, (3, 2, 3)).unbind(2)
+    competition, allocation = layer.attended(x, [3, 4]).values()
+    weights = torch.einsum("blnd,bmnd->blnm", q.sigmoid(), k.sigmoid())
+    weights = weights / weights.sum(-1, keepdim=True) * allocation[..., None]
+    out = torch.einsum("blnm,bmnd->blnd", weights, competition[..., None] * v)
+    assert relative_error(layer(x, [3, 4]), layer.proj(out.flatten(2))) <= 1e-5  # what is added to sums is left out
+    assert relative_error(competition.mean(1), torch.ones(2, 2)) <= TOLERANCE
+
+    told = build("flow", 6, 2, (4, 4), sr_ratio=2).attended(torch.randn(2, 7, 4, 6, dtype=torch.float64))
+    assert {n: tuple(t.shape) for n, t in told.items()} == {"competition": (2, 3, 2, 2), "allocation": (2, 7, 4, 2)}
 
 
 def test_padding_stays_as_it_is():

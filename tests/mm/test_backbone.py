@@ -111,7 +111,7 @@ FAMILIES = [
     "test_biformer", "test_dinat", "test_transnext", "test_maxvit_va", "test_coatnet_va", "test_halonet_va",
     "test_resnest_va", "test_resnet_ea", "test_agent_deit", "test_inline_pvt", "test_agent_swin",
     "test_efficient_cswin", "test_dinat_isotropic", "test_shiftvit", "test_patchconvnet", "test_l2vit",
-    "resnet10t", "test_vit",
+    "test_flowformer", "resnet10t", "test_vit",
 ]  # fmt: skip
 
 

@@ -15,12 +15,14 @@ import visattn
 from tests.tolerances import SAME_MODEL, relative_error
 from visattn.flops import forward_flops
 from visattn.models import FAMILIES
+from visattn.models.pvt import PVT
 from visattn.ops import decompose
 
 OURS = visattn.list_models()
 SMALL = [n for n in OURS if n.startswith("test_")]
 SIZE = (2, 3, 96, 128)
-# Position tables, what makes position biases, and class tokens; those that decay in the official code are not here.
+# Position tables, what makes position biases, and class tokens; those that decay in the official code are not here,
+# nor are the positions of tokens, which decay in PVT's.
 NOT_DECAYED = (
     "rpb",
     "rel_h",
@@ -300,7 +302,8 @@ def test_weight_decay_spares_position_tables_and_layers_have_their_rates(model):
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = named[id(parameter)]
-            spared = parameter.ndim <= 1 or name.endswith(NOT_DECAYED) or name == "pos_embed"
+            positions = name.endswith("pos_embed") and not isinstance(model, PVT)
+            spared = parameter.ndim <= 1 or name.endswith(NOT_DECAYED) or positions
             assert (group["weight_decay"] == 0) == spared, name
             if name.startswith("head."):
                 assert group["lr_scale"] == 1

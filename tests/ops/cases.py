@@ -400,6 +400,9 @@ ATTENTIONS = {
         problems=linear_problems("focused_linear_attention", factor=[3.0, 1.0, 4.5]),
         forms=LINEAR_FORMS, heads=False, smooth=False,
     ),
+    "flow": Case(
+        ops.flow_attention, maps, problems=linear_problems("flow_attention"), examples=200, forms=LINEAR_FORMS,
+    ),
     "relu": Case(
         ops.relu_linear_attention, lambda b, h, w, n, d: {**maps(b, h, w, n, d), "temperature": (n,)}, {"floor": 70.0},
         problems=linear_problems("relu_linear_attention", floor=[100.0, 10.0, 1e-3]), examples=200,

@@ -319,7 +319,7 @@ FITTING = {
     "bilevel": {**dict.fromkeys("qkv", (1, 7, 7, 1, 4)), "n_win": 3, "topk": 1},
     "agent": agent_shapes((2, 3), (4,), 2, 4, 3, 9),
     "aggregated": {**aggregated_shapes(1, (8, 9), (3, 3), 2, 4, kernel=3), "pretrain_size": 7},
-    **dict.fromkeys(("efficient", "inline"), dict.fromkeys("qkv", (1, 5, 6, 2, 4))),
+    **dict.fromkeys(("efficient", "inline", "flow"), dict.fromkeys("qkv", (1, 5, 6, 2, 4))),
     "focused": {**dict.fromkeys("qkv", (1, 5, 6, 2, 4)), "focus_scale": (2, 4)},
     "relu": {**dict.fromkeys("qkv", (1, 5, 6, 2, 4)), "temperature": (2,)},
     "mix": {"logits": (1, 5, 6, 2, 9), "v": (1, 5, 6, 2, 4), "kernel_size": 3},
@@ -329,7 +329,7 @@ FITTING = {
     },
 }  # fmt: skip
 BASE = {"k": None, "v": None, "local_bias": None, "tokens": None, "token_bias": None, "bias_size": [8, 8, 2, 2]}
-LINEAR_ATTENTIONS = ("efficient", "inline", "focused", "relu")
+LINEAR_ATTENTIONS = ("efficient", "inline", "focused", "flow", "relu")
 MISTAKES = [
     ("neighborhood", {"kernel_size": 9}, r"kernel_size \* dilation <= size.*\[9, 9\].*\(8, 9\)"),
     ("neighborhood", {"dilation": 3}, r"kernel_size \* dilation <= size"),
@@ -657,7 +657,7 @@ COSTS = [  # a call, and its multiplications
      {**meta(**aggregated_shapes(2, (8, 5), (2, 2), 3, 4, hidden=6, width=7, kernel=3)), "pretrain_size": 7},
      6 * (PAIRS * (4 + 7) + 8 * 5 * 9 * 4) + BIAS),
     *((op, meta(**shapes, **more), 6 * cost)
-      for op, more in ((ops.efficient_attention, {}), (ops.inline_attention, {}),
+      for op, more in ((ops.efficient_attention, {}), (ops.inline_attention, {}), (ops.flow_attention, {}),
                        (ops.focused_linear_attention, {"focus_scale": (3, 8)}),
                        (ops.relu_linear_attention, {"temperature": (3,)}))
       for shapes, cost in ((LINEAR, (20 + 100) * 8 * 6), (FEW, 20 * 3 * (8 + 6)))),

@@ -1,5 +1,6 @@
 """Attentions of linear cost, and the convolution with kernels per sample: against their definitions."""
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -9,13 +10,16 @@ import torch
 import torch.nn.functional as F
 
 from tests import tolerances
+from tests.golden import fill
 from tests.ops.cases import LINEAR_FORMS, linear_shapes, settled
 from tests.ops.gradients import Recorder, leaves, results_and_gradients
 from tests.tolerances import relative_error
 from visattn import ops
 from visattn.ops import efficient_attention
 
-NAMES = ("efficient_attention", "inline_attention", "focused_linear_attention", "relu_linear_attention")
+GOLDEN = Path(__file__).parents[1] / "golden"
+NAMES = ("efficient_attention", "inline_attention", "focused_linear_attention", "relu_linear_attention",
+         "flow_attention")  # fmt: skip
 ATTENTIONS = {name: getattr(ops, name) for name in NAMES}
 BACKENDS = ["eager", "reference"]
 ATTEND = pytest.mark.parametrize("name", ATTENTIONS)
@@ -61,7 +65,7 @@ def test_no_tensor_is_larger_than_needed(name, trains, form):
 @pytest.mark.parametrize("backend", BACKENDS)
 @ATTEND
 def test_is_an_average_with_weights_of_pairs(name, backend):
-    """softmax times softmax; (s q.k + 1 - mean over keys) / M; f(q).f(k), or relu(q).relu(k), over its sum."""
+    """softmax times softmax; (s q.k + 1 - mean over keys) / M; f(q).f(k), or relu(q).relu(k), over its sum; flows."""
     tensors = leaves(linear_shapes(name, (2, 30, 3, 4), (2, 20, 3, 4), 5), 0)
     q, k, v, *scale = tensors.values()
     pairs = partial(torch.einsum, "blnd,bmnd->blnm")
@@ -72,22 +76,31 @@ def test_is_an_average_with_weights_of_pairs(name, backend):
     elif name == "relu_linear_attention":
         weights = pairs(q.relu(), k.relu())
         weights = weights * scale[0][:, None] / weights.sum(-1, keepdim=True).clamp(min=100)
+    elif name == "flow_attention":
+        flow = pairs(q.sigmoid(), k.sigmoid())
+        weights = flow / flow.sum(-1, keepdim=True)
+        competition = weights.sum(1, keepdim=True).clamp(max=1).softmax(-1) * 20
+        allocation = ((flow / flow.sum(1, keepdim=True)).sum(-1, keepdim=True) * (30 / 20)).sigmoid()
+        weights = weights * competition * allocation
     else:
         q, k = ((x.relu() + 1e-6) / F.softplus(scale[0]) for x in (q, k))
         q, k = (F.normalize((x**3).flatten(2), dim=-1) * x.flatten(2).norm(dim=-1, keepdim=True) for x in (q, k))
         weights = pairs(q.unflatten(-1, (3, 4)), k.unflatten(-1, (3, 4))) / 20
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-6)
     expected = torch.einsum("blnm,bmne->blne", weights, v)
-    assert relative_error(ATTENTIONS[name](**tensors, backend=backend), expected) <= tolerances.OP[torch.float64]
+    limit = (
+        1e-5 if name == "flow_attention" else tolerances.OP[torch.float64]
+    )  # without what is added to all sums there
+    assert relative_error(ATTENTIONS[name](**tensors, backend=backend), expected) <= limit
 
 
-GOLDENS = {"l2vit_linear_attention": ops.relu_linear_attention}
+GOLDENS = {"flow_attention_cv": ops.flow_attention, "l2vit_linear_attention": ops.relu_linear_attention}
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])  # on a CPU in Triton's interpreter
 @pytest.mark.parametrize("file", GOLDENS)
 def test_official_attention_with_all_gradients(file, backend, device):
-    golden = np.load(Path(__file__).parents[1] / "golden" / f"op_{file}.npz")
+    golden = np.load(GOLDEN / f"op_{file}.npz")
     dtype = torch.float32 if backend == "triton" else torch.float64
     arrays = {n: torch.from_numpy(golden[n]).to(device, dtype) for n in golden.files if golden[n].ndim}
     inputs = {n: t.requires_grad_() for n, t in arrays.items() if f"grad_{n}" in arrays and n != "out"}
@@ -96,6 +109,23 @@ def test_official_attention_with_all_gradients(file, backend, device):
     out.backward(arrays["grad_out"])
     for n, t in inputs.items():
         assert relative_error(t.grad, arrays[f"grad_{n}"]) <= tolerances.OP_GOLDEN_GRADIENT, n
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_official_flow_attention_with_projections(backend):
+    """Its form for sequences leaves out some of what that for images adds, which no tolerance shows."""
+    golden = json.loads((GOLDEN / "op_flow_attention.json").read_text())
+    parameters = {n.removeprefix("attn."): t.float() for n, t in fill.fill(golden["keys"]).items()}
+
+    def project(name, x):
+        return F.linear(x, parameters[f"{name}_projection.weight"], parameters[f"{name}_projection.bias"])
+
+    for run in (golden, golden["alt"]):
+        x = fill.image(**run["input"])
+        q, k, v = (project(name, x).unflatten(-1, (4, 8)) for name in ("query", "key", "value"))
+        out = project("out", ops.flow_attention(q, k, v, backend=backend).flatten(2))
+        assert relative_error(out.flatten()[:32], torch.tensor(run["logits"])) <= tolerances.OP_GOLDEN_FORWARD
+        assert abs(out.norm() / run["logits_norm"] - 1) <= tolerances.OP_GOLDEN_FORWARD
 
 
 @pytest.mark.parametrize("factor", [3, 6])

@@ -8,6 +8,7 @@ from visattn.layers.conv import ConvNorm, DepthwiseConv, create_act, dilate_conv
 from visattn.layers.conv_glu import ConvGLU
 from visattn.layers.create import TOKEN_MIXERS, create_token_mixer
 from visattn.layers.efficient import EfficientAttention, EfficientAttention2d
+from visattn.layers.flow import FlowAttention
 from visattn.layers.focused import FocusedLinearAttention
 from visattn.layers.halo import HaloAttention
 from visattn.layers.init import init_weights, reset_parameters
@@ -51,6 +52,7 @@ __all__ = [
     "DepthwiseConv",
     "EfficientAttention",
     "EfficientAttention2d",
+    "FlowAttention",
     "FocusedLinearAttention",
     "GlobalAttention",
     "HaloAttention",

@@ -5,6 +5,7 @@ from typing import Any
 
 from visattn.layers.agent import AgentAttention
 from visattn.layers.efficient import EfficientAttention
+from visattn.layers.flow import FlowAttention
 from visattn.layers.focused import FocusedLinearAttention
 from visattn.layers.inline import InLineAttention
 from visattn.layers.relu_linear import ReluLinearAttention
@@ -17,6 +18,7 @@ TOKEN_MIXERS = {
     "focused": FocusedLinearAttention,
     "efficient": EfficientAttention,
     "relu_linear": ReluLinearAttention,
+    "flow": FlowAttention,
 }
 
 

@@ -79,6 +79,7 @@ _SOURCES = {
     "focused": {**_SQUASHED, "paper_ids": "arXiv:2308.00442"},
     "efficient": {"paper_ids": "arXiv:1812.01243"},
     "relu_linear": {"paper_ids": "arXiv:2501.16182"},
+    "flow": {"paper_ids": "arXiv:2202.06258"},
 }
 
 

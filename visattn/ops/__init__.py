@@ -8,6 +8,8 @@ from visattn.ops.halo import halo_attention
 from visattn.ops.linear import (
     dynamic_depthwise_conv,
     efficient_attention,
+    flow_attention,
+    flow_weights,
     focused_linear_attention,
     inline_attention,
     relu_linear_attention,
@@ -47,6 +49,8 @@ __all__ = [
     "fit",
     "fit_centered",
     "floor_to_multiple",
+    "flow_attention",
+    "flow_weights",
     "focused_linear_attention",
     "halo_attention",
     "inline_attention",

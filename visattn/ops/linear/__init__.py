@@ -177,6 +177,7 @@ _inline = Backends(
 _focused = Backends(
     "focused_linear_attention", FocusedProblem, *(form.attend_focused for form in _FORMS), **_how
 )
+_flow = Backends("flow_attention", LinearProblem, *(form.attend_flow for form in _FORMS), **_how)
 _relu = Backends(
     "relu_linear_attention", ReluProblem, *(form.attend_relu for form in _FORMS), **_how
 )
@@ -317,6 +318,59 @@ def relu_linear_attention(
     problem = ReluProblem(*to_autocast(q, k, v), temperature, float(floor))
     with without_autocast(q.device):
         return _relu.choose(problem, backend)(problem)
+
+
+@traced_as_one
+def flow_attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
+    """a_i * (f(q_i) . sum_j c_j f(k_j) v_j^T) / (f(q_i) . sum_j f(k_j)) with f = sigmoid: a flow from keys to queries.
+
+    Keys compete, c = M softmax_M(min(s, 1)), where s_j is what leaves j if every query takes in 1; queries are
+    allocated, a = sigmoid(L / M * r), where r_i is what reaches i if every key gives out 1. There is no scale.
+    Differentiable in q, k and v.
+
+    Args:
+        q: Queries, as in `efficient_attention`, L of them.
+        k: Keys.
+        v: Values.
+        backend: As in `efficient_attention`.
+
+    Returns:
+        [B, *spatial, N, Dv] of v's dtype; under autocast of its dtype, to which q, k and v are cast.
+
+    Raises:
+        ValueError: Shapes that do not fit.
+        TypeError: q, k, v of different dtypes, or not floating point.
+        BackendError: The requested backend cannot run this call.
+
+    Source: arXiv:2202.06258, equations 4 to 8, with 1e-6 added to what is summed, and to the sums, as officially for
+    images.
+    """
+    spatial_axes(q)
+    problem = LinearProblem(*to_autocast(q, k, v))
+    with without_autocast(q.device):
+        return _flow.choose(problem, backend)(problem)
+
+
+def flow_weights(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """How `flow_attention` allocates queries and lets keys compete, for looking at.
+
+    Args: as in `flow_attention`.
+
+    Returns:
+        Allocation [B, *spatial, N], in (0, 1), and competition [B, *other, N], 1 on average, in float32 or float64.
+
+    Raises:
+        ValueError, TypeError: as in `flow_attention`.
+    """
+    spatial_axes(q)
+    problem = LinearProblem(*to_autocast(q, k, k))
+    with without_autocast(q.device):
+        query, key, _ = (x.to(problem.dtype).sigmoid() for x in problem.flat())
+        _, allocation, competition = reference.flows(query, key)
+    sizes = problem.size, problem.key_size
+    parts = zip((allocation, competition), sizes, strict=True)
+    allocation, competition = (x.squeeze(-1).unflatten(1, size) for x, size in parts)
+    return allocation, competition
 
 
 @traced_as_one

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Map = Callable[[Tensor], Tensor]
 Read = Callable[[Tensor, Tensor | None], Tensor]
-KeysOf, ReaderOf = Callable[[Tensor], Map], Callable[[Tensor, Tensor, Tensor], Read]
+KeysOf, ReaderOf = Callable[[Tensor, Tensor], Map], Callable[[Tensor, Tensor, Tensor], Read]
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor, scale: float, quadratic: bool) -> Tensor:
@@ -46,18 +46,22 @@ def _streams(problem: linear.LinearProblem) -> bool:
     return math.prod(v.shape[1:]) >= chunking.STREAMED and not problem.is_quadratic
 
 
+def _rows(v: Tensor) -> int:
+    """Count the positions of a chunk."""
+    return max(1, chunking.CHUNK // math.prod(v.shape[2:]))
+
+
 def _stream(qkv: Sequence[Tensor], keys_of: KeysOf, reader_of: ReaderOf) -> Tensor:
     """Attend [B, L, N, D] to [B, M, N, D] through a context, a sample at a time -> [B, L, N, Dv].
 
-    For a sample's keys [M, N, D], `keys_of` gives the map that some of them go through; for the context sum(keys v^T)
-    [N, D, Dv], sum(keys) [N, D] and values [M, N, Dv], `reader_of` gives the map from queries [l, N, D] to the output
-    [N, l, Dv], which it writes into its second argument if there is one.
+    For a sample's queries [L, N, D] and keys [M, N, D], `keys_of` gives the map that some keys go through; for the
+    context sum(keys v^T) [N, D, Dv], sum(keys) [N, D] and values [M, N, Dv], `reader_of` gives the map from queries
+    [l, N, D] to the output [N, l, Dv], which it writes into its second argument if there is one.
     """
     (q, k, v), dtype = qkv, torch.promote_types(qkv[2].dtype, torch.float32)
-    rows = max(1, chunking.CHUNK // math.prod(v.shape[2:]))
-    out = v.new_empty((*q.shape[:-1], v.shape[-1]))
+    rows, out = _rows(v), v.new_empty((*q.shape[:-1], v.shape[-1]))
     for query, key, value, result in zip(q, k, v, out, strict=True):
-        keys = keys_of(key)
+        keys = keys_of(query, key)
         total = torch.zeros(key.shape[1:], dtype=dtype)
         context = torch.zeros((*key.shape[1:], value.shape[-1]), dtype=dtype)
         for some, values in zip(key.split(rows), value.split(rows), strict=True):
@@ -84,7 +88,7 @@ def attend_efficient(problem: linear.EfficientProblem) -> Tensor:
     if hidden_queries is not None:
         q = q.masked_fill(hidden_queries, 0)
 
-    def keys_of(key: Tensor) -> Map:
+    def keys_of(query: Tensor, key: Tensor) -> Map:
         most = key.amax(0).to(dtype)
         return lambda key: (key - most).exp_()
 
@@ -108,7 +112,7 @@ def attend_inline(problem: linear.InlineProblem) -> Tensor:
     (q, k, v), dtype = problem.flat(), problem.dtype
     scale = problem.scale / math.prod(problem.key_size)
 
-    def keys_of(key: Tensor) -> Map:
+    def keys_of(query: Tensor, key: Tensor) -> Map:
         mean = key.mean(0, dtype=dtype)
         return lambda key: key - mean
 
@@ -159,7 +163,7 @@ def attend_focused(problem: linear.FocusedProblem) -> Tensor:
     """See `visattn.ops.focused_linear_attention`."""
     positions = math.prod(problem.key_size)
 
-    def keys_of(key: Tensor) -> Map:
+    def keys_of(query: Tensor, key: Tensor) -> Map:
         return lambda key: _focus(key, scale, problem.factor)
 
     def reader_of(context: Tensor, total: Tensor, value: Tensor) -> Read:
@@ -191,7 +195,7 @@ def relu_pair(problem: linear.ReluProblem) -> tuple[Tensor, Tensor, float]:
 def attend_relu(problem: linear.ReluProblem) -> Tensor:
     """See `visattn.ops.relu_linear_attention`."""
 
-    def keys_of(key: Tensor) -> Map:
+    def keys_of(query: Tensor, key: Tensor) -> Map:
         return torch.relu
 
     def reader_of(context: Tensor, total: Tensor, value: Tensor) -> Read:
@@ -207,6 +211,67 @@ def attend_relu(problem: linear.ReluProblem) -> Tensor:
     if _streams(problem):
         return problem.unflat(_stream(problem.flat(), keys_of, reader_of))
     q, k, factor = relu_pair(problem)
+    return problem.unflat(_products(q, k, problem.v.flatten(1, -3), factor, problem.is_quadratic))
+
+
+_EPS = 1e-6
+
+
+def _flow(x: Tensor, total: Tensor) -> Tensor:
+    """Measure what tokens [..., N, D] exchange with others, of which `total` is the sum: [..., N, 1]."""
+    total = total + _EPS
+    return (x * total).sum(-1, keepdim=True) + _EPS * (total.sum(-1, keepdim=True) + 1)
+
+
+def flow_pair(problem: linear.LinearProblem) -> tuple[Tensor, Tensor, float]:
+    """Allocate queries and let keys compete, [B, L, N, D], [B, M, N, D]; weights are their products times the last."""
+    (q, k, _), queries, keys = problem.flat(), math.prod(problem.size), math.prod(problem.key_size)
+    q, k = q.to(problem.dtype).sigmoid(), k.to(problem.dtype).sigmoid()
+    incoming, outgoing = _flow(q, k.sum(1, keepdim=True)), _flow(k, q.sum(1, keepdim=True))
+    conserved = _flow(q, (k / outgoing).sum(1, keepdim=True))  # [B, L, N, 1]
+    sent = _flow(k, (q / incoming).sum(1, keepdim=True))  # [B, M, N, 1]
+    q = q * ((conserved * (queries / keys)).sigmoid() / incoming)
+    return _in_range(q, k * (sent.clamp(-1, 1).softmax(1) * keys), problem)
+
+
+def attend_flow(problem: linear.LinearProblem) -> Tensor:
+    """See `visattn.ops.flow_attention`."""
+    queries, keys, flows = math.prod(problem.size), math.prod(problem.key_size), {}
+
+    def added(x: Tensor, of: Map = lambda x: x) -> Tensor:
+        """Sum over the positions of [M, N, D], a chunk at a time: [N, D]."""
+        parts = x.split(_rows(problem.v.flatten(1, -3)))
+        return torch.stack([of(part.to(problem.dtype).sigmoid()).sum(0) for part in parts]).sum(0)
+
+    def keys_of(query: Tensor, key: Tensor) -> Map:
+        sources, sinks = added(key), added(query)  # [N, D]
+        sent = added(query, lambda q: q / _flow(q, sources))
+        flows.update(
+            sources=sources, received=added(key, lambda k: k / _flow(k, sinks)), competition=0
+        )
+
+        def compete(key: Tensor) -> Tensor:
+            key = key.sigmoid()
+            competition = _flow(key, sent).clamp_(-1, 1).exp_()  # [m, N, 1]
+            flows["competition"] += competition.sum(0)
+            return key * competition
+
+        return compete
+
+    def reader_of(context: Tensor, total: Tensor, value: Tensor) -> Read:
+        context = context * (keys / flows["competition"][..., None])
+
+        def read(query: Tensor, out: Tensor | None) -> Tensor:
+            query = query.sigmoid()
+            allocation = (_flow(query, flows["received"]) * (queries / keys)).sigmoid()
+            query = query * (allocation / _flow(query, flows["sources"]))  # [l, N, D]
+            return torch.bmm(query.transpose(0, 1), context, out=out)
+
+        return read
+
+    if _streams(problem):
+        return problem.unflat(_stream(problem.flat(), keys_of, reader_of))
+    q, k, factor = flow_pair(problem)
     return problem.unflat(_products(q, k, problem.v.flatten(1, -3), factor, problem.is_quadratic))
 
 

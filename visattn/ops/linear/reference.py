@@ -66,6 +66,33 @@ def attend_relu(problem: linear.ReluProblem) -> Tensor:
     return problem.unflat(out * problem.temperature.to(out.dtype)[:, None])
 
 
+def flows(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Measure incoming flow and allocation [B, L, N, 1], competition [B, M, N, 1] of sigmoids [B, L or M, N, D]."""
+    eps = 1e-6
+
+    def flow(x: Tensor, total: Tensor) -> Tensor:
+        return ((x + eps) * (total + eps)).sum(-1, keepdim=True) + eps
+
+    incoming, outgoing = (
+        flow(query, key.sum(1, keepdim=True)),
+        flow(key, query.sum(1, keepdim=True)),
+    )
+    conserved_sink = flow(query, (key / outgoing).sum(1, keepdim=True))
+    conserved_source = flow(key, (query / incoming).sum(1, keepdim=True)).clamp(-1, 1)
+    allocation = (conserved_sink * (query.shape[1] / key.shape[1])).sigmoid()
+    return incoming, allocation, conserved_source.softmax(1) * key.shape[1]
+
+
+def attend_flow(problem: linear.LinearProblem) -> Tensor:
+    """See `visattn.ops.flow_attention`."""
+    query, key, value = _flat(problem)
+    query, key = query.sigmoid(), key.sigmoid()
+    incoming, allocation, competition = flows(query, key)
+    context = torch.einsum("bmnd,bmne->bnde", key, value * competition)
+    out = torch.einsum("blnd,bnde->blne", query, context)
+    return problem.unflat(out / incoming * allocation)
+
+
 def convolve(problem: linear.DynamicConvProblem) -> Tensor:
     """See `visattn.ops.dynamic_depthwise_conv`."""
     x, kernels, size = problem.x, problem.kernels, problem.kernel_size

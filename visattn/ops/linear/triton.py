@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from visattn.ops.fused import support
-from visattn.ops.linear.eager import focused_pair, relu_pair
+from visattn.ops.linear.eager import flow_pair, focused_pair, relu_pair
 
 if TYPE_CHECKING:
     from visattn.ops import linear
@@ -59,6 +59,14 @@ def attend_relu(problem: linear.ReluProblem) -> Tensor:
     from visattn.ops.fused.linear import apply, outer
 
     q, k, scale = relu_pair(problem)
+    return problem.unflat(apply(q, outer(k, problem.v.flatten(1, -3)) * scale))
+
+
+def attend_flow(problem: linear.LinearProblem) -> Tensor:
+    """See `visattn.ops.flow_attention`."""
+    from visattn.ops.fused.linear import apply, outer
+
+    q, k, scale = flow_pair(problem)
     return problem.unflat(apply(q, outer(k, problem.v.flatten(1, -3)) * scale))
 
 
