@@ -36,14 +36,19 @@ def cases(golden):
     """The golden's inputs that the official code takes."""
     if "runs" in golden:
         return [run for run in golden["runs"] if run["ok"]]
-    return [golden, *(case for case in golden.get("other_inputs", ()) if "logits" in case)]
+    return [golden, *(case for case in (*golden.get("other_inputs", ()), alt_input(golden)) if "logits" in case)]
+
+
+def alt_input(golden):
+    """The golden's one other input, in files that have it as "alt", where others have milder weights."""
+    return golden["alt"] if "input" in golden.get("alt", ()) else {}
 
 
 def passes(golden):
     """Official weights, and the golden's inputs with them."""
     weights = official_weights(golden)
     yield weights, cases(golden)
-    if "alt" in golden:
+    if "alt" in golden and not alt_input(golden):
         weights = {key: value * (0.1 if "pos_embed" in key else 1) for key, value in weights.items()}
         yield weights, [{**golden["alt"], **{key: golden[key] for key in ("input", "stage_shapes")}}]
 
@@ -127,6 +132,13 @@ def tokens(model, image):
     args = {"return_prefix_tokens": True, "output_fmt": "NLC"}
     features, levels = model.forward_intermediates(image, [2, 5, 8], **args)
     return features, [*(torch.cat([token, level], 1) for level, token in levels), features]
+
+
+def late_token(model, image):
+    """As `tokens`, where the class token joins late; the last ones before the norm."""
+    args = {"return_prefix_tokens": True, "output_fmt": "NLC"}
+    features, levels = model.forward_intermediates(image, [2, 5, 8, 11], **args)
+    return features, [torch.cat([token, level], 1) for level, token in levels]
 
 
 def extracted(model, image):

@@ -321,6 +321,7 @@ LEAST = {"test_cswin": 35, "test_efficient_cswin": 35}
 QUICK = (
     "biformer",
     "coatnet_va",
+    "convit_va",
     "deit_va",
     "dinat",
     "halonet_va",

@@ -8,6 +8,7 @@ from visattn.layers.conv_glu import ConvGLU
 from visattn.layers.create import TOKEN_MIXERS, create_token_mixer
 from visattn.layers.efficient import EfficientAttention, EfficientAttention2d
 from visattn.layers.focused import FocusedLinearAttention
+from visattn.layers.gated_positional import GatedPositionalAttention
 from visattn.layers.halo import HaloAttention
 from visattn.layers.init import init_weights, reset_parameters
 from visattn.layers.inline import InLineAttention
@@ -48,6 +49,7 @@ __all__ = [
     "EfficientAttention",
     "EfficientAttention2d",
     "FocusedLinearAttention",
+    "GatedPositionalAttention",
     "GlobalAttention",
     "HaloAttention",
     "InLineAttention",
