@@ -5,11 +5,12 @@ import torch
 # Where the gradient is: all but these are looked at behind their final norm.
 LAYERS = {
     "test_agent_deit": "blocks.3.norm1",
+    "test_convit_va": "blocks.2.norm1",
     "test_deit_va": "blocks.3.norm1",
     "test_pvt": "stages.3.blocks.1.norm1",
     "test_resnet_ea": "layer4",
 }
-TOKENS = ("test_agent_deit", "test_deit_va", "test_pvt")  # of 16 x 16 pixels, and one more
+TOKENS = ("test_agent_deit", "test_convit_va", "test_deit_va", "test_pvt")  # of 16 x 16 pixels, and one more
 CHANNELS_FIRST = (
     "test_biformer",
     "test_coatnet_va",

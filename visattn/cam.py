@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from visattn.models._backbone import Backbone
-from visattn.models.deit_va import DeiT
+from visattn.models._vit import TokenTransformer
 from visattn.models.pvt import PVT
 from visattn.models.resnet_ea import ResNetEA
 
@@ -121,7 +121,7 @@ class _Features:
 def _find(model: nn.Module) -> _Features:
     if isinstance(model, ResNetEA):
         return _Features(cast(nn.Module, model.layer4), channels_first=True)
-    if isinstance(model, DeiT):
+    if isinstance(model, TokenTransformer):
         embed, blocks = model.patch_embed, model.blocks
     elif isinstance(model, PVT) and model.class_level is not None:
         stage: Any = model.stages[-1]

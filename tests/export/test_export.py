@@ -19,6 +19,7 @@ SMALL = visattn.list_models("test_*")
 REAL = (
     "biformer_tiny",
     "coatnet_nano_rw_va",
+    "convit_tiny_va",
     "agent_cswin_tiny",
     "inline_deit_tiny",
     "halonet26t_va",

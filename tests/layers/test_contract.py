@@ -63,6 +63,7 @@ CASES = {
     "routing, padded": Case(lambda: layers.BiLevelRoutingAttention(12, 2, 2, 2, padding="project")),
     "aggregated": Case(lambda: layers.AggregatedAttention(12, 2, 3, 2, 8)),
     "cosine": Case(lambda: layers.CosineAttention(12, 2, 8, 4)),
+    "gated positional": Case(lambda: nn.Sequential(layers.GatedPositionalAttention(12, 2))),
     "halo": Case(lambda: layers.HaloAttention(12, num_heads=2, block_size=4, halo_size=1), True),
     "halo, pooled": Case(lambda: layers.HaloAttention(12, 16, 2, None, 5, 1, 2), True, 2, 16),
     "efficient, module": Case(lambda: nn.Sequential(layers.EfficientAttention2d(12, 8, 2, 4)), True),

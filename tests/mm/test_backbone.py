@@ -109,7 +109,7 @@ def files_of_weights(folder, model):
 # one of every family, and two of timm's
 FAMILIES = [
     "test_biformer", "test_dinat", "test_transnext", "test_maxvit_va", "test_coatnet_va", "test_halonet_va",
-    "test_resnest_va", "test_resnet_ea", "test_agent_deit", "test_inline_pvt", "test_agent_swin",
+    "test_resnest_va", "test_resnet_ea", "test_agent_deit", "test_convit_va", "test_inline_pvt", "test_agent_swin",
     "test_efficient_cswin", "test_dinat_isotropic", "test_shiftvit", "test_patchconvnet", "test_l2vit",
     "test_flowformer", "resnet10t", "test_vit",
 ]  # fmt: skip

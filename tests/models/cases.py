@@ -43,6 +43,7 @@ GOLDENS = [
     Golden("biformer_stl_nchw", "biformer_stl_nchw", inputs=2),
     Golden("timm_coatnet_0_224", "coatnet_0_va", {"head_hidden_size": 768, **TIMM_OPTIONS}),
     Golden("timm_coatnet_0_rw_224", "coatnet_0_rw_va"),
+    Golden("convit_tiny", "convit_tiny_va", run=goldens.late_token),
     Golden("agent_cswin_t", "agent_cswin_tiny"),
     Golden("inline_cswin_t", "inline_cswin_tiny"),
     Golden("agent_deit_t", "agent_deit_tiny", run=goldens.tokens),
@@ -97,6 +98,9 @@ PARAMETERS = {
     "coatnet_5_va": 682_856_600,
     "coatnet_6_va": 1_344_238_688,
     "coatnet_7_va": 2_432_532_472,
+    "convit_tiny_va": 5_710_512,
+    "convit_small_va": 27_777_322,
+    "convit_base_va": 86_540_040,
     "cswin_tiny": 22_320_552,
     "cswin_small": 34_643_304,
     "cswin_base": 77_382_184,
@@ -255,6 +259,7 @@ PUBLISHED = {
 # Ours, and those of timm's whose weights they take.
 TAGS = {
     "coatnet_*_va": ["coatnet_*_rw*_224", "coatnet_rmlp_2_rw_384"],
+    "convit_*_va": ["convit_*"],
     "halonet*_va": ["halonet26t", "halonet50ts"],
     "maxvit_*_va": ["maxvit_*_tf_*"],
     "swin_*_va": ["swin_tiny_*", "swin_small_*", "swin_base_*"],
@@ -264,6 +269,7 @@ TAGS = {
 NATIVE = [
     "biformer_tiny", "biformer_stl_nchw", "test_biformer",
     "coatnet_rmlp_2_rw_va",
+    "convit_small_va", "test_convit_va",
     "test_cswin", "agent_cswin_tiny", "inline_cswin_tiny", "focused_cswin_tiny",
     "deit_tiny_va", "agent_deit_tiny", "focused_deit_tiny", "test_agent_deit",
     "flowformer_small", "test_flowformer",
@@ -297,6 +303,8 @@ class File:
 AGENTS_AT_96 = {"args": {"img_size": 96}, "shapes": {"stages.0.blocks.1.attn.ah_bias": (1, 2, 9, 24, 1)}}
 FILES = [
     File("biformer_stl_nchw", "biformer_stl_nchw", "patch_embed.conv.0", "stages.2.blocks.1.attn.lepe.weight", "model"),
+    File("convit_tiny", "convit_tiny_va", "patch_embed.proj", "blocks.9.attn.pos_proj.weight",
+         run=goldens.late_token),
     File("agent_cswin_t", "agent_cswin_tiny", "patch_embed.proj", "stages.3.downsample.reduction.weight", "model",
          **AGENTS_AT_96),
     File("flowformer_cv", "flowformer_small", "patch_embed.proj", "stages.3.downsample.weight", "model",
@@ -352,6 +360,7 @@ EXTRACTORS = [
     Sizes("biformer_tiny", {"n_win": "detection", "out_norm": "layer"}, sizes=TWO_SIZES),
     Sizes("test_coatnet_va", {}, CONVOLUTIONAL, more=LARGE),
     Sizes("test_coatnet_va", {"rel_pos_dim": 8, "stride_mode": "pool", "pool": "max3"}, CONVOLUTIONAL, more=LARGE),
+    Sizes("test_convit_va", {"out_indices": (1, 2)}, (16, 16), more=(*LARGE, *LONG, (64, 400), (400, 64))),
     Sizes("test_cswin", number=stem_floor),
     Sizes("test_efficient_cswin", number=stem_floor),
     Sizes("test_deit_va", {"out_indices": (1, 3)}, (16, 16), more=(*LONG, (64, 400), (400, 64))),
@@ -384,6 +393,7 @@ EXTRACTORS = [
     ),
 ]
 CLASSIFIERS = [
+    Sizes("test_convit_va", more=(*LONG, (64, 400), (400, 64))),
     Sizes("agent_cswin_tiny", {"depths": (1, 1, 1, 1), "attention_depths": (1, 1, 0, 0)}),
     Sizes("test_deit_va", more=(*LONG, (64, 400), (400, 64))),
     Sizes("test_agent_deit", more=(*LONG, (64, 400), (400, 64))),
@@ -482,6 +492,11 @@ REFUSED_BY_VALUE = {
         ({"output_stride": 4}, "expected output_stride 8, 16 or 32, got 4"),
         ({"pool": "max"}, "expected a pool of"),
         ({"head_dim": 20}, "expected dim divisible by num_heads"),
+    ],
+    "test_convit_va": [
+        ({"local_up_to": 0}, "expected local_up_to from 1 to 2 of 3 blocks, got 0"),
+        ({"local_up_to": 3}, "expected local_up_to from 1 to 2 of 3 blocks, got 3"),
+        ({"num_heads": 5}, "expected dim divisible by num_heads, got 32 and 5"),
     ],
     "test_cswin": [
         ({"output_stride": 12}, "expected output_stride 8, 16 or 32, got 12"),
@@ -585,6 +600,7 @@ REFUSED = [
     *((name, *row, ValueError) for name, rows in REFUSED_BY_VALUE.items() for row in rows),
     ("biformer_tiny", {"diff_routing": True}, "try soft_routing=True", NotImplementedError),
     ("test_resnet_ea", {"key_channels": 5}, "got .*key_channels", TypeError),
+    ("test_convit_va", {"output_stride": 16}, "expected no output_stride for ConViT, .*; try patch_size", TypeError),
     ("test_deit_va", {"output_stride": 8}, "expected no output_stride for DeiT, .*, got 8; try patch_size", TypeError),
     ("test_patchconvnet", {"output_stride": 8}, "expected no output_stride for PatchConvNet, .*, got 8", TypeError),
     (

@@ -146,6 +146,13 @@ def tokens(model, image):
     return features, [*(torch.cat([token, level], 1) for level, token in levels), features]
 
 
+def late_token(model, image):
+    """As `tokens`, where the class token joins late; the last ones before the norm."""
+    args = {"return_prefix_tokens": True, "output_fmt": "NLC"}
+    features, levels = model.forward_intermediates(image, [2, 5, 8, 11], **args)
+    return features, [torch.cat([token, level], 1) for level, token in levels]
+
+
 def extracted(model, image):
     """No features, and what a feature extractor gives."""
     return None, model(image)

@@ -325,6 +325,7 @@ def test_every_variant_runs_on_a_ragged_image(name):
 QUICK = (
     "biformer",
     "coatnet_va",
+    "convit_va",
     "deit_va",
     "dinat",
     "halonet_va",

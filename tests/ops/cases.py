@@ -183,6 +183,20 @@ def aggregated_problems(draw):
     return shapes, call, kernel is not None and strided, seed
 
 
+def gated_shapes(q, dv=None, bias=True):
+    """Maps [B, H, W, N, D], values of dv channels, and the parameters of heads."""
+    shapes = {"q": q, "k": q, "v": (*q[:-1], dv or q[-1]), "gate": q[3:4], "pos_weight": (q[3], 3)}
+    return {**shapes, "pos_bias": q[3:4]} if bias else shapes
+
+
+@st.composite
+def gated_problems(draw):
+    """Maps of one row or column too, with the bias that cancels and without."""
+    batch, size, heads, dim, value_dim, strided, seed = draw(common({2: 11}, axes=[2]))
+    shapes = gated_shapes((batch, *size, heads, dim), value_dim, draw(st.booleans()))
+    return shapes, {"scale": draw(SCALES)}, strided, seed
+
+
 def linear_shapes(name, q, k=None, dv=None):
     """The tensors of a call for q [B, *spatial, N, D], another k, and values of dv channels."""
     k = q if k is None else k
@@ -374,6 +388,10 @@ ATTENTIONS = {
     "many agents": Case(
         ops.agent_attention, lambda b, h, w, n, d: agent_shapes((h, w), (h, w), n, d, d, 17, batch=b),
         small=(1, 2, 2, 1, 2), traced=False,
+    ),
+    "gated positional": Case(
+        ops.gated_positional_attention, lambda *numbers: gated_shapes(numbers), problems=gated_problems(),
+        examples=200, twice=False,
     ),
     "aggregated": Case(
         ops.aggregated_attention,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests import tolerances
 from tests.ops import test_aggregated, test_routed
-from tests.ops.cases import PROBLEMS, agent_shapes, mix_problems, neighborhood
+from tests.ops.cases import PROBLEMS, agent_shapes, gated_shapes, mix_problems, neighborhood
 from tests.ops.gradients import compare, leaves, results_and_gradients
 from tests.tolerances import relative_error
 from visattn import ops
@@ -23,6 +23,7 @@ OPS = {
     name: (getattr(ops, f"{name}_attention"), PROBLEMS[name])
     for name in ("neighborhood", "window", "halo", "routed", "aggregated", "agent")
 }
+OPS["gated positional"] = ops.gated_positional_attention, PROBLEMS["gated positional"]
 OPS["mix"] = ops.neighborhood_mix, mix_problems(5, 5)
 
 
@@ -91,6 +92,7 @@ CASES = {
     ),
     "routed": ("routed", test_routed.PLAIN),
     "aggregated": ("aggregated", test_aggregated.PLAIN),
+    "gated positional": ("gated positional", (gated_shapes((2, 9, 11, 2, 24), 16), {}, True, 0)),
     "agent": ("agent", (agent_shapes((9, 11), (7, 8), 2, 24, 16, 49), {}, True, 0)),
 }
 

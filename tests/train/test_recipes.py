@@ -167,7 +167,8 @@ agent_swin_base_384 0.5, agent_cswin_small 0.4, agent_cswin_base 0.5, agent_cswi
 cswin_base_384 0.7, cswin_large 0.2, focused_pvt_medium 0.3, focused_cswin_small 0.4, deit_base_va 0.1,
 l2vit_base 0.3, l2vit_base_384 0.2,
 pvt_large 0.3, swin_small_va 0.3, coatnet_0_va 0.2, coatnet_1_va 0.3, coatnet_2_va 0.5, coatnet_3_va 0.7,
-maxvit_tiny_va 0.2, maxvit_small_va 0.3, maxvit_base_va 0.4, maxvit_large_va 0.6, resnest50_va 0.0,
+convit_small_va 0.1, maxvit_tiny_va 0.2, maxvit_small_va 0.3, maxvit_base_va 0.4, maxvit_large_va 0.6,
+resnest50_va 0.0,
 shiftvit_light_tiny 0.2, shiftvit_r4_small 0.4, shiftvit_light_base 0.5, shiftvit_r2_base 0.6, flowformer_small 0.2
 """
 PUBLISHED = """
@@ -192,7 +193,7 @@ def test_drop_path_batch_and_rate_are_the_published_ones():
 def test_repeated_augmentation_averages_and_squashed_test_images_are_where_the_sources_have_them():
     recipes = {name: find_recipe(name) for name in MODELS}
     repeated = {name.split("_")[0] for name, config in recipes.items() if config.aug_repeats == 3}
-    assert repeated == {"biformer", "transnext", "deit", "pvt", "efficient", "halonet26t", "halonet50ts"}
+    assert repeated == {"biformer", "convit", "transnext", "deit", "pvt", "efficient", "halonet26t", "halonet50ts"}
     assert {recipes[f"{host}_cswin_base"].ema_decay for host in ("agent", "focused")} == {0.99992, 0.99982}
     assert (recipes["maxvit_base_va"].ema_decay, recipes["biformer_base"].ema_decay) == (0.9999, 0.99996)
     assert not any(recipes[name].ema_decay for name in ("transnext_base", "nat_base", "swin_base_va", "coatnet_0_va"))

@@ -10,6 +10,7 @@ from visattn.layers.create import TOKEN_MIXERS, create_token_mixer
 from visattn.layers.efficient import EfficientAttention, EfficientAttention2d
 from visattn.layers.flow import FlowAttention
 from visattn.layers.focused import FocusedLinearAttention
+from visattn.layers.gated_positional import GatedPositionalAttention
 from visattn.layers.halo import HaloAttention
 from visattn.layers.init import init_weights, reset_parameters
 from visattn.layers.inline import InLineAttention
@@ -54,6 +55,7 @@ __all__ = [
     "EfficientAttention2d",
     "FlowAttention",
     "FocusedLinearAttention",
+    "GatedPositionalAttention",
     "GlobalAttention",
     "HaloAttention",
     "InLineAttention",

@@ -11,42 +11,24 @@ What differs from the official code, and why:
     * Dropout of the attention weights, which no published model uses, is left out.
 """
 
-from functools import partial
-from itertools import islice, product
-from typing import Any, cast
+from itertools import product
+from typing import Any
 
 import torch
-from timm.layers import to_2tuple
-from timm.models import checkpoint, vision_transformer
-from timm.models._features import feature_take_indices
+from timm.models import vision_transformer
 from torch import Tensor, nn
 
 from visattn import layers
 from visattn.models._backbone import unwrap
-from visattn.models._build import TOKEN_POOLS, check_classifier
 from visattn.models._token_mixer import create_token_mixer_backbone, fit_positions, plan_attention, token_mixer_cfg
 from visattn.models._variants import Variant, register_variants
-from visattn.ops import resize_rel_pos
-from visattn.ops.geometry import ceil_div
-from visattn.weights import ChecksWeights
-
-torch.fx.wrap("resize_rel_pos")
+from visattn.models._vit import TokenTransformer
 
 __all__ = ["DeiT"]
 
-# B batch, H W map of patches, C channels. Tokens are [B, 1 + H * W, C], the class token first.
 
-
-def _resize_positions(table: Tensor, learned: list[int], size: list[int]) -> Tensor:
-    """[1, P + h * w, C] for maps of `learned` (h, w), P prefix tokens first -> [1, P + H * W, C] for maps of `size`."""
-    prefix = table.shape[1] - learned[0] * learned[1]
-    grid = table[0, prefix:].transpose(0, 1).unflatten(1, learned)  # [C, h, w]
-    grid = resize_rel_pos(grid, size).flatten(1).transpose(0, 1)  # [H * W, C]
-    return torch.cat([table[:, :prefix], grid[None]], 1)  # [1, P + H * W, C]
-
-
-class DeiT(ChecksWeights, vision_transformer.VisionTransformer):
-    """timm's VisionTransformer with other attention, whose blocks know the map that their tokens come from.
+class DeiT(TokenTransformer):
+    """timm's VisionTransformer with a choice of attention.
 
     Args:
         img_size: Image size that position parameters are made for. Images of any other size run as well.
@@ -93,132 +75,33 @@ class DeiT(ChecksWeights, vision_transformer.VisionTransformer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_classifier(num_classes, global_pool, (*TOKEN_POOLS, "map", "prr"))
         numbers = None if attention_depths is None else [attention_depths]
         plan = plan_attention(attention, [depth], numbers, attention_args)[0]
-        feat_size = tuple(ceil_div(n, patch_size) for n in to_2tuple(img_size))
+        dd = {"device": device, "dtype": dtype}
 
-        def create_block(dim: int, depth: int, proj_drop: float, drop_path: float, **_: Any) -> nn.Module:
-            """Block number `depth`; timm hands over more than is used here."""
-            dd = {"device": device, "dtype": dtype}
-            args = plan[depth]
+        def create_attn(number: int, feat_size: tuple[int, int]) -> nn.Module:
+            args = plan[number]
             name = "softmax" if args is None else attention
-            shared = {"num_prefix_tokens": 1, "qkv_bias": qkv_bias, "proj_drop": proj_drop}
-            attn = layers.create_token_mixer(name, dim, num_heads, feat_size, **shared, **(args or {}), **dd)
-            return layers.TokenTransformerBlock(dim, attn, mlp_ratio, proj_drop, drop_path, eps=1e-6, **dd)
+            shared = {"num_prefix_tokens": 1, "qkv_bias": qkv_bias, "proj_drop": proj_drop_rate}
+            return layers.create_token_mixer(name, embed_dim, num_heads, feat_size, **shared, **(args or {}), **dd)
 
         super().__init__(
-            img_size=tuple(n * patch_size for n in feat_size),
-            patch_size=patch_size,
+            create_attn,
+            img_size,
+            patch_size,
+            num_classes,
+            global_pool,
+            mlp_ratio,
+            proj_drop_rate,
             in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=cast(Any, global_pool),
             embed_dim=embed_dim,
             depth=depth,
             num_heads=num_heads,
-            dynamic_img_size=True,
-            dynamic_img_pad=True,
             drop_rate=drop_rate,
             pos_drop_rate=pos_drop_rate,
-            proj_drop_rate=proj_drop_rate,
             drop_path_rate=drop_path_rate,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            block_fn=cast(Any, create_block),
-            device=device,
-            dtype=dtype,
+            **dd,
         )
-        self.feat_size = list(feat_size)
-        # pyrefly: ignore[bad-assignment]: timm runs a Sequential, this class each block with the size
-        self.blocks = nn.ModuleList(self.blocks)  # whose own forward would hand over no size
-
-    # pyrefly: ignore[bad-override]: there is no patch size to set
-    def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
-        """Nothing to do: the model takes images of any size."""
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """timm's, which refuses what would fail in forward."""
-        kept = () if self.attn_pool is None else (self.global_pool,)  # attention pooling cannot be added later
-        check_classifier(num_classes, global_pool, (*TOKEN_POOLS, *kept))
-        super().reset_classifier(num_classes, global_pool)
-
-    def _embed(self, x: Tensor) -> tuple[Tensor, list[int]]:
-        """Tokens of images [B, in_chans, H, W], with positions, and the size of their map."""
-        x = self.patch_embed(x)
-        size = [x.shape[1], x.shape[2]]
-        token, positions = cast(Tensor, self.cls_token), cast(Tensor, self.pos_embed)
-        x = torch.cat([token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1)  # [B, 1 + H * W, C]
-        return self.pos_drop(x + _resize_positions(positions, self.feat_size, size)), size
-
-    # pyrefly: ignore[bad-override]: no masks
-    def forward_features(
-        self, x: Tensor, *, taken: dict[int, Tensor] | None = None, number: int | None = None
-    ) -> Tensor:
-        """Image to tokens.
-
-        Args:
-            x: Images [B, in_chans, H, W].
-            taken: The tokens after every block whose number is among its keys become the values.
-            number: Blocks to go through; None for all.
-
-        Returns:
-            Tokens [B, 1 + H' * W', C], the class token first, normalised.
-        """
-        x, size = self._embed(x)
-        for i, block in enumerate(islice(self.blocks, number)):
-            x = checkpoint(block, x, size) if self.grad_checkpointing else block(x, size)
-            if taken is not None and i in taken:
-                taken[i] = x
-        return self.norm(x)
-
-    # pyrefly: ignore[bad-override]: no masks
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    # pyrefly: ignore[bad-override]: no masks, and the class token has a place of its own
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        attn_mask: None = None,
-    ) -> list[Any] | tuple[Tensor, list[Any]]:
-        """Feature maps after the blocks.
-
-        Args:
-            x: Images [B, in_chans, H, W].
-            indices: The last n blocks if an int, all if None, else these blocks.
-            return_prefix_tokens: Return pairs (map, class token [B, 1, C]) in place of the maps.
-            norm: Apply the final norm to the maps.
-            stop_early: Skip the blocks after the last one asked for.
-            output_fmt: "NCHW", "NHWC" or "NLC" (L = H' * W'), of the maps.
-            intermediates_only: Return the maps alone.
-            attn_mask: None, for callers that give timm's argument of this name.
-
-        Returns:
-            The maps, or (output of `forward_features`, maps).
-
-        Raises:
-            ValueError: Another output format, or a mask.
-        """
-        if output_fmt not in ("NCHW", "NHWC", "NLC"):
-            raise ValueError(f"expected output_fmt 'NCHW', 'NHWC' or 'NLC', got {output_fmt!r}")
-        if attn_mask is not None:
-            raise ValueError("expected no attn_mask, got one; try timm's own vision transformers")
-        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        tokens: dict[int, Any] = dict.fromkeys(take_indices)
-        size = [ceil_div(n, p) for n, p in zip(x.shape[2:], self.patch_embed.patch_size, strict=True)]
-        x = self.forward_features(x, taken=tokens, number=max_index + 1 if stop_early else None)
-        levels = []
-        for y in (self.norm(y) if norm else y for y in tokens.values()):
-            level = y[:, 1:] if output_fmt == "NLC" else y[:, 1:].unflatten(1, size)  # [B, L, C] or [B, H', W', C]
-            if output_fmt == "NCHW":
-                level = level.permute(0, 3, 1, 2).contiguous()  # [B, C, H', W']
-            levels.append((level, y[:, :1]) if return_prefix_tokens else level)
-        return levels if intermediates_only else (x, levels)
 
 
 def _cfg(attention: str, file: str = "", size: int = 224, **kwargs: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from visattn.ops.agent import agent_attention, agent_position_bias
 from visattn.ops.aggregated import aggregated_attention, aggregated_weights
 from visattn.ops.dispatch import BackendError, explain, use_backend
 from visattn.ops.fused.tuning import tune
+from visattn.ops.gated_positional import gated_positional_attention, gated_positional_weights
 from visattn.ops.halo import halo_attention
 from visattn.ops.linear import (
     dynamic_depthwise_conv,
@@ -52,6 +53,8 @@ __all__ = [
     "flow_attention",
     "flow_weights",
     "focused_linear_attention",
+    "gated_positional_attention",
+    "gated_positional_weights",
     "halo_attention",
     "inline_attention",
     "neighborhood_attention",
