@@ -3,9 +3,12 @@
 from visattn.layers.agent import AgentAttention
 from visattn.layers.aggregated import AggregatedAttention, CosineAttention
 from visattn.layers.block import TokenTransformerBlock, TransformerBlock
-from visattn.layers.conv import ConvNorm, DepthwiseConv, create_act, dilate_convs
+from visattn.layers.context_mix import ContextMix, ContMixBlock
+from visattn.layers.conv import ChannelScale, ConvNorm, DepthwiseConv, ResDWConv, create_act, dilate_convs
 from visattn.layers.conv_glu import ConvGLU
+from visattn.layers.conv_mlp import ConvMlp, GlobalResponseNorm
 from visattn.layers.create import TOKEN_MIXERS, create_token_mixer
+from visattn.layers.dilated_reparam import DilatedReparam
 from visattn.layers.efficient import EfficientAttention, EfficientAttention2d
 from visattn.layers.focused import FocusedLinearAttention
 from visattn.layers.halo import HaloAttention
@@ -37,18 +40,24 @@ __all__ = [
     "AgentAttention",
     "AggregatedAttention",
     "BiLevelRoutingAttention",
+    "ChannelScale",
+    "ContMixBlock",
+    "ContextMix",
     "ConvDownsampler",
     "ConvGLU",
+    "ConvMlp",
     "ConvNorm",
     "ConvStem",
     "ConvTokenizer",
     "CosineAttention",
     "CrossShapedAttention",
     "DepthwiseConv",
+    "DilatedReparam",
     "EfficientAttention",
     "EfficientAttention2d",
     "FocusedLinearAttention",
     "GlobalAttention",
+    "GlobalResponseNorm",
     "HaloAttention",
     "InLineAttention",
     "LePEAttention",
@@ -61,6 +70,7 @@ __all__ = [
     "PooledTransformerBlock",
     "PositionedTokenizer",
     "ShiftedWindowAttention",
+    "ResDWConv",
     "SoftmaxAttention",
     "SplAt",
     "Stage",
