@@ -207,6 +207,18 @@ def convolution_problems(draw):
     return {"x": (batch, *size, channels), "kernels": (batch, channels, kernel**2)}, {}, strided, seed
 
 
+@st.composite
+def mix_problems(draw):
+    """Windows as large as the map, even ones, wide ones, with and without a table."""
+    batch, size, heads, dim, _, strided, seed = draw(common({2: 9}, axes=[2]))
+    kernel = [draw(st.integers(1, 7)) for _ in size]
+    lead = (batch, *(k + n - 1 for k, n in zip(kernel, size, strict=True)), heads)
+    shapes = {"logits": (*lead, prod(kernel)), "v": (*lead, dim)}
+    if draw(st.booleans()):
+        shapes["bias"] = (heads, *(2 * k - 1 for k in kernel))
+    return shapes, {"kernel_size": kernel}, strided, seed
+
+
 @dataclass(frozen=True)
 class Case:
     """One way to call an op.
@@ -303,6 +315,10 @@ ROUTED_FORMS = {"masked": {_ROUTED: 10**9}, "listed": {_ROUTED: 0}}
 LINEAR_FORMS = {"whole": {_LINEAR[0]: 10**9, _LINEAR[1]: 100}, "chunks": {_LINEAR[0]: 0, _LINEAR[1]: 100}}
 _CHUNKS = ("visattn.ops.chunking.CHUNK", "visattn.ops.chunking.MOST")
 CHUNKS = {f"chunks of {n}": {_CHUNKS[0]: n, _CHUNKS[1]: 1000} for n in (500, 1 << 18)}
+TILES = {
+    "one tile": {"visattn.ops.chunking.TILE": {2: 99}},
+    "chunks of tiles": {"visattn.ops.chunking.TILE": {2: 3}, _CHUNKS[0]: 500},
+}
 
 ATTENTIONS = {
     "neighborhood": Case(
@@ -382,6 +398,11 @@ ATTENTIONS = {
         ops.focused_linear_attention, lambda b, h, w, n, d: {**maps(b, h, w, n, d), "focus_scale": (n, d)},
         problems=linear_problems("focused_linear_attention", factor=[3.0, 1.0, 4.5]),
         forms=LINEAR_FORMS, heads=False, smooth=False,
+    ),
+    "mix": Case(
+        ops.neighborhood_mix,
+        lambda b, h, w, n, d: {"logits": (b, h, w, n, 15), "v": (b, h, w, n, d), "bias": (n, 5, 9)},
+        {"kernel_size": [3, 5]}, problems=mix_problems(), examples=200, forms=TILES, small=(1, 3, 5, 1, 2),
     ),
     "convolution": Case(
         ops.dynamic_depthwise_conv, lambda b, h, w, n, d: {"x": (b, h, w, n * d), "kernels": (b, n * d, 9)},

@@ -321,6 +321,7 @@ FITTING = {
     "aggregated": {**aggregated_shapes(1, (8, 9), (3, 3), 2, 4, kernel=3), "pretrain_size": 7},
     **dict.fromkeys(("efficient", "inline"), dict.fromkeys("qkv", (1, 5, 6, 2, 4))),
     "focused": {**dict.fromkeys("qkv", (1, 5, 6, 2, 4)), "focus_scale": (2, 4)},
+    "mix": {"logits": (1, 5, 6, 2, 9), "v": (1, 5, 6, 2, 4), "kernel_size": 3},
     "convolution": {"x": (1, 5, 6, 4), "kernels": (1, 4, 9)},
     "agent_position_bias": {
         "table": (2, 9, 7, 7), "rows": (2, 9, 8), "columns": (2, 9, 10), "size": [8, 10], "agent_size": [3, 3],
@@ -402,6 +403,13 @@ MISTAKES = [
     ("inline", {"scale": -1.0}, "expected scale > 0, got -1.0"),
     ("focused", {"focus_scale": (8,)}, r"focus_scale \(2, 4\).*\(8,\)"),
     ("focused", {"factor": 0.0}, "expected factor > 0, got 0.0"),
+    ("mix", {"kernel_size": 0}, "expected kernel_size >= 1"),
+    ("mix", {"kernel_size": (3, 3, 3)}, "expected kernel_size of one int or 2"),
+    ("mix", {"kernel_size": 5}, r"logits \[B, H, W, N, 25\], got v .* logits \(1, 5, 6, 2, 9\)"),
+    ("mix", {"kernel_size": (1, 9)}, r"expected kernel_size <= size on every axis, got .*\[1, 9\].*\(5, 6\)"),
+    ("mix", {"v": (1, 5, 5, 2, 4)}, r"expected v \[B, H, W, N, C\]"),
+    ("mix", {"v": (5, 6, 2, 4), "logits": (5, 6, 2, 9)}, r"expected v \[B, H, W, N, C\]"),
+    ("mix", {"bias": (2, 5, 6)}, r"expected bias \(2, 5, 5\)"),
     *(("convolution", {"kernels": s}, r"kernels \[B, C, K \* K\] with an odd K")
       for s in ((1, 4, 4), (2, 4, 9), (1, 4, 3, 3))),
     ("agent_position_bias", {"table": (2, 9, 7)}, r"expected table \[N, A, h, w\]"),
@@ -648,6 +656,8 @@ COSTS = [  # a call, and its multiplications
       for op, more in ((ops.efficient_attention, {}), (ops.inline_attention, {}),
                        (ops.focused_linear_attention, {"focus_scale": (3, 8)}))
       for shapes, cost in ((LINEAR, (20 + 100) * 8 * 6), (FEW, 20 * 3 * (8 + 6)))),
+    (ops.neighborhood_mix, {**meta(logits=(2, 9, 14, 3, 35), v=(2, 9, 14, 3, 8)), "kernel_size": (5, 7)},
+     6 * 9 * 14 * 35 * 8),
     (ops.dynamic_depthwise_conv, meta(x=(2, 5, 6, 4), kernels=(2, 4, 9)), 2 * 5 * 6 * 4 * 9),
 ]  # fmt: skip
 

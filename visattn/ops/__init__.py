@@ -11,6 +11,7 @@ from visattn.ops.linear import (
     focused_linear_attention,
     inline_attention,
 )
+from visattn.ops.mix import neighborhood_mix
 from visattn.ops.neighborhood import neighborhood_attention
 from visattn.ops.padding import (
     fit,
@@ -48,6 +49,7 @@ __all__ = [
     "halo_attention",
     "inline_attention",
     "neighborhood_attention",
+    "neighborhood_mix",
     "pad_centered_to_multiple",
     "pad_same",
     "pad_to_at_least",
