@@ -256,7 +256,7 @@ class OverLoCK(TellsAttended, Backbone):
         dim = embed_dims[0]
         self.patch_embed = nn.Sequential(
             layers.ConvNorm(in_chans, dim // 2, 3, 2, "gelu", **dd),
-            layers.ConvNorm(dim // 2, dim // 2, 3, **dd),
+            layers.ConvNorm(dim // 2, dim // 2, 3, act="gelu", **dd),
             layers.ConvNorm(dim // 2, dim, 3, 2, "gelu", **dd),
             layers.ConvNorm(dim, dim, 3, **dd),
         )
