@@ -4,7 +4,14 @@ from visattn.layers.agent import AgentAttention
 from visattn.layers.aggregated import AggregatedAttention, CosineAttention
 from visattn.layers.block import TokenTransformerBlock, TransformerBlock
 from visattn.layers.context_mix import ContextMix, ContMixBlock
-from visattn.layers.conv import ChannelScale, ConvNorm, DepthwiseConv, ResDWConv, create_act, dilate_convs
+from visattn.layers.conv import (
+    ChannelScale,
+    ConvNorm,
+    DepthwiseConv,
+    ResDWConv,
+    create_act,
+    dilate_convs,
+)
 from visattn.layers.conv_glu import ConvGLU
 from visattn.layers.conv_mlp import ConvMlp, GlobalResponseNorm
 from visattn.layers.create import TOKEN_MIXERS, create_token_mixer
@@ -69,8 +76,8 @@ __all__ = [
     "PatchTokenizer",
     "PooledTransformerBlock",
     "PositionedTokenizer",
-    "ShiftedWindowAttention",
     "ResDWConv",
+    "ShiftedWindowAttention",
     "SoftmaxAttention",
     "SplAt",
     "Stage",

@@ -89,13 +89,14 @@ class ContextMix(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.kernels = [small_kernel, kernel_size]
-        self.scale = (dim / num_heads) ** -0.5  # that of the values' heads; those of q and k are half as wide
+        # That of heads twice as wide as those of q and k.
+        self.scale = (dim / num_heads) ** -0.5
         self.table_std = table_std
         self.q = ConvNorm(dim, dim // 2, **dd)
         self.k = ConvNorm(context_dim, dim // 2, **dd)
         self.weight_proj = nn.Linear(_POOL**2, small_kernel**2 + kernel_size**2, **dd)
-        tables = (nn.Parameter(torch.empty(num_heads, 2 * k - 1, 2 * k - 1, **dd)) for k in self.kernels)
-        self.rpb1, self.rpb2 = tables
+        sizes = ((num_heads, 2 * k - 1, 2 * k - 1) for k in self.kernels)
+        self.rpb1, self.rpb2 = (nn.Parameter(torch.empty(size, **dd)) for size in sizes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -107,8 +108,8 @@ class ContextMix(nn.Module):
         """Affinities [B, N, H W, 49] of x [B, dim, H, W] to the pooled context [B, context_dim, H, W]."""
         pooled = adaptive_avg_pool(context.permute(0, 2, 3, 1), [_POOL, _POOL])  # [B, 7, 7, Cx]
         q, k = self.q(x) * self.scale, self.k(pooled.permute(0, 3, 1, 2))
-        q, k = (t.flatten(2).unflatten(1, (self.num_heads, -1)) for t in (q, k))  # [B, N, D, H W or 49]
-        return q.mT @ k
+        q, k = (t.flatten(2).unflatten(1, (self.num_heads, -1)) for t in (q, k))  # [B, N, D, L]
+        return q.mT @ k  # [B, N, H W, 49]
 
     def forward(self, x: Tensor, context: Tensor, v: Tensor) -> Tensor:
         """Mix v.
@@ -124,18 +125,21 @@ class ContextMix(nn.Module):
         x, context, values = (enlarge(t, self.kernels[1]) for t in (x, context, v))
         logits = self.weight_proj(self._affinities(x, context))  # [B, N, H' W', taps]
         logits = logits.unflatten(2, x.shape[2:]).permute(0, 2, 3, 1, 4)  # [B, H', W', N, taps]
-        values = values.unflatten(1, (2, self.num_heads, -1)).permute(1, 0, 4, 5, 2, 3)  # [2, B, H', W', N, D]
-        taps = [k * k for k in self.kernels]
-        parts = zip(logits.split(taps, -1), values.unbind(), self.kernels, (self.rpb1, self.rpb2), strict=True)
-        mixed = [neighborhood_mix(w, part, kernel_size=k, bias=table).flatten(3) for w, part, k, table in parts]
+        small, large = logits.split([k * k for k in self.kernels], -1)
+        values = values.unflatten(1, (2, self.num_heads, -1)).permute(0, 1, 4, 5, 2, 3)
+        v1, v2 = values.unbind(1)  # [B, H', W', N, D]
+        mixed = [
+            neighborhood_mix(small, v1, kernel_size=self.kernels[0], bias=self.rpb1).flatten(3),
+            neighborhood_mix(large, v2, kernel_size=self.kernels[1], bias=self.rpb2).flatten(3),
+        ]
         return shrink(torch.cat(mixed, -1), v).permute(0, 3, 1, 2)  # [B, dim, H, W]
 
     def attended(self, x: Tensor, context: Tensor, v: Tensor) -> dict[str, Tensor]:
         """What the kernels of `forward(x, context, v)` are made of.
 
         Returns:
-            "context" [B, H, W, N, 7, 7]: the affinities of every query to the tokens of the pooled context, q.k as it is.
-            A map smaller than the large kernel is the enlarged one.
+            "context" [B, H, W, N, 7, 7]: the affinities of every query to the tokens of the pooled context, q.k as they
+            are. H and W are those of the enlarged map if the map is smaller than the large kernel.
         """
         x, context = (enlarge(t, self.kernels[1]) for t in (x, context))
         affinities = self._affinities(x, context).unflatten(2, x.shape[2:])  # [B, N, H, W, 49]
@@ -200,9 +204,13 @@ class ContMixBlock(nn.Module):
             self.fusion = nn.Identity()
             self.v = ConvNorm(dim, dim, **dd)
         table_std = 0.0 if context_dim else 0.02
-        self.mix = ContextMix(dim, context_dim or dim, num_heads, kernel_size, small_kernel, table_std, **dd)
+        self.mix = ContextMix(
+            dim, context_dim or dim, num_heads, kernel_size, small_kernel, table_std, **dd
+        )
         self.mix_proj = ConvNorm(dim, dim, **dd)
-        self.lepe = nn.Sequential(DilatedReparam(dim, kernel_size, deploy, **dd), nn.BatchNorm2d(dim, **dd))
+        self.lepe = nn.Sequential(
+            DilatedReparam(dim, kernel_size, deploy, **dd), nn.BatchNorm2d(dim, **dd)
+        )
         # pyrefly: ignore[bad-argument-type]: timm takes the name of an activation too
         self.se = SqueezeExcite(dim, rd_channels=max(16, dim // 8), act_layer="gelu", **dd)
         self.gate = ConvNorm(dim, dim, act="silu", **dd)
@@ -218,7 +226,9 @@ class ContMixBlock(nn.Module):
         x = self.dwconv1(x)
         normed = self.norm1(x)
         fused = self.fusion(normed)  # [B, C, H, W]
-        mixed = self.mix(normed[:, : self.dim], normed[:, -(self.context_dim or self.dim) :], self.v(fused))
+        mixed = self.mix(
+            normed[:, : self.dim], normed[:, -(self.context_dim or self.dim) :], self.v(fused)
+        )
         mixed = self.gate(fused) * self.se(self.mix_proj(mixed) + self.lepe(fused))
         x = self.dwconv2(self.ls1(x) + self.drop_path(self.out(mixed)))
         return self.ls2(x) + self.drop_path(self.mlp(self.norm2(x)))

@@ -1,10 +1,10 @@
 """A large depthwise convolution that is trained as a sum of dilated small ones, on maps [B, C, H, W]."""
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 # By kernel size, (kernel size, dilation) of the branches besides the kernel itself.
 BRANCHES = {
@@ -54,7 +54,10 @@ class DilatedReparam(nn.Module):
         self.conv = self._conv(kernel_size, 1, True, **dd) if deploy else None
         self.branches = nn.ModuleDict()
         for i, (size, dilation) in enumerate(() if deploy else self.kernels):
-            parts = {"conv": self._conv(size, dilation, False, **dd), "bn": nn.BatchNorm2d(dim, **dd)}
+            parts = {
+                "conv": self._conv(size, dilation, False, **dd),
+                "bn": nn.BatchNorm2d(dim, **dd),
+            }
             name = f"k{size}_{dilation}" if i else "origin"
             self.branches[name] = nn.Sequential(OrderedDict[str, nn.Module](parts))
 
@@ -85,21 +88,20 @@ class DilatedReparam(nn.Module):
         if self.conv is not None:
             return
         size = self.kernels[0][0]
-        like = self.branches["origin"].conv.weight
-        weight = torch.zeros(self.dim, 1, size, size, dtype=torch.float64, device=like.device)
+        branches: Any = self.branches.values()
+        like = next(iter(branches)).conv.weight
+        wide = torch.promote_types(like.dtype, torch.float32)
+        weight = torch.zeros(self.dim, 1, size, size, dtype=wide, device=like.device)
         bias = weight.new_zeros(self.dim)
-        for (small, dilation), branch in zip(self.kernels, self.branches.values(), strict=True):
-            bn = branch.bn
-            tensors = (branch.conv.weight, None, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
-            fused, summand = fuse_conv_bn_weights(*(t.double() if isinstance(t, Tensor) else t for t in tensors))
-            first = size // 2 - dilation * (small // 2)  # the small kernel's taps lie around the middle
+        for (small, dilation), branch in zip(self.kernels, branches, strict=True):
+            first = size // 2 - dilation * (small // 2)  # the branch's taps lie around the middle
             taps = slice(first, size - first, dilation)
-            weight[..., taps, taps] += fused
-            bias += summand
-        self.conv = self._conv(size, 1, True, like.device, like.dtype)
-        self.conv.weight.copy_(weight)
-        self.conv.bias.copy_(bias)
-        self.conv.requires_grad_(like.requires_grad)
+            factor = branch.bn.weight / (branch.bn.running_var + branch.bn.eps).sqrt()
+            weight[..., taps, taps] += branch.conv.weight.to(wide) * factor[:, None, None, None]
+            bias += branch.bn.bias - branch.bn.running_mean * factor
+        conv = self._conv(size, 1, True, like.device, like.dtype)
+        conv.load_state_dict({"weight": weight, "bias": bias})
+        self.conv = conv.requires_grad_(like.requires_grad)
         self.branches = nn.ModuleDict()
 
     def extra_repr(self) -> str:

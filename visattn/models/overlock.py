@@ -36,6 +36,8 @@ __all__ = ["OverLoCK"]
 
 # B batch, H W map, C channels of a stage, Cx of the context; maps are [B, C, H, W].
 
+_DENSE = ("segmentation", "detection")  # values of `out_norm`: the official backbones of these tasks
+
 
 class RepConvBlock(nn.Module):
     """A block of the base and overview networks: [B, dim, H, W] -> [B, dim, H, W].
@@ -94,6 +96,7 @@ class FocusBlock(layers.ContMixBlock):
         self.x_scale = None if first else layers.ChannelScale(context_dim, **dd)
         self.h_scale = None if first else layers.ChannelScale(context_dim, **dd)
 
+    # pyrefly: ignore[bad-override]: it takes the context too
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         if self.x_scale is not None and self.h_scale is not None:
             x, own = x.split([self.dim, self.context_dim], 1)
@@ -102,7 +105,10 @@ class FocusBlock(layers.ContMixBlock):
 
 
 class FocusDownsampler(nn.Module):
-    """Strided convolutions of a map and of its context: [B, in_dim + Cx, H, W] -> [B, dim + Cx, H/2, W/2], rounded up."""
+    """Strided convolutions of a map and of its context: [B, in_dim + Cx, H, W] -> [B, dim + Cx, H', W'].
+
+    H' = ceil(H / 2), W' = ceil(W / 2).
+    """
 
     def __init__(
         self,
@@ -207,9 +213,10 @@ class OverLoCK(TellsAttended, Backbone):
         deploy: Build every large convolution as one, see `layers.DilatedReparam`; for inference, or small changes.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block, growing linearly from 0 over base, overview and focus.
-        out_norm: Of every feature map that `features_only` returns: "layer", as the official segmenters have it;
-            "detection", as the official detectors, which add a projection of the overview's map to the last; "batch";
-            None returns them as they are.
+        out_norm: "layer" or "batch" normalises every feature map that `features_only` returns; None returns them as
+            they are. "segmentation" and "detection" are the official backbones of those tasks: LayerNorms, where the
+            third stage goes on from the second level's normalised map; detectors add a projection of the overview's map
+            to the last level.
         output_stride: 32; others are refused, as the overview lies at this stride.
         img_size: No effect, as for timm's models of any input size; accepted so that callers may always give it.
 
@@ -250,8 +257,8 @@ class OverLoCK(TellsAttended, Backbone):
             )
         if output_stride != 32:
             raise ValueError(f"expected output_stride 32, at which the overview lies, got {output_stride}")
-        if out_norm not in (None, "layer", "batch", "detection"):
-            raise ValueError(f"expected out_norm None, 'layer', 'batch' or 'detection', got {out_norm!r}")
+        if out_norm not in (None, "batch", "layer", *_DENSE):
+            raise ValueError(f"expected out_norm None, 'batch', 'layer' or one of {_DENSE}, got {out_norm!r}")
         dd = {"device": device, "dtype": dtype}
         dim = embed_dims[0]
         self.patch_embed = nn.Sequential(
@@ -287,13 +294,11 @@ class OverLoCK(TellsAttended, Backbone):
         self.aux_head = self._make_aux_head(**dd)
         dim = levels[-1][1]
         norm = layers.ConvNorm(dim, final_dim, act="silu", **dd)
-        self.with_overview = out_norm == "detection"
-        own_norm = "layer" if self.with_overview else out_norm
-        self._build_head(drop_rate, own_norm, **dd, norm=norm, num_features=final_dim)
-        for module in self.out_norms:
-            if isinstance(module, LayerNorm2d):
-                module.eps = 1e-6
-        if self.with_overview:
+        self.dense = out_norm if out_norm in _DENSE else None
+        self._build_head(drop_rate, None if self.dense else out_norm, **dd, norm=norm, num_features=final_dim)
+        if self.dense:
+            self.out_norms.extend(LayerNorm2d(dim, eps=1e-6, **dd) for _, dim in levels)
+        if self.dense == "detection":
             self.out_norms[-1] = DetectionNorm(dim, self.overview_dim, **dd)
             self.init_weights(needs_reset=False)
 
@@ -316,7 +321,7 @@ class OverLoCK(TellsAttended, Backbone):
     def set_aux_training(self, enable: bool = True) -> None:
         """In training mode, let `forward` return (logits, the auxiliary classifier's logits), for a loss of both.
 
-        Without it the auxiliary classifier's parameters do not require gradients; call this before an optimizer is made.
+        Until then the auxiliary classifier's parameters do not require gradients: call this before making an optimizer.
 
         Raises:
             ValueError: A model without an auxiliary classifier.
@@ -361,10 +366,13 @@ class OverLoCK(TellsAttended, Backbone):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """See `Backbone`."""
+        inner_norm = self.out_norms[1] if self.dense else None
         taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         self.focus = self.focus[: max(0, len(self.feature_info) - 2)]
         if not len(self.focus):
             self.context_proj = nn.Identity()
+        elif inner_norm is not None:
+            self.out_norms[1] = inner_norm
         return taken
 
     def _forward_levels(
@@ -380,6 +388,8 @@ class OverLoCK(TellsAttended, Backbone):
             x = overview if i < 3 else x
             if maps is not None and i < 2:
                 maps.append(overview)
+            if self.dense and i == 1:
+                overview = self.out_norms[1](overview)
         focus = list(islice(self.focus, None if number is None else max(0, number - 4)))
         if not focus:
             return overview, overview
@@ -389,7 +399,8 @@ class OverLoCK(TellsAttended, Backbone):
         for stage, guide in zip(focus, (nearer, context), strict=False):
             x = stage(x, guide)
             if maps is not None:
-                maps.append(torch.cat([x, overview], 1) if self.with_overview and guide is context else x)
+                with_overview = self.dense == "detection" and guide is context
+                maps.append(torch.cat([x, overview], 1) if with_overview else x)
         return x, overview
 
     def forward_features(self, x: Tensor, *, maps: list[Tensor] | None = None, number: int | None = None) -> Tensor:
