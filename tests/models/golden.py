@@ -36,7 +36,7 @@ def cases(golden):
     """The golden's inputs that the official code takes."""
     if "runs" in golden:
         return [run for run in golden["runs"] if run["ok"]]
-    return [golden, *(case for case in golden.get("other_inputs", ()) if "logits" in case)]
+    return [golden, *(case for case in golden.get("other_inputs", ()) if {"logits", "stage_norms"} & case.keys())]
 
 
 def passes(golden):
@@ -45,7 +45,7 @@ def passes(golden):
     yield weights, cases(golden)
     if "alt" in golden:
         weights = {key: value * (0.1 if "pos_embed" in key else 1) for key, value in weights.items()}
-        yield weights, [{**golden["alt"], **{key: golden[key] for key in ("input", "stage_shapes")}}]
+        yield weights, [{**{key: golden[key] for key in ("input", "stage_shapes")}, **golden["alt"]}]
 
 
 def detector(weights):
@@ -109,6 +109,13 @@ def last(model, image):
     """Features and the maps of the four stages."""
     features, maps = model.forward_intermediates(image)
     return features, maps[-4:]
+
+
+def without_context(model, image):
+    """Features and the maps of OverLoCK, the third without the context behind its own channels."""
+    features, maps = model.forward_intermediates(image)
+    maps[2] = maps[2][:, : -model.context_dim]
+    return features, maps
 
 
 def normed(model, image):

@@ -64,14 +64,19 @@ def test_nothing_stays_behind_an_error(model):
 
 
 def test_only_families_that_can_tell_have_it():
-    models = [timm.create_model(name) for name in ("test_dinat", "test_biformer", "test_transnext")]
+    models = [timm.create_model(name) for name in ("test_dinat", "test_biformer", "test_transnext", "test_overlock")]
     tell = [model.pretrained_cfg["architecture"] for model in models if hasattr(model, "attended")]
-    assert tell == ["test_biformer", "test_transnext"]
+    assert tell == ["test_biformer", "test_transnext", "test_overlock"]
 
 
 @pytest.mark.parametrize(
     ("name", "block"),
-    [("test_dinat", "stages.0.blocks.0"), ("test_pvt", "stages.3.blocks.1"), ("test_agent_deit", "blocks.1")],
+    [
+        ("test_dinat", "stages.0.blocks.0"),
+        ("test_pvt", "stages.3.blocks.1"),
+        ("test_agent_deit", "blocks.1"),
+        ("test_overlock", "focus.1.blocks.0"),
+    ],
 )
 def test_checkpointing_changes_no_module_and_no_gradient(name, block):
     model = timm.create_model(name)

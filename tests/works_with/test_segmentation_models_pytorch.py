@@ -20,6 +20,7 @@ PYRAMIDS = (
     "test_dinat",
     "test_halonet_va",
     "test_maxvit_va",
+    "test_overlock",
     "pvt_tiny",  # test_pvt begins at stride 2, and has a level too few for five
     "test_resnest_va",
     "test_resnet_ea",

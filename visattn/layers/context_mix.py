@@ -1,5 +1,7 @@
 """ContMix: each pixel's own kernel, made of its affinities to a pooled context, over `visattn.ops.neighborhood_mix`."""
 
+from collections.abc import Sequence
+
 import torch
 from timm.layers import DropPath, LayerNorm2d, SqueezeExcite, trunc_normal_
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from visattn.layers.conv import ChannelScale, ConvNorm, ResDWConv
 from visattn.layers.conv_mlp import ConvMlp, GlobalResponseNorm
 from visattn.layers.dilated_reparam import DilatedReparam
 from visattn.ops import adaptive_avg_pool, neighborhood_mix
-from visattn.ops.geometry import is_symbolic, plain, sym_max, sym_min
+from visattn.ops.geometry import Axis, is_symbolic, neighbors, outer_index, plain, sym_max, sym_min
 from visattn.ops.registration import traced_as_one
 
 _POOL = 7  # tokens of the pooled context per axis
@@ -111,6 +113,12 @@ class ContextMix(nn.Module):
         q, k = (t.flatten(2).unflatten(1, (self.num_heads, -1)) for t in (q, k))  # [B, N, D, L]
         return q.mT @ k  # [B, N, H W, 49]
 
+    def _logits(self, affinities: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, H, W, N, taps] of both kernels, of affinities [B, N, H W, 49] of the map `like` [B, dim, H, W]."""
+        logits = self.weight_proj(affinities).unflatten(2, like.shape[2:])  # [B, N, H, W, taps]
+        small, large = logits.permute(0, 2, 3, 1, 4).split([k * k for k in self.kernels], -1)
+        return small, large
+
     def forward(self, x: Tensor, context: Tensor, v: Tensor) -> Tensor:
         """Mix v.
 
@@ -123,9 +131,7 @@ class ContextMix(nn.Module):
             [B, dim, H, W].
         """
         x, context, values = (enlarge(t, self.kernels[1]) for t in (x, context, v))
-        logits = self.weight_proj(self._affinities(x, context))  # [B, N, H' W', taps]
-        logits = logits.unflatten(2, x.shape[2:]).permute(0, 2, 3, 1, 4)  # [B, H', W', N, taps]
-        small, large = logits.split([k * k for k in self.kernels], -1)
+        small, large = self._logits(self._affinities(x, context), x)  # [B, H', W', N, taps]
         values = values.unflatten(1, (2, self.num_heads, -1)).permute(0, 1, 4, 5, 2, 3)
         v1, v2 = values.unbind(1)  # [B, H', W', N, D]
         mixed = [
@@ -135,18 +141,34 @@ class ContextMix(nn.Module):
         return shrink(torch.cat(mixed, -1), v).permute(0, 3, 1, 2)  # [B, dim, H, W]
 
     def attended(self, x: Tensor, context: Tensor, v: Tensor) -> dict[str, Tensor]:
-        """What the kernels of `forward(x, context, v)` are made of.
+        """What the kernels of `forward(x, context, v)` are made of, and what they are.
+
+        H and W are those of the enlarged map if the map is smaller than the large kernel.
 
         Returns:
             "context" [B, H, W, N, 7, 7]: the affinities of every query to the tokens of the pooled context, q.k as they
-            are. H and W are those of the enlarged map if the map is smaller than the large kernel.
+            are. "small" and "large" [B, H, W, N, taps]: the kernels, which sum to 1, their windows row by row.
         """
         x, context = (enlarge(t, self.kernels[1]) for t in (x, context))
-        affinities = self._affinities(x, context).unflatten(2, x.shape[2:])  # [B, N, H, W, 49]
-        return {"context": affinities.permute(0, 2, 3, 1, 4).unflatten(-1, (_POOL, _POOL))}
+        affinities = self._affinities(x, context)
+        small, large = self._logits(affinities, x)
+        size = x.shape[2:]
+        found = affinities.unflatten(2, size).permute(0, 2, 3, 1, 4)  # [B, H, W, N, 49]
+        return {
+            "context": found.unflatten(-1, (_POOL, _POOL)),
+            "small": (small + _read(self.rpb1, self.kernels[0], size)).softmax(-1),
+            "large": (large + _read(self.rpb2, self.kernels[1], size)).softmax(-1),
+        }
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, kernels={self.kernels}"
+
+
+def _read(table: Tensor, kernel_size: int, size: Sequence[int]) -> Tensor:
+    """Read a table [N, 2K - 1, 2K - 1] for all taps of a map of `size`: [H, W, N, K * K]."""
+    where = [neighbors(Axis(n, kernel_size), table.device).displacement for n in size]  # [n, K]
+    entry = outer_index(where, [2 * kernel_size - 1] * 2)  # [H W, K * K]
+    return table.flatten(1)[:, entry].transpose(0, 1).unflatten(0, tuple(size))
 
 
 class ContMixBlock(nn.Module):
