@@ -16,6 +16,7 @@ CHANNELS_FIRST = (
     "test_coatnet_va",
     "test_halonet_va",
     "test_maxvit_va",
+    "test_overlock",
     "test_resnest_va",
     "test_resnet_ea",
 )

@@ -36,7 +36,8 @@ def cases(golden):
     """The golden's inputs that the official code takes."""
     if "runs" in golden:
         return [run for run in golden["runs"] if run["ok"]]
-    return [golden, *(case for case in (*golden.get("other_inputs", ()), alt_input(golden)) if "logits" in case)]
+    others = *golden.get("other_inputs", ()), alt_input(golden)
+    return [golden, *(case for case in others if {"logits", "stage_norms"} & case.keys())]
 
 
 def alt_input(golden):
@@ -114,6 +115,13 @@ def last(model, image):
     """Features and the maps of the four stages."""
     features, maps = model.forward_intermediates(image)
     return features, maps[-4:]
+
+
+def without_context(model, image):
+    """Features and the maps of OverLoCK, the third without the context behind its own channels."""
+    features, maps = model.forward_intermediates(image)
+    maps[2] = maps[2][:, : -model.context_dim]
+    return features, maps
 
 
 def normed(model, image):

@@ -11,7 +11,7 @@ import visattn
 
 OURS = visattn.list_models()
 SMALL = [n for n in OURS if n.startswith("test_")]
-CHANNELS_FIRST = ("biformer", "coatnet", "halonet", "maxvit", "resnest_va", "resnet_ea")
+CHANNELS_FIRST = ("biformer", "coatnet", "halonet", "maxvit", "overlock", "resnest_va", "resnet_ea")
 POOLS = ["", "avg", "max", "avgmax", "fastcatavgmax", "token", "map", "xavg", 3]
 
 
@@ -106,6 +106,7 @@ def test_shared_arguments_out_of_range_are_refused(name):
         ("test_halonet_va", {"act_layer": "nonsense"}),
         ("test_maxvit_va", {"embed_dims": (16, 32, 48)}),
         ("test_maxvit_va", {"stem_width": 0}),
+        ("test_overlock", {"focus_mlp_ratio": 0}),
         ("test_pvt", {"depths": (1, 2, 1, 2, 2)}),
         ("test_resnest_va", {"base_width": 0}),
         ("test_resnet_ea", {"layers": (1, 2, 1)}),

@@ -64,9 +64,9 @@ def test_nothing_stays_behind_an_error(model):
 
 
 def test_only_families_that_can_tell_have_it():
-    models = [timm.create_model(name) for name in ("test_dinat", "test_biformer", "test_transnext")]
+    models = [timm.create_model(name) for name in ("test_dinat", "test_biformer", "test_transnext", "test_overlock")]
     tell = [model.pretrained_cfg["architecture"] for model in models if hasattr(model, "attended")]
-    assert tell == ["test_biformer", "test_transnext"]
+    assert tell == ["test_biformer", "test_transnext", "test_overlock"]
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,7 @@ def test_only_families_that_can_tell_have_it():
         ("test_dinat", "stages.0.blocks.0"),
         ("test_pvt", "stages.3.blocks.1"),
         ("test_agent_deit", "blocks.1"),
+        ("test_overlock", "focus.1.blocks.0"),
         ("test_patchconvnet", "stages.1.blocks.0"),
     ],
 )

@@ -268,8 +268,9 @@ def test_output_formats_agree(model, image):
 @pytest.mark.parametrize("feature_cls", ["getter", "list", "hook", "dict"])
 def test_features_are_the_intermediates(model, image, feature_cls):
     name = model.pretrained_cfg["architecture"]
-    if feature_cls != "getter" and any(key.endswith("cls_token") and "head" not in key for key in model.state_dict()):
-        pytest.skip("modules of tokens return no maps")
+    tokens = any(key.endswith("cls_token") and "head" not in key for key in model.state_dict())
+    if feature_cls != "getter" and (tokens or name == "test_overlock"):
+        pytest.skip("no chain of modules that return maps")
     number = len(model.feature_info)
     features = timm.create_model(
         name, features_only=True, feature_cls=feature_cls, out_indices=tuple(range(number))

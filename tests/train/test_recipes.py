@@ -168,14 +168,15 @@ cswin_base_384 0.7, cswin_large 0.2, focused_pvt_medium 0.3, focused_cswin_small
 l2vit_base 0.3, l2vit_base_384 0.2,
 pvt_large 0.3, swin_small_va 0.3, coatnet_0_va 0.2, coatnet_1_va 0.3, coatnet_2_va 0.5, coatnet_3_va 0.7,
 convit_small_va 0.1, maxvit_tiny_va 0.2, maxvit_small_va 0.3, maxvit_base_va 0.4, maxvit_large_va 0.6,
-resnest50_va 0.0,
+overlock_xt 0.1, overlock_t 0.15, overlock_s_reparam 0.4, overlock_b 0.5, resnest50_va 0.0,
 shiftvit_light_tiny 0.2, shiftvit_r4_small 0.4, shiftvit_light_base 0.5, shiftvit_r2_base 0.6, flowformer_small 0.2
 """
 PUBLISHED = """
 agent_deit_tiny 4096 4e-3, agent_swin_base 512 5e-4, agent_cswin_tiny 1024 1e-3, cswin_tiny 2048 2e-3,
 cswin_base 1024 1e-3, transnext_base 1024 1e-3, dinat_large_384 512 5e-5, dinat_large_21k 512 5e-5,
 l2vit_tiny 4096 4e-3, l2vit_base_384 1024 4e-5, flowformer_small 768 7.5e-4, shiftvit_r2_tiny 1024 1e-3,
-focused_cswin_tiny 2048 2e-3, focused_pvt_large 256 2.5e-4, maxvit_tiny_va 4096 3e-3, resnest50_va 8192 3.2
+focused_cswin_tiny 2048 2e-3, focused_pvt_large 256 2.5e-4, maxvit_tiny_va 4096 3e-3, resnest50_va 8192 3.2,
+overlock_xt 2048 2e-3
 """
 
 

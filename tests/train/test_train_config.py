@@ -26,7 +26,7 @@ img_size null, in_chans null, mean null, std null, interpolation null, crop_pct 
 epochs 15, cooldown_epochs 0, patience null
 batch_size 64, micro_batch null, opt adamw, sched cosine, lr 0.002, min_lr 1.0e-05,
 warmup_lr 1.0e-05, warmup_epochs 2, weight_decay 0.05, layer_decay null, grad_clip null, ema_decay 0.0, ema_warmup true
-smoothing 0.1, drop_path null, mixup 0.0, cutmix 0.0, aug_repeats 1, scale null, ratio null, hflip null,
+smoothing 0.1, aux_loss 0.0, drop_path null, mixup 0.0, cutmix 0.0, aug_repeats 1, scale null, ratio null, hflip null,
 color_jitter 0.0, auto_augment null, reprob 0.0, train_interpolation null
 kd_model null, kd_weights null, kd_type logit, kd_weight 1.0, kd_temperature 1.0
 device auto, engine ddp, amp none, compile false, channels_last false, grad_checkpointing false, sync_bn false,
@@ -123,6 +123,7 @@ def test_only_files_are_read(file):
         ("--kd-weights", {"kd_weights": Path("a.safetensors")}),
         ("--kd-type", {"kd_type": "token"}),
         ("--kd-temperature", {"kd_temperature": 2.0}),
+        ("--aux-loss or --kd-model", {"aux_loss": 0.4, "kd_model": "test_vit"}),
     ],
 )
 def test_impossible_values_are_refused(flag, change):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 from runs import PLAIN, SMALL, assert_same_tensors, build, column, slow, stop_after_first_epoch, tensors
+from torch.nn import functional as F
 
-from visattn.train import distributed, finetune
+from visattn.train import distributed, finetune, metrics
 from visattn.train import run as trainer
 from visattn.train.config import Config
 from visattn.train.engine import Engine
@@ -58,6 +59,22 @@ def test_images_of_one_pixel_are_cropped_to_one(folder_data, tmp_path):
     options = ("--data", folder_data, *SMALL, "--output", tmp_path, "--scale", 0.001, 0.001, "--ratio", 10, 10)
     images, _ = next(build("--model", "test_vit", *options).engine.loaders.begin(0, 0))
     assert images.min() > 0.9  # an empty crop would be black
+
+
+def test_auxiliary_classifier_adds_its_weighted_loss(folder_data, refused, tmp_path):
+    """And learns by it; a model without one is refused."""
+    head = ("--model-args", "aux_head=true", "--aux-loss", 0.4)
+    run = build("--model", "test_overlock", "--data", folder_data, *PLAIN, *head, "--output", tmp_path)
+    images, target = next(run.engine.loaders.begin(0, 0))
+    losses = [F.cross_entropy(x, target, label_smoothing=0.1) for x in run.engine.model.train()(images)]
+    torch.testing.assert_close(run.state.task(images, target)["loss"], losses[0] + 0.4 * losses[1])
+    assert losses[0] != losses[1]
+    before = run.engine.model.aux_head.fc.weight.clone()
+    run.engine.update(run.engine.loaders.begin(0, 0), metrics.Speed())
+    assert not torch.equal(run.engine.model.aux_head.fc.weight, before)
+    for model in ("test_dinat", "test_overlock"):
+        said = refused("--aux-loss", 0.4, model=model)
+        assert f"--aux-loss: expected a model with an auxiliary classifier, got {model}; try overlock_xt" in said
 
 
 def schedule(kind, epoch):

@@ -31,6 +31,7 @@ BASE = {"model": "test_dinat", "img_size": 32, "batch_size": 8, "warmup_epochs":
 TOO_MUCH = {("img_size", 8192), ("compile", True)}
 # What an option needs beside it before it is looked at.
 BESIDE = {name: {"kd_model": "test_dinat", "kd_weights": "weights.safetensors"} for name in FIELDS if "kd_" in name}
+BESIDE |= {"aux_loss": {"model": "test_overlock", "model_args": ["aux_head=true"]}}
 NUMBERS = {name for name, hint in HINTS.items() if re.search(r"\b(int|float)\b", str(hint))}
 
 
@@ -115,11 +116,11 @@ def test_every_number_has_a_range():
 
 
 # What else would take more than there is, or another option's consent.
-FEW = {"img_size": 32, "batch_size": 2, "micro_batch": 2, "val_split": None}
+FEW = {"img_size": 32, "batch_size": 2, "micro_batch": 2, "val_split": None, "aux_loss": 0.0}
 FITTING = {
     "low": FEW,
     "tiny": FEW | {"lr": 1e-12},
-    "high": {"img_size": 32, "batch_size": 8, "workers": 0, "warmup_epochs": 2, "val_split": None},
+    "high": {"img_size": 32, "batch_size": 8, "workers": 0, "warmup_epochs": 2, "val_split": None, "aux_loss": 0.0},
 }
 
 

@@ -20,6 +20,7 @@ USUAL = ["qkv", "proj"]
 TARGETS = {
     **dict.fromkeys(visattn.list_models("test_*"), USUAL),
     "test_halonet_va": ["q", "kv"],
+    "test_overlock": ["weight_proj", "fc1", "fc2"],
     "test_resnest_va": ["conv1", "conv3"],
     "test_patchconvnet": ["fc", "proj", "kv"],
     "test_patchconvnet_multi": ["fc", "proj", "kv"],

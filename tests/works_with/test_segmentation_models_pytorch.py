@@ -21,6 +21,7 @@ PYRAMIDS = (
     "test_halonet_va",
     "test_l2vit",
     "test_maxvit_va",
+    "test_overlock",
     "pvt_tiny",  # test_pvt begins at stride 2, and has a level too few for five
     "test_resnest_va",
     "test_resnet_ea",

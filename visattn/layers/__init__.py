@@ -4,9 +4,19 @@ from visattn.layers.agent import AgentAttention
 from visattn.layers.aggregated import AggregatedAttention, CosineAttention
 from visattn.layers.block import TokenTransformerBlock, TransformerBlock
 from visattn.layers.class_attention import ClassAttention, ClassAttentionBlock
-from visattn.layers.conv import ConvNorm, DepthwiseConv, create_act, dilate_convs
+from visattn.layers.context_mix import ContextMix, ContMixBlock
+from visattn.layers.conv import (
+    ChannelScale,
+    ConvNorm,
+    DepthwiseConv,
+    ResDWConv,
+    create_act,
+    dilate_convs,
+)
 from visattn.layers.conv_glu import ConvGLU
+from visattn.layers.conv_mlp import ConvMlp, GlobalResponseNorm
 from visattn.layers.create import TOKEN_MIXERS, create_token_mixer
+from visattn.layers.dilated_reparam import DilatedReparam
 from visattn.layers.efficient import EfficientAttention, EfficientAttention2d
 from visattn.layers.flow import FlowAttention
 from visattn.layers.focused import FocusedLinearAttention
@@ -41,22 +51,28 @@ __all__ = [
     "AgentAttention",
     "AggregatedAttention",
     "BiLevelRoutingAttention",
+    "ChannelScale",
     "ClassAttention",
     "ClassAttentionBlock",
+    "ContMixBlock",
+    "ContextMix",
     "ConvDownsampler",
     "ConvGLU",
+    "ConvMlp",
     "ConvNorm",
     "ConvStem",
     "ConvTokenizer",
     "CosineAttention",
     "CrossShapedAttention",
     "DepthwiseConv",
+    "DilatedReparam",
     "EfficientAttention",
     "EfficientAttention2d",
     "FlowAttention",
     "FocusedLinearAttention",
     "GatedPositionalAttention",
     "GlobalAttention",
+    "GlobalResponseNorm",
     "HaloAttention",
     "InLineAttention",
     "LePEAttention",
@@ -70,6 +86,7 @@ __all__ = [
     "PooledTransformerBlock",
     "PositionedTokenizer",
     "ReluLinearAttention",
+    "ResDWConv",
     "ShiftedWindowAttention",
     "SoftmaxAttention",
     "SplAt",

@@ -79,3 +79,51 @@ class DepthwiseConv(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         x = self._conv_forward(input.permute(0, 3, 1, 2), self.weight, self.bias)  # [B, C, H, W]
         return x.permute(0, 2, 3, 1)  # [B, H, W, C]
+
+
+class ResDWConv(nn.Conv2d):
+    """Depthwise convolution of an odd kernel plus its input: [B, dim, H, W] -> [B, dim, H, W]."""
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int = 3,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        how = {"groups": dim, "device": device, "dtype": dtype}
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, **how)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input + super().forward(input)
+
+
+class ChannelScale(nn.Module):
+    """Factor and summand per channel: [B, dim, H, W] -> [B, dim, H, W].
+
+    Args:
+        dim: Channels.
+        init_value: First value of the factors; the summands start at 0.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        init_value: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.init_value = init_value
+        self.weight = nn.Parameter(torch.empty(dim, 1, 1, 1, **dd))  # as official files have it
+        self.bias = nn.Parameter(torch.empty(dim, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The initial values."""
+        nn.init.constant_(self.weight, self.init_value)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight[:, 0] + self.bias[:, None, None]

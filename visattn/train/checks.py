@@ -156,6 +156,9 @@ def _check_model(config: Config) -> None:
         raise ConfigError(
             f"expected --pretrained or --weights, got both, the latter {config.weights}; try --no-pretrained"
         )
+    if config.aux_loss and config.kd_model is not None:
+        got = f"{config.aux_loss} and {config.kd_model}"
+        raise ConfigError(f"expected --aux-loss or --kd-model, got {got}; try one of them")
     if config.kd_model is None:
         default = Config()
         for name in ("kd_weights", "kd_type", "kd_weight", "kd_temperature"):

@@ -104,6 +104,7 @@ class Config:
     ema_warmup: bool = True  # let the average follow closely at first: 1 - (1 + update)^(-2/3), at most ema_decay
 
     smoothing: float = number(0.1, 0, 0.999)  # label smoothing
+    aux_loss: float = number(0.0, 0, 1e4)  # weight of the loss of an auxiliary classifier, such as OverLoCK has
     drop_path: float | None = number(None, 0, 0.999)  # stochastic depth rate; None: the model's own
     mixup: float = number(0.0, 0, 100, tiny=1e-3)  # mixup alpha
     cutmix: float = number(0.0, 0, 100, tiny=1e-3)  # cutmix alpha

@@ -4,7 +4,7 @@ import difflib
 import fnmatch
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -89,6 +89,13 @@ def make_model(config: Config, num_classes: int, console: Console) -> TimmModel:
     model.pretrained_cfg = {**model.pretrained_cfg, "mean": config.mean, "std": config.std}  # what distillation reads
     if config.weights and (left_out := load_into(model, config.weights)):
         say(console, f"{config.weights}: left out {', '.join(left_out)}, whose sizes differ")
+    if config.aux_loss:
+        try:
+            model.set_aux_training()
+        except (AttributeError, ValueError) as error:
+            raise ConfigError(
+                f"--aux-loss: expected a model with an auxiliary classifier, got {config.model}; try overlock_xt, or 0"
+            ) from error
     if config.grad_checkpointing:
         try:
             model.set_grad_checkpointing(True)
@@ -163,12 +170,27 @@ def try_training(model: nn.Module, config: Resolved, batches: Batches, world: Wo
         ) from error
 
 
+class AuxLoss(nn.Module):
+    """The loss of the logits, and `weight` times that of an auxiliary classifier's, where a model gives both."""
+
+    def __init__(self, criterion: nn.Module, weight: float) -> None:
+        super().__init__()
+        self.criterion, self.weight = criterion, weight
+
+    def forward(self, outputs: tuple[torch.Tensor, torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+        logits, auxiliary = outputs
+        return self.criterion(logits, target) + self.weight * self.criterion(auxiliary, target)
+
+
 def make_task(config: Resolved, model: TimmModel, device: torch.device) -> TrainingTask:
     """The training task: labels alone, or labels and a teacher."""
     try_forward(model, config, device, "--img-size", config.model)
     loss = {"smoothing": config.smoothing, "soft_targets": bool(config.mixup or config.cutmix)}
     if config.kd_model is None:
-        return ClassificationTask(model, criterion_kwargs=loss, device=device)
+        task = ClassificationTask(model, criterion_kwargs=loss, device=device)
+        if config.aux_loss:
+            task.criterion = AuxLoss(cast(nn.Module, task.criterion), config.aux_loss)
+        return task
     try:
         teacher = make_teacher(config, config.kd_model, model.num_classes).to(device)
         try_forward(teacher, config, device, "--kd-model", config.kd_model)
