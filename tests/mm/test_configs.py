@@ -28,6 +28,7 @@ BUILT = [
     "detection/dino_5scale_transnext-tiny_12e_coco.py",
     "detection/mask2former_dinat-large_100e_coco-panoptic.py",
     "detection/mask_rcnn_nat-mini_fpn_3x_coco.py",
+    "detection/mask_rcnn_overlock-t_fpn_1x_coco.py",
     "detection/mask_rcnn_resnet50-ea_ea-fpn_1x_coco.py",
     "detection/mask_rcnn_transnext-tiny_fpn_1x_coco.py",
     "detection/retinanet_agent-pvt-tiny_fpn_1x_coco.py",
@@ -38,6 +39,7 @@ BUILT = [
     "segmentation/semantic_fpn_biformer-small_80k_ade20k.py",
     "segmentation/upernet_agent-swin-tiny_160k_ade20k.py",
     "segmentation/upernet_dinat-mini_160k_ade20k.py",
+    "segmentation/upernet_overlock-t_160k_ade20k.py",
 ]
 every_leaf = pytest.mark.parametrize("leaf", LEAVES)
 every_built = pytest.mark.parametrize(
@@ -247,6 +249,14 @@ TRANSNEXT = {"out_norm": "own", "position_bias": "interpolate", "bias_img_size":
          {**NAT, "lr": 5e-5, "decay": 0.05, "drop_path_rate": 0.6, "dilations": "detection"}),
         ("segmentation/upernet_dinat-large_160k_ade20k.py",
          {**SEG, "out_norm": "layer", "decay": 0.01, "drop_path_rate": 0.3, "dilations": "segmentation_640"}),
+        ("detection/mask_rcnn_overlock-s_fpn_1x_coco.py",
+         {"out_norm": "detection", "lr": 2e-4, "decay": 0.05, "batch": 2, "end": 12, "warmup": 500,
+          "drop_path_rate": 0.4}),
+        ("detection/mask_rcnn_overlock-b_fpn_3x_coco.py",
+         {"out_norm": "detection", "lr": 1e-4, "decay": 0.05, "batch": 2, "end": 36, "warmup": 500,
+          "drop_path_rate": 0.6}),
+        ("segmentation/upernet_overlock-b_160k_ade20k.py",
+         {**SEG, "out_norm": "segmentation", "decay": 0.01, "drop_path_rate": 0.5}),
         ("detection/mask_rcnn_transnext-small_fpn_1x_coco.py",
          {**TRANSNEXT, "batch": 2, "end": 12, "warmup": 500, "drop_path_rate": 0.6}),
         ("detection/dino_4scale_transnext-tiny_12e_coco.py",
