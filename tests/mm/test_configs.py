@@ -28,6 +28,7 @@ BUILT = [
     "detection/dino_5scale_transnext-tiny_12e_coco.py",
     "detection/mask2former_dinat-large_100e_coco-panoptic.py",
     "detection/mask_rcnn_nat-mini_fpn_3x_coco.py",
+    "detection/mask_rcnn_overlock-t_fpn_1x_coco.py",
     "detection/mask_rcnn_resnet50-ea_ea-fpn_1x_coco.py",
     "detection/mask_rcnn_transnext-tiny_fpn_1x_coco.py",
     "detection/retinanet_agent-pvt-tiny_fpn_1x_coco.py",
@@ -40,6 +41,7 @@ BUILT = [
     "segmentation/upernet_agent-swin-tiny_160k_ade20k.py",
     "segmentation/upernet_dinat-mini_160k_ade20k.py",
     "segmentation/upernet_l2vit-tiny_160k_ade20k.py",
+    "segmentation/upernet_overlock-t_160k_ade20k.py",
 ]
 every_leaf = pytest.mark.parametrize("leaf", LEAVES)
 every_built = pytest.mark.parametrize(
@@ -259,6 +261,14 @@ TRANSNEXT = {"out_norm": "own", "position_bias": "interpolate", "bias_img_size":
          {**L2VIT, "lr": 1e-4, "decay": 0.05, "batch": 2, "end": 36, "warmup": 500, "drop_path_rate": 0.3,
           "out_indices": [1, 2, 3]}),
         ("segmentation/upernet_l2vit-base_160k_ade20k.py", {**L2VIT, **SEG, "decay": 0.01, "drop_path_rate": 0.3}),
+        ("detection/mask_rcnn_overlock-s_fpn_1x_coco.py",
+         {"out_norm": "detection", "lr": 2e-4, "decay": 0.05, "batch": 2, "end": 12, "warmup": 500,
+          "drop_path_rate": 0.4}),
+        ("detection/mask_rcnn_overlock-b_fpn_3x_coco.py",
+         {"out_norm": "detection", "lr": 1e-4, "decay": 0.05, "batch": 2, "end": 36, "warmup": 500,
+          "drop_path_rate": 0.6}),
+        ("segmentation/upernet_overlock-b_160k_ade20k.py",
+         {**SEG, "out_norm": "segmentation", "decay": 0.01, "drop_path_rate": 0.5}),
         ("detection/mask_rcnn_transnext-small_fpn_1x_coco.py",
          {**TRANSNEXT, "batch": 2, "end": 12, "warmup": 500, "drop_path_rate": 0.6}),
         ("detection/dino_4scale_transnext-tiny_12e_coco.py",
