@@ -440,7 +440,7 @@ def main(argv: list[str] | None = None) -> int:
     table = args.cards.parent / "visattn" / "models" / "numbers.csv"
     if cards.keys() == known.keys() and readme.is_file():
         text = readme.read_text(encoding="utf-8")
-        status |= put(readme, TABLE.sub(f"\n{families(cards)}\n\n", text), args.check)
+        status |= put(readme, TABLE.sub(f"{families(cards)}\n", text), args.check)
     if cards.keys() == known.keys() and table.is_file():
         status |= put(table, numbers(cards.values()), args.check)
     return status
