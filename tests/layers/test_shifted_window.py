@@ -65,6 +65,7 @@ def by_definition(module, x, shift, table=None):
 )
 def test_is_the_official_one_with_all_gradients(size, window, args, shift):
     module = create(12, 3, window, **args)
+    assert (module.rpb is not None) == args.get("rel_pos", True)
     x = torch.randn(2, *size, 12, dtype=torch.float64, requires_grad=True)
     assert_same_with_gradients(module(x), by_definition(module, x, shift), [x, *module.parameters()])
 

@@ -9,6 +9,7 @@ import visattn  # noqa: F401
 from tests.golden import fill
 from tests.models import golden as goldens
 from tests.tolerances import SAME_MODEL, relative_error
+from visattn.weights import WeightsError
 
 
 @torch.no_grad()
@@ -37,6 +38,8 @@ def test_of_files_of_averages_the_average_is_taken(name, part):
     file = {"model": {"norm.bias": torch.zeros(1)}, "model_ema": {"norm.bias": torch.ones(1)}}
     converted = goldens.filter_fn(model)(file, model)
     assert converted["norm.bias"] is file[part]["norm.bias"]
+    with pytest.raises(WeightsError, match="expected a state dict"):
+        goldens.filter_fn(model)([file], model)
 
 
 def test_windows_are_larger_at_384_and_images_whole():

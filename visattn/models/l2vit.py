@@ -11,7 +11,7 @@ What differs from the official code, and why:
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -261,7 +261,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     """
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
     url = cfg.get("url") or ""
-    state_dict = state_dict.get("model_ema", state_dict) if "-ema" in url else state_dict
+    if "-ema" in url and isinstance(state_dict, Mapping):
+        state_dict = state_dict.get("model_ema", state_dict)
     return convert_checkpoint(state_dict, model, _convert)
 
 
