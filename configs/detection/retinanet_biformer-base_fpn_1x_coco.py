@@ -5,11 +5,12 @@ model = dict(
     backbone=dict(
         type="visattn.TimmBackbone",
         model_name="biformer_base",
+        out_indices=[1, 2, 3],
         out_norm="layer",
         n_win="detection",
         norm_eval=True,
         drop_path_rate=0.3,
     ),
-    neck=dict(in_channels=[96, 192, 384, 768]),
+    neck=dict(in_channels=[192, 384, 768], start_level=0),
 )
 optim_wrapper = dict(optimizer=dict(weight_decay=0.0001))

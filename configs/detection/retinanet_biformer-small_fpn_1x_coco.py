@@ -5,11 +5,12 @@ model = dict(
     backbone=dict(
         type="visattn.TimmBackbone",
         model_name="biformer_small",
+        out_indices=[1, 2, 3],
         out_norm="layer",
         n_win="detection",
         norm_eval=True,
         drop_path_rate=0.2,
     ),
-    neck=dict(in_channels=[64, 128, 256, 512]),
+    neck=dict(in_channels=[128, 256, 512], start_level=0),
 )
 optim_wrapper = dict(optimizer=dict(weight_decay=0.0001))

@@ -113,6 +113,13 @@ def test_channels_are_the_backbones(leaf):
 
 
 @every_leaf
+def test_no_norm_is_made_for_a_level_that_the_neck_leaves_out(leaf):
+    """Its parameters would have no gradient: DistributedDataParallel stops."""
+    config = read(leaf)
+    assert config.model.backbone.get("out_norm") is None or not config.model.get("neck", {}).get("start_level")
+
+
+@every_leaf
 def test_the_images_are_those_of_the_backbone(leaf):
     config = read(leaf)
     weights = timm.get_pretrained_cfg(config.model.backbone.model_name)
@@ -239,7 +246,7 @@ TRANSNEXT = {"out_norm": "own", "position_bias": "interpolate", "bias_img_size":
         ("detection/mask_rcnn_biformer-base_fpn_1x_coco.py",
          {**BIFORMER, "lr": 1e-4, "decay": 0.05, "drop_path_rate": 0.3}),
         ("detection/retinanet_biformer-small_fpn_1x_coco.py",
-         {**BIFORMER, "lr": 1e-4, "decay": 1e-4, "drop_path_rate": 0.2}),
+         {**BIFORMER, "lr": 1e-4, "decay": 1e-4, "drop_path_rate": 0.2, "out_indices": [1, 2, 3]}),
         ("segmentation/semantic_fpn_biformer-small_80k_ade20k.py",
          {"out_norm": "layer", "n_win": "segmentation", "batch": 4, "end": 80000, "warmup": 1000, "lr": 2e-4,
           "decay": 1e-4, "drop_path_rate": 0.15}),
