@@ -74,6 +74,7 @@ _backends = Backends(
     eager.attend,
     reference.attend,
     can_run=support.can_run_tensors,
+    whole_on_cpu=True,
 )
 
 

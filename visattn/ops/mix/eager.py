@@ -130,11 +130,13 @@ class _Tiles:
     def gradients(
         self, grad_out: Tensor, logits: Tensor, v: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Make those of the logits of these tokens, of the values [B, T_h, T_w, N, U, C] and of the bias."""
+        """Make those of these tokens' logits, of the copied values [B, T_h u_h, T_w u_w, N, C] and of the bias."""
         weights, values = self.weights(logits, bias), self.values(v)
         grad = self.cut(grad_out).permute(0, 1, 3, 5, 2, 4, 6)  # [B, T_h, T_w, N, t_h, t_w, C]
         grad = grad.flatten(4, 5)
-        grad_values = self.spread(weights.to(v.dtype)).mT @ grad
+        grad_values = self.spread(weights.to(v.dtype)).mT @ grad  # [B, T_h, T_w, N, U, C]
+        grad_values = grad_values.unflatten(4, [key.shape[1] for key in self.key])
+        grad_values = grad_values.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(1, 2)
         grad_weights = self.gather(grad @ values.mT).to(weights.dtype)
         # The derivative of softmax: weights * (grad - sum of weights * grad).
         scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
@@ -142,16 +144,10 @@ class _Tiles:
         return self.join(scores).to(logits.dtype), grad_values, grad_bias
 
 
-def _add_values(x: Tensor, cut: Sequence[Tiles]) -> Tensor:
-    """Add up gradients of values [B, T_h, T_w, N, U, C] where they come from: [B, H, W, N, C]."""
-    key = [part.key_index() for part in cut]
-    x = x.unflatten(4, [k.shape[1] for k in key])  # [B, T_h, T_w, N, u_h, u_w, C]
-    x = x.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(1, 2)  # [B, T_h u_h, T_w u_w, N, C]
-    for axis in (2, 1):
-        shape = [*x.shape]
-        shape[axis] = cut[axis - 1].axis.length
-        x = x.new_zeros(shape).index_add(axis, key[axis - 1].flatten(), x)
-    return x
+def _add(x: Tensor, dim: int, cut: Tiles) -> Tensor:
+    """Add up what was copied of an axis for each of its tiles: [..., T u, ...] -> [..., L, ...]."""
+    shape = [*x.shape[:dim], cut.axis.length, *x.shape[dim + 1 :]]
+    return x.new_zeros(shape).index_add(dim, cut.key_index().flatten(), x)
 
 
 def _cut(axes: Sequence[Axis], device: torch.device) -> list[Tiles]:
@@ -176,20 +172,15 @@ def _chunks(logits: Tensor, cut: Sequence[Tiles]) -> list[tuple[slice, list[list
     ]
 
 
-def _cat(parts: Sequence[Tensor], dim: int) -> Tensor:
+def _cat(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def _cat_grid(parts: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Join what lies in rows and columns of chunks."""
-    return _cat([_cat(row, 2) for row in parts], 1)
-
-
 def _forward(logits: Tensor, v: Tensor, bias: Tensor | None, axes: tuple[Axis, ...]) -> Tensor:
-    found = [
-        _cat_grid([[part.mix(logits[images], v[images], bias) for part in row] for row in chunks])
-        for images, chunks in _chunks(logits, _cut(axes, v.device))
-    ]
+    found = []
+    for images, chunks in _chunks(logits, _cut(axes, v.device)):
+        given = logits[images], v[images], bias
+        found.append(_cat([_cat([part.mix(*given) for part in row], 2) for row in chunks], 1))
     return _cat(found, 0) if found else torch.empty_like(v)
 
 
@@ -204,24 +195,20 @@ class _Mix(chunking.Recomputed):
     # pyrefly: ignore[bad-override]: as many gradients as forward has results
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (logits, v, bias), (axes,) = ctx.saved_tensors, ctx.how
-        cut, found, tables = _cut(axes, v.device), [], []
+        cut = _cut(axes, v.device)
+        grads_logits, grads_v = [], []
+        grad_bias = None if bias is None else torch.zeros_like(bias)
         for images, chunks in _chunks(logits, cut):
-            given = grad_out[images], logits[images], v[images], bias
-            grads = [[part.gradients(*given) for part in row] for row in chunks]
-            grad_logits, grad_values = (
-                _cat_grid([[x[i] for x in row] for row in grads]) for i in (0, 1)
-            )
-            found.append((grad_logits, _add_values(grad_values, cut)))
-            tables += [x[2] for row in grads for x in row]
-        if not found:
-            return (
-                torch.empty_like(logits),
-                torch.empty_like(v),
-                None if bias is None else torch.zeros_like(bias),
-                None,
-            )
-        grad_logits, grad_v = (_cat(parts, 0) for parts in zip(*found, strict=True))
-        return grad_logits, grad_v, None if bias is None else sum(tables), None
+            given, rows = (grad_out[images], logits[images], v[images], bias), []
+            for row in chunks:
+                parts, values, tables = zip(*(part.gradients(*given) for part in row), strict=True)
+                rows.append((_cat([*parts], 2), _add(_cat([*values], 2), 2, cut[1])))
+                grad_bias = None if grad_bias is None else sum(tables, grad_bias)
+            grads_logits.append(_cat([x for x, _ in rows], 1))
+            grads_v.append(_add(_cat([x for _, x in rows], 1), 1, cut[0]))
+        if not grads_v:
+            return torch.empty_like(logits), torch.empty_like(v), grad_bias, None
+        return _cat(grads_logits, 0), _cat(grads_v, 0), grad_bias, None
 
 
 def attend(problem: MixProblem) -> Tensor:
