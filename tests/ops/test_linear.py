@@ -193,13 +193,17 @@ def test_empty_batch_with_a_mask(backend):
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])  # on a CPU in Triton's interpreter
 @pytest.mark.parametrize("shape", [(2, 4, 1, 1), (2, 30, 2, 32), (1, 700, 1, 32)])
-def test_focused_in_float16_bears_small_normalisers(shape, backend):
-    """Keys that are negative nearly throughout leave a normaliser by which a query must not be divided in float16."""
+@pytest.mark.parametrize("name", NAMES[2:])
+def test_small_and_large_normalisers_in_float16(name, shape, backend):
+    """Keys that are negative nearly throughout leave a normaliser by which a query must not be divided in float16, nor
+    must sums be made of large ones."""
     torch.manual_seed(1)
     q, k, v = (torch.randn(shape).half() for _ in range(3))
-    q, k = ((x - 2.5 * (shape[-1] > 1)).requires_grad_() for x in (q, k))
-    scale = torch.zeros(shape[-2:])
-    out = ops.focused_linear_attention(q, k, v, scale, backend=backend)
-    expected = ops.focused_linear_attention(q.double(), k.double(), v.double(), scale.double(), backend="reference")
-    assert relative_error(out, expected) <= tolerances.OP[torch.float16]
-    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), [q, k]))
+    given = {"focused_linear_attention": [torch.zeros(shape[-2:])], "relu_linear_attention": [torch.ones(shape[-2])]}
+    more = given.get(name, [])
+    for factor, shift in ((1, -2.5 * (shape[-1] > 1)), (30, 30)):
+        pair = [(x * factor + shift).requires_grad_() for x in (q, k)]
+        out = ATTENTIONS[name](*pair, v, *more, backend=backend)
+        expected = ATTENTIONS[name](*(x.double() for x in (*pair, v, *more)), backend="reference")
+        assert relative_error(out, expected) <= tolerances.OP[torch.float16]
+        assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), pair))

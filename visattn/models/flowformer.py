@@ -141,16 +141,16 @@ class Flowformer(TellsAttended, Backbone):
         return {"*.pos_embed"}
 
 
-def _cfg(size: int = 224) -> dict[str, Any]:
+def _cfg(size: int = 224, **kwargs: Any) -> dict[str, Any]:
     origin = {"license": "mit", "origin_url": "https://github.com/thuml/Flowformer"}
-    return token_mixer_cfg("flow", "", size, crop_pct=0.875, **origin)
+    return token_mixer_cfg("flow", "", size, crop_pct=0.875, **origin, **kwargs)
 
 
 VARIANTS: dict[str, Variant] = {
     "flowformer_small": Variant({"drop_path_rate": 0.2}, {"untrained": _cfg()}),
     "test_flowformer": Variant(
         {"patch_size": 2, "embed_dims": (24, 48, 96, 144), "depths": (1, 1, 2, 1), "num_heads": (3, 3, 3, 3)},
-        {"untrained": _cfg(160)},
+        {"untrained": _cfg(160, pool_size=(10, 10))},
         doc="Under 1M parameters, for tests.",
     ),
 }
