@@ -178,11 +178,13 @@ CASES: dict[str, Callable[[torch.dtype], tuple]] = {
 
 
 def depthwise_convs(dtype: torch.dtype) -> list[Tensor]:
-    """TransNeXt's heads, with weights of either dtype, and InLine's convolution, in float32 with a larger kernel."""
+    """TransNeXt's heads, with weights of either dtype, OverLoCK's windows, and InLine's convolution, in float32 with a
+    larger kernel."""
     channels, taps = (64, 25) if dtype == torch.float32 else (96, 9)
     return [
         depthwise.mix_neighbours(table(2, 56, 56, 2, 24, dtype=dtype), table(2, 56, 56, 2, 9, dtype=dtype)),
         depthwise.mix_neighbours(table(2, 28, 28, 4, 32, dtype=dtype), table(2, 28, 28, 4, 9)),
+        depthwise.mix_windows(table(2, 14, 14, 8, 16, dtype=dtype), table(2, 14, 14, 8, 169, dtype=dtype), (13, 13)),
         depthwise.dynamic_conv(table(2, 14, 14, channels, dtype=dtype), table(2, channels, taps, dtype=dtype)),
     ]
 
@@ -275,7 +277,7 @@ def compiled(case: str, dtype: str, launch: Launch, capability: int) -> Result:
 def row(result: Result) -> list[str]:
     constants = result.constants
     tile = [str(n) for name, n in constants.items() if name.startswith("BLOCK_")]
-    kinds = [name.lower() for name in ("TRANSPOSED", "PER_CHANNEL", "WIDE") if constants.get(name)]
+    kinds = [name.lower() for name in ("TRANSPOSED", "PER_CHANNEL", "CLAMPED", "WIDE") if constants.get(name)]
     numbers = (result.num_warps, result.num_stages, result.registers, result.stack, result.shared, result.warps_per_sm)
     return [
         result.case,

@@ -208,10 +208,10 @@ def convolution_problems(draw):
 
 
 @st.composite
-def mix_problems(draw):
+def mix_problems(draw, most=9, widest=7):
     """Windows as large as the map, even ones, wide ones, with and without a table."""
-    batch, size, heads, dim, _, strided, seed = draw(common({2: 9}, axes=[2]))
-    kernel = [draw(st.integers(1, 7)) for _ in size]
+    batch, size, heads, dim, _, strided, seed = draw(common({2: most}, axes=[2]))
+    kernel = [draw(st.integers(1, widest)) for _ in size]
     lead = (batch, *(k + n - 1 for k, n in zip(kernel, size, strict=True)), heads)
     shapes = {"logits": (*lead, prod(kernel)), "v": (*lead, dim)}
     if draw(st.booleans()):

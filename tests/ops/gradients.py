@@ -31,7 +31,7 @@ def results_and_gradients(op, tensors, strided=False):
     views = {**tensors, **inputs}
     if strided:
         views |= {n: F.pad(t, (1, 2))[..., 1:-2] for n, t in inputs.items()}
-        for n in {"q", "k", "v"} & views.keys():
+        for n in {"q", "k", "v", "logits"} & views.keys():
             views[n] = views[n].transpose(1, -2).contiguous().transpose(1, -2)
     results = results_of(op, views, "result")
     cotangents = leaves({n: r.shape for n, r in results.items()}, 1)

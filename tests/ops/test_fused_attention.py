@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests import tolerances
 from tests.ops import test_aggregated, test_routed
-from tests.ops.cases import PROBLEMS, agent_shapes, neighborhood
+from tests.ops.cases import PROBLEMS, agent_shapes, mix_problems, neighborhood
 from tests.ops.gradients import compare, leaves, results_and_gradients
 from tests.tolerances import relative_error
 from visattn import ops
@@ -23,6 +23,7 @@ OPS = {
     name: (getattr(ops, f"{name}_attention"), PROBLEMS[name])
     for name in ("neighborhood", "window", "halo", "routed", "aggregated", "agent")
 }
+OPS["mix"] = ops.neighborhood_mix, mix_problems(5, 5)
 
 
 def check(op, problem, dtype=torch.float32):
@@ -40,7 +41,9 @@ def check(op, problem, dtype=torch.float32):
 def is_small(problem):
     """Few enough tokens for the interpreter."""
     shapes = problem[0]
-    return DEVICE == "cuda" or max(torch.Size(shapes[n][1:-2]).numel() for n in shapes if n in ("q", "k")) <= 256
+    return (
+        DEVICE == "cuda" or max(torch.Size(shapes[n][1:-2]).numel() for n in shapes if n in ("q", "k", "logits")) <= 256
+    )
 
 
 @pytest.mark.parametrize("name", OPS)

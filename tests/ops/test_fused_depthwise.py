@@ -1,5 +1,7 @@
 """Dynamic depthwise convolutions in Triton: on a CPU in its interpreter."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -8,7 +10,8 @@ from tests.ops.gradients import leaves, results_and_gradients
 from tests.tolerances import relative_error
 from visattn.ops import dynamic_depthwise_conv, explain
 from visattn.ops.aggregated.reference import neighbours
-from visattn.ops.fused.depthwise import dynamic_conv, mix_neighbours
+from visattn.ops.fused.depthwise import dynamic_conv, mix_neighbours, mix_windows
+from visattn.ops.geometry import Axis, neighbors, outer_index
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = pytest.mark.parametrize(
@@ -36,6 +39,13 @@ def conv_reference(x, kernels):
     return dynamic_depthwise_conv(x, kernels, "reference")
 
 
+def windows_reference(v, weights, kernel_size):
+    index = outer_index(
+        [neighbors(Axis(*axis)).index for axis in zip(v.shape[1:3], kernel_size, strict=True)], v.shape[1:3]
+    )
+    return torch.einsum("bsjnd,bsnj->bsnd", v.flatten(1, 2)[:, index], weights.flatten(1, 2)).view(v.shape)
+
+
 MIX = {  # v and the neighbourhood's width
     "head dim 24": ((2, 9, 7, 3, 24), 3),
     "one head, wide": ((1, 5, 6, 1, 130), 3),
@@ -43,6 +53,14 @@ MIX = {  # v and the neighbourhood's width
     "one neighbour": ((2, 3, 3, 2, 8), 1),
     "one position": ((2, 1, 1, 2, 8), 3),
     "one row, one channel": ((1, 1, 20, 2, 1), 5),
+}
+WINDOWS = {  # v and the window's size
+    "head dim 24": ((2, 9, 7, 3, 24), (3, 3)),
+    "several tiles": ((1, 23, 9, 1, 24), (5, 3)),
+    "as large as the map": ((1, 3, 5, 2, 5), (3, 5)),
+    "even, nearly the map": ((1, 5, 9, 1, 4), (4, 8)),
+    "many taps": ((1, 9, 11, 2, 3), (9, 8)),
+    "one tap": ((2, 3, 3, 2, 8), (1, 1)),
 }
 CONV = {  # x and the kernels' width
     "several sums": ((1, 17, 17, 24), 3),
@@ -55,12 +73,17 @@ CONV = {  # x and the kernels' width
 
 
 def problem(op, size, kernel, dtype=torch.float32):
-    weights = (*size[:4], kernel**2) if op is mix_neighbours else (size[0], size[3], kernel**2)
+    weights = (size[0], size[3], kernel**2) if op is dynamic_conv else (*size[:4], kernel**2)
     return on_device(leaves({"x": size, "weights": weights}, 0, dtype))
 
 
+def definition_of(op):
+    found = {mix_neighbours: mix_reference, dynamic_conv: conv_reference}
+    return found.get(op) or partial(windows_reference, **op.keywords)
+
+
 def check(op, tensors, views=False):
-    definition = mix_reference if op is mix_neighbours else conv_reference
+    definition = definition_of(op)
     expected = results_and_gradients(
         lambda x, weights: definition(x, weights), {n: t.double() for n, t in tensors.items()}
     )
@@ -74,6 +97,14 @@ def check(op, tensors, views=False):
 @FORMS
 def test_mix_matches_its_definition(size, kernel, views, dtype, poisoned_empty):
     check(mix_neighbours, problem(mix_neighbours, size, kernel, dtype), views)
+
+
+@pytest.mark.parametrize(("size", "kernel"), WINDOWS.values(), ids=WINDOWS)
+@FORMS
+def test_windows_match_their_definition(size, kernel, views, dtype, poisoned_empty):
+    weights = (*size[:4], kernel[0] * kernel[1])
+    tensors = on_device(leaves({"x": size, "weights": weights}, 0, dtype))
+    check(partial(mix_windows, kernel_size=kernel), tensors, views)
 
 
 @pytest.mark.parametrize(("size", "kernel"), CONV.values(), ids=CONV)
@@ -94,7 +125,12 @@ def test_mix_with_weights_of_float32(poisoned_empty):
     check(mix_neighbours, tensors)
 
 
-@pytest.mark.parametrize(("op", "size"), [(mix_neighbours, (1, 4, 3, 2, 5)), (dynamic_conv, (2, 4, 3, 5))])
+THREE = partial(mix_windows, kernel_size=(3, 3))
+
+
+@pytest.mark.parametrize(
+    ("op", "size"), [(mix_neighbours, (1, 4, 3, 2, 5)), (THREE, (1, 4, 3, 2, 5)), (dynamic_conv, (2, 4, 3, 5))]
+)
 def test_second_derivatives(op, size):
     """Not by gradcheck, which wants float64: against those of the definition."""
     tensors = problem(op, size, 3)
@@ -104,12 +140,13 @@ def test_second_derivatives(op, size):
         grads = torch.autograd.grad(run(*inputs).square().sum(), inputs, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
 
-    definition = mix_reference if op is mix_neighbours else conv_reference
-    for got, expected in zip(second(op, torch.float32), second(definition, torch.float64), strict=True):
+    for got, expected in zip(second(op, torch.float32), second(definition_of(op), torch.float64), strict=True):
         assert relative_error(got, expected) <= 2 * tolerances.OP[torch.float32]
 
 
-@pytest.mark.parametrize(("op", "size"), [(mix_neighbours, (2, 9, 9, 2, 8)), (dynamic_conv, (1, 17, 17, 24))])
+@pytest.mark.parametrize(
+    ("op", "size"), [(mix_neighbours, (2, 9, 9, 2, 8)), (THREE, (2, 9, 9, 2, 8)), (dynamic_conv, (1, 17, 17, 24))]
+)
 def test_results_repeat_bit_by_bit(op, size):
     tensors = problem(op, size, 3)
     runs = [results_and_gradients(lambda **t: op(*t.values()), tensors) for _ in range(3)]
@@ -117,16 +154,18 @@ def test_results_repeat_bit_by_bit(op, size):
         assert all(torch.equal(run[part], value) for run in runs[1:]), part
 
 
-@pytest.mark.parametrize(("op", "size"), [(mix_neighbours, (2, 5, 6, 2, 8)), (dynamic_conv, (2, 5, 6, 8))])
+@pytest.mark.parametrize(
+    ("op", "size"), [(mix_neighbours, (2, 5, 6, 2, 8)), (THREE, (2, 5, 6, 2, 8)), (dynamic_conv, (2, 5, 6, 8))]
+)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_opcheck(op, size, transposed):
     x, weights = problem(op, size, 3).values()
     if op is dynamic_conv:
         x, weights = x[:, :, :, None], weights[:, None]
-    torch.library.opcheck(torch.ops.visattn.depthwise.default, (x, weights, transposed))
+    torch.library.opcheck(torch.ops.visattn.depthwise.default, (x, weights, transposed, [3, 3], op is THREE))
     torch.library.opcheck(
         torch.ops.visattn.depthwise_weights.default,
-        (x, x, 9, op is dynamic_conv, torch.float16 if transposed else x.dtype),
+        (x, x, [3, 3], op is THREE, op is dynamic_conv, torch.float16 if transposed else x.dtype),
     )
 
 

@@ -98,15 +98,16 @@ def test_export_of_modules_with_dynamic_sizes(kind):
             assert relative_error(run(*inputs), kind()(*inputs)) <= tolerances.SAME_MODEL
 
 
-def test_compiled_for_a_cpu_aggregated_attention_stays_whole():
-    case, names = CASES["aggregated"], set()
+@pytest.mark.parametrize("name", ["aggregated", "mix"])
+def test_compiled_for_a_cpu_the_op_stays_whole(name):
+    case, names = CASES[name], set()
 
     def keep(graph, example_inputs):
         names.update(str(node.target) for node in graph.graph.nodes)
         return make_boxed_func(graph.forward)
 
     torch.compile(case.run, dynamic=False, backend=aot_autograd(fw_compiler=keep))(**case.inputs())
-    assert "visattn.aggregated_attention.default" in names
+    assert f"visattn.{case.op.__name__}.default" in names
 
 
 @custom_op(fake=lambda x, sizes, *_: x.new_empty((x.shape[0], *sizes)), flops=lambda x, *_: x.numel())

@@ -1,4 +1,4 @@
-"""Neighborhood mix: the given weights of every token's neighbourhood, applied to values. See README.md in this folder."""
+"""Neighborhood mix: given weights of every token's neighbours, applied to values. See README.md in this folder."""
 
 import math
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from torch import Tensor
 from visattn.ops import checks
 from visattn.ops.autocast import to_autocast, without_autocast
 from visattn.ops.dispatch import Backends, Problem
+from visattn.ops.fused import support
 from visattn.ops.geometry import Axis, is_symbolic, plain
 from visattn.ops.mix import eager, reference, triton
 from visattn.ops.registration import traced_as_one
@@ -72,7 +73,8 @@ _backends = Backends(
     triton.attend,
     eager.attend,
     reference.attend,
-    can_run=triton.can_run,
+    can_run=support.can_run_tensors,
+    whole_on_cpu=True,
 )
 
 
