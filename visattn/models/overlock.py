@@ -306,7 +306,8 @@ class OverLoCK(TellsAttended, Backbone):
         """The auxiliary classifier, at rest; None where there is none."""
         if not self.has_aux_head or self.num_classes == 0:
             return None
-        return AuxHead(self.overview_dim, self.num_classes, **dd).requires_grad_(self.aux_training)
+        head = AuxHead(self.overview_dim, self.num_classes, **dd)
+        return head.requires_grad_(self.aux_training).train(self.training)
 
     def init_weights(self, needs_reset: bool = True) -> None:
         """Truncated normal (std 0.02) for linear and convolution weights, zero for their biases; others as they do."""
