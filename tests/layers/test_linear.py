@@ -134,7 +134,7 @@ def test_relu_by_hand():
     total = pairs.sum(-1, keepdim=True)
     assert (total < 2).any()
     assert (total > 2).any()
-    weights = pairs / total.clamp(min=2) * layer.temperature[:, None, None]
+    weights = pairs / total.clamp(min=2) * layer.temperature
     assert relative_error(layer.attended(x, [3, 5])["weights"], weights) <= TOLERANCE
     out = layer.proj(torch.einsum("bnlm,bmnd->blnd", weights, v).flatten(2))
     lcm = layer.lcm

@@ -63,7 +63,7 @@ def test_initial_weights_are_the_official_ones():
     for module in (model.patch_embed.conv[3], local.cpe1, distant.lcm.conv1, distant.attn.qkv):
         assert module.weight.std().item() == pytest.approx(0.02, rel=0.1)
         assert not module.bias.any()
-    assert torch.equal(distant.attn.temperature, torch.full((24,), 32**-0.5))
+    assert torch.equal(distant.attn.temperature, torch.full((24, 1, 1), 32**-0.5))
 
 
 @torch.no_grad()

@@ -78,7 +78,8 @@ class ReluLinearAttention(TokenMixer):
         if not 0 < floor < float("inf"):
             raise ValueError(f"expected floor > 0, got {floor}")
         self.floor = float(floor)
-        self.temperature = nn.Parameter(torch.empty(num_heads, **dd))
+        # Weight decay takes it, as it does in the official code, for having several axes.
+        self.temperature = nn.Parameter(torch.empty(num_heads, 1, 1, **dd))
         self.lcm = LocalConcentration(dim, **dd) if lcm else None
         self.reset_parameters()
 
@@ -96,7 +97,8 @@ class ReluLinearAttention(TokenMixer):
         return torch.cat([out[:, : self.num_prefix_tokens], tokens], 1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, size: Size, kv_size: Size) -> Tensor:
-        return relu_linear_attention(q, k, v, temperature=self.temperature, floor=self.floor)
+        temperature = self.temperature.flatten()
+        return relu_linear_attention(q, k, v, temperature=temperature, floor=self.floor)
 
     def attended(self, x: Tensor, size: Size | None = None) -> dict[str, Tensor]:
         """How much of every value each query takes, for the same arguments as forward.
@@ -108,4 +110,4 @@ class ReluLinearAttention(TokenMixer):
         q, k, _, _, _ = self._project_tokens(x, size)
         weights = q.relu().transpose(1, 2) @ k.relu().permute(0, 2, 3, 1)  # [B, N, L, M]
         total = weights.sum(-1, keepdim=True).clamp(min=self.floor)
-        return {"weights": weights * self.temperature[:, None, None] / total}
+        return {"weights": weights * self.temperature / total}

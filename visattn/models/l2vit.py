@@ -251,7 +251,7 @@ _RENAMED = (
 def _convert(key: str, value: Tensor) -> tuple[str, Tensor]:
     for pattern, replacement in _RENAMED:
         key = re.sub(pattern, replacement, key)
-    return key, value.flatten() if key.endswith(".temperature") else value  # [N, 1, 1] in official files
+    return key, value
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
