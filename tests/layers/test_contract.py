@@ -90,7 +90,6 @@ CASES = {
     "focused, reduced keys": Case(lambda: Tokens("focused", sr_ratio=2)),
     "flow": Case(lambda: Tokens("flow", num_prefix_tokens=2)),
     "flow, reduced keys": Case(lambda: Tokens("flow", sr_ratio=2)),
-    "relu": Case(lambda: Tokens("relu_linear")),
     "relu, lcm, prefix": Case(lambda: Tokens("relu_linear", floor=1e-3, lcm=True, num_prefix_tokens=2)),
     "relu, lcm, reduced keys": Case(lambda: Tokens("relu_linear", lcm=True, sr_ratio=2)),
     "efficient": Case(lambda: Tokens("efficient")),
