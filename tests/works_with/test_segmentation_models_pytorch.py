@@ -11,7 +11,7 @@ smp = pytest.importorskip("segmentation_models_pytorch")
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-ISOTROPIC = ("test_convit_va", "test_deit_va", "test_dinat_isotropic")
+ISOTROPIC = ("test_deit_va", "test_dinat_isotropic")
 PYRAMIDS = (
     "test_agent_swin",
     "test_biformer",
