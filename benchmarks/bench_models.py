@@ -48,12 +48,15 @@ class Pair:
     timm_model: str
     size: int = 224
     options: dict[str, Any] = field(default_factory=dict)
+    timm_options: dict[str, Any] = field(default_factory=dict)
 
 
 PAIRS = [
     Pair("maxvit_tiny_va", "maxvit_tiny_tf_224"),
     Pair("coatnet_0_va", "coatnet_0_224", options={"head_hidden_size": 768, **TIMM_OPTIONS}),
     Pair("coatnet_0_rw_va", "coatnet_0_rw_224"),
+    Pair("convit_tiny_va", "convit_tiny"),
+    Pair("convit_tiny_va", "convit_tiny", 512, {"img_size": 512}, {"img_size": 512}),
     Pair("halonet26t_va", "halonet26t", 256),
     Pair("halonet50ts_va", "halonet50ts", 256),
     Pair("resnest50_va", "resnest50d"),
@@ -80,7 +83,7 @@ class Result:
 def build(pair: Pair) -> tuple[nn.Module, nn.Module]:
     """Ours and timm's, with the same random weights, scales (some are zero at first) and statistics."""
     torch.manual_seed(0)
-    theirs = timm.create_model(pair.timm_model, drop_path_rate=0.0)
+    theirs = timm.create_model(pair.timm_model, drop_path_rate=0.0, **pair.timm_options)
     for name, buffer in theirs.named_buffers():
         if name.endswith("running_mean"):
             buffer.normal_(std=0.1)
@@ -171,7 +174,7 @@ Not measured on a GPU.
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [pair.model for pair in PAIRS]
+    names = list(dict.fromkeys(pair.model for pair in PAIRS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--models", nargs="+", choices=list(dict.fromkeys((*names, *gpu_models.CUDA_MODELS))))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))

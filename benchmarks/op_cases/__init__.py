@@ -23,7 +23,17 @@ import torch
 from torch import Tensor
 
 # Files of this folder, each with its CASES, CUDA_CASES and TINY.
-OPS = ("neighborhood", "window", "halo", "routed", "aggregated", "agent", "linear", "mix")
+OPS = (
+    "neighborhood",
+    "window",
+    "halo",
+    "routed",
+    "aggregated",
+    "agent",
+    "gated_positional",
+    "linear",
+    "mix",
+)
 
 Attend = Callable[..., Tensor]
 Providers = dict[str, tuple[Callable[[Any], Attend], Callable[[Any, str], "str | None"] | None]]

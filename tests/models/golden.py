@@ -156,9 +156,8 @@ def tokens(model, image):
 
 def late_token(model, image):
     """As `tokens`, where the class token joins late; the last ones before the norm."""
-    args = {"return_prefix_tokens": True, "output_fmt": "NLC"}
-    features, levels = model.forward_intermediates(image, [2, 5, 8, 11], **args)
-    return features, [torch.cat([token, level], 1) for level, token in levels]
+    taken = dict.fromkeys((2, 5, 8, 11))
+    return model.forward_features(image, taken=taken), list(taken.values())
 
 
 def extracted(model, image):

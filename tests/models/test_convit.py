@@ -104,9 +104,11 @@ def test_starts_as_timms_does(name, again):
 def test_class_token_joins_after_the_local_blocks():
     model = timm.create_model("test_convit_va").eval()
     image = torch.randn(2, 3, 97, 131)
-    features, pairs = model.forward_intermediates(image, return_prefix_tokens=True, output_fmt="NLC")
-    assert [prefix.shape[1] for _, prefix in pairs] == [0, 0, 1]
-    assert torch.equal(model.norm(torch.cat(pairs[2][::-1], 1)), features)
+    args = {"return_prefix_tokens": True, "output_fmt": "NLC"}
+    features, ((level, token),) = model.forward_intermediates(image, 1, **args)
+    assert torch.equal(model.norm(torch.cat([token, level], 1)), features)
+    with pytest.raises(ValueError, match=r"expected blocks from 2, before which .* got \[0, 1, 2\]; try without it"):
+        model.forward_intermediates(image, **args)
     early = model.forward_intermediates(image, [1], stop_early=True)
     assert early[0].shape == (2, 63, 32)
     model.prune_intermediate_layers([1], prune_head=False)

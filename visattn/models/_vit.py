@@ -167,8 +167,7 @@ class TokenTransformer(ChecksWeights, vision_transformer.VisionTransformer):
         Args:
             x: Images [B, in_chans, H, W].
             indices: The last n blocks if an int, all if None, else these blocks.
-            return_prefix_tokens: Return pairs (map, class token [B, 1, C]) in place of the maps; [B, 0, C] for blocks
-                before it joins.
+            return_prefix_tokens: Return pairs (map, class token [B, 1, C]) in place of the maps.
             norm: Apply the final norm to the maps.
             stop_early: Skip the blocks after the last one asked for.
             output_fmt: "NCHW", "NHWC" or "NLC" (L = H' * W'), of the maps.
@@ -179,13 +178,18 @@ class TokenTransformer(ChecksWeights, vision_transformer.VisionTransformer):
             The maps, or (output of `forward_features`, maps).
 
         Raises:
-            ValueError: Another output format, or a mask.
+            ValueError: Another output format, a mask, or the class token of blocks before it joins.
         """
         if output_fmt not in ("NCHW", "NHWC", "NLC"):
             raise ValueError(f"expected output_fmt 'NCHW', 'NHWC' or 'NLC', got {output_fmt!r}")
         if attn_mask is not None:
             raise ValueError("expected no attn_mask, got one; try timm's own vision transformers")
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        if return_prefix_tokens and min(take_indices) < self.class_token_at:
+            expected = (
+                f"blocks from {self.class_token_at}, before which the class token joins, for return_prefix_tokens"
+            )
+            raise ValueError(f"expected {expected}, got {take_indices}; try without it")
         tokens: dict[int, Any] = dict.fromkeys(take_indices)
         size = [ceil_div(n, p) for n, p in zip(x.shape[2:], self.patch_embed.patch_size, strict=True)]
         x = self.forward_features(x, taken=tokens, number=max_index + 1 if stop_early else None)
