@@ -33,7 +33,8 @@ REAL += (
     "resnet50_ea",
     "efficient_swin_tiny",
 )
-REAL += ("transnext_micro", "l2vit_tiny", "flowformer_small")  # with the others, one of each family
+REAL += ("transnext_micro", "l2vit_tiny", "flowformer_small", "shiftvit_light_tiny", "patchconvnet_s60", "overlock_xt")
+REAL += ("convit_tiny_va",)  # with the others, one of each family
 SIDES = ["height", "width"]
 SIZES = ((224, 224), (256, 192), (100, 132))  # the last fits neither windows nor regions nor strides
 QUICK = [(name, "none", (100, 132)) for name in ("test_biformer", "test_focused_swin", "test_maxvit_va")]

@@ -4,8 +4,9 @@ Paper: When Shift Operation Meets Vision Transformer: An Extremely Simple Altern
 (AAAI 2022, arXiv:2201.10801). Official code: https://github.com/microsoft/SPACH (MIT).
 
 What differs from the official code, and why:
-    * Maps are channels-last, where each group of shifted channels is a slice and the MLPs are linear layers: on a CPU
-      that is faster than the official 1x1 convolutions. `checkpoint_filter_fn` drops their two axes of length 1.
+    * Maps are channels-last, where each group of shifted channels is a slice, and all layers but the first are linear:
+      on a CPU that is faster than the official convolutions of 1 x 1 and of 2 x 2 patches, whose weights
+      `checkpoint_filter_fn` flattens.
     * A stage begins with its downsampling (official: ends with the next one's), so that a stage's output is its feature
       map. `checkpoint_filter_fn` renames official keys.
     * Arguments of variants take effect: the official functions ignore every keyword. Dropout after the patch embedding,
@@ -15,9 +16,10 @@ What differs from the official code, and why:
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor, nn
 
@@ -25,8 +27,9 @@ from visattn import layers
 from visattn.models._backbone import Backbone, convert_checkpoint, drop_path_rates, plan_strides
 from visattn.models._build import build_model
 from visattn.models._variants import Variant, imagenet_cfg, register_variants
-from visattn.ops import shift
+from visattn.ops import floor_to_multiple, shift
 
+torch.fx.wrap("floor_to_multiple")
 torch.fx.wrap("shift")
 
 __all__ = ["ShiftViT"]
@@ -60,19 +63,31 @@ class PatchEmbed(nn.Module):
 
 
 class Downsample(nn.Module):
-    """The norm, then patches of 2 x 2: [B, H, W, dim] -> [B, H/2, W/2, 2 * dim], rounded down.
+    """The norm, then a linear layer over patches of 2 x 2: [B, H, W, dim] -> [B, H/2, W/2, 2 * dim], rounded down.
 
-    With stride 1 there is one at every position, of pixels that lie `dilation` apart: [B, H, W, 2 * dim].
+    With stride 1 there is a patch at every position, of pixels that lie `dilation` apart and zeros outside:
+    [B, H, W, 2 * dim].
     """
 
     def __init__(self, dim: int, stride: int = 2, dilation: int = 1, **dd: Any) -> None:
         super().__init__()
+        self.stride = stride
+        self.dilation = dilation
         self.norm = SampleNorm(dim, **dd)
-        self.reduction = layers.PatchConv(dim, 2 * dim, 2, stride, dilation=dilation, bias=False, **dd)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x).permute(0, 3, 1, 2)  # [B, C, H, W]
-        return self.reduction(x).permute(0, 2, 3, 1)  # [B, H', W', 2C]
+        x = self.norm(x)
+        if self.stride == 1:
+            (h, w), d = x.shape[1:3], self.dilation
+            x = F.pad(x, (0, 0, 0, d, 0, d))  # [B, H + d, W + d, C]
+            x = torch.cat([x.narrow(1, i, h).narrow(2, j, w) for i in (0, d) for j in (0, d)], -1)  # [B, H, W, 4C]
+        else:
+            x = floor_to_multiple(x, [2, 2])
+            b, h, w, c = x.shape
+            x = x.reshape(b, h // 2, 2, w // 2, 2, c).transpose(2, 3)  # [B, H/2, W/2, 2, 2, C]
+            x = x.flatten(3)  # [B, H/2, W/2, 4C]
+        return self.reduction(x)
 
 
 class ShiftBlock(nn.Module):
@@ -173,13 +188,11 @@ class ShiftViT(Backbone):
         self._build_head(drop_rate, out_norm, norm=SampleNorm(embed_dim * 2 ** (len(depths) - 1), **dd), **dd)
 
     def init_weights(self, needs_reset: bool = True) -> None:
-        """As every family's; convolutions are initialised as linear layers are."""
+        """As every family's; the convolution of the stem is initialised as linear layers are."""
         super().init_weights(needs_reset)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        proj = cast(PatchEmbed, self.patch_embed).proj
+        trunc_normal_(proj.weight, std=0.02)
+        nn.init.zeros_(cast(Tensor, proj.bias))
 
 
 _cfg = partial(
@@ -218,20 +231,21 @@ VARIANTS: dict[str, Variant] = {
         {**_BASE, "depths": (10, 18, 36, 10), "drop_path_rate": 0.6}, _UNTRAINED, doc="The paper's Shift-B."
     ),
     "test_shiftvit": Variant(
-        {"embed_dim": 24, "depths": (1, 1, 2, 1)}, {"untrained": _cfg(160)}, doc="Under 1M parameters, for tests."
+        {"embed_dim": 28, "depths": (1, 1, 2, 1)}, {"untrained": _cfg(160)}, doc="Under 1M parameters, for tests."
     ),
 }
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Rename official keys and make linear layers of their 1x1 convolutions; native keys pass unchanged."""
+    """Rename official keys and make linear layers of convolutions; native keys pass unchanged."""
 
     def convert(key: str, value: Tensor) -> tuple[str, Tensor]:
         match = re.match(r"layers\.(\d+)\.(\w+)\.(.+)", key)
         if match is None:
             return key, value
         stage, rest = int(match[1]) + (match[2] == "downsample"), match[3].replace("norm2.", "norm.")
-        return f"stages.{stage}.{match[2]}.{rest}", value.flatten(1) if ".mlp." in key and value.ndim == 4 else value
+        value = value.permute(0, 2, 3, 1).flatten(1) if value.ndim == 4 else value  # [O, kh * kw * I]
+        return f"stages.{stage}.{match[2]}.{rest}", value
 
     return convert_checkpoint(state_dict, model, convert)
 
