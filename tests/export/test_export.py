@@ -32,7 +32,7 @@ REAL += (
     "resnet50_ea",
     "efficient_swin_tiny",
 )
-REAL += ("transnext_micro",)  # with the others, one of each family
+REAL += ("overlock_xt", "transnext_micro")  # with the others, one of each family
 SIDES = ["height", "width"]
 SIZES = ((224, 224), (256, 192), (100, 132))  # the last fits neither windows nor regions nor strides
 QUICK = [(name, "none", (100, 132)) for name in ("test_biformer", "test_focused_swin", "test_maxvit_va")]
