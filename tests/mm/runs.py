@@ -22,6 +22,7 @@ FAMILIES = {
     "halonet": "test_halonet_va",
     "coatnet": "test_coatnet_va",
     "transnext": "test_transnext",
+    "overlock": "test_overlock",
     "resnest": "test_resnest_va",
     "agent": "test_agent_swin",
     "efficient": "test_efficient_cswin",

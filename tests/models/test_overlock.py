@@ -112,9 +112,15 @@ def test_focus_blocks_tell_what_they_attend_to(image):
 
 
 @torch.no_grad()
-def test_official_segmenter_loads():
-    """Four norms of the levels, the second of which the third stage goes on from."""
-    model = timm.create_model("overlock_xt", out_norm="segmentation", num_classes=0, device="meta")
-    official = {key: torch.empty(shape) for key, shape in goldens.load("overlock_xt_det")["keys"].items()}
-    official = {k: v for k, v in official.items() if not k.startswith(("h_proj.", "extra_norm.4."))}
-    assert checkpoint_filter_fn(official, model).keys() >= {key for key in model.state_dict() if "out_norms" in key}
+def test_official_segmenters_load():
+    """They have what detectors have, but for what is added to the last level."""
+    golden = goldens.load("overlock_xt_det")
+    model = timm.create_model("overlock_xt", features_only=True, out_norm="segmentation").eval().model
+    official = goldens.official_weights(golden).items()
+    official = {key: value for key, value in official if not key.startswith(("h_proj.", "extra_norm.4."))}
+    model.load_state_dict(checkpoint_filter_fn(goldens.detector(official), model))
+    case = golden["other_inputs"][0]
+    maps = model.forward_intermediates(goldens.fill.image(**case["input"]), intermediates_only=True)
+    norms = [level.norm().item() for level in maps]
+    assert norms[:3] == pytest.approx(case["stage_norms"][:3], rel=1e-5)
+    assert norms[3] != pytest.approx(case["stage_norms"][3], rel=1e-2)
