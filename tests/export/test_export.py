@@ -16,11 +16,13 @@ from visattn.export.program import least_size
 from visattn.ops.dispatch import BackendError
 
 SMALL = visattn.list_models("test_*")
-REAL = """
-biformer_tiny coatnet_nano_rw_va convit_tiny_va agent_cswin_tiny inline_deit_tiny flowformer_small halonet26t_va
-l2vit_tiny maxvit_tiny_va dinat_mini dinat_isotropic_small overlock_xt patchconvnet_s60 focused_pvt_tiny resnest14_va
-resnet50_ea shiftvit_light_tiny efficient_swin_tiny transnext_micro
-""".split()  # one of each family
+# one of each family
+REAL = (
+    "biformer_tiny", "coatnet_nano_rw_va", "convit_tiny_va", "agent_cswin_tiny", "inline_deit_tiny",
+    "flowformer_small", "halonet26t_va", "l2vit_tiny", "maxvit_tiny_va", "dinat_mini", "dinat_isotropic_small",
+    "overlock_xt", "patchconvnet_s60", "focused_pvt_tiny", "resnest14_va", "resnet50_ea", "shiftvit_light_tiny",
+    "efficient_swin_tiny", "transnext_micro",
+)  # fmt: skip
 SIDES = ["height", "width"]
 SIZES = ((224, 224), (256, 192), (100, 132))  # the last fits neither windows nor regions nor strides
 QUICK = [(name, "none", (100, 132)) for name in ("test_biformer", "test_focused_swin", "test_maxvit_va")]
