@@ -101,10 +101,9 @@ class GatedPositionalAttention(MultiHeadAttention):
         dy, dx = rows - rows[:, None], columns - columns[:, None]  # [H, H], [W, W]
         distance = torch.hypot(dy[:, None, :, None], dx[None, :, None])  # [H, W, H, W]
         far = [
-            torch.einsum("...yxnij,yxij->...n", w, distance) / distance[0, 0].numel()
-            for w in (content, positional)
-        ]
-        distance = torch.lerp(far[0], far[1].expand_as(far[0]), gate)  # [B, N]
+            torch.einsum("...nij,...ij->...n", w, distance) for w in (content, positional)
+        ]  # [..., H, W, N]
+        distance = torch.lerp(far[0], far[1].expand_as(far[0]), gate).mean((1, 2))  # [B, N]
         return {"gate": gate, "distance": distance, "content": content, "positional": positional}
 
     def extra_repr(self) -> str:
