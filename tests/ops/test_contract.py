@@ -129,9 +129,9 @@ def test_of_the_whole_map_is_attention(name, backend):
     assert relative_error(CASES[name].op(q, k, v, **WHOLE[name], backend=backend), expected) <= FLOAT64
 
 
-@pytest.mark.parametrize("name", ["halo", "routed"])
+@pytest.mark.parametrize("name", ["halo", "routed", "mix"])
 def test_only_the_inputs_are_kept_for_the_backward_pass(name):
-    """Not copies of the keys and values of every window or list."""
+    """Not copies of the keys and values of every window or list, nor weights."""
     case = CASES[name]
     inputs = {n: t.detach() for n, t in case.derive(**case.inputs((1, 36, 36, 2, 8), torch.float32)).items()}
     inputs = {n: t.clone().requires_grad_(t.is_floating_point()) for n, t in inputs.items()}

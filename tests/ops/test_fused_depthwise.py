@@ -58,8 +58,8 @@ WINDOWS = {  # v and the window's size
     "head dim 24": ((2, 9, 7, 3, 24), (3, 3)),
     "several tiles": ((1, 23, 9, 1, 24), (5, 3)),
     "as large as the map": ((1, 3, 5, 2, 5), (3, 5)),
-    "even, nearly the map": ((1, 5, 9, 1, 4), (4, 8)),
-    "many taps": ((1, 9, 11, 2, 3), (9, 8)),
+    "even, nearly the map": ((1, 3, 5, 1, 4), (2, 4)),
+    "many taps": ((1, 9, 7, 2, 3), (7, 5)),
     "one tap": ((2, 3, 3, 2, 8), (1, 1)),
 }
 CONV = {  # x and the kernels' width

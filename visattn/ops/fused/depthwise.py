@@ -20,7 +20,7 @@ from visattn.ops.fused.launch import launch, power_of_2, strides
 from visattn.ops.fused.tuning import Config, run_tuned
 from visattn.ops.geometry import ceil_div
 
-_TOGETHER = 64  # taps that are stored at once
+_TOGETHER = 32  # taps that are stored at once
 _STEPS = 4  # tiles of positions that a program of the kernels' gradient adds up
 
 

@@ -19,9 +19,8 @@ def _read(table: Tensor, dim: int, axis: Axis) -> Tensor:
     Views and copies, whose gradients are sums in one order: those of `index_select` are not, on a GPU.
     """
     k = axis.kernel_size
-    windows = table.unfold(dim, k, 1).flip(
-        dim
-    )  # [..., K, ..., K], of tokens from the first to the last
+    # [..., K, ..., K]: of a token at the start of the axis, of those inside, of one at its end.
+    windows = table.unfold(dim, k, 1).flip(dim)
     before, inside, after = windows.split([k // 2, 1, k - 1 - k // 2], dim)
     inside = inside.expand(*(-1 if d != dim else axis.length - k + 1 for d in range(inside.ndim)))
     return torch.cat([before, inside, after], dim)
