@@ -25,6 +25,7 @@ FAMILIES = {
     "resnest": "test_resnest_va",
     "agent": "test_agent_swin",
     "efficient": "test_efficient_cswin",
+    "shiftvit": "test_shiftvit",
 }
 WIDTH = 64  # of necks and heads
 
