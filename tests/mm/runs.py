@@ -27,6 +27,7 @@ FAMILIES = {
     "agent": "test_agent_swin",
     "efficient": "test_efficient_cswin",
     "l2vit": "test_l2vit",
+    "shiftvit": "test_shiftvit",
 }
 WIDTH = 64  # of necks and heads
 
