@@ -98,7 +98,7 @@ class _Tiles:
         scores = scores.permute(4, 0, 1, 5, 2, 3, 6)  # [N, T_h, t_h, K_h, T_w, t_w, K_w]
         scores = scores.flatten(4).flatten(1, 3)  # [N, T_h t_h K_h, T_w t_w K_w]
         grad = scores.new_zeros(*bias.shape[:2], scores.shape[2]).index_add(1, rows, scores)
-        return grad.new_zeros(bias.shape).index_add(2, columns, grad).to(bias.dtype)
+        return grad.new_zeros(bias.shape).index_add(2, columns, grad)
 
     def _where(self, x: Tensor) -> Tensor:
         return self.place.expand(*x.shape[:6], -1)
@@ -197,18 +197,22 @@ class _Mix(chunking.Recomputed):
         (logits, v, bias), (axes,) = ctx.saved_tensors, ctx.how
         cut = _cut(axes, v.device)
         grads_logits, grads_v = [], []
-        grad_bias = None if bias is None else torch.zeros_like(bias)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        table = None if bias is None else torch.zeros_like(bias, dtype=dtype)
         for images, chunks in _chunks(logits, cut):
             given, rows = (grad_out[images], logits[images], v[images], bias), []
             for row in chunks:
                 parts, values, tables = zip(*(part.gradients(*given) for part in row), strict=True)
                 rows.append((_cat([*parts], 2), _add(_cat([*values], 2), 2, cut[1])))
-                grad_bias = None if grad_bias is None else sum(tables, grad_bias)
+                table = None if table is None else sum(tables, table)
             grads_logits.append(_cat([x for x, _ in rows], 1))
             grads_v.append(_add(_cat([x for _, x in rows], 1), 1, cut[0]))
-        if not grads_v:
-            return torch.empty_like(logits), torch.empty_like(v), grad_bias, None
-        return _cat(grads_logits, 0), _cat(grads_v, 0), grad_bias, None
+        grad_logits, grad_v = (
+            _cat(grads, 0) if grads else torch.empty_like(x)
+            for grads, x in ((grads_logits, logits), (grads_v, v))
+        )
+        grad_bias = None if bias is None or table is None else table.to(bias.dtype)
+        return grad_logits, grad_v, grad_bias, None
 
 
 def attend(problem: MixProblem) -> Tensor:
