@@ -52,7 +52,9 @@ def test_two_processes_equal_one(folder_data, run, launch, tmp_path, engine, upd
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_all_processes_hold_the_same_running_statistics(folder_data, launch, engine):
     options = ("--data", folder_data, "--img-size", 32, "--batch-size", 32, "--epochs", 2, "--warmup-epochs", 0)
-    processes = launch(*options, "--engine", engine, size=2, model="test_resnet", change=print_statistics)
+    processes = launch(
+        *options, "--ema-decay", 0.9, "--engine", engine, size=2, model="test_resnet", change=print_statistics
+    )
     assert processes.wait() == [0, 0], processes.output()
     lines = [line for line in processes.output().splitlines() if line.startswith("statistics ")]
     assert len(lines) == 2 * 2
@@ -168,7 +170,9 @@ def children(pid):
     return sorted(found)
 
 
-@pytest.mark.parametrize("name", ["dinat_tiny", "biformer_tiny", "transnext_tiny", "maxvit_tiny_va", "resnest50_va"])
+@pytest.mark.parametrize(
+    "name", ["dinat_tiny", "biformer_tiny", "transnext_tiny", "maxvit_tiny_va", "overlock_t", "resnest50_va"]
+)
 def test_blocks_to_shard_cover_the_network(name):
     with torch.device("meta"):
         model = timm.create_model(name)

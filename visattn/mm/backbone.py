@@ -44,7 +44,8 @@ class TimmBackbone(ChecksWeights):
         out_indices: Feature levels, as in the model's `feature_info`; None for the last four.
         out_norm: "layer" or "batch" gives every map a norm that nothing else sees, as most official backbones for dense
             tasks do; "own" is the model's final norm, on the maps of its width (TransNeXt's last; its other maps are
-            normalised by their stages); None leaves the maps as they are.
+            normalised by their stages); None leaves the maps as they are. Others are the model's, as OverLoCK's
+            "detection" and "segmentation".
         frozen_stages: -1 trains everything, 0 freezes the stem, n also the first n stages (of timm's models: groups of
             `group_matcher(coarse=True)`).
         norm_eval: Batch norms use and keep their running statistics in training.

@@ -25,7 +25,7 @@ from visattn.train.errors import ConfigError, PeerError, TrainError, shown
 from visattn.weights import first_line
 
 # The attributes in which timm's models and ours hold their repeated blocks.
-BLOCKS = re.compile(r"(blocks?|layers?|levels?|stages?)_?\d*")
+BLOCKS = re.compile(r"(blocks?|focus|layers?|levels?|stages?)_?\d*")
 # What gloo and NCCL say when a process has left, or has not answered in time.
 PEER_LOST = re.compile(r"closed by peer|timed? ?out|reset by peer|gloo|nccl|socket|broken pipe", re.IGNORECASE)
 
@@ -189,9 +189,10 @@ def prepare(task: TrainingTask, config: Config, world: World) -> None:
         if world.device.type == "cpu":
             raise ConfigError("--sync-bn: expected GPUs, got cpu, where PyTorch has none; try without --sync-bn")
         task.trainable_module = convert_sync_batchnorm(task.trainable_module)
-    if config.ema_decay:
-        task.setup_ema(config.ema_decay, use_warmup=config.ema_warmup)
     sharded = config.engine == "fsdp2" and world.size > 1
+    if config.ema_decay:
+        # One by one where weights are sharded: running statistics are not, and no kernel takes both.
+        task.setup_ema(config.ema_decay, use_warmup=config.ema_warmup, foreach=not sharded)
     model = unwrap_model(task.get_trainable_module())
     if config.compile:
         for module in list(repeated_blocks(model)) if sharded else [model]:
