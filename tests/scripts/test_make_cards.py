@@ -167,7 +167,7 @@ def test_the_readme_is_written_and_checked(copy, quick, capsys):
     readme.write_text("before\n<!-- families: scripts/make_cards.py -->\nold\n<!-- end -->\nafter\n")
     argv = ["--cards", str(cards)]
     assert make_cards.main(argv) == 0
-    row = "| `nat_mini` | 26 | 0 | 80.0 to 87.5 | 55.3 | 54.0 | 25 fetched |\n\n<!-- end -->\nafter\n"
+    row = "| `nat_mini` | 26 | 0 | 80.0 to 87.5 | 55.3 | 54.0 | 25 fetched |\n<!-- end -->\nafter\n"
     assert readme.read_text().endswith(row)
     assert make_cards.main([*argv, "--check"]) == 0
     spoil(copy, "[dinat_large, 55.3,", "[dinat_large, 55.4,")
