@@ -83,3 +83,11 @@ def test_nothing_is_kept_for_the_backward_pass_and_only_the_result_is_as_large_a
 def test_arguments_that_do_not_fit(shape, channels, step):
     with pytest.raises(ValueError, match=r"expected a map \[B, H, W, C\], channels of 0 to C // 4 .* try channels of"):
         ops.shift(torch.randn(shape), channels, step)
+
+
+def test_arguments_of_another_type():
+    with pytest.raises(TypeError, match="expected x to be a tensor, got list"):
+        ops.shift([[1.0]], 1)
+    for name, args in (("channels", (1.0,)), ("channels", (None,)), ("step", (1, "2"))):
+        with pytest.raises(ValueError, match=f"expected {name} of one int, got"):
+            ops.shift(torch.randn(1, 4, 4, 8), *args)

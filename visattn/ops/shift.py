@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visattn.ops import checks
 from visattn.ops.registration import custom_op
 
 
@@ -27,6 +28,8 @@ def shift(x: Tensor, channels: int, step: int = 1) -> Tensor:
 
     Source: ShiftViT (arXiv:2201.10801), section 3.
     """
+    checks.check_tensors(x=x)
+    channels, step = checks.one_int("channels", channels), checks.one_int("step", step)
     if x.ndim != 4 or not 0 <= 4 * channels <= x.shape[-1] or step < 0:
         got = f"{tuple(x.shape)}, {channels} and {step}"
         expected = "a map [B, H, W, C], channels of 0 to C // 4 and a step of 0 or more"
