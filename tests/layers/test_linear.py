@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from tests import tolerances
 from tests.layers.checks import golden_arrays, golden_cases, randomized
-from tests.tolerances import OP_GOLDEN_FORWARD, OP_GOLDEN_GRADIENT, relative_error
+from tests.tolerances import OP, OP_GOLDEN_FORWARD, OP_GOLDEN_GRADIENT, relative_error
 from visattn.layers import EfficientAttention2d, create_token_mixer
 from visattn.ops import inline_attention
 
@@ -143,6 +143,17 @@ def test_relu_by_hand():
     local = F.conv2d(local, lcm.conv2.weight, lcm.conv2.bias, padding=3, groups=6)
     out = torch.cat([out[:, :2], out[:, 2:] + local.flatten(2).mT], 1)
     assert relative_error(layer(x, [3, 5]), out) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_relu_tells_of_sums_beyond_float16():
+    layer = build("relu_linear", 6, 2, (4, 4))
+    layer.qkv.weight.copy_(torch.eye(6).repeat(3, 1))
+    layer.qkv.bias.zero_()
+    x = torch.rand(2, 60, 60, 6, dtype=torch.float64) * 10
+    expected = layer.attended(x)["weights"]
+    layer, x = layer.half(), x.half()
+    assert relative_error(layer.attended(x)["weights"], expected) <= OP[torch.float16]
 
 
 def test_flow_is_conserved():

@@ -166,6 +166,19 @@ def test_autocast_is_close(model, image, dtype):
 
 
 @torch.no_grad()
+def test_attended_under_autocast_is_close(model, image):
+    if not hasattr(model, "attended"):
+        pytest.skip("nothing to tell")
+    expected = model.attended(image)
+    with torch.autocast("cpu", torch.bfloat16):
+        told = model.attended(image)
+    for name, found in told.items():
+        for key, value in found.items():
+            if value.is_floating_point():
+                assert relative_error(value, expected[name][key]) <= 0.05, (name, key)
+
+
+@torch.no_grad()
 def test_synchronised_batch_norm_is_the_same_model(model, image):
     """Converted by PyTorch, which keeps nothing of a norm but its parameters."""
     expected = model(image)

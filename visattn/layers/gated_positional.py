@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from visattn.layers.attention import MultiHeadAttention, weight_and_bias
 from visattn.ops import gated_positional_attention, gated_positional_weights
+from visattn.ops.autocast import without_autocast
 
 torch.fx.wrap("gated_positional_attention")
 
@@ -100,10 +101,11 @@ class GatedPositionalAttention(MultiHeadAttention):
         )
         dy, dx = rows - rows[:, None], columns - columns[:, None]  # [H, H], [W, W]
         distance = torch.hypot(dy[:, None, :, None], dx[None, :, None])  # [H, W, H, W]
-        far = [
-            torch.einsum("...nij,...ij->...n", w, distance) for w in (content, positional)
-        ]  # [..., H, W, N]
-        distance = torch.lerp(far[0], far[1].expand_as(far[0]), gate).mean((1, 2))  # [B, N]
+        with without_autocast(x.device):
+            far = [
+                torch.einsum("...nij,...ij->...n", w, distance) for w in (content, positional)
+            ]  # [..., H, W, N]
+            distance = torch.lerp(far[0], far[1].expand_as(far[0]), gate).mean((1, 2))  # [B, N]
         return {"gate": gate, "distance": distance, "content": content, "positional": positional}
 
     def extra_repr(self) -> str:

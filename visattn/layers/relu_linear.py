@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from visattn.layers.conv import DepthwiseConv
 from visattn.layers.token_mixer import Size, TokenMixer
 from visattn.ops import relu_linear_attention
+from visattn.ops.autocast import without_autocast
 
 torch.fx.wrap("relu_linear_attention")
 
@@ -105,9 +106,12 @@ class ReluLinearAttention(TokenMixer):
 
         Returns:
             weights: [B, N, L, M], queries in rows; those of a query sum to its head's temperature, or to less where
-                the floor normalises it.
+                the floor normalises it. In float32 or float64.
         """
         q, k, _, _, _ = self._project_tokens(x, size)
-        weights = q.relu().transpose(1, 2) @ k.relu().permute(0, 2, 3, 1)  # [B, N, L, M]
-        total = weights.sum(-1, keepdim=True).clamp(min=self.floor)
-        return {"weights": weights * self.temperature / total}
+        with without_autocast(x.device):
+            dtype = torch.promote_types(q.dtype, torch.float32)
+            q, k = q.relu().to(dtype), k.relu().to(dtype)
+            weights = q.transpose(1, 2) @ k.permute(0, 2, 3, 1)  # [B, N, L, M]
+            total = weights.sum(-1, keepdim=True).clamp(min=self.floor)
+            return {"weights": weights * self.temperature / total}
