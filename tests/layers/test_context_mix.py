@@ -1,5 +1,6 @@
 """ContMix beside the official block, on small maps, and what it tells; large convolutions that become one."""
 
+import copy
 import json
 
 import pytest
@@ -85,3 +86,16 @@ def test_one_convolution_gives_what_the_branches_give(kernel_size):
         layer.reparameterize()
         assert layer.state_dict().keys() == keys == {"conv.weight", "conv.bias"}
         assert relative_error(layer(x), expected) <= OP[torch.float64]
+
+
+@torch.no_grad()
+def test_one_convolution_of_half_precision_is_rounded_once():
+    layer = randomized(layers.DilatedReparam(8, 7)).bfloat16()
+    for branch in layer.branches.values():
+        branch.bn.running_mean.normal_()
+        branch.bn.running_var.uniform_(0.5, 2)
+    wide = copy.deepcopy(layer).double()
+    layer.reparameterize()
+    wide.reparameterize()
+    for got, expected in zip(layer.conv.parameters(), wide.conv.parameters(), strict=True):
+        assert relative_error(got, expected.bfloat16()) <= 1e-4

@@ -96,7 +96,7 @@ class DilatedReparam(nn.Module):
         for (small, dilation), branch in zip(self.kernels, branches, strict=True):
             first = size // 2 - dilation * (small // 2)  # the branch's taps lie around the middle
             taps = slice(first, size - first, dilation)
-            factor = branch.bn.weight / (branch.bn.running_var + branch.bn.eps).sqrt()
+            factor = branch.bn.weight / (branch.bn.running_var.to(wide) + branch.bn.eps).sqrt()
             weight[..., taps, taps] += branch.conv.weight.to(wide) * factor[:, None, None, None]
             bias += branch.bn.bias - branch.bn.running_mean * factor
         conv = self._conv(size, 1, True, like.device, like.dtype)
