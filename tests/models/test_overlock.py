@@ -10,6 +10,7 @@ from tests.models import golden as goldens
 from tests.tolerances import SAME_MODEL, relative_error
 from visattn import layers
 from visattn.models.overlock import _DENSE, checkpoint_filter_fn
+from visattn.weights import WeightsError
 
 
 @pytest.fixture
@@ -61,6 +62,16 @@ def test_large_convolutions_become_one(image):
     model.reparameterize()
     assert torch.equal(model(image), fused(image))
     assert not [key for key in model.state_dict() if "branches" in key]
+
+
+def test_branches_that_do_not_fit_are_refused():
+    deployed = timm.create_model("test_overlock", deploy=True)
+    half = {key: value for key, value in create().state_dict().items() if "k5_1" not in key}
+    with pytest.raises(WeightsError, match=r"expected weights of stages\.0\.blocks\.0\.conv, got others, which lacks"):
+        checkpoint_filter_fn(half, deployed)
+    wide = create(embed_dims=(24, 32, 32, 64)).state_dict()
+    with pytest.raises(WeightsError, match=r"with a size mismatch at .*, \[24, 1, 7, 7\] in place of \[16, 1, 7, 7\]"):
+        checkpoint_filter_fn(wide, deployed)
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from visattn import layers
 from visattn.models._backbone import Backbone, TellsAttended, convert_checkpoint, drop_path_rates, unwrap
 from visattn.models._build import NCHW_POOLS, build_model
 from visattn.models._variants import Variant, imagenet_cfg, register_variants
+from visattn.weights import check_fit
 
 __all__ = ["OverLoCK"]
 
@@ -567,7 +568,9 @@ def _fuse(weights: dict[str, Tensor], model: nn.Module) -> None:
                 continue
             twin = layers.DilatedReparam(module.dim, module.kernels[0][0])
             keys = [key for key in weights if key.startswith(f"{name}.branches.")]
-            twin.load_state_dict({key.removeprefix(f"{name}."): weights.pop(key) for key in keys})
+            branches = {key.removeprefix(f"{name}."): weights.pop(key) for key in keys}
+            check_fit(twin, branches, f"weights of {name}", "others")
+            twin.load_state_dict(branches)
             twin.reparameterize()
             weights.update({f"{name}.{key}": value for key, value in twin.state_dict().items()})
 
@@ -576,6 +579,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: OverLoCK) -> dict[st
     """Official classifiers, and the backbones of official detectors and segmenters; native keys pass unchanged.
 
     What a model with `deploy` has fused is fused; the auxiliary classifier is left out where there is none.
+
+    Raises:
+        WeightsError: Contents that are no tensors by name, or branches that cannot be fused to the model's kernel.
     """
     state_dict, own = unwrap(state_dict), model.state_dict()
     weights = convert_checkpoint(
