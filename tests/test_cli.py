@@ -45,6 +45,8 @@ def test_info(capsys):
     assert "top-1 81.8 %" in said
     assert main(["info", "resnet18"]) == 0  # of timm
     assert "11.69 M" in capsys.readouterr().out
+    assert main(["info", "test_patchconvnet"]) == 0
+    assert "feature maps 3 x 32 at 1/16 classes" in " ".join(capsys.readouterr().out.split())
 
 
 def test_info_shows_names_as_they_are(tmp_path, capsys):

@@ -6,6 +6,7 @@ import csv
 import difflib
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -152,7 +153,8 @@ def _info(options: Info) -> None:
     )
     if info := getattr(model, "feature_info", None):
         info = info if isinstance(info, list) else info.info
-        rows["feature maps"] = ", ".join(f"{entry['num_chs']} at 1/{entry['reduction']}" for entry in info)
+        levels = Counter(f"{entry['num_chs']} at 1/{entry['reduction']}" for entry in info)
+        rows["feature maps"] = ", ".join(f"{n} x {level}" if n > 1 else level for level, n in levels.items())
     rows["classes"] = f"{model.num_classes}" + (
         f": {', '.join(labels[:8])}{' ...' * (len(labels) > 8)}" if labels else ""
     )

@@ -194,10 +194,13 @@ def test_drop_path_batch_and_rate_are_the_published_ones():
 def test_repeated_augmentation_averages_and_squashed_test_images_are_where_the_sources_have_them():
     recipes = {name: find_recipe(name) for name in MODELS}
     repeated = {name.split("_")[0] for name, config in recipes.items() if config.aug_repeats == 3}
-    assert repeated == {"biformer", "convit", "transnext", "deit", "pvt", "efficient", "halonet26t", "halonet50ts"}
+    halonets = {"halonet26t", "halonet50ts"}
+    assert repeated == {"biformer", "convit", "transnext", "deit", "pvt", "efficient", "shiftvit"} | halonets
     assert {recipes[f"{host}_cswin_base"].ema_decay for host in ("agent", "focused")} == {0.99992, 0.99982}
     assert (recipes["maxvit_base_va"].ema_decay, recipes["biformer_base"].ema_decay) == (0.9999, 0.99996)
-    assert not any(recipes[name].ema_decay for name in ("transnext_base", "nat_base", "swin_base_va", "coatnet_0_va"))
+    assert recipes["shiftvit_r2_base"].ema_decay == 0.99996
+    without = ("transnext_base", "nat_base", "swin_base_va", "coatnet_0_va", "convit_small_va")
+    assert not any(recipes[name].ema_decay for name in without)
     assert (recipes["flowformer_small"].ema_decay, recipes["flowformer_small"].reprob) == (0, 0)
     squashed = {name for name, config in recipes.items() if config.crop_mode == "squash"}
     squashed -= {"l2vit_base_384", "maxvit_xlarge_va"}

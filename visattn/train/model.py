@@ -93,8 +93,9 @@ def make_model(config: Config, num_classes: int, console: Console) -> TimmModel:
         try:
             model.set_aux_training()
         except (AttributeError, ValueError) as error:
+            remedy = "--model-args aux_head=true" if isinstance(error, ValueError) else "overlock_xt"
             raise ConfigError(
-                f"--aux-loss: expected a model with an auxiliary classifier, got {config.model}; try overlock_xt, or 0"
+                f"--aux-loss: expected a model with an auxiliary classifier, got {config.model}; try {remedy}, or 0"
             ) from error
     if config.grad_checkpointing:
         try:
