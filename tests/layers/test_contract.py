@@ -67,7 +67,7 @@ CASES = {
     "halo": Case(lambda: layers.HaloAttention(12, num_heads=2, block_size=4, halo_size=1), True),
     "halo, pooled": Case(lambda: layers.HaloAttention(12, 16, 2, None, 5, 1, 2), True, 2, 16),
     "efficient, module": Case(lambda: nn.Sequential(layers.EfficientAttention2d(12, 8, 2, 4)), True),
-    "contmix": Case(lambda: layers.ContMixBlock(8, 4, 2, 7, 3, layer_scale=1.0), True),
+    "contmix": Case(lambda: layers.ContMixBlock(8, 4, 2, 5, 3, layer_scale=1.0), True),
     "dilated": Case(lambda: layers.DilatedReparam(12, 7), True),
     "split": Case(lambda: layers.SplAt(12), True),
     "conv glu": Case(lambda: layers.ConvGLU(12, 8)),

@@ -22,10 +22,17 @@ from tests.tolerances import MODEL_GOLDEN, relative_error
 from visattn.mm import TimmBackbone
 from visattn.weights import WeightsError
 
-OURS = visattn.list_models()
+# The first of every family and its test models in every run, all others in the slow one.
+QUICK = {name for family in visattn.models.FAMILIES for name in visattn.list_models(family=family)[:1]}
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK or name.startswith("test_") else pytest.mark.slow)
+        for name in visattn.list_models()
+    ],
+)
 def test_four_maps_of_a_detectors_image(name):
     with torch.device("meta"):
         backbone = MODELS.build({"type": "visattn.TimmBackbone", "model_name": name}).eval()

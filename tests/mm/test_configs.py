@@ -105,7 +105,7 @@ def test_a_leaf_is_short_and_what_its_name_says(leaf):
     assert f"{Path(leaf).name})" in (ROOT / card).read_text()
 
 
-@every_leaf
+@every_built
 def test_channels_are_the_backbones(leaf):
     config, fitted = read(leaf), read(leaf)
     fit_channels(fitted.model)

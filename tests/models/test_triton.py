@@ -12,8 +12,11 @@ from tests.ops.gradients import Recorder
 from tests.tolerances import SAME_MODEL, relative_error
 from visattn.ops import explain, use_backend
 
-# Attention to the whole map is PyTorch's, and ResNeSt has convolutions only.
-WITHOUT_OPS = {"test_coatnet_va", "test_deit_va", "test_isotropic_vitrpb", "test_pvt", "test_resnest_va"}
+# Attention to the whole map and of class tokens is PyTorch's; ResNeSt and ShiftViT have none.
+WITHOUT_OPS = {
+    *("test_coatnet_va", "test_deit_va", "test_isotropic_vitrpb", "test_patchconvnet", "test_patchconvnet_multi"),
+    *("test_pvt", "test_resnest_va", "test_shiftvit"),
+}
 # What stands for the kernels where operations are counted.
 KERNELS = {"fused_forward", "linear_outer", "depthwise"}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
