@@ -19,6 +19,7 @@ try:
     from mmengine.utils.dl_utils import set_multi_processing
 
     from visattn.mm import check_published, fit_channels
+    from visattn.train import distributed
 except ImportError as error:
     sys.exit(f"expected mmengine, mmcv, mmdet and mmsegmentation ({error}); try tools/install_mm.sh")
 from visattn.weights import WeightsError, first_line, load_weights
@@ -199,14 +200,13 @@ def start_processes(config: Config) -> None:
     if "LOCAL_RANK" not in os.environ:
         return
     config.launcher = "pytorch"
+    atexit.register(distributed.stop)
     if torch.cuda.is_available():
         environment = config.get("env_cfg", {})
         set_multi_processing(**environment.get("mp_cfg", {}), distributed=True)
         init_dist(config.launcher, **environment.get("dist_cfg", {}))
-        atexit.register(torch.distributed.destroy_process_group)
         return
     torch.distributed.init_process_group("gloo")
-    atexit.register(torch.distributed.destroy_process_group)  # whose threads may abort a process that just ends
     config.model = without_sync_bn(config.model)
     config.sync_bn = None
     unused = config.get("find_unused_parameters", False)

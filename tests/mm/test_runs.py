@@ -24,6 +24,7 @@ from tests.mm.runs import losses, small_config
 def tool(name, *args, torchrun=0):
     """Run a tool; returns what it printed."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"] if torchrun else []
+    launch += [str(ROOT / "tests" / "ends.py")] if torchrun else []
     command = [sys.executable, *launch, str(ROOT / "tools" / f"{name}.py"), *map(str, args)]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
@@ -160,11 +161,13 @@ def test_two_processes_train(kind, model_name, task, metric, nuclei, tmp_path):
     assert "Distributed training: True" in log
     assert "GPU number: 2" in log
     assert "the same weights in 2 processes, of other images" in said
+    assert said.count("threads left: []") == 2
     weights = torch.load(tmp_path / "run" / "iter_2.pth", weights_only=True)["state_dict"]
     config.custom_hooks.pop()
     assert weights.keys() == Runner.from_cfg(config).model.state_dict().keys()
     said = tool(f"test_{task}", tmp_path / "small.py", tmp_path / "run" / "iter_2.pth", torchrun=2)
     assert metric in said
+    assert said.count("threads left: []") == 2
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

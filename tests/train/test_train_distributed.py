@@ -136,12 +136,12 @@ def test_a_rank_that_hangs_ends_the_other(folder_data, launch):
 
 
 def test_torchrun_restarts_a_run_that_lost_a_process(folder_data, tmp_path):
-    """The real launcher: a rank is killed, torchrun starts both again, and --resume auto goes on."""
+    """The real launcher: a rank is killed, torchrun starts both again, --resume auto goes on, no thread is left."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = ("--data", folder_data, "--img-size", 32, "--batch-size", 8, "--epochs", 3, "--warmup-epochs", 0)
     options += ("--model", "test_vit", "--checkpoint-every", 1, "--output", tmp_path, "--name", "r", "--resume", "auto")
     running = subprocess.Popen(
-        [*torchrun, "--max-restarts", "1", "-m", "train", *map(str, options)],
+        [*torchrun, "--max-restarts", "1", "tests/ends.py", "train", *map(str, options)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -155,6 +155,7 @@ def test_torchrun_restarts_a_run_that_lost_a_process(folder_data, tmp_path):
     output, _ = running.communicate(timeout=240)
     assert running.returncode == 0, output
     assert "resumed after update" in output
+    assert output.count("threads left: []") == 2, output
     assert len(rows(tmp_path / "r")) == 3
     assert "test accuracy" in output
 

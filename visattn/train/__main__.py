@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         except Interrupted as error:
             fail(Interrupted(f"{error}{_goes_on(run)}"), rank)
             return run.engine.stop or error.exit_code
+        run = None  # which holds the process group, and which the handlers of signals hold
+        signals.end_at_once()
         distributed.stop()
         return 0
     except TrainError as error:

@@ -1,5 +1,6 @@
 """The processes of a run (torchrun, Slurm, or one): who this one is, what all agree on, how they share the model."""
 
+import gc
 import inspect
 import os
 import re
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # its defaults hold the group that is there when it is first imported
 from timm.layers import convert_sync_batchnorm
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
@@ -154,9 +156,14 @@ def _pick_together(store: dist.Store, name: str, local_rank: int, rank: int, siz
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group once nothing else holds it, a model in DDP neither: its threads end with it.
+
+    A thread of gloo that lets go of its last tensor after Python has ended aborts the process. Those of an FSDP2 run
+    stay: PyTorch's caches of DTensor hold the group.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()
 
 
 def peer_lost(error: BaseException) -> bool:
