@@ -20,7 +20,6 @@ from visattn.ops.geometry import ceil_div
 _SPLIT = 512
 _SPLIT_TILES = 2048  # of images, whose sums are long
 _WIDE = 2**31  # numbers of an image from which offsets have 64 bits
-LOG2E = 1.4426950408889634  # the kernels' logits are in units in which exp2 makes the weights
 
 
 # The groups of arguments of the kernels. What is None is not compiled into them.
@@ -129,12 +128,14 @@ class Meta(NamedTuple):
     BLOCK_DV: int
     LANES: int  # of positions
     ROWS: int  # of a tile
+    TILES: int  # that a program holds, each with its own columns
     SEGMENT: int  # tokens of a listed region, 0 without a list
     WEIGHTED: bool
     EXTRA: int  # extra keys at a time
     CHECKED: bool  # keys are to be checked for taking part
     LOWEST: int  # the least token of a key that does
     HIDDEN: float  # what hides a pair in a position tile
+    EYE: bool  # position tiles are added by a product
     UNIT: int  # numbers of which strides are multiples
     WIDE: bool  # offsets within an image have 64 bits
     UPCAST: bool
@@ -317,7 +318,7 @@ class Call:
         return block_mask(self.axes, keys_hold, self.q.device, 0 if keys_hold else self.extra)
 
     def _position_tiles(self, found: BlockMask, keys_hold: bool) -> Tensor:
-        bias = (cast(Tensor, self.bias).detach() * LOG2E).to(self.q.dtype)
+        bias = (cast(Tensor, self.bias).detach() / self.scale).to(self.q.dtype)
         if self.is_full:
             return found.pad(bias.mT if keys_hold else bias, hidden(bias.dtype))[:, None]
         return found.position_tiles(bias)
@@ -339,7 +340,8 @@ class Call:
         b, t, n, e = [0] * 4 if self.extra_bias is None else _strides(self.extra_bias, 4)
         return Extra(_map(self.extra_k), _map(self.extra_v), self.extra_bias, b, t, n, e)
 
-    def sizes(self, tiles: int = 0) -> Sizes:
+    def sizes(self, mask: Mask | None = None) -> Sizes:
+        tiles = 0 if mask is None else len(mask.rows)
         return Sizes(self.images, self.queries, self.keys, self.heads, self.extra, tiles)
 
     def grid(self, mask: Mask, config: Config) -> tuple[int, int, int]:
@@ -352,6 +354,7 @@ class Call:
     def meta(self, mask: Mask | None) -> Meta:
         """The constants of a kernel with the tiles of `mask`, or of one without tiles."""
         lanes = rows = segment = 0
+        half = self.q.element_size() == 2
         checked = False
         if mask is not None:
             rows, has_tiles = mask.rows.shape[1], mask.tiles is not None or mask.hidden is not None
@@ -371,12 +374,14 @@ class Call:
             BLOCK_DV=_block(self.value_dim),
             LANES=lanes,
             ROWS=rows or _block(min(self.extra, 64)),
+            TILES=1,
             SEGMENT=segment,
             WEIGHTED=self.weight is not None,
             EXTRA=_block(min(self.extra, 64)) if self.extra else 0,
             CHECKED=checked,
             LOWEST=-1 if self.zero_keys else 0,
             HIDDEN=hidden(self.q.dtype),
+            EYE=mask is not None and mask.tiles is not None and half and self.rel_pos is None,
             UNIT=self.unit,
             WIDE=self.wide,
             UPCAST=is_interpreting() and self.q.dtype == torch.bfloat16,
@@ -412,7 +417,7 @@ _One = Callable[[Config, Callable[..., None]], tuple[Tensor, ...]]
 def run_forward(call: Call) -> tuple[Tensor, Tensor]:
     from visattn.ops.fused.attention_kernels import forward_kernel
 
-    mask, listed, extra, sizes = call.mask(False), call.listed(), call.extra_keys(), call.sizes()
+    mask, listed, extra, sizes = call.mask(False), call.listed(), call.extra_keys(), call.sizes(mask)
     meta = call.meta(mask)
 
     def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:
@@ -431,7 +436,7 @@ def _queries_backward(call: Call, do: Tensor, saved: Saved) -> tuple[Stats, Grad
     from visattn.ops.fused.attention_kernels import queries_backward_kernel
 
     mask, listed, extra = call.mask(False), call.listed(), call.extra_keys()
-    meta, sizes, columns = call.meta(mask), call.sizes(len(mask.rows)), call.columns(mask)
+    meta, sizes, columns = call.meta(mask), call.sizes(mask), call.columns(mask)
 
     def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:
         stats, dq = (
@@ -502,7 +507,7 @@ def _keys_backward(call: Call, do: Tensor, stats: Stats) -> tuple[Tensor, ...]:
             KeyGrads(_map(dk), _map(dv)),
             mask,
             listed,
-            call.sizes(),
+            call.sizes(mask),
         )
         return dk, dv
 
@@ -530,7 +535,7 @@ def _tiles_backward(call: Call, do: Tensor, stats: Stats) -> Tensor:
             partial,
             Parts(parts, found.members),
             mask,
-            call.sizes(),
+            call.sizes(mask),
         )
         return (torch.stack([part.sum(0) for part in partial.split(numbers)], dim=1),)
 
