@@ -1,16 +1,19 @@
 """Tables of the fused kernels against the product of the definitions of their axes."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ops.test_spans import any_axis, definition, outside, pairs, thorough
 from visattn.ops.fused import tables
 from visattn.ops.fused.tables import STEP, Lookup, block_mask, decode, encode, regions, select
-from visattn.ops.geometry import NONE, OUTSIDE, Axis, Clipped, Halo, Partition, Whole, spans
+from visattn.ops.geometry import NONE, OUTSIDE, Axis, Clipped, Halo, Partition, Whole, relation, spans
+from visattn.ops.geometry.spans import _cut
 
 CPU = torch.device("cpu")
 TILED = {
@@ -72,6 +75,46 @@ def test_tables_are_the_product_of_axes(axes, keys_hold):
     assert torch.equal(mask[0].double(), torch.where(added[0].isfinite(), 0, float("-inf")))
     hidden = (added[0, found.kind.long()] == float("-inf")) & (found.rows >= 0)[..., None]
     assert found.masked == bool((hidden & (found.columns != NONE)[:, None]).any())
+
+
+class _Calls(TorchDispatchMode):
+    """Counts what PyTorch is asked for, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("keys_hold", [False, True])
+@pytest.mark.parametrize("axes", [(Axis(200, 7), Axis(304, 7)), (Halo(100, 8, 3), Halo(152, 8, 3))], ids=str)
+def test_a_new_size_costs_few_calls(axes, keys_hold):
+    """Plans are chosen by counts, and only the chosen one is cut."""
+    for cache in (block_mask, relation, _cut):
+        cache.cache_clear()
+    with _Calls() as calls:
+        block_mask(axes, keys_hold, CPU)
+    assert calls.found["unique_dim"] <= len(axes)
+    assert calls.found.total() <= 400
+    with _Calls() as calls:
+        block_mask(axes, keys_hold, CPU)
+        block_mask(axes, keys_hold, CPU, extra=3)  # the axes are known
+    assert calls.found["unique_dim"] == 0
+    assert calls.found.total() <= 100
+
+
+@pytest.mark.parametrize("default", ["cpu", "meta"])
+def test_no_setting_of_the_caller_stays_in_a_mask(default):
+    axes = (Halo(9, 4, 1), Partition(11, 4, shift=2))
+    for cache in (block_mask, relation, _cut):
+        cache.cache_clear()
+    with torch.device(default), torch.inference_mode():
+        found = block_mask(axes, True, CPU)
+    assert found.columns.device == CPU
+    assert not found.columns.is_inference()
 
 
 @pytest.mark.parametrize("axes", TILED.values(), ids=TILED)

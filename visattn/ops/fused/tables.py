@@ -23,11 +23,14 @@ from visattn.ops.geometry import (
     Whole,
     ceil_div,
     interleave,
+    outer_index,
+    relation,
     spans,
     tile_plan,
 )
 
 _KINDS: tuple[type[AnyAxis], ...] = (Axis, Partition, Halo, Whole, Clipped)
+CPU = torch.device("cpu")
 STEP = 16  # columns of a tile are a multiple of this, so that rows of position tiles begin at 16-byte borders
 
 
@@ -52,12 +55,15 @@ def decode(code: Sequence[int]) -> tuple[AnyAxis, ...]:
 
 
 def _outer(per_axis: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """[T, n] row-major token of the product of axes [T_a, n_a]; the smallest negative mark of any axis wins."""
-    index, mark = per_axis[0].clamp(min=0), per_axis[0].clamp(max=0)
-    for values, size in zip(per_axis[1:], sizes[1:], strict=True):
-        index = index[:, None, :, None] * size + values.clamp(min=0)[None, :, None, :]
+    """int32 [T, n] row-major token of the product of axes [T_a, n_a]; the smallest negative mark of any axis wins."""
+    per_axis = [x.to(torch.int32) for x in per_axis]
+    index = outer_index([x.clamp(min=0) for x in per_axis], sizes)
+    if not any((x < 0).any() for x in per_axis):
+        return index
+    mark = per_axis[0].clamp(max=0)
+    for values in per_axis[1:]:
         mark = torch.minimum(mark[:, None, :, None], values.clamp(max=0)[None, :, None, :])
-        index, mark = (x.flatten(2).flatten(0, 1) for x in (index, mark))
+        mark = mark.flatten(2).flatten(0, 1)
     return torch.where(mark < 0, mark, index)
 
 
@@ -225,7 +231,7 @@ def _codes(axes: Sequence[Halo], positions: Sequence[Tensor]) -> Tensor:
     return (rows[:, None, :, None] + (columns << 16)[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=4096)
 def block_mask(
     axes: tuple[AnyAxis, ...], keys_hold: bool, device: torch.device, extra: int = 0
 ) -> BlockMask:
@@ -233,17 +239,12 @@ def block_mask(
 
     With `extra`, every tile meets so many more columns, which are not in the tables.
     """
-    with torch.device("cpu"), torch.inference_mode(False):
-        relation = [spans(axis) for axis in axes]
-        sizes = (
-            [int(s.key.amax()) + 1 for s in relation],
-            [int(s.query.amax()) + 1 for s in relation],
-        )
-        column_sizes, row_sizes = reversed(sizes) if keys_hold else sizes
-        cuts = tile_plan([s.reversed() for s in relation] if keys_hold else relation, extra)
-        rows = _outer([cut.query for cut in cuts], row_sizes)
-        columns = _outer([cut.key for cut in cuts], column_sizes)
-        kind, kinds = torch.zeros(1, dtype=torch.long), 1
+    with torch.inference_mode(False):
+        relations = [relation(axis, keys_hold) for axis in axes]
+        cuts = tile_plan(axes, keys_hold, extra)
+        rows = _outer([cut.query for cut in cuts], [int(s.query.amax()) + 1 for s in relations])
+        columns = _outer([cut.key for cut in cuts], [int(s.key.amax()) + 1 for s in relations])
+        kind, kinds = torch.zeros(1, dtype=torch.long, device=CPU), 1
         for cut in cuts:
             kind = (kind[:, None] * len(cut.pattern) + cut.kind).flatten()
             kinds *= len(cut.pattern)
@@ -268,16 +269,16 @@ def block_mask(
             members,
             None if codes is None else codes.to(device, torch.int32),
             patterns=tuple(cut.pattern.to(device, torch.int32) for cut in cuts),
-            entries=tuple(s.entries for s in relation),
+            entries=tuple(s.entries for s in relations),
             counts=tuple(torch.bincount(kind, minlength=kinds).tolist()),
             masked=any(cut.masked for cut in cuts),
-            has_holes=bool((columns == OUTSIDE).any()),
+            has_holes=any(bool((cut.key == OUTSIDE).any()) for cut in cuts),
         )
 
 
 @functools.lru_cache(maxsize=256)
 def regions(axes: tuple[Partition, Partition], device: torch.device) -> Tensor:
     """int32 [R, t] the token of every place of every region, OUTSIDE where there is none; regions row by row."""
-    with torch.device("cpu"), torch.inference_mode(False):
+    with torch.inference_mode(False):
         tokens = _outer([spans(axis).query for axis in axes], [axis.length for axis in axes])
         return tokens.clamp(min=OUTSIDE).to(device, torch.int32)
