@@ -169,6 +169,24 @@ def test_codes_are_positions_in_the_window(keys_hold):
     assert block_mask(TILED["sliding"], keys_hold, CPU).codes is None
 
 
+@each_tiling
+def test_devices_are_only_written_to_and_only_once(axes, keys_hold):
+    """Nothing waits for a device (what has no numbers cannot be read), and a second call copies nothing to it."""
+    block_mask.cache_clear()
+
+    def use():
+        found = block_mask(axes, keys_hold, torch.device("meta"))
+        table = torch.empty(2, *found.entries, device="meta")
+        found.position_gradient(torch.empty_like(found.position_tiles(table)))
+        found.mask(torch.bfloat16)
+        assert found.parts(3, 7)[0].device.type == "meta"
+
+    use()
+    with _Calls() as calls:
+        use()
+    assert calls.found["_to_copy"] == 0
+
+
 @pytest.mark.parametrize("axes", [TILED["windows, ragged"], TILED["grid, ragged"]])
 def test_regions_are_windows_row_by_row(axes):
     (rows, row_rank), (columns, column_rank) = (axis.place() for axis in axes)
@@ -190,7 +208,7 @@ def test_code_round_trip(axes):
 def test_select_is_index_select_with_its_gradient(lines):
     x = torch.randn(*lines, 7, dtype=torch.float64, requires_grad=True)
     index = torch.randint(1, 6, (4, 5))  # some entries often, the first and the last never
-    out = select(x, Lookup(index, 7))
+    out = select(x, Lookup(index, 7, CPU))
     expected = x.index_select(-1, index.flatten()).unflatten(-1, index.shape)
     assert torch.equal(out, expected)
     cotangent = torch.randn_like(out)
@@ -201,9 +219,10 @@ def test_select_is_index_select_with_its_gradient(lines):
 @pytest.mark.parametrize("most", [1, 1 << 26], ids=["line by line", "at once"])
 def test_lookups_leave_out_what_is_no_entry(most, monkeypatch):
     monkeypatch.setattr(tables, "_MOST", most)
-    lookup = Lookup(torch.tensor([[2, 5, 0], [2, 4, 5], [0, 0, 2]]), 5)
+    index = torch.tensor([[2, 5, 0], [2, 4, 5], [0, 0, 2]])
+    lookup = Lookup(index, 5, CPU)
     x, grad = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 3, 3, dtype=torch.float64)
-    seen, index = lookup.index < 5, lookup.index.clamp(max=4)
+    seen, index = index < 5, index.clamp(max=4)
     assert torch.equal(lookup.read(x, -9.0), torch.where(seen, x[:, index], -9.0))
     expected = torch.zeros(3, 5, dtype=torch.float64).index_add(1, index[seen], grad[:, seen])
     assert torch.allclose(lookup.add(grad), expected, rtol=1e-13, atol=1e-13)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from visattn.ops.geometry import (
     NONE,
@@ -70,37 +71,31 @@ def _outer(per_axis: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
 class Lookup:
     """An index into an axis of `number` entries, `number` itself for none, with a gradient that is summed in one order.
 
-    The order of `index_add` on a GPU is another in every run.
+    The order of `index_add` on a GPU is another in every run. `index` is on the CPU, where all is found out that has to
+    be known about it; a device only gets copies, once.
     """
 
-    def __init__(self, index: Tensor, number: int) -> None:
-        self.index, self.number = index, number
+    def __init__(self, index: Tensor, number: int, device: torch.device) -> None:
+        self.shape, self.number, self.device = index.shape, number, device
+        self._values = index.flatten()
+        self._index = self._values.to(device)
 
     @functools.cached_property
     def places(self) -> Tensor:
         """[number, most] where each entry stands in the flattened index, filled up with the index's length."""
-        values = self.index.flatten()
-        ordered, order = torch.sort(values, stable=True)
-        counts = torch.bincount(values, minlength=self.number + 1)
-        rank = (
-            torch.arange(len(values), device=values.device) - (counts.cumsum(0) - counts)[ordered]
-        )
-        places = torch.full(
-            (self.number + 1, int(counts[:-1].max())), len(values), device=values.device
-        )
-        kept = ordered < self.number
-        places[ordered[kept], rank[kept]] = order[kept]
-        return places[:-1]
+        counts = torch.bincount(self._values, minlength=self.number + 1).tolist()
+        places = torch.argsort(self._values, stable=True).split(counts)[: self.number]
+        return pad_sequence(list(places), True, len(self._values)).to(self.device)
 
     def read(self, x: Tensor, none: float = 0.0) -> Tensor:
         """[..., number] -> [..., *index], `none` where the index is no entry."""
         x = F.pad(x, (0, 1), value=none)
-        return x.index_select(-1, self.index.flatten()).unflatten(-1, self.index.shape)
+        return x.index_select(-1, self._index).unflatten(-1, self.shape)
 
     def add(self, x: Tensor) -> Tensor:
         """Transpose of `read`: [..., *index] -> [..., number]."""
-        leading = x.shape[: -self.index.ndim]
-        lines = F.pad(x.reshape(-1, self.index.numel()), (0, 1))
+        leading = x.shape[: -len(self.shape)]
+        lines = F.pad(x.reshape(-1, len(self._index)), (0, 1))
         step = max(1, _MOST // self.places.numel())
         parts = [part.index_select(1, self.places.flatten()) for part in lines.split(step)]
         found = torch.cat([part.unflatten(1, self.places.shape).sum(2) for part in parts])
@@ -122,7 +117,7 @@ class BlockMask:
         counts: How many tiles there are of each kind.
         codes: int32 of the side that holds the keys of halos, row position + 65536 * column position, each modulo the
             window.
-        patterns: Per axis [C, t, U] the entry of a position table for each pair, -1 for one that is not visible.
+        patterns: On the CPU, per axis [C, t, U] the entry of a position table for each pair, -1 where not visible.
         entries: Of a position table per axis.
         masked: Whether some row and column of a tile do not see each other.
         has_holes: Whether some column is a place outside the map.
@@ -157,25 +152,22 @@ class BlockMask:
                 ]
                 numbers.append(len(starts))
                 first += count
-            self._parts[images, number] = (
-                torch.tensor(parts, dtype=torch.int32).to(self.rows.device),
-                numbers,
-            )
+            found = torch.tensor(parts, dtype=torch.int32, device=CPU).to(self.rows.device)
+            self._parts[images, number] = found, numbers
         return self._parts[images, number]
 
     @functools.cached_property
     def lookup(self) -> Lookup:
         """[kinds, M, U] into a flattened position table."""
         axes = len(self.patterns)
-        index = hidden = self.rows.new_zeros((1,) * (1 + 3 * axes))
+        index = hidden = torch.zeros((1,) * (1 + 3 * axes), dtype=torch.int64, device=CPU)
         for a, (pattern, number) in enumerate(zip(self.patterns, self.entries, strict=True)):
             pattern = pattern.view((1,) * (1 + 3 * a) + pattern.shape + (1,) * (3 * (axes - 1 - a)))
             index, hidden = index * number + pattern, hidden + (pattern < 0)
         number = math.prod(self.entries)
         index = interleave(index.masked_fill(hidden > 0, number), axes).squeeze(1)
-        return Lookup(
-            F.pad(index, (0, self.columns.shape[1] - index.shape[2]), value=number), number
-        )
+        index = F.pad(index, (0, self.columns.shape[1] - index.shape[2]), value=number)
+        return Lookup(index, number, self.rows.device)
 
     @functools.cached_property
     def masks(self) -> dict[torch.dtype, Tensor]:
@@ -259,6 +251,7 @@ def block_mask(
         if codes is not None and not keys_hold:
             codes = F.pad(codes, (0, more))
         members = torch.sort(kind, stable=True).indices
+        counts = torch.bincount(kind, minlength=kinds).tolist()
         rows, columns, kind, members = (
             x.to(device, torch.int32) for x in (rows, columns, kind, members)
         )
@@ -268,15 +261,15 @@ def block_mask(
             kind,
             members,
             None if codes is None else codes.to(device, torch.int32),
-            patterns=tuple(cut.pattern.to(device, torch.int32) for cut in cuts),
+            patterns=tuple(cut.pattern for cut in cuts),
             entries=tuple(s.entries for s in relations),
-            counts=tuple(torch.bincount(kind, minlength=kinds).tolist()),
+            counts=tuple(counts),
             masked=any(cut.masked for cut in cuts),
             has_holes=any(bool((cut.key == OUTSIDE).any()) for cut in cuts),
         )
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=4096)
 def regions(axes: tuple[Partition, Partition], device: torch.device) -> Tensor:
     """int32 [R, t] the token of every place of every region, OUTSIDE where there is none; regions row by row."""
     with torch.inference_mode(False):
