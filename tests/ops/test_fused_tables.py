@@ -11,7 +11,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ops.test_spans import any_axis, definition, outside, pairs, thorough
 from visattn.ops.fused import tables
-from visattn.ops.fused.tables import STEP, Lookup, block_mask, decode, encode, regions, select
+from visattn.ops.fused.tables import (
+    MOST_LANES,
+    STEP,
+    Lookup,
+    block_mask,
+    decode,
+    encode,
+    hidden,
+    regions,
+    select,
+)
 from visattn.ops.geometry import NONE, OUTSIDE, Axis, Clipped, Halo, Partition, Whole, relation, spans
 from visattn.ops.geometry.spans import _cut
 
@@ -62,19 +72,36 @@ def test_tables_are_the_product_of_axes(axes, keys_hold):
     assert rows.tolist() == list(range(expected.shape[0]))
     assert columns.unique().tolist() == list(range(expected.shape[1]))
 
-    table = table_of(axes)
+    table, width = table_of(axes), found.columns.shape[1]
     added = found.position_tiles(table)
-    assert added.shape == (2, len(found.counts), found.rows.shape[1], found.columns.shape[1])
+    assert added.shape == (2, len(found.counts), found.rows.shape[1], found.width)
+    visible = added > hidden(added.dtype)
+    assert not visible[..., width:].any()
     for head in range(2):
-        logits = added[head, found.kind.long()]
-        entry = torch.where(logits.isfinite(), logits - table[head].min(), -1).long()
+        logits = added[head, found.kind.long(), :, :width]
+        entry = torch.where(visible[head, found.kind.long(), :, :width], logits - table[head].min(), -1).long()
         query, key = found.rows[..., None].expand_as(entry), found.columns[:, None].expand_as(entry)
         assert torch.equal(pairs(query, key, entry, expected.shape), expected)
     mask = found.mask(torch.float16)
     assert mask.dtype == torch.float16
-    assert torch.equal(mask[0].double(), torch.where(added[0].isfinite(), 0, float("-inf")))
-    hidden = (added[0, found.kind.long()] == float("-inf")) & (found.rows >= 0)[..., None]
-    assert found.masked == bool((hidden & (found.columns != NONE)[:, None]).any())
+    assert torch.equal(mask[0], torch.where(visible[0], 0, hidden(torch.float16)).half())
+    unseen = ~visible[0, found.kind.long(), :, :width] & (found.rows >= 0)[..., None]
+    assert found.masked == bool((unseen & (found.columns != NONE)[:, None]).any())
+
+
+@each_tiling
+def test_lanes_hide_what_is_outside_of_rectangles(axes, keys_hold):
+    found = block_mask(axes, keys_hold, CPU)
+    lanes = found.lanes(torch.float16)
+    if lanes is None:
+        assert sum(pattern.shape[2] for pattern in found.patterns) >= MOST_LANES
+        return
+    outside, spread = (x.double() for x in lanes)
+    assert outside.shape[-1] == spread.shape[-1] <= MOST_LANES
+    added, mask = outside @ spread.mT, found.mask(torch.float16)[0]  # [kinds, M, width]
+    there = math.prod(pattern.shape[1] for pattern in found.patterns)
+    assert torch.equal(added[:, :there] == 0, mask[:, :there] == 0)
+    assert (added[added != 0] <= hidden(torch.float16)).all()
 
 
 class _Calls(TorchDispatchMode):
@@ -153,7 +180,7 @@ def test_position_gradient_is_the_adjoint(axes, keys_hold):
     found, table = block_mask(axes, keys_hold, CPU), torch.randn_like(table_of(axes))
     added = found.position_tiles(table)
     grad = torch.randn_like(added)  # also where nothing is seen
-    forward = (torch.where(added.isfinite(), added, 0) * grad).sum()
+    forward = (torch.where(added > hidden(added.dtype), added, 0) * grad).sum()
     backward = (table * found.position_gradient(grad)).sum()
     assert torch.isclose(forward, backward, rtol=1e-12, atol=1e-12)
 
@@ -178,7 +205,7 @@ def test_devices_are_only_written_to_and_only_once(axes, keys_hold):
         found = block_mask(axes, keys_hold, torch.device("meta"))
         table = torch.empty(2, *found.entries, device="meta")
         found.position_gradient(torch.empty_like(found.position_tiles(table)))
-        found.mask(torch.bfloat16)
+        found.mask(torch.bfloat16), found.lanes(torch.bfloat16)
         assert found.parts(3, 7)[0].device.type == "meta"
 
     use()
@@ -191,7 +218,9 @@ def test_devices_are_only_written_to_and_only_once(axes, keys_hold):
 def test_regions_are_windows_row_by_row(axes):
     (rows, row_rank), (columns, column_rank) = (axis.place() for axis in axes)
     (_, high, _), (across, wide, _) = (axis.layout() for axis in axes)
-    found = regions(axes, CPU)
+    padded, found = regions(axes, CPU)
+    assert torch.equal(padded[:, : found.shape[1]], found)
+    assert (padded[:, found.shape[1] :] == NONE).all()
     place = (rows[:, None] * across + columns) * high * wide + row_rank[:, None] * wide + column_rank
     expected = torch.full((found.numel(),), OUTSIDE, dtype=torch.int32)
     expected[place.flatten()] = torch.arange(place.numel(), dtype=torch.int32)
