@@ -4,7 +4,7 @@
 
     run("ops.window_attention(q, k, v, 7, backend='triton'); print(gpu.launched)", tmp_path / "cache")
 
-(with q, k and v made there). Triton binds the arguments, looks the kernel up, compiles it for compute capability 9.0 where it is not in the cache,
+Triton binds the arguments, looks the kernel up, compiles it for compute capability 9.0 where it is not in the cache,
 and launches it; then nothing happens, so what the kernel would have written is undefined.
 """
 
