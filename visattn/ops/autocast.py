@@ -35,8 +35,9 @@ def to_autocast(*tensors: Unpack[Tensors]) -> tuple[Unpack[Tensors]]:
 
     float64 stays, as in PyTorch, and so does what is None.
     """
-    device = tensors[0].device
-    found: Any = tuple(_cast(x, device) for x in tensors) if is_autocast(device) else tensors
+    first, found = tensors[0], tensors
+    if isinstance(first, Tensor) and is_autocast(first.device):
+        found = tuple(_cast(x, first.device) for x in tensors)
     return found
 
 
