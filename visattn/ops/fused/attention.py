@@ -48,7 +48,7 @@ def _backward(
     wanted = dict(zip(_TENSORS, needs, strict=True))
     with torch.cuda.device_of(call.q):
         found = run_backward(call, do, dlse, out, lse, wanted)
-    return [found[name].contiguous() for name in _TENSORS if wanted[name]]
+    return [getattr(found, name).contiguous() for name in _TENSORS if wanted[name]]
 
 
 def _fake_backward(*args: Any) -> list[Tensor]:
