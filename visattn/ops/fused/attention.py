@@ -42,12 +42,12 @@ def _backward(
     do: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
 ) -> list[Tensor]:
     *inputs, needs = args
-    call = Call(*inputs)
+    call = Call(*inputs, do, dlse, out, lse)
     if not (call.q.numel() and call.v.numel()):
         return [x.new_zeros(x.shape) for x, n in zip(inputs, needs, strict=False) if n]
     wanted = dict(zip(_TENSORS, needs, strict=True))
     with torch.cuda.device_of(call.q):
-        found = run_backward(call, do, dlse, out, lse, wanted)
+        found = run_backward(call, wanted)
     return [getattr(found, name).contiguous() for name in _TENSORS if wanted[name]]
 
 

@@ -40,7 +40,9 @@ class Launch(NamedTuple):
         for i, parameter in enumerate(self.kernel.params):
             if parameter.is_constexpr:
                 value = self.constants[(i,)]
-                found.update(value._asdict() if hasattr(value, "_asdict") else {parameter.name: value})
+                found.update(
+                    value._asdict() if hasattr(value, "_asdict") else {parameter.name: value}
+                )
         return found
 
     def compile(self, capability: int) -> Any:
