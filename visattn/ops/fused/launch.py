@@ -76,8 +76,8 @@ class Launch(NamedTuple):
     num_stages: int
 
     @property
-    def constants(self) -> dict[str, Any]:
-        """What the kernel is compiled with, by name."""
+    def options(self) -> dict[str, Any]:
+        """What the kernel is compiled with, by name; groups of constants one by one."""
         found = {}
         for parameter in self.kernel.params:
             value = self.arguments[parameter.name]
@@ -87,16 +87,20 @@ class Launch(NamedTuple):
                 )
         return found
 
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **OPTIONS}
+    def _call(self) -> dict[str, Any]:
+        return {
+            **self.arguments,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            **OPTIONS,
+        }
 
     @property
     def key(self) -> tuple[str, str, str]:
         """Equal for launches of the same code, on any GPU."""
         with _compiling_for(90) as target:
             bind = self.kernel.device_caches[target.get_current_device()][-1]
-            _, specialization, options = bind(**self.arguments, **self.options)
+            _, specialization, options = bind(**self._call())
         return self.kernel.__name__, str(specialization), str(options)
 
     def compile(self, capability: int) -> Any:
@@ -105,7 +109,7 @@ class Launch(NamedTuple):
         Triton keeps it where a launch with such arguments looks for it.
         """
         with _compiling_for(capability):
-            return self.kernel.warmup(grid=(1,), **self.arguments, **self.options)
+            return self.kernel.warmup(grid=(1,), **self._call())
 
 
 def power_of_2(n: int) -> int:
