@@ -104,7 +104,9 @@ def run(code: str, cache: Path, *arguments: str, **environment: str) -> str:
     """Run code after `PRELUDE` in a process of its own, whose Triton cache is a folder; what it printed."""
     environment = {
         **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)])),
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [os.environ.get("PYTHONPATH"), str(ROOT), str(ROOT / "benchmarks")])
+        ),
         "TRITON_CACHE_DIR": str(cache),
         "OMP_NUM_THREADS": "1",
         "VISATTN_TUNE": "off",

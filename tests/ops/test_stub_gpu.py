@@ -16,7 +16,7 @@ def test_launches_are_recorded_and_compiled_once(tmp_path):
     kernels = stub_gpu.compiled(tmp_path)
     assert len(lines) == 2
     assert lines[0] == lines[1]
-    assert lines[0].startswith("queries_forward_kernel 4 2 2 ")
+    assert lines[0].startswith("forward_kernel 4 2 2 ")
     assert len(kernels) == 1
     assert stub_gpu.run(CODE, tmp_path).splitlines() == lines
     assert stub_gpu.compiled(tmp_path) == kernels
