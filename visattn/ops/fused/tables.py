@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from visattn.ops.fused.launch import power_of_2
 from visattn.ops.geometry import (
@@ -24,12 +25,15 @@ from visattn.ops.geometry import (
     Whole,
     ceil_div,
     interleave,
+    outer_index,
     padded_rows,
+    relation,
     spans,
     tile_plan,
 )
 
 _KINDS: tuple[type[AnyAxis], ...] = (Axis, Partition, Halo, Whole, Clipped)
+CPU = torch.device("cpu")
 STEP = 16  # columns of a tile are a multiple of this
 MOST_LANES = 64  # of the product that hides what lies outside of rectangles
 
@@ -65,49 +69,46 @@ def decode(code: Sequence[int]) -> tuple[AnyAxis, ...]:
 
 
 def _outer(per_axis: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """[T, n] row-major token of the product of axes [T_a, n_a]; the smallest negative mark of any axis wins."""
-    index, mark = per_axis[0].clamp(min=0), per_axis[0].clamp(max=0)
-    for values, size in zip(per_axis[1:], sizes[1:], strict=True):
-        index = index[:, None, :, None] * size + values.clamp(min=0)[None, :, None, :]
+    """int32 [T, n] row-major token of the product of axes [T_a, n_a]; the smallest negative mark of any axis wins."""
+    per_axis = [x.to(torch.int32) for x in per_axis]
+    index = outer_index([x.clamp(min=0) for x in per_axis], sizes)
+    if not any((x < 0).any() for x in per_axis):
+        return index
+    mark = per_axis[0].clamp(max=0)
+    for values in per_axis[1:]:
         mark = torch.minimum(mark[:, None, :, None], values.clamp(max=0)[None, :, None, :])
-        index, mark = (x.flatten(2).flatten(0, 1) for x in (index, mark))
+        mark = mark.flatten(2).flatten(0, 1)
     return torch.where(mark < 0, mark, index)
 
 
 class Lookup:
     """An index into an axis of `number` entries, `number` itself for none, with a gradient that is summed in one order.
 
-    The order of `index_add` on a GPU is another in every run.
+    The order of `index_add` on a GPU is another in every run. `index` is on the CPU, where all is found out that has to
+    be known about it; a device only gets copies, once.
     """
 
-    def __init__(self, index: Tensor, number: int) -> None:
-        self.index, self.number = index, number
+    def __init__(self, index: Tensor, number: int, device: torch.device) -> None:
+        self.shape, self.number, self.device = index.shape, number, device
+        self._values = index.flatten()
+        self._index = self._values.to(device)
 
     @functools.cached_property
     def places(self) -> Tensor:
         """[number, most] where each entry stands in the flattened index, filled up with the index's length."""
-        values = self.index.flatten()
-        ordered, order = torch.sort(values, stable=True)
-        counts = torch.bincount(values, minlength=self.number + 1)
-        rank = (
-            torch.arange(len(values), device=values.device) - (counts.cumsum(0) - counts)[ordered]
-        )
-        places = torch.full(
-            (self.number + 1, int(counts[:-1].max())), len(values), device=values.device
-        )
-        kept = ordered < self.number
-        places[ordered[kept], rank[kept]] = order[kept]
-        return places[:-1]
+        counts = torch.bincount(self._values, minlength=self.number + 1).tolist()
+        places = torch.argsort(self._values, stable=True).split(counts)[: self.number]
+        return pad_sequence(list(places), True, len(self._values)).to(self.device)
 
     def read(self, x: Tensor, none: float = 0.0) -> Tensor:
         """[..., number] -> [..., *index], `none` where the index is no entry."""
         x = F.pad(x, (0, 1), value=none)
-        return x.index_select(-1, self.index.flatten()).unflatten(-1, self.index.shape)
+        return x.index_select(-1, self._index).unflatten(-1, self.shape)
 
     def add(self, x: Tensor) -> Tensor:
         """Transpose of `read`: [..., *index] -> [..., number]."""
-        leading = x.shape[: -self.index.ndim]
-        lines = F.pad(x.reshape(-1, self.index.numel()), (0, 1))
+        leading = x.shape[: -len(self.shape)]
+        lines = F.pad(x.reshape(-1, len(self._index)), (0, 1))
         step = max(1, _MOST // self.places.numel())
         parts = [part.index_select(1, self.places.flatten()) for part in lines.split(step)]
         found = torch.cat([part.unflatten(1, self.places.shape).sum(2) for part in parts])
@@ -129,7 +130,7 @@ class BlockMask:
         counts: How many tiles there are of each kind.
         codes: int32 of the side that holds the keys of halos, row position + 65536 * column position, each modulo the
             window.
-        patterns: Per axis [C, t, U] the entry of a position table for each pair, -1 for one that is not visible.
+        patterns: On the CPU, per axis [C, t, U] the entry of a position table for each pair, -1 where not visible.
         entries: Of a position table per axis.
         masked: Whether some row and column of a tile do not see each other.
         has_holes: Whether some column is a place outside the map.
@@ -164,23 +165,21 @@ class BlockMask:
                 ]
                 numbers.append(len(starts))
                 first += count
-            self._parts[images, number] = (
-                torch.tensor(parts, dtype=torch.int32).to(self.rows.device),
-                numbers,
-            )
+            found = torch.tensor(parts, dtype=torch.int32, device=CPU).to(self.rows.device)
+            self._parts[images, number] = found, numbers
         return self._parts[images, number]
 
     @functools.cached_property
     def lookup(self) -> Lookup:
         """[kinds, M, U] into a flattened position table."""
         axes = len(self.patterns)
-        index = hidden = self.rows.new_zeros((1,) * (1 + 3 * axes))
+        index = hidden = torch.zeros((1,) * (1 + 3 * axes), dtype=torch.int64, device=CPU)
         for a, (pattern, number) in enumerate(zip(self.patterns, self.entries, strict=True)):
             pattern = pattern.view((1,) * (1 + 3 * a) + pattern.shape + (1,) * (3 * (axes - 1 - a)))
             index, hidden = index * number + pattern, hidden + (pattern < 0)
         number = math.prod(self.entries)
         index = interleave(index.masked_fill(hidden > 0, number), axes).squeeze(1)
-        return Lookup(self.pad(index, number), number)
+        return Lookup(self.pad(index, number), number, self.rows.device)
 
     @functools.cached_property
     def width(self) -> int:
@@ -202,7 +201,7 @@ class BlockMask:
         if number > MOST_LANES:
             return None
         if dtype not in self._lanes:
-            rows, columns, device = [], [], self.rows.device
+            rows, columns, device = [], [], CPU
             for a, (pattern, size) in enumerate(zip(self.patterns, sizes, strict=True)):
                 shape = [1] * (2 * len(sizes) + 1)
                 shape[2 * a], shape[2 * a + 1], shape[-1] = pattern.shape
@@ -232,7 +231,8 @@ class BlockMask:
                 value=True,
             )
             columns = torch.cat([F.pad(columns, (0, more)), none]).to(dtype)
-            self._lanes[dtype] = rows.to(dtype) * hidden(dtype), columns
+            rows = rows.to(dtype) * hidden(dtype)
+            self._lanes[dtype] = rows.to(self.rows.device), columns.to(self.rows.device)
         return self._lanes[dtype]
 
     @functools.cached_property
@@ -295,7 +295,7 @@ def pad_rows(tokens: Tensor) -> Tensor:
     return F.pad(tokens, (0, number - tokens.shape[1]), value=NONE)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=4096)
 def block_mask(
     axes: tuple[AnyAxis, ...], keys_hold: bool, device: torch.device, extra: int = 0
 ) -> BlockMask:
@@ -303,17 +303,12 @@ def block_mask(
 
     With `extra`, every tile meets so many more columns, which are not in the tables.
     """
-    with torch.device("cpu"), torch.inference_mode(False):
-        relation = [spans(axis) for axis in axes]
-        sizes = (
-            [int(s.key.amax()) + 1 for s in relation],
-            [int(s.query.amax()) + 1 for s in relation],
-        )
-        column_sizes, row_sizes = reversed(sizes) if keys_hold else sizes
-        cuts = tile_plan([s.reversed() for s in relation] if keys_hold else relation, extra)
-        rows = _outer([cut.query for cut in cuts], row_sizes)
-        columns = _outer([cut.key for cut in cuts], column_sizes)
-        kind, kinds = torch.zeros(1, dtype=torch.long), 1
+    with torch.inference_mode(False):
+        relations = [relation(axis, keys_hold) for axis in axes]
+        cuts = tile_plan(axes, keys_hold, extra)
+        rows = _outer([cut.query for cut in cuts], [int(s.query.amax()) + 1 for s in relations])
+        columns = _outer([cut.key for cut in cuts], [int(s.key.amax()) + 1 for s in relations])
+        kind, kinds = torch.zeros(1, dtype=torch.long, device=CPU), 1
         for cut in cuts:
             kind = (kind[:, None] * len(cut.pattern) + cut.kind).flatten()
             kinds *= len(cut.pattern)
@@ -327,6 +322,7 @@ def block_mask(
         if codes is not None:
             codes = F.pad(codes, (0, (rows if keys_hold else columns).shape[1] - codes.shape[1]))
         members = torch.sort(kind, stable=True).indices
+        counts = torch.bincount(kind, minlength=kinds).tolist()
         rows, columns, kind, members = (
             x.to(device, torch.int32) for x in (rows, columns, kind, members)
         )
@@ -336,19 +332,19 @@ def block_mask(
             kind,
             members,
             None if codes is None else codes.to(device, torch.int32),
-            patterns=tuple(cut.pattern.to(device, torch.int32) for cut in cuts),
-            entries=tuple(s.entries for s in relation),
-            counts=tuple(torch.bincount(kind, minlength=kinds).tolist()),
+            patterns=tuple(cut.pattern for cut in cuts),
+            entries=tuple(s.entries for s in relations),
+            counts=tuple(counts),
             masked=any(cut.masked for cut in cuts),
-            has_holes=bool((columns == OUTSIDE).any()),
+            has_holes=any(bool((cut.key == OUTSIDE).any()) for cut in cuts),
         )
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=4096)
 def regions(axes: tuple[Partition, Partition], device: torch.device) -> tuple[Tensor, Tensor]:
     """int32 [R, M] and [R, t] the token of every place of every region, negative where there is none; row by row."""
-    with torch.device("cpu"), torch.inference_mode(False):
+    with torch.inference_mode(False):
         tokens = _outer([spans(axis).query for axis in axes], [axis.length for axis in axes]).clamp(
             min=OUTSIDE
         )
-        return pad_rows(tokens).to(device, torch.int32), tokens.to(device, torch.int32)
+        return pad_rows(tokens).to(device), tokens.to(device)

@@ -34,6 +34,7 @@ from visattn.ops.geometry.spans import (
     Spans,
     Whole,
     padded_rows,
+    relation,
     spans,
     tile_plan,
 )

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from visattn.ops.geometry.arithmetic import ceil_div
@@ -21,6 +20,7 @@ from visattn.ops.geometry.blocks import Halo, Partition
 from visattn.ops.geometry.sliding import Axis, window
 
 OUTSIDE, NONE = -1, -2  # a place outside the map; no place at all
+_CPU = torch.device("cpu")  # said in every call: a context would cost more than the calls
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Clipped:
 AnyAxis = Axis | Partition | Halo | Whole | Clipped
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Spans:
-    """One axis: `G` groups of `P` query positions and `K` key positions.
+    """One axis: `G` groups of `P` query positions and `K` key positions; the tokens of a group lie together.
 
     Attributes:
         query: [G, P] token at a query position, OUTSIDE where there is none.
@@ -65,38 +65,78 @@ class Spans:
 
     def reversed(self) -> Spans:
         """The same relation with keys in the role of queries."""
-        position = torch.arange(self.key.shape[1]).expand_as(self.key).contiguous()
+        position = torch.arange(self.key.shape[1], device=_CPU).expand_as(self.key).contiguous()
         edges = self.stop.contiguous(), self.start.contiguous()
         first, last = (torch.searchsorted(edge, position, right=True) for edge in edges)
         return Spans(self.key, self.query, first, last, self.offset, self.entries, -self.sign)
 
+    @functools.cached_property
+    def held(self) -> tuple[Tensor, Tensor, range]:
+        """Where the tokens of queries lie: [G, 1] the first position and the one after the last, and of all groups."""
+        there = self.query >= 0
+        first = there.long().argmax(1, keepdim=True)
+        last = first + there.sum(1, keepdim=True)
+        return first, last, range(int(first.amin()), int(last.amax()))
+
+    @functools.cached_property
     def sees_all(self) -> bool:
         """Whether every query sees every key of its group."""
         return bool((self.stop - self.start == self.key.shape[1]).all())
 
-    def cut(self, size: int) -> Cut:
-        """Cut the queries of every group into tiles of `size`."""
-        (groups, places), keys = self.query.shape, self.key.shape[1]
-        more = -places % size
-        query = F.pad(self.query, (0, more), value=OUTSIDE).view(-1, size)  # [T, t]
-        edges = (torch.cat([x, x[:, -1:].expand(-1, more)], 1) for x in (self.start, self.stop))
-        start, stop = (x.view(-1, size) for x in edges)  # [T, t]
-        position = torch.arange(places + more).expand(groups, -1).reshape(-1, size)  # [T, t]
-        group = torch.arange(groups).repeat_interleave((places + more) // size)  # [T]
-        there = query >= 0
-        tiles = there.any(1)
-        query, start, stop, position = (x[tiles] for x in (query, start, stop, position))
-        group, there = group[tiles], there[tiles]
-        first = start.masked_fill(~there, keys).amin(1)
-        union = max(1, int((stop.masked_fill(~there, 0).amax(1) - first).amax()))
-        first = first.clamp(max=max(keys - union, 0))
-        place = first[:, None] + torch.arange(union)  # [T, U]
-        key = self.key[group[:, None], place.clamp(max=keys - 1)]
-        key = key.masked_fill(place >= keys, NONE)  # [T, U]
-        if self.entries == 1 and self.sees_all():
-            pattern = torch.zeros(1, 1, 1, dtype=torch.long).expand(1, size, union)
-            kind = torch.zeros(len(query), dtype=torch.long)
-            return Cut(query, key, position, place, pattern, kind, False)
+    @functools.cached_property
+    def options(self) -> list[tuple[int, int, int, int]]:
+        """Ways to cut the queries, larger tiles first: size, position of the first tile, tiles, and keys of each.
+
+        Tiles begin with the first token, or with the multiple of their size before it: blocks begin there.
+        """
+        first, last, held = self.held
+        even = {ceil_div(len(held), ceil_div(len(held), 2**n)) for n in range(8)}
+        sizes = sorted({n for n in even if n <= 128} | {len(held)}, reverse=True)
+        if self.sees_all:
+            sizes = sizes[:1]  # nothing to gain
+        cuts = [
+            (n, begin)
+            for n in sizes
+            for begin in sorted({held.start, held.start // n * n}, reverse=True)
+        ]
+        begins = [torch.arange(begin, held.stop, n, device=_CPU) for n, begin in cuts]
+        begin, end = (
+            torch.cat(begins),
+            torch.cat([x + n for x, (n, _) in zip(begins, cuts, strict=True)]),
+        )
+        begin, end = torch.maximum(begin, first), torch.minimum(end, last)  # [G, tiles of all]
+        union = self.stop.gather(1, (end - 1).clamp(min=0)) - self.start.gather(
+            1, begin.clamp(max=held.stop - 1)
+        )
+        there = begin < end
+        tiles, keys = iter(there.sum(0).tolist()), iter((union * there).amax(0).tolist())
+        return [
+            (*cut, sum(itertools.islice(tiles, len(x))), max(1, *itertools.islice(keys, len(x))))
+            for cut, x in zip(cuts, begins, strict=True)
+        ]
+
+    def cut(self, size: int, begin: int = 0) -> Cut:
+        """Cut the queries of every group into tiles of `size` from a position on; tiles without any are left out."""
+        first, last, held = self.held
+        position = torch.arange(
+            begin, begin + ceil_div(held.stop - begin, size) * size, device=_CPU
+        )
+        position = position.view(-1, size)  # [n, t]
+        there = (position >= first[..., None]) & (position < last[..., None])  # [G, n, t]
+        group, tile = there.any(2).nonzero(as_tuple=True)  # [T]
+        there, position, group = there[group, tile], position[tile], group[:, None]
+        last_place = position.clamp(max=self.query.shape[1] - 1)  # [T, t]
+        query, start, stop = (x[group, last_place] for x in (self.query, self.start, self.stop))
+        query = query.masked_fill(~there, OUTSIDE)
+        keys = self.key.shape[1]
+        low = start.masked_fill(~there, keys).amin(1)
+        union = max(1, int((stop.masked_fill(~there, 0).amax(1) - low).amax()))
+        low = low.clamp(max=max(keys - union, 0))
+        place = low[:, None] + torch.arange(union, device=_CPU)  # [T, U]
+        key = self.key[group, place.clamp(max=keys - 1)].masked_fill(place >= keys, NONE)
+        if self.entries == 1 and self.sees_all:
+            pattern = query.new_zeros(1, 1, 1).expand(1, size, union)
+            return Cut(query, key, position, place, pattern, torch.zeros_like(low), False)
         visible = (place[:, None] >= start[..., None]) & (place[:, None] < stop[..., None])
         entry = self.sign * (place[:, None] - position[..., None]) + self.offset  # [T, t, U]
         entry = entry.clamp(0, self.entries - 1).masked_fill(~visible, -1)
@@ -128,7 +168,7 @@ class Cut:
 
 
 def _rank(length: int) -> Tensor:
-    return torch.arange(length)[None]
+    return torch.arange(length, device=_CPU)[None]
 
 
 @functools.singledispatch
@@ -150,8 +190,8 @@ def _(axis: Axis) -> Spans:
 @spans.register
 def _(axis: Partition) -> Spans:
     windows, slots, _ = axis.layout()
-    token = torch.full((windows, slots), OUTSIDE)
-    token[axis.place()] = torch.arange(axis.length)
+    token = torch.full((windows, slots), OUTSIDE, device=_CPU)
+    token[axis.place(_CPU)] = _rank(axis.length)
     start, stop = torch.zeros_like(token), torch.full_like(token, slots)
     return Spans(token, token, start, stop, axis.window - 1, 2 * axis.window - 1)
 
@@ -184,30 +224,29 @@ def padded_rows(number: int) -> int:
     return 16 if number <= 16 else 32 if number <= 32 else ceil_div(number, 64) * 64
 
 
-def _even(length: int, size: int) -> int:
-    return ceil_div(length, ceil_div(length, size))
+@functools.lru_cache(maxsize=4096)
+def relation(axis: AnyAxis, keys_hold: bool = False) -> Spans:
+    """`spans`, with `keys_hold` reversed, kept."""
+    return spans(axis).reversed() if keys_hold else spans(axis)
 
 
-def tile_plan(axes: Sequence[Spans], extra: int = 0) -> tuple[Cut, ...]:
+@functools.lru_cache(maxsize=4096)
+def _cut(axis: AnyAxis, keys_hold: bool, size: int, begin: int) -> Cut:
+    return relation(axis, keys_hold).cut(size, begin)
+
+
+def tile_plan(axes: Sequence[AnyAxis], keys_hold: bool = False, extra: int = 0) -> tuple[Cut, ...]:
     """Cut all axes into the tiles that cost least: pairs of a padded tile, and loads of its keys for every 64 rows.
 
     Keys come in steps of 16, 32 or 64. A key that is loaded counts as 64 pairs, and so does each of 64 rows once; every
     tile meets `extra` more keys. Larger tiles win ties.
     """
-    options: list[list[tuple[int, Cut]]] = []
-    for axis in axes:
-        longest = axis.query.shape[1]
-        sizes = sorted({_even(longest, 2**n) for n in range(8)} | {longest}, reverse=True)
-        if axis.sees_all():
-            sizes = [longest]  # nothing to gain
-        options.append([(size, axis.cut(size)) for size in sizes if size <= 128 or size == longest])
 
-    def cost(cuts: Sequence[Cut]) -> int:
-        tiles = math.prod(len(c.query) for c in cuts)
-        rows = padded_rows(math.prod(c.query.shape[1] for c in cuts))
-        keys = padded_rows(math.prod(c.key.shape[1] for c in cuts)) + extra
+    def cost(choice: Sequence[tuple[int, int, int, int]]) -> int:
+        held, _, tiles, met = (math.prod(numbers) for numbers in zip(*choice, strict=True))
+        rows, keys = padded_rows(held), padded_rows(met) + extra
         blocks = ceil_div(rows, 64)
         return tiles * (keys * (rows + 64 * blocks) + 64 * 64 * blocks)
 
-    choices = itertools.product(*options)
-    return min((tuple(cut for _, cut in choice) for choice in choices), key=cost)
+    best = min(itertools.product(*(relation(axis, keys_hold).options for axis in axes)), key=cost)
+    return tuple(_cut(axis, keys_hold, *how[:2]) for axis, how in zip(axes, best, strict=True))
