@@ -68,6 +68,7 @@ class Choice:
 _Key = tuple[str, ShapeClass, torch.device]
 _choices: dict[_Key, Choice] = {}
 _searching = threading.Lock()
+_trying_all = 0  # contexts of `all_candidates` that are open
 
 
 class _Session:
@@ -119,6 +120,10 @@ def run_tuned(
     Raises:
         ValueError: VISATTN_TUNE is set to something else than off, cached or search.
     """
+    if _trying_all:
+        for config in candidates[1:]:
+            run(config)
+        return run(candidates[0])
     key = (kernel, shape_class, device)
     if _sessions:
         return run(_choose(key, candidates, run, True).config)
@@ -210,6 +215,17 @@ def _search(known: Choice, key: _Key, candidates: Sequence[Config], run: Run) ->
         default,
         found.dropped,
     )
+
+
+@contextlib.contextmanager
+def all_candidates() -> Generator[None]:
+    """Launch every candidate of every kernel that runs in this context, the default last: to record them."""
+    global _trying_all
+    _trying_all += 1
+    try:
+        yield
+    finally:
+        _trying_all -= 1
 
 
 @contextlib.contextmanager
