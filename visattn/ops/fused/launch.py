@@ -24,7 +24,7 @@ _POINTERS = {
 
 
 class Launch(NamedTuple):
-    """A launch as the compiler needs it."""
+    """A launch as the compiler needs it; with `programs` and `arguments` where it was recorded."""
 
     kernel: Any
     signature: dict[str, str]
@@ -32,6 +32,8 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int = 2
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}  # noqa: RUF012 (never written to)
+    programs: tuple[int, ...] = ()
+    arguments: dict[str, Any] = {}  # noqa: RUF012 (never written to)
 
     def compile(self, capability: int) -> Any:
         """The kernel for NVIDIA GPUs of a compute capability times 10 (80, 90, 100); no GPU is needed."""
@@ -107,8 +109,10 @@ def launch(
     kernel: Any, programs: int | tuple[int, ...], config: Config, arguments: dict[str, Any]
 ) -> None:
     """Launch so many programs of a kernel, per axis if several, with the warps and stages of a config."""
+    grid = programs if isinstance(programs, tuple) else (programs,)
     if _recorded:
-        _recorded[-1].append(describe(kernel, arguments, config.num_warps, config.num_stages))
+        found = describe(kernel, arguments, config.num_warps, config.num_stages)
+        _recorded[-1].append(found._replace(programs=grid, arguments=arguments))
     else:
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **OPTIONS}
-        kernel[programs if isinstance(programs, tuple) else (programs,)](**arguments, **options)
+        kernel[grid](**arguments, **options)
