@@ -254,7 +254,7 @@ def compiled(case: str, dtype: str, launch: Launch, capability: int) -> Result:
     registers, stack = resources(cubin)
     copies = re.findall(r"cp\.async\.c[ag]\.\S+ .*?, .*?, (0x\w+|\d+)", ptx)
     wanted = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
-    constants = {n: x if isinstance(x, str) else int(x) for n, x in launch.constants.items() if x and n.isupper()}
+    constants = {n: x if isinstance(x, str) else int(x) for n, x in launch.options.items() if x}
     return Result(
         case,
         launch.kernel.__name__.removesuffix("_kernel"),

@@ -56,7 +56,7 @@ def _backward(
     wanted = dict(zip(_TENSORS, needs, strict=True))
     with torch.cuda.device_of(call.q):
         found = run_backward(call, do, dlse, out, lse, wanted)
-    return [found[name].contiguous() for name in _TENSORS if wanted[name]]
+    return [getattr(found, name).contiguous() for name in _TENSORS if wanted[name]]
 
 
 @_backward.register_fake

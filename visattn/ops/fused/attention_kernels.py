@@ -1,11 +1,11 @@
 """The Triton kernels of the fused core.
 
-A program holds `BLOCK_M` rows of a tile and streams the tile's columns, `BLOCK_N` at a time. In three kernels rows are
-queries and columns keys, in `keys_backward_kernel` it is the reverse. Where they lie is read from tables of tokens.
+A program holds BLOCK_M rows of a tile and streams the tile's columns, BLOCK_N at a time. In three kernels rows are
+queries and columns keys, in `keys_backward_kernel` it is the reverse. Where they lie is read from tables of tokens. The
+groups of arguments are the tuples of attention_arguments.py.
 
-Shapes: maps are [B, tokens, N, D] with strides for image (b), token (t) and head (n) and channel stride 1; results are
-contiguous. T tiles of M rows and U columns. Logits are kept times log2(e), so that `exp2` makes the weights; position
-tiles come that way.
+Shapes: M = BLOCK_M rows, N = BLOCK_N columns, D and DV padded channels, R lanes of positions. Logits are kept times
+log2(e), so that `exp2` makes the weights; position tiles come that way.
 """
 
 from __future__ import annotations
@@ -18,598 +18,557 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def at_head(base, b, head, stride_b, stride_n, UNIT: tl.constexpr):
-    """Where a head of an image begins; strides are multiples of UNIT, which the compiler is shown."""
-    return base + b * (stride_b // UNIT * UNIT) + head.to(tl.int64) * (stride_n // UNIT * UNIT)
+def wide(token, META: tl.constexpr):
+    """Tokens as wide as the offsets within an image."""
+    return token.to(tl.int64) if META.WIDE else token
 
 
 @triton.jit
-def take(
-    base,
-    token,
-    stride,
-    CHANNELS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    UNIT: tl.constexpr,
-    WIDE: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """[rows, BLOCK] channels of the tokens; zero where there is no token or channel."""
-    channel = tl.arange(0, BLOCK)
+def at_rows(x, b, head, token, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, META: tl.constexpr):
+    """[rows, BLOCK] where the channels of tokens are, and which there are; strides are seen to be multiples of UNIT."""
+    offs_d = tl.arange(0, BLOCK)
     keep = (token >= 0)[:, None]
     if CHANNELS < BLOCK:
-        keep = keep & (channel < CHANNELS)[None, :]
-    place = token.to(tl.int64) if WIDE else token
-    at = base + place[:, None] * (stride // UNIT * UNIT)
-    x = tl.load(at + channel[None, :], mask=keep, other=0.0)
-    if UPCAST:
-        x = x.to(tl.float32)
-    return x
+        keep = keep & (offs_d < CHANNELS)[None, :]
+    stride_b, stride_n = x.stride_b // META.UNIT * META.UNIT, x.stride_n // META.UNIT * META.UNIT
+    base = x.ptr + b * stride_b + head.to(tl.int64) * stride_n
+    return base + wide(token, META)[:, None] * (x.stride_t // META.UNIT * META.UNIT) + offs_d[
+        None, :
+    ], keep
 
 
 @triton.jit
-def put(
-    base,
-    token,
-    stride,
-    x,
-    CHANNELS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    UNIT: tl.constexpr,
-    WIDE: tl.constexpr,
+def load_rows(x, b, head, token, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, META: tl.constexpr):
+    """[rows, BLOCK] channels of the tokens; zero where there is no token or channel."""
+    at, keep = at_rows(x, b, head, token, CHANNELS, BLOCK, META)
+    rows = tl.load(at, mask=keep, other=0.0)
+    return rows.to(tl.float32) if META.UPCAST else rows
+
+
+@triton.jit
+def store_rows(
+    x, b, head, token, rows, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, META: tl.constexpr
 ):
     """Write [rows, BLOCK] to the tokens."""
-    channel = tl.arange(0, BLOCK)
-    keep = (token >= 0)[:, None]
-    if CHANNELS < BLOCK:
-        keep = keep & (channel < CHANNELS)[None, :]
-    place = token.to(tl.int64) if WIDE else token
-    at = base + place[:, None] * (stride // UNIT * UNIT)
-    tl.store(at + channel[None, :], x.to(base.dtype.element_ty), mask=keep)
+    at, keep = at_rows(x, b, head, token, CHANNELS, BLOCK, META)
+    tl.store(at, rows.to(x.ptr.dtype.element_ty), mask=keep)
 
 
 @triton.jit
-def take_number(base, token, stride, other, WIDE: tl.constexpr):
-    """[rows] one number per token; `other` where there is no token."""
-    place = token.to(tl.int64) if WIDE else token
-    return tl.load(base + place * stride, mask=token >= 0, other=other)
+def at_line(ptr, b, head, token, sizes, META: tl.constexpr):
+    """[rows] where the numbers of queries are, of [B, queries, heads]."""
+    return ptr + (b * sizes.queries * sizes.heads + head) + wide(token, META) * sizes.heads
 
 
 @triton.jit
-def columns_of(
-    table,
-    indices,
-    weight,
-    tile,
-    first,
-    step,
-    total,
-    SEGMENT: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    BLOCK: tl.constexpr,
+def load_stats(stats, b, head, token, sizes, META: tl.constexpr):
+    """[rows] lse times log2(e) and delta; weights are 0 where there is no token."""
+    there = token >= 0
+    lse_i = tl.load(at_line(stats.lse, b, head, token, sizes, META), mask=there, other=float("inf"))
+    return lse_i, tl.load(at_line(stats.delta, b, head, token, sizes, META), mask=there, other=0.0)
+
+
+@triton.jit
+def load_tokens(
+    mask, listed, first, tile, start_n, total, META: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Tokens [BLOCK] of the columns from `step` on, -2 past the end, and the factors of their regions.
-
-    With SEGMENT = 0 they are a row of the table; else those of the regions in `indices`, SEGMENT each.
-    """
-    u = step + tl.arange(0, BLOCK)
-    inside = u < total
-    factor = tl.full([BLOCK], 1.0, tl.float32)
-    if SEGMENT == 0:
-        token = tl.load(table + tile * total + u, mask=inside, other=-2)
-    else:
-        entry = first + u // SEGMENT
-        region = tl.load(indices + entry, mask=inside, other=0)
-        token = tl.load(table + region * SEGMENT + u % SEGMENT, mask=inside, other=-2)
-        if WEIGHTED:
-            factor = tl.load(weight + entry, mask=inside, other=0.0).to(tl.float32)
-    return token, factor
+    """[N] tokens of the columns from `start_n` on, -2 past the end: of a row of the table, or of the regions listed."""
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    inside = offs_n < total
+    place = tile * total + offs_n
+    if META.SEGMENT > 0:
+        region = tl.load(listed.indices + first + offs_n // META.SEGMENT, mask=inside, other=0)
+        place = region * META.SEGMENT + offs_n % META.SEGMENT
+    return tl.load(mask.columns + place, mask=inside, other=-2)
 
 
 @triton.jit
-def visible(key_mask, token, b, keys, HAS_KEY_MASK: tl.constexpr):
-    """The tokens of keys, -2 in the place of those that the mask hides."""
-    if HAS_KEY_MASK:
-        token = tl.where(
-            tl.load(key_mask + b * keys + token, mask=token >= 0, other=1) != 0, token, -2
-        )
+def load_factors(listed, first, start_n, total, META: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[N] factors of the regions of columns."""
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    return tl.load(
+        listed.weight + first + offs_n // META.SEGMENT, mask=offs_n < total, other=0.0
+    ).to(tl.float32)
+
+
+@triton.jit
+def without_hidden(token, mask, b, sizes):
+    """Tokens of keys, -2 in the place of those that the key mask hides."""
+    if mask.key_mask is not None:
+        seen = tl.load(mask.key_mask + b * sizes.keys + token, mask=token >= 0, other=1)
+        token = tl.where(seen != 0, token, -2)
     return token
 
 
 @triton.jit
-def spread_of(codes, REL_POS: tl.constexpr, dtype: tl.constexpr):
-    """[slots, REL_POS] ones and zeros: which two relative positions a key's pairs get, its row's and its column's."""
-    rel_pos_i = tl.arange(0, REL_POS)[None, :]
-    hit = (rel_pos_i == (codes & 65535)[:, None]) | (
-        rel_pos_i == REL_POS // 2 + (codes >> 16)[:, None]
-    )
+def one_hot(code, META: tl.constexpr, dtype: tl.constexpr):
+    """[keys, R] ones and zeros: which two relative positions a key's pairs get, its row's and its column's."""
+    lane = tl.arange(0, META.LANES)[None, :]
+    hit = (lane == (code & 65535)[:, None]) | (lane == META.LANES // 2 + (code >> 16)[:, None])
     return hit.to(dtype)
 
 
 @triton.jit
-def add_tile(s, tiles, base, row, M, U, step, BIASED: tl.constexpr, BLOCK_N: tl.constexpr):
-    """s plus the numbers [M, U] at `base` of the position tiles, -inf around them."""
-    if BIASED:
-        u = step + tl.arange(0, BLOCK_N)
-        keep = (row < M)[:, None] & (u < U)[None, :]
-        s += tl.load(
-            tiles + base + row[:, None] * U + u[None, :], mask=keep, other=float("-inf")
-        ).to(tl.float32)
-    return s
-
-
-@triton.jit
-def extra_tile(base, token, e, stride_t, stride_e, extra, WIDE: tl.constexpr):
-    """[tokens, extra keys] of the extra keys' bias, times log2(e)."""
-    place = token.to(tl.int64) if WIDE else token
-    keep = (token >= 0)[:, None] & (e < extra)[None, :]
-    added = tl.load(base + place[:, None] * stride_t + e[None, :] * stride_e, mask=keep, other=0.0)
-    return added.to(tl.float32) * LOG2E
+def load_lanes(table, line, META: tl.constexpr):
+    """[lines, R] of a table of lanes."""
+    lanes = tl.load(table + line[:, None] * META.LANES + tl.arange(0, META.LANES)[None, :])
+    return lanes.to(tl.float32) if META.UPCAST else lanes
 
 
 @triton.jit
 def add_positions(
-    s, rel_pos_i, tiles, codes, base, tile, row, key_token, M, U, step,
-    REL_POS: tl.constexpr, BIASED: tl.constexpr, LOWEST: tl.constexpr, CHECKED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """s [queries, keys] plus what is known of positions, -inf where a key takes no part; and `spread_of` them."""
-    s = add_tile(s, tiles, base, row, M, U, step, BIASED, BLOCK_N)
-    spread = s
-    if REL_POS > 0:
-        u = step + tl.arange(0, BLOCK_N)
-        spread = spread_of(
-            tl.load(codes + tile * U + u, mask=u < U, other=0), REL_POS, rel_pos_i.dtype
+    qk,
+    mask,
+    held,
+    streamed,
+    base,
+    offs_m,
+    offs_n,
+    token_n,
+    META: tl.constexpr,
+    CHECKED: tl.constexpr,
+):
+    """Logits [M, N] plus what is known of positions, -inf where a key takes no part."""
+    if mask.tiles is not None:
+        qk += tl.load(mask.tiles + base + offs_m[:, None] * mask.width + offs_n[None, :]).to(
+            tl.float32
         )
-        s += tl.dot(rel_pos_i, tl.trans(spread), input_precision=PRECISION) * LOG2E
+    if mask.rel_pos is not None:
+        qk += tl.dot(held, tl.trans(streamed), input_precision=META.PRECISION) * LOG2E
+    if mask.hidden is not None:
+        qk += tl.dot(held, tl.trans(streamed), input_precision=META.PRECISION)
     if CHECKED:
-        s = tl.where((key_token >= LOWEST)[None, :], s, float("-inf"))
-    return s, spread
+        qk = tl.where((token_n >= META.LOWEST)[None, :], qk, float("-inf"))
+    return qk
 
 
 @triton.jit
-def extra_logits(
-    query, key, bias, first, token, e, stride_t, stride_e, extra, scale,
-    EXTRA_BIASED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def load_extra_bias(extra, b, head, token, offs_e, sizes, META: tl.constexpr):
+    """[tokens, extra keys] bias, times log2(e)."""
+    keep = (token >= 0)[:, None] & (offs_e < sizes.extra)[None, :]
+    base = extra.bias + b * extra.stride_b + head * extra.stride_n
+    at = base + wide(token, META)[:, None] * extra.stride_t + offs_e[None, :] * extra.stride_e
+    return tl.load(at, mask=keep, other=0.0).to(tl.float32) * LOG2E
+
+
+@triton.jit
+def extra_logits(q, k, extra, b, head, token, offs_e, sizes, sm_scale, META: tl.constexpr):
     """[queries, extra keys], -inf where there is none."""
-    s = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
-    if EXTRA_BIASED:
-        s += extra_tile(bias + first, token, e, stride_t, stride_e, extra, WIDE)
-    return tl.where((e < extra)[None, :], s, float("-inf"))
+    qk = tl.dot(q, tl.trans(k), input_precision=META.PRECISION) * (sm_scale * LOG2E)
+    if extra.bias is not None:
+        qk += load_extra_bias(extra, b, head, token, offs_e, sizes, META)
+    return tl.where((offs_e < sizes.extra)[None, :], qk, float("-inf"))
 
 
 @triton.jit
-def join(s, value, m_i, l_i, acc, PRECISION: tl.constexpr):
-    """Let logits [rows, columns] and their values into a running softmax: maxima m_i, sums l_i, unnormalised acc."""
-    m_ij = tl.maximum(m_i, tl.max(s, 1))
-    shift = tl.where(m_ij == float("-inf"), 0.0, m_ij)
-    p, alpha = tl.exp2(s - shift[:, None]), tl.exp2(m_i - shift)
+def join(qk, v, m_i, l_i, acc, META: tl.constexpr):
+    """Let logits [M, N] and their values into a running softmax: maxima m_i, sums l_i, unnormalised acc."""
+    m_ij = tl.maximum(m_i, tl.max(qk, 1))
+    shift = tl.where(m_ij == float("-inf"), 0.0, m_ij) if META.CHECKED else m_ij
+    p, alpha = tl.exp2(qk - shift[:, None]), tl.exp2(m_i - shift)
     l_i = l_i * alpha + tl.sum(p, 1)
-    acc = acc * alpha[:, None] + tl.dot(p.to(value.dtype), value, input_precision=PRECISION)
-    return m_ij, l_i, acc
+    acc = acc * alpha[:, None]
+    return m_ij, l_i, tl.dot(p.to(v.dtype), v, acc, input_precision=META.PRECISION)
 
 
 @triton.jit
-def queries_forward_kernel(
-    q, k, v, out, lse,
-    rows, columns, kind, tiles, rel_pos, codes, kv_indices, weight, key_mask, extra_k, extra_v, extra_bias,
-    q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, ek_b, ek_t, ek_n, ev_b, ev_t, ev_n, eb_b, eb_t, eb_n, eb_e,
-    queries, keys, heads, number, M, U, extra, tiles_n, indices_b, indices_n, topk, scale,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, REL_POS: tl.constexpr,
-    SEGMENT: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr, LOWEST: tl.constexpr, CHECKED: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, EXTRA: tl.constexpr, EXTRA_BIASED: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def forward_kernel(
+    q, k, v, out, mask, listed, extra, sizes, sm_scale,
+    META: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of the queries of a tile."""
     pid, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    tile = pid // BLOCKS
-    row = (pid % BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
-
-    token = tl.load(rows + tile * M + row, mask=row < M, other=-2)
-    query = take(at_head(q, b, head, q_b, q_n, UNIT), token, q_t, D, BD, UNIT, WIDE, UPCAST)
-    line = b * queries * heads + head
-    rel_pos_i = query  # stands for none
-    if REL_POS > 0:
-        rel_pos_i = take(
-            rel_pos + line * REL_POS, token, heads * REL_POS, REL_POS, REL_POS, UNIT, WIDE, UPCAST
+    tile, offs_m = (
+        pid // (META.ROWS // BLOCK_M),
+        pid % (META.ROWS // BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M),
+    )
+    token = tl.load(mask.rows + tile * META.ROWS + offs_m)
+    q_i = load_rows(q, b, head, token, META.D, META.BLOCK_D, META)  # [M, D]
+    base, held = head.to(tl.int64) * 0, q_i
+    if mask.tiles is not None:
+        base = (
+            head.to(tl.int64) * mask.stride_n
+            + tl.load(mask.kind + tile).to(tl.int64) * META.ROWS * mask.width
         )
-    base = head * tiles_n + tl.load(kind + tile).to(tl.int64) * (M * U) if BIASED else 0
-    first = b * indices_b + head * indices_n + tile * topk
-    total = U if SEGMENT == 0 else topk * SEGMENT
+    if mask.rel_pos is not None:
+        held = load_rows(mask.rel_pos, b, head, token, META.LANES, META.LANES, META)  # [M, R]
+    if mask.hidden is not None:
+        held = load_lanes(
+            mask.hidden, tl.load(mask.kind + tile) * META.ROWS + offs_m, META
+        )  # [M, R]
+    first = b * 0
+    total = mask.columns_number
+    if META.SEGMENT > 0:
+        first = b * listed.stride_b + head * listed.stride_n + tile * listed.topk
+        total = listed.topk * META.SEGMENT
 
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BDV], tl.float32)
-    for step in range(0, total, BLOCK_N):
-        other, factor = columns_of(
-            columns, kv_indices, weight, tile, first, step, total, SEGMENT, WEIGHTED, BLOCK_N
+    acc = tl.zeros([BLOCK_M, META.BLOCK_DV], tl.float32)
+    ahead = load_tokens(
+        mask, listed, first, tile, 0, total, META, BLOCK_N
+    )  # a step ahead, so that copies overlap
+    for start_n in range(0, total, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        token_n = without_hidden(ahead, mask, b, sizes)
+        ahead = load_tokens(mask, listed, first, tile, start_n + BLOCK_N, total, META, BLOCK_N)
+        k_j = load_rows(k, b, head, token_n, META.D, META.BLOCK_D, META)  # [N, D]
+        v_j = load_rows(v, b, head, token_n, META.DV, META.BLOCK_DV, META)  # [N, DV]
+        qk = tl.dot(q_i, tl.trans(k_j), input_precision=META.PRECISION) * (
+            sm_scale * LOG2E
+        )  # [M, N]
+        if META.WEIGHTED:
+            factor = load_factors(listed, first, start_n, total, META, BLOCK_N)
+            qk = qk * factor[None, :]
+            v_j = (v_j * factor[:, None]).to(v_j.dtype)
+        streamed = token_n  # stands for none
+        if mask.rel_pos is not None:
+            streamed = one_hot(
+                tl.load(mask.codes + tile * total + offs_n, mask=offs_n < total, other=0),
+                META,
+                q_i.dtype,
+            )
+        if mask.hidden is not None:
+            streamed = load_lanes(mask.spread, offs_n, META)  # [N, R]
+        qk = add_positions(
+            qk, mask, held, streamed, base, offs_m, offs_n, token_n, META, META.CHECKED
         )
-        other = visible(key_mask, other, b, keys, HAS_KEY_MASK)
-        key = take(at_head(k, b, head, k_b, k_n, UNIT), other, k_t, D, BD, UNIT, WIDE, UPCAST)
-        value = take(at_head(v, b, head, v_b, v_n, UNIT), other, v_t, DV, BDV, UNIT, WIDE, UPCAST)
-        s = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
-        if WEIGHTED:
-            s = s * factor[None, :]
-            value = (value * factor[:, None]).to(value.dtype)
-        s, _ = add_positions(
-            s, rel_pos_i, tiles, codes, base, tile, row, other, M, U, step,
-            REL_POS, BIASED, LOWEST, CHECKED, PRECISION, BLOCK_N,
-        )  # fmt: skip
-        m_i, l_i, acc = join(s, value, m_i, l_i, acc, PRECISION)
-    if EXTRA > 0:
-        for step in range(0, extra, EXTRA):
-            e = step + tl.arange(0, EXTRA)
-            other = tl.where(e < extra, e, -2)
-            key = take(
-                at_head(extra_k, b, head, ek_b, ek_n, UNIT), other, ek_t, D, BD, UNIT, WIDE, UPCAST
-            )
-            value = take(
-                at_head(extra_v, b, head, ev_b, ev_n, UNIT),
-                other,
-                ev_t,
-                DV,
-                BDV,
-                UNIT,
-                WIDE,
-                UPCAST,
-            )
-            s = extra_logits(
-                query, key, extra_bias, b * eb_b + head * eb_n, token, e, eb_t, eb_e, extra, scale,
-                EXTRA_BIASED, WIDE, PRECISION,
-            )  # fmt: skip
-            m_i, l_i, acc = join(s, value, m_i, l_i, acc, PRECISION)
+        m_i, l_i, acc = join(qk, v_j, m_i, l_i, acc, META)
+    if extra is not None:
+        for start_e in range(0, sizes.extra, META.EXTRA):
+            offs_e = start_e + tl.arange(0, META.EXTRA)
+            token_e = tl.where(offs_e < sizes.extra, offs_e, -2)
+            k_j = load_rows(extra.k, b, head, token_e, META.D, META.BLOCK_D, META)
+            v_j = load_rows(extra.v, b, head, token_e, META.DV, META.BLOCK_DV, META)
+            qk = extra_logits(q_i, k_j, extra, b, head, token, offs_e, sizes, sm_scale, META)
+            m_i, l_i, acc = join(qk, v_j, m_i, l_i, acc, META)
+    if (
+        mask.key_mask is not None
+    ):  # what tiles hide is finite, so that a query without keys may have seen that
+        blind = m_i < META.HIDDEN * 0.8
+        m_i, l_i = tl.where(blind, float("-inf"), m_i), tl.where(blind, 0.0, l_i)
+        acc = tl.where(blind[:, None], 0.0, acc)
     l_i = tl.where(l_i == 0.0, 1.0, l_i)  # of rows that are not there or see no key
-    put(out + line * DV, token, heads * DV, acc / l_i[:, None], DV, BDV, UNIT, WIDE)
-    place = token.to(tl.int64) if WIDE else token
-    tl.store(lse + line + place * heads, (m_i + tl.log2(l_i)) * LN2, mask=token >= 0)
+    store_rows(out.o, b, head, token, acc / l_i[:, None], META.DV, META.BLOCK_DV, META)
+    tl.store(
+        at_line(out.lse, b, head, token, sizes, META), (m_i + tl.log2(l_i)) * LN2, mask=token >= 0
+    )
 
 
 @triton.jit
 def queries_backward_kernel(
-    q, k, v, do, out, lse, dlse, delta, dq, drel_pos, dweight,
-    rows, columns, kind, tiles, rel_pos, codes, kv_indices, weight, key_mask, extra_k, extra_v, extra_bias,
-    q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, do_b, do_t, do_n,
-    ek_b, ek_t, ek_n, ev_b, ev_t, ev_n, eb_b, eb_t, eb_n, eb_e,
-    queries, keys, heads, number, M, U, extra, tiles_n, indices_b, indices_n, topk, scale,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, REL_POS: tl.constexpr,
-    SEGMENT: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr, LOWEST: tl.constexpr, CHECKED: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, EXTRA: tl.constexpr, EXTRA_BIASED: tl.constexpr, HAS_LSE: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, do, saved, stats, grads, mask, listed, extra, sizes, sm_scale,
+    META: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of queries, gradients of their relative positions and of the factors of regions; and `delta`.
+    """dq of a tile of queries, gradients of their relative positions and of the factors of regions; and `stats`.
 
-    delta [B, tokens, N] is what softmax's derivative subtracts: the sum of out * do, less the gradient of the lse.
+    Those are [B, queries, heads], for all kernels that follow: lse times log2(e), inf where a query sees nothing so
+    that weights are 0, and delta, which softmax's derivative subtracts: sum of o * do, less the gradient of the lse.
     """
     pid, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    tile, block = pid // BLOCKS, pid % BLOCKS
-    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
-
-    token = tl.load(rows + tile * M + row, mask=row < M, other=-2)
-    query = take(at_head(q, b, head, q_b, q_n, UNIT), token, q_t, D, BD, UNIT, WIDE, UPCAST)
-    do_i = take(at_head(do, b, head, do_b, do_n, UNIT), token, do_t, DV, BDV, UNIT, WIDE, UPCAST)
-    line = b * queries * heads + head
-    result = take(out + line * DV, token, heads * DV, DV, BDV, UNIT, WIDE, UPCAST)
-    delta_i = tl.sum(do_i.to(tl.float32) * result.to(tl.float32), 1)
-    if HAS_LSE:
-        delta_i -= take_number(dlse + line, token, heads, 0.0, WIDE)
-    place = token.to(tl.int64) if WIDE else token
-    tl.store(delta + line + place * heads, delta_i, mask=token >= 0)
-    lse_i = take_number(lse + line, token, heads, float("inf"), WIDE) * LOG2E
-    rel_pos_i = query  # stands for none
-    if REL_POS > 0:
-        rel_pos_i = take(
-            rel_pos + line * REL_POS, token, heads * REL_POS, REL_POS, REL_POS, UNIT, WIDE, UPCAST
+    BLOCKS: tl.constexpr = META.ROWS // BLOCK_M
+    tile, offs_m = pid // BLOCKS, pid % BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = tl.load(mask.rows + tile * META.ROWS + offs_m)
+    q_i = load_rows(q, b, head, token, META.D, META.BLOCK_D, META)  # [M, D]
+    do_i = load_rows(do, b, head, token, META.DV, META.BLOCK_DV, META)  # [M, DV]
+    o_i = load_rows(saved.o, b, head, token, META.DV, META.BLOCK_DV, META)
+    delta_i = tl.sum(do_i.to(tl.float32) * o_i.to(tl.float32), 1)
+    there = token >= 0
+    lse_i = (
+        tl.load(at_line(saved.lse, b, head, token, sizes, META), mask=there, other=float("inf"))
+        * LOG2E
+    )
+    blind = lse_i == float("-inf")
+    if saved.dlse is not None:
+        dlse_i = tl.load(at_line(saved.dlse, b, head, token, sizes, META), mask=there, other=0.0)
+        delta_i -= tl.where(blind, 0.0, dlse_i)
+    lse_i = tl.where(blind, float("inf"), lse_i)
+    tl.store(at_line(stats.lse, b, head, token, sizes, META), lse_i, mask=there)
+    tl.store(at_line(stats.delta, b, head, token, sizes, META), delta_i, mask=there)
+    base, held = head.to(tl.int64) * 0, q_i
+    if mask.tiles is not None:
+        base = (
+            head.to(tl.int64) * mask.stride_n
+            + tl.load(mask.kind + tile).to(tl.int64) * META.ROWS * mask.width
         )
-        acc_rel_pos = tl.zeros([BLOCK_M, REL_POS], tl.float32)
-    base = head * tiles_n + tl.load(kind + tile).to(tl.int64) * (M * U) if BIASED else 0
-    first = b * indices_b + head * indices_n + tile * topk
-    total = U if SEGMENT == 0 else topk * SEGMENT
+    if mask.rel_pos is not None:
+        held = load_rows(mask.rel_pos, b, head, token, META.LANES, META.LANES, META)  # [M, R]
+        acc_rel_pos = tl.zeros([BLOCK_M, META.LANES], tl.float32)
+    if mask.hidden is not None:
+        held = load_lanes(
+            mask.hidden, tl.load(mask.kind + tile) * META.ROWS + offs_m, META
+        )  # [M, R]
+    first = b * 0
+    total = mask.columns_number
+    if META.SEGMENT > 0:
+        first = b * listed.stride_b + head * listed.stride_n + tile * listed.topk
+        total = listed.topk * META.SEGMENT
 
-    acc = tl.zeros([BLOCK_M, BD], tl.float32)
-    for step in range(0, total, BLOCK_N):
-        other, factor = columns_of(
-            columns, kv_indices, weight, tile, first, step, total, SEGMENT, WEIGHTED, BLOCK_N
+    acc = tl.zeros([BLOCK_M, META.BLOCK_D], tl.float32)
+    ahead = load_tokens(mask, listed, first, tile, 0, total, META, BLOCK_N)
+    for start_n in range(0, total, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        token_n = without_hidden(ahead, mask, b, sizes)
+        ahead = load_tokens(mask, listed, first, tile, start_n + BLOCK_N, total, META, BLOCK_N)
+        k_j = load_rows(k, b, head, token_n, META.D, META.BLOCK_D, META)  # [N, D]
+        v_j = load_rows(v, b, head, token_n, META.DV, META.BLOCK_DV, META)  # [N, DV]
+        qk = tl.dot(q_i, tl.trans(k_j), input_precision=META.PRECISION) * sm_scale  # [M, N]
+        dp = tl.dot(do_i, tl.trans(v_j), input_precision=META.PRECISION)  # [M, N]
+        logits = qk * LOG2E
+        if META.WEIGHTED:
+            factor = load_factors(listed, first, start_n, total, META, BLOCK_N)
+            logits = logits * factor[None, :]
+        streamed = token_n  # stands for none
+        if mask.rel_pos is not None:
+            streamed = one_hot(
+                tl.load(mask.codes + tile * total + offs_n, mask=offs_n < total, other=0),
+                META,
+                q_i.dtype,
+            )
+        if mask.hidden is not None:
+            streamed = load_lanes(mask.spread, offs_n, META)  # [N, R]
+        logits = add_positions(
+            logits, mask, held, streamed, base, offs_m, offs_n, token_n, META, META.CHECKED
         )
-        other = visible(key_mask, other, b, keys, HAS_KEY_MASK)
-        key = take(at_head(k, b, head, k_b, k_n, UNIT), other, k_t, D, BD, UNIT, WIDE, UPCAST)
-        value = take(at_head(v, b, head, v_b, v_n, UNIT), other, v_t, DV, BDV, UNIT, WIDE, UPCAST)
-        qk = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-        dp = tl.dot(do_i, tl.trans(value), input_precision=PRECISION)
-        s = qk * factor[None, :] * LOG2E if WEIGHTED else qk * LOG2E
-        s, spread = add_positions(
-            s, rel_pos_i, tiles, codes, base, tile, row, other, M, U, step,
-            REL_POS, BIASED, LOWEST, CHECKED, PRECISION, BLOCK_N,
-        )  # fmt: skip
-        p = tl.exp2(s - lse_i[:, None])
-        if WEIGHTED:
+        p = tl.exp2(logits - lse_i[:, None])
+        if META.WEIGHTED:
             ds = p * (dp * factor[None, :] - delta_i[:, None])
-            u = step + tl.arange(0, BLOCK_N)
-            place_w = (((b * heads + head) * number + tile) * BLOCKS + block) * total + u
-            tl.store(dweight + place_w, tl.sum(ds * qk + p * dp, 0), mask=u < total)
+            line = (((b * sizes.heads + head) * sizes.tiles + tile) * BLOCKS + pid % BLOCKS) * total
+            tl.store(
+                grads.dweight + line + offs_n, tl.sum(ds * qk + p * dp, 0), mask=offs_n < total
+            )
             ds = ds * factor[None, :]
         else:
             ds = p * (dp - delta_i[:, None])
-        acc += tl.dot(ds.to(key.dtype), key, input_precision=PRECISION)
-        if REL_POS > 0:
-            acc_rel_pos += tl.dot(ds.to(spread.dtype), spread, input_precision=PRECISION)
-    if EXTRA > 0:
-        for step in range(0, extra, EXTRA):
-            e = step + tl.arange(0, EXTRA)
-            other = tl.where(e < extra, e, -2)
-            key = take(
-                at_head(extra_k, b, head, ek_b, ek_n, UNIT), other, ek_t, D, BD, UNIT, WIDE, UPCAST
+        acc = tl.dot(ds.to(k_j.dtype), k_j, acc, input_precision=META.PRECISION)
+        if mask.rel_pos is not None:
+            acc_rel_pos = tl.dot(
+                ds.to(streamed.dtype), streamed, acc_rel_pos, input_precision=META.PRECISION
             )
-            value = take(
-                at_head(extra_v, b, head, ev_b, ev_n, UNIT),
-                other,
-                ev_t,
-                DV,
-                BDV,
-                UNIT,
-                WIDE,
-                UPCAST,
+    if extra is not None:
+        for start_e in range(0, sizes.extra, META.EXTRA):
+            offs_e = start_e + tl.arange(0, META.EXTRA)
+            token_e = tl.where(offs_e < sizes.extra, offs_e, -2)
+            k_j = load_rows(extra.k, b, head, token_e, META.D, META.BLOCK_D, META)
+            v_j = load_rows(extra.v, b, head, token_e, META.DV, META.BLOCK_DV, META)
+            p = tl.exp2(
+                extra_logits(q_i, k_j, extra, b, head, token, offs_e, sizes, sm_scale, META)
+                - lse_i[:, None]
             )
-            s = extra_logits(
-                query, key, extra_bias, b * eb_b + head * eb_n, token, e, eb_t, eb_e, extra, scale,
-                EXTRA_BIASED, WIDE, PRECISION,
-            )  # fmt: skip
-            p = tl.exp2(s - lse_i[:, None])
-            dp = tl.dot(do_i, tl.trans(value), input_precision=PRECISION)
-            acc += tl.dot(
-                (p * (dp - delta_i[:, None])).to(key.dtype), key, input_precision=PRECISION
+            dp = tl.dot(do_i, tl.trans(v_j), input_precision=META.PRECISION)
+            acc = tl.dot(
+                (p * (dp - delta_i[:, None])).to(k_j.dtype),
+                k_j,
+                acc,
+                input_precision=META.PRECISION,
             )
-    put(dq + line * D, token, heads * D, acc * scale, D, BD, UNIT, WIDE)
-    if REL_POS > 0:
-        put(
-            drel_pos + line * REL_POS,
-            token,
-            heads * REL_POS,
-            acc_rel_pos,
-            REL_POS,
-            REL_POS,
-            UNIT,
-            WIDE,
-        )
+    store_rows(grads.dq, b, head, token, acc * sm_scale, META.D, META.BLOCK_D, META)
+    if mask.rel_pos is not None:
+        store_rows(grads.drel_pos, b, head, token, acc_rel_pos, META.LANES, META.LANES, META)
 
 
 @triton.jit
 def keys_backward_kernel(
-    q, k, v, do, lse, delta, dk, dv,
-    rows, columns, kind, tiles, rel_pos, codes, q_indices, weight, key_mask, first_entry,
-    q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, do_b, do_t, do_n,
-    queries, keys, heads, M, U, tiles_n, indices_b, indices_n, first_b, first_n, scale,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, REL_POS: tl.constexpr,
-    SEGMENT: tl.constexpr, BIASED: tl.constexpr, WEIGHTED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, do, stats, grads, mask, listed, sizes, sm_scale,
+    META: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys, from the queries that see them.
 
-    With SEGMENT > 0 these are the queries of the regions that list this region: entries first_entry[region] to
-    first_entry[region + 1] of a list that is sorted by listed region.
+    With SEGMENT > 0 these are the queries of the regions that list this region: entries first[region] to
+    first[region + 1] of a list that is sorted by listed region.
     """
     pid, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    tile = pid // BLOCKS
-    row = (pid % BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
-
-    token = tl.load(rows + tile * M + row, mask=row < M, other=-2)
-    key = take(at_head(k, b, head, k_b, k_n, UNIT), token, k_t, D, BD, UNIT, WIDE, UPCAST)
-    value = take(at_head(v, b, head, v_b, v_n, UNIT), token, v_t, DV, BDV, UNIT, WIDE, UPCAST)
-    line = b * queries * heads + head
-    if REL_POS > 0:
-        spread = spread_of(
-            tl.load(codes + tile * M + row, mask=row < M, other=0), REL_POS, key.dtype
+    tile, offs_m = (
+        pid // (META.ROWS // BLOCK_M),
+        pid % (META.ROWS // BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M),
+    )
+    token = tl.load(mask.rows + tile * META.ROWS + offs_m)
+    k_i = load_rows(k, b, head, token, META.D, META.BLOCK_D, META)  # [M, D]
+    v_i = load_rows(v, b, head, token, META.DV, META.BLOCK_DV, META)  # [M, DV]
+    base, held = head.to(tl.int64) * 0, k_i
+    if mask.tiles is not None:
+        base = (
+            head.to(tl.int64) * mask.stride_n
+            + tl.load(mask.kind + tile).to(tl.int64) * META.ROWS * mask.width
         )
-    base = head * tiles_n + tl.load(kind + tile).to(tl.int64) * (M * U) if BIASED else 0
+    if mask.rel_pos is not None:
+        held = one_hot(tl.load(mask.codes + tile * META.ROWS + offs_m), META, k_i.dtype)  # [M, R]
+    if mask.hidden is not None:
+        held = load_lanes(
+            mask.hidden, tl.load(mask.kind + tile) * META.ROWS + offs_m, META
+        )  # [M, R]
     first = b * 0
-    total = U
-    if SEGMENT > 0:
-        entry = first_entry + b * first_b + head * first_n + tile
-        start = tl.load(entry)
-        total = (tl.load(entry + 1) - start) * SEGMENT
-        first = b * indices_b + head * indices_n + start
+    total = mask.columns_number
+    if META.SEGMENT > 0:
+        entry = listed.first + b * listed.first_b + head * listed.first_n + tile
+        begin = tl.load(entry)
+        total = (tl.load(entry + 1) - begin) * META.SEGMENT
+        first = b * listed.stride_b + head * listed.stride_n + begin
 
-    acc_dk = tl.zeros([BLOCK_M, BD], tl.float32)
-    acc_dv = tl.zeros([BLOCK_M, BDV], tl.float32)
-    for step in range(0, total, BLOCK_N):
-        other, factor = columns_of(
-            columns, q_indices, weight, tile, first, step, total, SEGMENT, WEIGHTED, BLOCK_N
-        )
-        query = take(at_head(q, b, head, q_b, q_n, UNIT), other, q_t, D, BD, UNIT, WIDE, UPCAST)
-        do_i = take(
-            at_head(do, b, head, do_b, do_n, UNIT), other, do_t, DV, BDV, UNIT, WIDE, UPCAST
-        )
-        lse_i = take_number(lse + line, other, heads, float("inf"), WIDE) * LOG2E
-        delta_i = take_number(delta + line, other, heads, 0.0, WIDE)
-        s = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (scale * LOG2E)
-        if WEIGHTED:
-            s = s * factor[None, :]
-        s = add_tile(s, tiles, base, row, M, U, step, BIASED, BLOCK_N)
-        if REL_POS > 0:
-            rel_pos_i = take(
-                rel_pos + line * REL_POS,
-                other,
-                heads * REL_POS,
-                REL_POS,
-                REL_POS,
-                UNIT,
-                WIDE,
-                UPCAST,
-            )
-            s += tl.dot(spread, tl.trans(rel_pos_i), input_precision=PRECISION) * LOG2E
-        p = tl.exp2(s - lse_i[None, :])
-        dp = tl.dot(value, tl.trans(do_i), input_precision=PRECISION)
-        if WEIGHTED:
-            ds = p * (dp * factor[None, :] - delta_i[None, :]) * factor[None, :]
+    acc_dk = tl.zeros([BLOCK_M, META.BLOCK_D], tl.float32)
+    acc_dv = tl.zeros([BLOCK_M, META.BLOCK_DV], tl.float32)
+    ahead = load_tokens(mask, listed, first, tile, 0, total, META, BLOCK_N)
+    for start_n in range(0, total, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        token_n = ahead
+        ahead = load_tokens(mask, listed, first, tile, start_n + BLOCK_N, total, META, BLOCK_N)
+        q_j = load_rows(q, b, head, token_n, META.D, META.BLOCK_D, META)  # [N, D]
+        do_j = load_rows(do, b, head, token_n, META.DV, META.BLOCK_DV, META)  # [N, DV]
+        lse_j, delta_j = load_stats(stats, b, head, token_n, sizes, META)
+        qk = tl.dot(k_i, tl.trans(q_j), input_precision=META.PRECISION) * (
+            sm_scale * LOG2E
+        )  # [M, N]
+        if META.WEIGHTED:
+            factor = load_factors(listed, first, start_n, total, META, BLOCK_N)
+            qk = qk * factor[None, :]
+        streamed = token_n  # stands for none
+        if mask.rel_pos is not None:
+            streamed = load_rows(
+                mask.rel_pos, b, head, token_n, META.LANES, META.LANES, META
+            )  # [N, R]
+        if mask.hidden is not None:
+            streamed = load_lanes(mask.spread, offs_n, META)  # [N, R]
+        qk = add_positions(qk, mask, held, streamed, base, offs_m, offs_n, token_n, META, False)
+        p = tl.exp2(qk - lse_j[None, :])
+        dp = tl.dot(v_i, tl.trans(do_j), input_precision=META.PRECISION)
+        if META.WEIGHTED:
+            ds = p * (dp * factor[None, :] - delta_j[None, :]) * factor[None, :]
             p = p * factor[None, :]
         else:
-            ds = p * (dp - delta_i[None, :])
-        acc_dv += tl.dot(p.to(do_i.dtype), do_i, input_precision=PRECISION)
-        acc_dk += tl.dot(ds.to(query.dtype), query, input_precision=PRECISION)
-    if HAS_KEY_MASK:
-        seen = (visible(key_mask, token, b, keys, HAS_KEY_MASK) >= 0)[:, None]
+            ds = p * (dp - delta_j[None, :])
+        acc_dv = tl.dot(p.to(do_j.dtype), do_j, acc_dv, input_precision=META.PRECISION)
+        acc_dk = tl.dot(ds.to(q_j.dtype), q_j, acc_dk, input_precision=META.PRECISION)
+    if mask.key_mask is not None:
+        seen = (without_hidden(token, mask, b, sizes) >= 0)[:, None]
         acc_dk, acc_dv = tl.where(seen, acc_dk, 0.0), tl.where(seen, acc_dv, 0.0)
-    put(dk + (b * keys * heads + head) * D, token, heads * D, acc_dk * scale, D, BD, UNIT, WIDE)
-    put(dv + (b * keys * heads + head) * DV, token, heads * DV, acc_dv, DV, BDV, UNIT, WIDE)
+    store_rows(grads.dk, b, head, token, acc_dk * sm_scale, META.D, META.BLOCK_D, META)
+    store_rows(grads.dv, b, head, token, acc_dv, META.DV, META.BLOCK_DV, META)
 
 
 @triton.jit
 def tiles_backward_kernel(
-    q, k, v, do, lse, delta, dtiles,
-    rows, columns, tiles, members, parts, key_mask,
-    q_b, q_t, q_n, k_b, k_t, k_n, v_b, v_t, v_n, do_b, do_t, do_n,
-    images, queries, keys, heads, kinds, M, U, scale,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, LOWEST: tl.constexpr, CHECKED: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, do, stats, dtiles, parts, mask, sizes, sm_scale,
+    META: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradient [parts, N, M, U] of the position tiles: a program sums a part of the images of the tiles of a kind.
-
-    Parts [parts, 4]: kind, first of its tiles in `members`, start and stop among their images.
-    """
+    """Gradient [parts, N, M, U] of the position tiles: a program sums a part of the images of the tiles of a kind."""
     pid = tl.program_id(0)
-    row_blocks, column_blocks = tl.cdiv(M, BLOCK_M), tl.cdiv(U, BLOCK_N)
-    step = (pid % column_blocks) * BLOCK_N
+    column_blocks = tl.cdiv(mask.columns_number, BLOCK_N)
+    offs_n = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     pid = pid // column_blocks
-    row = (pid % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    pid = pid // row_blocks
-    head = pid % heads
-    pid = pid // heads
-    part = parts + pid * 4
-    which, first, start, stop = (
+    offs_m = (pid % (META.ROWS // BLOCK_M)) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pid = pid // (META.ROWS // BLOCK_M)
+    head = pid % sizes.heads
+    pid = pid // sizes.heads
+    part = parts.parts + pid * 4
+    kind, first, start, stop = (
         tl.load(part),
         tl.load(part + 1),
         tl.load(part + 2),
         tl.load(part + 3),
     )
-    nothing = pid.to(tl.int64) * 0  # makes the numbers of images 64 bits wide
-    base = (head * kinds + which).to(tl.int64) * (M * U)
+    base = head.to(tl.int64) * mask.stride_n + kind.to(tl.int64) * META.ROWS * mask.width
+    at_tile = offs_m[:, None] * mask.width + offs_n[None, :]
+    tile_ij = tl.load(mask.tiles + base + at_tile).to(tl.float32)  # [M, N]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    added = add_tile(acc, tiles, base, row, M, U, step, True, BLOCK_N)
     for i in range(start, stop):
-        tile = tl.load(members + first + i // images)
-        b = nothing + i % images
-        token = tl.load(rows + tile * M + row, mask=row < M, other=-2)
-        u = step + tl.arange(0, BLOCK_N)
-        other = tl.load(columns + tile * U + u, mask=u < U, other=-2)
-        other = visible(key_mask, other, b, keys, HAS_KEY_MASK)
-        query = take(at_head(q, b, head, q_b, q_n, UNIT), token, q_t, D, BD, UNIT, WIDE, UPCAST)
-        do_i = take(
-            at_head(do, b, head, do_b, do_n, UNIT), token, do_t, DV, BDV, UNIT, WIDE, UPCAST
+        tile = tl.load(parts.members + first + i // sizes.images)
+        b = (i % sizes.images).to(tl.int64)
+        token = tl.load(mask.rows + tile * META.ROWS + offs_m)
+        token_n = tl.load(
+            mask.columns + tile * mask.columns_number + offs_n,
+            mask=offs_n < mask.columns_number,
+            other=-2,
         )
-        key = take(at_head(k, b, head, k_b, k_n, UNIT), other, k_t, D, BD, UNIT, WIDE, UPCAST)
-        value = take(at_head(v, b, head, v_b, v_n, UNIT), other, v_t, DV, BDV, UNIT, WIDE, UPCAST)
-        line = b * queries * heads + head
-        lse_i = take_number(lse + line, token, heads, float("inf"), WIDE) * LOG2E
-        delta_i = take_number(delta + line, token, heads, 0.0, WIDE)
-        s = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E) + added
-        if CHECKED:
-            s = tl.where((other >= LOWEST)[None, :], s, float("-inf"))
-        p = tl.exp2(s - lse_i[:, None])
-        acc += p * (tl.dot(do_i, tl.trans(value), input_precision=PRECISION) - delta_i[:, None])
-    u = step + tl.arange(0, BLOCK_N)
-    place = pid.to(tl.int64) * heads + head
-    keep = (row < M)[:, None] & (u < U)[None, :]
-    tl.store(dtiles + place * (M * U) + row[:, None] * U + u[None, :], acc, mask=keep)
+        token_n = without_hidden(token_n, mask, b, sizes)
+        q_i = load_rows(q, b, head, token, META.D, META.BLOCK_D, META)
+        do_i = load_rows(do, b, head, token, META.DV, META.BLOCK_DV, META)
+        k_j = load_rows(k, b, head, token_n, META.D, META.BLOCK_D, META)
+        v_j = load_rows(v, b, head, token_n, META.DV, META.BLOCK_DV, META)
+        lse_i, delta_i = load_stats(stats, b, head, token, sizes, META)
+        qk = (
+            tl.dot(q_i, tl.trans(k_j), input_precision=META.PRECISION) * (sm_scale * LOG2E)
+            + tile_ij
+        )
+        if META.CHECKED:
+            qk = tl.where((token_n >= META.LOWEST)[None, :], qk, float("-inf"))
+        p = tl.exp2(qk - lse_i[:, None])
+        acc += p * (tl.dot(do_i, tl.trans(v_j), input_precision=META.PRECISION) - delta_i[:, None])
+    place = (pid.to(tl.int64) * sizes.heads + head) * META.ROWS * mask.width
+    tl.store(dtiles + place + at_tile, acc)
 
 
 @triton.jit
 def extra_backward_kernel(
-    q, do, lse, delta, extra_k, extra_v, extra_bias, dk, dv,
-    q_b, q_t, q_n, do_b, do_t, do_n, ek_b, ek_t, ek_n, ev_b, ev_t, ev_n, eb_b, eb_t, eb_n, eb_e,
-    images, queries, heads, extra, splits, scale,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EXTRA_BIASED: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, do, stats, grads, extra, sizes, splits, sm_scale,
+    META: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv [splits, B, E, N, D] of the extra keys and values: a program sums a part of the queries."""
+    """dk and dv [splits * B, E, N, D] of the extra keys and values: a program sums a part of the queries."""
     pid = tl.program_id(0)
-    head = pid % heads
-    pid = pid // heads
-    blocks = tl.cdiv(extra, BLOCK_M)
-    e = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = pid % sizes.heads
+    pid = pid // sizes.heads
+    blocks = tl.cdiv(sizes.extra, BLOCK_M)
+    offs_e = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     pid = pid // blocks
-    part = pid % splits
-    b = (pid // splits).to(tl.int64)
-
-    token = tl.where(e < extra, e, -2)
-    key = take(at_head(extra_k, b, head, ek_b, ek_n, UNIT), token, ek_t, D, BD, UNIT, WIDE, UPCAST)
-    value = take(
-        at_head(extra_v, b, head, ev_b, ev_n, UNIT), token, ev_t, DV, BDV, UNIT, WIDE, UPCAST
-    )
-    line = b * queries * heads + head
-    acc_dk = tl.zeros([BLOCK_M, BD], tl.float32)
-    acc_dv = tl.zeros([BLOCK_M, BDV], tl.float32)
-    size = tl.cdiv(tl.cdiv(queries, BLOCK_N), splits) * BLOCK_N
-    for step in range(part * size, tl.minimum(part * size + size, queries), BLOCK_N):
-        t = step + tl.arange(0, BLOCK_N)
-        other = tl.where(t < queries, t, -2)
-        query = take(at_head(q, b, head, q_b, q_n, UNIT), other, q_t, D, BD, UNIT, WIDE, UPCAST)
-        do_i = take(
-            at_head(do, b, head, do_b, do_n, UNIT), other, do_t, DV, BDV, UNIT, WIDE, UPCAST
-        )
-        lse_i = take_number(lse + line, other, heads, float("inf"), WIDE) * LOG2E
-        delta_i = take_number(delta + line, other, heads, 0.0, WIDE)
-        s = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (scale * LOG2E)
-        if EXTRA_BIASED:
-            s += tl.trans(
-                extra_tile(extra_bias + b * eb_b + head * eb_n, other, e, eb_t, eb_e, extra, WIDE)
-            )
-        p = tl.exp2(s - lse_i[None, :])
-        ds = p * (tl.dot(value, tl.trans(do_i), input_precision=PRECISION) - delta_i[None, :])
-        acc_dv += tl.dot(p.to(do_i.dtype), do_i, input_precision=PRECISION)
-        acc_dk += tl.dot(ds.to(query.dtype), query, input_precision=PRECISION)
-    at = (part * images + b) * extra * heads + head
-    put(dk + at * D, token, heads * D, acc_dk * scale, D, BD, UNIT, WIDE)
-    put(dv + at * DV, token, heads * DV, acc_dv, DV, BDV, UNIT, WIDE)
+    part, b = pid % splits, (pid // splits).to(tl.int64)
+    token_e = tl.where(offs_e < sizes.extra, offs_e, -2)
+    k_i = load_rows(extra.k, b, head, token_e, META.D, META.BLOCK_D, META)  # [M, D]
+    v_i = load_rows(extra.v, b, head, token_e, META.DV, META.BLOCK_DV, META)  # [M, DV]
+    acc_dk = tl.zeros([BLOCK_M, META.BLOCK_D], tl.float32)
+    acc_dv = tl.zeros([BLOCK_M, META.BLOCK_DV], tl.float32)
+    size = tl.cdiv(tl.cdiv(sizes.queries, BLOCK_N), splits) * BLOCK_N
+    for start_n in range(part * size, tl.minimum(part * size + size, sizes.queries), BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        token = tl.where(offs_n < sizes.queries, offs_n, -2)
+        q_j = load_rows(q, b, head, token, META.D, META.BLOCK_D, META)  # [N, D]
+        do_j = load_rows(do, b, head, token, META.DV, META.BLOCK_DV, META)  # [N, DV]
+        lse_j, delta_j = load_stats(stats, b, head, token, sizes, META)
+        qk = tl.dot(k_i, tl.trans(q_j), input_precision=META.PRECISION) * (
+            sm_scale * LOG2E
+        )  # [M, N]
+        if extra.bias is not None:
+            qk += tl.trans(load_extra_bias(extra, b, head, token, offs_e, sizes, META))
+        p = tl.exp2(qk - lse_j[None, :])
+        ds = p * (tl.dot(v_i, tl.trans(do_j), input_precision=META.PRECISION) - delta_j[None, :])
+        acc_dv = tl.dot(p.to(do_j.dtype), do_j, acc_dv, input_precision=META.PRECISION)
+        acc_dk = tl.dot(ds.to(q_j.dtype), q_j, acc_dk, input_precision=META.PRECISION)
+    line = part * sizes.images + b
+    store_rows(grads.dk, line, head, token_e, acc_dk * sm_scale, META.D, META.BLOCK_D, META)
+    store_rows(grads.dv, line, head, token_e, acc_dv, META.DV, META.BLOCK_DV, META)
 
 
 @triton.jit
 def extra_bias_backward_kernel(
-    q, do, lse, delta, extra_k, extra_v, extra_bias, dbias,
-    q_b, q_t, q_n, do_b, do_t, do_n, ek_b, ek_t, ek_n, ev_b, ev_t, ev_n, eb_b, eb_t, eb_n, eb_e,
-    images, groups, queries, heads, extra, scale,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, do, stats, dbias, extra, sizes, groups, sm_scale,
+    META: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradient [groups, tokens, N, E] of the extra keys' bias, summed over the images of each of the groups."""
     pid = tl.program_id(0)
-    head = pid % heads
-    pid = pid // heads
-    row_blocks, column_blocks = tl.cdiv(queries, BLOCK_M), tl.cdiv(extra, BLOCK_N)
-    e = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    head = pid % sizes.heads
+    pid = pid // sizes.heads
+    row_blocks, column_blocks = tl.cdiv(sizes.queries, BLOCK_M), tl.cdiv(sizes.extra, BLOCK_N)
+    offs_e = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     pid = pid // column_blocks
-    t = (pid % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = (pid % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     group = pid // row_blocks
-
-    token, other = tl.where(t < queries, t, -2), tl.where(e < extra, e, -2)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    size = tl.cdiv(images, groups)
-    start = (group * size).to(tl.int64)
-    for i in range(tl.minimum(size, images - group * size)):
-        b = start + i
-        query = take(at_head(q, b, head, q_b, q_n, UNIT), token, q_t, D, BD, UNIT, WIDE, UPCAST)
-        do_i = take(
-            at_head(do, b, head, do_b, do_n, UNIT), token, do_t, DV, BDV, UNIT, WIDE, UPCAST
-        )
-        key = take(
-            at_head(extra_k, b, head, ek_b, ek_n, UNIT), other, ek_t, D, BD, UNIT, WIDE, UPCAST
-        )
-        value = take(
-            at_head(extra_v, b, head, ev_b, ev_n, UNIT), other, ev_t, DV, BDV, UNIT, WIDE, UPCAST
-        )
-        line = b * queries * heads + head
-        lse_i = take_number(lse + line, token, heads, float("inf"), WIDE) * LOG2E
-        delta_i = take_number(delta + line, token, heads, 0.0, WIDE)
-        s = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
-        s += extra_tile(extra_bias + b * eb_b + head * eb_n, token, e, eb_t, eb_e, extra, WIDE)
-        p = tl.exp2(s - lse_i[:, None])
-        acc += p * (tl.dot(do_i, tl.trans(value), input_precision=PRECISION) - delta_i[:, None])
-    place = group.to(tl.int64) * queries * heads + head + t.to(tl.int64)[:, None] * heads
-    tl.store(
-        dbias + place * extra + e[None, :], acc, mask=(t < queries)[:, None] & (e < extra)[None, :]
+    token, token_e = (
+        tl.where(offs_m < sizes.queries, offs_m, -2),
+        tl.where(offs_e < sizes.extra, offs_e, -2),
     )
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    size = tl.cdiv(sizes.images, groups)
+    start = (group * size).to(tl.int64)
+    for i in range(tl.minimum(size, sizes.images - group * size)):
+        b = start + i
+        q_i = load_rows(q, b, head, token, META.D, META.BLOCK_D, META)
+        do_i = load_rows(do, b, head, token, META.DV, META.BLOCK_DV, META)
+        k_j = load_rows(extra.k, b, head, token_e, META.D, META.BLOCK_D, META)
+        v_j = load_rows(extra.v, b, head, token_e, META.DV, META.BLOCK_DV, META)
+        lse_i, delta_i = load_stats(stats, b, head, token, sizes, META)
+        p = tl.exp2(
+            extra_logits(q_i, k_j, extra, b, head, token, offs_e, sizes, sm_scale, META)
+            - lse_i[:, None]
+        )
+        acc += p * (tl.dot(do_i, tl.trans(v_j), input_precision=META.PRECISION) - delta_i[:, None])
+    line = (group.to(tl.int64) * sizes.queries + offs_m)[:, None] * sizes.heads + head  # [M, 1]
+    keep = (token >= 0)[:, None] & (token_e >= 0)[None, :]
+    tl.store(dbias + line * sizes.extra + offs_e[None, :], acc, mask=keep)

@@ -3,68 +3,202 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from visattn.ops.fused.launch import launch, power_of_2
 from visattn.ops.fused.support import MOST_BYTES, is_interpreting, precision
-from visattn.ops.fused.tables import BlockMask, block_mask, decode, regions
+from visattn.ops.fused.tables import BlockMask, block_mask, decode, hidden, padded_columns, regions
 from visattn.ops.fused.tuning import Config, run_tuned
-from visattn.ops.geometry import ceil_div, padded_rows
+from visattn.ops.geometry import ceil_div
 
 # Programs that a reduction is cut into, if it has the work. No property of a GPU, so that sums have one order on all.
 _SPLIT = 512
+_SPLIT_TILES = 2048  # of images, whose sums are long
 _WIDE = 2**31  # numbers of an image from which offsets have 64 bits
 LOG2E = 1.4426950408889634  # the kernels' logits are in units in which exp2 makes the weights
+
+
+# The groups of arguments of the kernels. What is None is not compiled into them.
+
+
+class Map(NamedTuple):
+    """A tensor [B, tokens, N, channels]; strides in numbers."""
+
+    ptr: Tensor
+    stride_b: int
+    stride_t: int
+    stride_n: int
+
+
+class Mask(NamedTuple):
+    """The block mask of a direction and what it adds to logits; see `BlockMask`."""
+
+    rows: Tensor  # int32 [T, ROWS]
+    columns: Tensor  # int32 [T, columns_number]
+    columns_number: int
+    kind: Tensor | None = None  # int32 [T]
+    tiles: Tensor | None = None  # [1 or N, kinds, ROWS, width]
+    stride_n: int = 0
+    width: int = 0
+    hidden: Tensor | None = None  # [kinds, ROWS, LANES]
+    spread: Tensor | None = None  # [width, LANES]
+    rel_pos: Map | None = None  # LANES channels
+    codes: Tensor | None = None  # int32 of the side that holds the keys
+    key_mask: Tensor | None = None  # uint8 [B, keys]
+
+
+class Listed(NamedTuple):
+    """Regions that each region meets; keys' regions, or in the keys' direction queries'."""
+
+    indices: Tensor  # [B, N or 1, entries]
+    weight: Tensor | None
+    stride_b: int
+    stride_n: int
+    topk: int = 0
+    first: Tensor | None = (
+        None  # int32 [B, N or 1, regions + 1], where the entries of each region begin
+    )
+    first_b: int = 0
+    first_n: int = 0
+
+
+class Extra(NamedTuple):
+    """Keys that all queries see."""
+
+    k: Map
+    v: Map
+    bias: Tensor | None
+    stride_b: int
+    stride_t: int
+    stride_n: int
+    stride_e: int
+
+
+class Sizes(NamedTuple):
+    images: int
+    queries: int
+    keys: int
+    heads: int
+    extra: int
+    tiles: int  # of the direction
+
+
+class Out(NamedTuple):
+    o: Map
+    lse: Tensor  # [B, queries, N]
+
+
+class Saved(NamedTuple):
+    o: Map
+    lse: Tensor
+    dlse: Tensor | None
+
+
+class Stats(NamedTuple):
+    lse: Tensor  # [B, queries, N], times log2(e)
+    delta: Tensor
+
+
+class QueryGrads(NamedTuple):
+    dq: Map
+    drel_pos: Map | None
+    dweight: Tensor | None  # [B, N, tiles, blocks of a tile, columns]
+
+
+class KeyGrads(NamedTuple):
+    dk: Map
+    dv: Map
+
+
+class Parts(NamedTuple):
+    parts: Tensor  # int32 [parts, 4]: kind, first of its tiles in members, start and stop among their images
+    members: Tensor  # int32 [T]
+
+
+class Meta(NamedTuple):
+    """What is compiled into the kernels of a call, besides its blocks."""
+
+    D: int
+    DV: int
+    BLOCK_D: int
+    BLOCK_DV: int
+    LANES: int  # of positions
+    ROWS: int  # of a tile
+    SEGMENT: int  # tokens of a listed region, 0 without a list
+    WEIGHTED: bool
+    EXTRA: int  # extra keys at a time
+    CHECKED: bool  # keys are to be checked for taking part
+    LOWEST: int  # the least token of a key that does
+    HIDDEN: float  # what hides a pair in a position tile
+    UNIT: int  # numbers of which strides are multiples
+    WIDE: bool  # offsets within an image have 64 bits
+    UPCAST: bool
+    PRECISION: str
 
 
 def _block(channels: int) -> int:
     return max(16, power_of_2(channels))
 
 
-def _configs(call: Call, rows: int, columns: int, sums: int = 1) -> list[Config]:
-    """Candidates for tiles of so many rows and columns in a kernel with so many sums; the first is the default."""
-    held, is_wide = min(padded_rows(rows), 64), call.q.dtype == torch.float32
+def _configs(meta: Meta, columns: int, dtype: torch.dtype, sums: int = 1) -> list[Config]:
+    """Candidates for tiles of so many columns in a kernel with so many sums; the first is the default."""
+    held, is_wide = min(meta.ROWS, 64), dtype == torch.float32
     warps = 2 if held == 16 or (held == 32 and sums == 1) else 4
     # Few padded columns in few steps, as far as registers go: a backward pass needs twice as many, more sums and exact
     # products of float32 still more.
     most = 32 if sums == 3 or is_wide else 64
+    width = padded_columns(columns)
     sizes = [
-        n for n in (16, 32, 64, 128) if n <= 64 or (sums == 1 and call.dim <= 64 and not is_wide)
+        n
+        for n in (16, 32, 64, 128)
+        if n <= min(64, width) or (sums == 1 and meta.D <= 64 and not is_wide)
     ]
+    sizes = [n for n in sizes if n <= width]
     sizes.sort(key=lambda n: (n > most, ceil_div(columns, n) * (n + 40)))
-    stages = (
-        (1, 2) if columns <= sizes[0] else (2, 3, 1)
-    )  # a single step has nothing to overlap with
-    if _block(max(call.dim, call.value_dim)) * call.q.element_size() > MOST_BYTES // 2:
-        sizes, stages = [16, 32], (1,)  # for the sake of shared memory
-    several = (2 * warps, warps) if is_wide else (warps, 2 * warps)
-    found = [Config(held, n, several[0], s) for n in sizes for s in stages]
-    found += [Config(held, n, several[1], stages[0]) for n in sizes]
-    if rows > 64:
+    # With one stage a tile is loaded in the layout of a plain load, and its softmax computed there too; with more it is
+    # copied. Three sums leave no room for copies in flight.
+    stages = (1, 2) if sums == 3 else (2, 1) if columns <= sizes[0] else (3, 2, 5, 1)
+    if max(meta.BLOCK_D, meta.BLOCK_DV) * dtype.itemsize > MOST_BYTES // 2:
+        sizes, stages = [n for n in (16, 32) if n <= width], (1,)  # for the sake of shared memory
+    found = [Config(held, n, 2 * warps if is_wide else warps, s) for n in sizes for s in stages]
+    if is_wide or held < 64:
+        found += [Config(held, n, warps if is_wide else 2 * warps, stages[0]) for n in sizes]
+    if meta.ROWS > 64:
         found += [Config(128, n, 8, 2) for n in sizes[:2]]
     return found
 
 
-def _launch(
-    kernel: Any, programs: int | tuple[int, int, int], config: Config, *args: Any, **constants: Any
-) -> None:
-    """Launch a kernel with its first parameters by position, and the rows and columns of a config."""
-    arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
-    launch(
-        kernel,
-        programs,
-        config,
-        {**arguments, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
-    )
-
-
 def _with_channels_together(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _map(x: Tensor) -> Map:
+    """Strides of axes of length 1 are 0."""
+    return Map(x, *_strides(x, 3))
+
+
+def _strides(x: Tensor, number: int) -> list[int]:
+    return [0 if n == 1 else s for n, s in zip(x.shape[:number], x.stride()[:number], strict=True)]
+
+
+@dataclass
+class Grads:
+    """Gradients of a call's tensors, None where none is wanted or there is no such tensor."""
+
+    q: Tensor
+    k: Tensor | None = None
+    v: Tensor | None = None
+    bias: Tensor | None = None
+    rel_pos: Tensor | None = None
+    extra_k: Tensor | None = None
+    extra_v: Tensor | None = None
+    extra_bias: Tensor | None = None
+    weight: Tensor | None = None
 
 
 class Call:
@@ -100,7 +234,7 @@ class Call:
         self.weight = None if weight is None else weight.contiguous()
         self.key_mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
         self.do: Tensor | None = None  # of the output, in the backward pass
-        self._tiles: dict[bool, tuple[BlockMask, Tensor | None]] = {}
+        self._masks: dict[bool, Mask] = {}
         self.extra = 0 if extra_k is None else extra_k.shape[1]
         self.shape_class = (
             str(q.dtype).removeprefix("torch."),
@@ -115,18 +249,6 @@ class Call:
             *([] if key_mask is None else ["key_mask"]),
         )
 
-    def options(self) -> dict[str, Any]:
-        return {
-            "D": self.dim,
-            "DV": self.value_dim,
-            "BD": _block(self.dim),
-            "BDV": _block(self.value_dim),
-            "UNIT": self.unit,
-            "WIDE": self.wide,
-            "UPCAST": is_interpreting() and self.q.dtype == torch.bfloat16,
-            "PRECISION": precision() if self.q.dtype == torch.float32 else "ieee",
-        }
-
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.q.dtype, device=self.q.device)
 
@@ -134,187 +256,217 @@ class Call:
     def wide(self) -> bool:
         """Whether places in an image need 64 bits, in one of the given tensors or of the contiguous results."""
         given = (self.q, self.k, self.v, self.do, self.extra_bias)
-        spans = [x.stride(1) * x.shape[1] for x in given if x is not None]
-        return (
-            max(
-                *spans,
-                max(self.queries, self.keys)
-                * self.heads
-                * max(self.dim, self.value_dim, self.width),
-            )
-            >= _WIDE
-        )
+        lanes = 0 if self.rel_pos is None else self.rel_pos.shape[-1]
+        results = max(self.queries, self.keys) * self.heads * max(self.dim, self.value_dim, lanes)
+        return max(results, *(x.stride(1) * x.shape[1] for x in given if x is not None)) >= _WIDE
 
     @functools.cached_property
     def unit(self) -> int:
         """How many numbers are 16 bytes, if all rows of channels begin at such borders; else 1."""
         unit = 16 // self.q.element_size()
-        found = (self.q, self.k, self.v, self.do, self.extra_k, self.extra_v)
-        strides = [s for x in found if x is not None for s in x.stride()[:3]]
-        whole = all(n % unit == 0 for n in (self.dim, self.value_dim, *strides))
-        return unit if whole and all(x is None or x.data_ptr() % 16 == 0 for x in found) else 1
+        found = [
+            x
+            for x in (self.q, self.k, self.v, self.do, self.extra_k, self.extra_v)
+            if x is not None
+        ]
+        numbers = (self.dim, self.value_dim, *(s for x in found for s in x.stride()[:3]))
+        whole = all(n % unit == 0 for n in numbers) and all(x.data_ptr() % 16 == 0 for x in found)
+        return unit if whole else 1
 
-    @functools.cached_property
-    def width(self) -> int:
-        return 0 if self.rel_pos is None else self.rel_pos.shape[-1]
+    def mask(self, keys_hold: bool) -> Mask:
+        """The block mask of one direction and what it adds to logits."""
+        if keys_hold not in self._masks:
+            self._masks[keys_hold] = self._make_mask(keys_hold)
+        return self._masks[keys_hold]
 
-    @functools.cached_property
-    def lowest(self) -> int:
-        """The least token of a key that takes part."""
-        return -1 if self.zero_keys else 0
+    def _make_mask(self, keys_hold: bool) -> Mask:
+        if self.kv_indices is not None:
+            of_queries, of_keys = (
+                regions(a, self.q.device) for a in (self.axes[:2], self.axes[2:])
+            )
+            rows, columns = (
+                (of_keys[0], of_queries[1]) if keys_hold else (of_queries[0], of_keys[1])
+            )
+            return Mask(rows, columns, columns.shape[1], key_mask=self.key_mask)
+        found = self.block_mask(keys_hold)
+        mask = Mask(
+            found.rows, found.columns, found.columns.shape[1], found.kind, key_mask=self.key_mask
+        )
+        if self.rel_pos is not None:
+            mask = mask._replace(rel_pos=_map(self.rel_pos), codes=found.codes)
+        lanes = None
+        if (
+            self.bias is None
+            and self.rel_pos is None
+            and self.q.element_size() == 2
+            and found.masked
+        ):
+            lanes = found.lanes(self.q.dtype)
+        if lanes is not None:
+            return mask._replace(hidden=lanes[0], spread=lanes[1])
+        if self.bias is None and not found.masked:
+            return mask
+        tiles = (
+            found.mask(self.q.dtype)
+            if self.bias is None
+            else self._position_tiles(found, keys_hold)
+        )
+        return mask._replace(tiles=tiles, stride_n=_strides(tiles, 1)[0], width=tiles.shape[3])
 
-    @functools.cached_property
-    def checked(self) -> bool:
-        """Whether keys are to be checked for taking part: position tiles hide places that no key has, not holes."""
-        if self.kv_indices is not None or self.key_mask is not None:
-            return True
-        found, added = self.tiles(False)
-        return added is None or (found.has_holes and not self.zero_keys)
+    def block_mask(self, keys_hold: bool) -> BlockMask:
+        return block_mask(self.axes, keys_hold, self.q.device, 0 if keys_hold else self.extra)
 
-    def tiles(self, keys_hold: bool) -> tuple[BlockMask, Tensor | None]:
-        """The block mask of one direction and the numbers added to its logits."""
-        if keys_hold not in self._tiles:
-            self._tiles[keys_hold] = self._make_tiles(keys_hold)
-        return self._tiles[keys_hold]
+    def _position_tiles(self, found: BlockMask, keys_hold: bool) -> Tensor:
+        bias = (cast(Tensor, self.bias).detach() * LOG2E).to(self.q.dtype)
+        if self.is_full:
+            return found.pad(bias.mT if keys_hold else bias, hidden(bias.dtype))[:, None]
+        return found.position_tiles(bias)
 
-    def _make_tiles(self, keys_hold: bool) -> tuple[BlockMask, Tensor | None]:
-        found = block_mask(self.axes, keys_hold, self.q.device, 0 if keys_hold else self.extra)
-        if self.bias is None:
-            return found, found.mask(self.q.dtype) if found.masked else None
-        bias = (self.bias.detach() * LOG2E).to(self.q.dtype)
-        if self.is_full(bias):
-            return found, found.pad(bias.mT if keys_hold else bias)[:, None]
-        return found, found.position_tiles(bias)
+    @property
+    def is_full(self) -> bool:
+        """Whether the bias [N, queries, keys] has a number for each pair instead of an entry per displacement."""
+        return self.bias is not None and len(self.axes) == 1 and self.bias.ndim == 3
 
-    def is_full(self, bias: Tensor) -> bool:
-        """Whether a bias [N, queries, keys] has a number for each pair instead of an entry per displacement."""
-        return len(self.axes) == 1 and bias.ndim == 3
+    def listed(self) -> Listed | None:
+        if self.kv_indices is None:
+            return None
+        b, n = _strides(self.kv_indices, 2)
+        return Listed(self.kv_indices, self.weight, b, n, self.kv_indices.shape[3])
+
+    def extra_keys(self) -> Extra | None:
+        if self.extra_k is None or self.extra_v is None:
+            return None
+        b, t, n, e = [0] * 4 if self.extra_bias is None else _strides(self.extra_bias, 4)
+        return Extra(_map(self.extra_k), _map(self.extra_v), self.extra_bias, b, t, n, e)
+
+    def sizes(self, tiles: int = 0) -> Sizes:
+        return Sizes(self.images, self.queries, self.keys, self.heads, self.extra, tiles)
+
+    def grid(self, mask: Mask, config: Config) -> tuple[int, int, int]:
+        return mask.rows.numel() // config.block_m, self.heads, self.images
+
+    def columns(self, mask: Mask) -> int:
+        """That a tile of queries meets."""
+        return mask.columns_number * (1 if self.kv_indices is None else self.kv_indices.shape[3])
+
+    def meta(self, mask: Mask | None) -> Meta:
+        """The constants of a kernel with the tiles of `mask`, or of one without tiles."""
+        lanes = rows = segment = 0
+        checked = False
+        if mask is not None:
+            rows, has_tiles = mask.rows.shape[1], mask.tiles is not None or mask.hidden is not None
+            if mask.hidden is not None:
+                lanes = mask.hidden.shape[2]
+            elif self.rel_pos is not None:
+                lanes = self.rel_pos.shape[3]
+            if self.kv_indices is not None:
+                segment = mask.columns_number
+            # Tiles hide places that no key has, but not those outside the map, nor what a key mask hides.
+            checked = not has_tiles or self.key_mask is not None
+            checked = checked or (self.block_mask(False).has_holes and not self.zero_keys)
+        return Meta(
+            D=self.dim,
+            DV=self.value_dim,
+            BLOCK_D=_block(self.dim),
+            BLOCK_DV=_block(self.value_dim),
+            LANES=lanes,
+            ROWS=rows or _block(min(self.extra, 64)),
+            SEGMENT=segment,
+            WEIGHTED=self.weight is not None,
+            EXTRA=_block(min(self.extra, 64)) if self.extra else 0,
+            CHECKED=checked,
+            LOWEST=-1 if self.zero_keys else 0,
+            HIDDEN=hidden(self.q.dtype),
+            UNIT=self.unit,
+            WIDE=self.wide,
+            UPCAST=is_interpreting() and self.q.dtype == torch.bfloat16,
+            PRECISION=precision() if self.q.dtype == torch.float32 else "ieee",
+        )
+
+    def run(
+        self, kernel: Any, meta: Meta, shape: tuple[int, int], sums: int, one: _One
+    ) -> tuple[Tensor, ...]:
+        """What `one` returns for the best config that is known of a kernel for tiles of a shape.
+
+        `one(config, go)` allocates what the kernel writes and calls `go(programs, ...)` with the kernel's arguments up
+        to those that are the same for all.
+        """
+
+        def run(config: Config) -> tuple[Tensor, ...]:
+            def go(programs: int | tuple[int, ...], *arguments: Any) -> None:
+                arguments = (*arguments, self.scale, meta, config.block_m, config.block_n)
+                launch(
+                    kernel, programs, config, dict(zip(kernel.arg_names, arguments, strict=True))
+                )
+
+            return one(config, go)
+
+        name = f"attention_{kernel.__name__.removesuffix('_kernel')}"
+        candidates = _configs(meta, shape[1], self.q.dtype, sums)
+        return run_tuned(name, (*self.shape_class, *shape), self.q.device, candidates, run)
 
 
-def _strides(*tensors: Tensor | None, number: int = 3) -> list[int]:
-    """Strides of all axes but the channels'; of an axis of length 1, 0."""
-    found = []
-    for x in tensors:
-        if x is None:
-            found += [0] * number
-        else:
-            found += [
-                0 if n == 1 else s
-                for n, s in zip(x.shape[:number], x.stride()[:number], strict=True)
-            ]
-    return found
-
-
-def _tables(
-    call: Call, keys_hold: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int, int]:
-    """rows, columns, kind, tiles and codes of one direction; M, U; for listed regions U is a region's."""
-    if call.kv_indices is not None:
-        q_table, k_table = (regions(a, call.q.device) for a in (call.axes[:2], call.axes[2:]))
-        rows, columns = (k_table, q_table) if keys_hold else (q_table, k_table)
-        return rows, columns, None, None, None, rows.shape[1], columns.shape[1]
-    found, added = call.tiles(keys_hold)
-    codes = None if call.rel_pos is None else found.codes
-    return (
-        found.rows,
-        found.columns,
-        found.kind,
-        added,
-        codes,
-        found.rows.shape[1],
-        found.columns.shape[1],
-    )
+_One = Callable[[Config, Callable[..., None]], tuple[Tensor, ...]]
 
 
 def run_forward(call: Call) -> tuple[Tensor, Tensor]:
-    from visattn.ops.fused.attention_kernels import queries_forward_kernel
+    from visattn.ops.fused.attention_kernels import forward_kernel
 
-    rows, columns, kind, tiles, codes, m, u = _tables(call, False)
-    listed = call.kv_indices is not None
-    topk = 0 if call.kv_indices is None else call.kv_indices.shape[3]
-    extra = _block(min(call.extra, 64)) if call.extra else 0
+    mask, listed, extra, sizes = call.mask(False), call.listed(), call.extra_keys(), call.sizes()
+    meta = call.meta(mask)
 
-    def run(config: Config) -> tuple[Tensor, ...]:
-        out = call.empty(call.images, call.queries, call.heads, call.value_dim)
-        lse = call.empty(call.images, call.queries, call.heads, dtype=torch.float32)
-        blocks = ceil_div(m, config.block_m)
-        _launch(
-            queries_forward_kernel, (len(rows) * blocks, call.heads, call.images), config,
-            call.q, call.k, call.v, out, lse,
-            rows, columns, kind, tiles, call.rel_pos, codes, call.kv_indices, call.weight, call.key_mask,
-            call.extra_k, call.extra_v, call.extra_bias,
-            *_strides(call.q, call.k, call.v, call.extra_k, call.extra_v), *_strides(call.extra_bias, number=4),
-            call.queries, call.keys, call.heads, len(rows), m, u, call.extra, _strides(tiles, number=1)[0],
-            *_strides(call.kv_indices, number=2), topk, call.scale,
-            REL_POS=call.width, SEGMENT=u if listed else 0, BIASED=tiles is not None,
-            WEIGHTED=call.weight is not None, LOWEST=call.lowest, CHECKED=call.checked,
-            HAS_KEY_MASK=call.key_mask is not None, EXTRA=extra,
-            EXTRA_BIASED=call.extra_bias is not None, **call.options(), BLOCKS=blocks,
-        )  # fmt: skip
-        return out, lse
+    def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:
+        o = call.empty(call.images, call.queries, call.heads, call.value_dim)
+        lse = call.empty(*o.shape[:3], dtype=torch.float32)
+        maps = (_map(call.q), _map(call.k), _map(call.v))
+        go(call.grid(mask, config), *maps, Out(_map(o), lse), mask, listed, extra, sizes)
+        return o, lse
 
-    total = topk * u if listed else u
-    candidates = _configs(call, m, total)
-    shape_class = (*call.shape_class, m, total)
-    out, lse = run_tuned("attention_forward", shape_class, call.q.device, candidates, run)
-    return out, lse
+    o, lse = call.run(forward_kernel, meta, (meta.ROWS, call.columns(mask)), 1, one)
+    return o, lse
 
 
-def _run_backward_queries(
-    call: Call, do: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None
-) -> tuple[Tensor, ...]:
-    """delta, and the gradients of q, of rel_pos and of weight."""
+def _queries_backward(call: Call, do: Tensor, saved: Saved) -> tuple[Stats, Grads]:
+    """Gradients of q, of rel_pos and of weight, and the numbers of queries that the other kernels need."""
     from visattn.ops.fused.attention_kernels import queries_backward_kernel
 
-    rows, columns, kind, tiles, codes, m, u = _tables(call, False)
-    listed = call.kv_indices is not None
-    topk = 0 if call.kv_indices is None else call.kv_indices.shape[3]
-    extra = _block(min(call.extra, 64)) if call.extra else 0
-    total = topk * u if listed else u
+    mask, listed, extra = call.mask(False), call.listed(), call.extra_keys()
+    meta, sizes, columns = call.meta(mask), call.sizes(len(mask.rows)), call.columns(mask)
 
-    def run(config: Config) -> tuple[Tensor, ...]:
-        blocks = ceil_div(m, config.block_m)
-        delta = torch.empty_like(lse)
-        dq = call.empty(*call.q.shape)
+    def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:
+        stats, dq = (
+            Stats(torch.empty_like(saved.lse), torch.empty_like(saved.lse)),
+            call.empty(*call.q.shape),
+        )
         drel_pos = None if call.rel_pos is None else call.empty(*call.rel_pos.shape)
         dweight = None
         if call.weight is not None:
-            shape = (call.images, call.heads, len(rows), blocks, total)
+            shape = (call.images, call.heads, len(mask.rows), meta.ROWS // config.block_m, columns)
             dweight = call.empty(*shape, dtype=torch.float32)
-        _launch(
-            queries_backward_kernel, (len(rows) * blocks, call.heads, call.images), config,
-            call.q, call.k, call.v, do, out, lse, dlse, delta, dq, drel_pos, dweight,
-            rows, columns, kind, tiles, call.rel_pos, codes, call.kv_indices, call.weight, call.key_mask,
-            call.extra_k, call.extra_v, call.extra_bias,
-            *_strides(call.q, call.k, call.v, do, call.extra_k, call.extra_v), *_strides(call.extra_bias, number=4),
-            call.queries, call.keys, call.heads, len(rows), m, u, call.extra, _strides(tiles, number=1)[0],
-            *_strides(call.kv_indices, number=2), topk, call.scale,
-            REL_POS=call.width, SEGMENT=u if listed else 0, BIASED=tiles is not None,
-            WEIGHTED=call.weight is not None, LOWEST=call.lowest, CHECKED=call.checked,
-            HAS_KEY_MASK=call.key_mask is not None, EXTRA=extra,
-            EXTRA_BIASED=call.extra_bias is not None, HAS_LSE=dlse is not None, **call.options(), BLOCKS=blocks,
-        )  # fmt: skip
-        if call.weight is not None and dweight is not None:
-            dweight = dweight.sum(3).unflatten(3, (topk, u)).sum(4)
-            if call.weight.shape[1] == 1:
-                dweight = dweight.sum(1, keepdim=True)
-        return tuple(x for x in (delta, dq, drel_pos, dweight) if x is not None)
+        grads = QueryGrads(_map(dq), None if drel_pos is None else _map(drel_pos), dweight)
+        maps = (_map(call.q), _map(call.k), _map(call.v), _map(do))
+        go(call.grid(mask, config), *maps, saved, stats, grads, mask, listed, extra, sizes)
+        if dweight is not None:
+            dweight = dweight.sum(3).unflatten(3, (-1, mask.columns_number)).sum(4)
+        return (*stats, dq, *(x for x in (drel_pos, dweight) if x is not None))
 
-    candidates = _configs(call, m, total, sums=2)
-    return run_tuned(
-        "attention_backward_queries", (*call.shape_class, m, total), call.q.device, candidates, run
-    )
+    lse, delta, dq, *more = call.run(queries_backward_kernel, meta, (meta.ROWS, columns), 2, one)
+    grads = Grads(dq)
+    if call.rel_pos is not None:
+        grads.rel_pos = more.pop(0)
+    if call.weight is not None:
+        dweight = more.pop(0)
+        grads.weight = dweight.sum(1, keepdim=True) if call.weight.shape[1] == 1 else dweight
+        grads.weight = grads.weight.to(call.weight.dtype)
+    return Stats(lse, delta), grads
 
 
-def _q_indices(
-    kv_indices: Tensor, weight: Tensor | None, number: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Turn kv_indices round: per key region the query regions that list it.
+def _q_indices(call: Call, number: int) -> tuple[Listed, int]:
+    """Turn kv_indices round: per key region the query regions that list it; and how many that is on average.
 
-    Returns:
-        q_indices int32 [B, heads or 1, query regions * topk] query regions in the order of the key regions they list,
-        first int32 [B, heads or 1, number + 1] where those of each key region begin, and their factors.
+    The list holds query regions in the order of the key regions they list.
     """
+    kv_indices = cast(Tensor, call.kv_indices)
     topk, kv_indices = kv_indices.shape[3], kv_indices.flatten(2)
     ordered, order = kv_indices.sort(dim=-1, stable=True)
     edges = (
@@ -322,107 +474,100 @@ def _q_indices(
         .expand(*kv_indices.shape[:2], -1)
         .contiguous()
     )
-    first = torch.searchsorted(ordered, edges)
-    weight = None if weight is None else weight.flatten(2).gather(2, order)
-    return (order // topk).to(torch.int32), first.to(torch.int32), weight
+    first = torch.searchsorted(ordered, edges).to(torch.int32)
+    weight = None if call.weight is None else call.weight.flatten(2).gather(2, order)
+    indices = (order // topk).to(torch.int32)
+    (b, n), (first_b, first_n) = _strides(indices, 2), _strides(first, 2)
+    listed = Listed(indices, weight, b, n, 0, first, first_b, first_n)
+    return listed, max(1, indices.shape[2] // number)
 
 
-def _run_backward_keys(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+def _keys_backward(call: Call, do: Tensor, stats: Stats) -> tuple[Tensor, ...]:
+    """dk and dv."""
     from visattn.ops.fused.attention_kernels import keys_backward_kernel
 
-    rows, columns, kind, tiles, codes, m, u = _tables(call, True)
-    q_indices, weight, first = None, None, None
+    mask, listed, columns = call.mask(True), None, 0
+    meta, columns = call.meta(mask), mask.columns_number
     if call.kv_indices is not None:
-        q_indices, first, weight = _q_indices(call.kv_indices, call.weight, len(rows))
-    entries = 0 if q_indices is None else q_indices.shape[2]
+        listed, regions_per_row = _q_indices(call, len(mask.rows))
+        columns *= regions_per_row
 
-    def run(config: Config) -> tuple[Tensor, ...]:
+    def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:
         dk, dv = call.empty(*call.k.shape), call.empty(*call.v.shape)
-        blocks = ceil_div(m, config.block_m)
-        _launch(
-            keys_backward_kernel, (len(rows) * blocks, call.heads, call.images), config,
-            call.q, call.k, call.v, do, lse, delta, dk, dv,
-            rows, columns, kind, tiles, call.rel_pos, codes, q_indices, weight, call.key_mask, first,
-            *_strides(call.q, call.k, call.v, do),
-            call.queries, call.keys, call.heads, m, u, _strides(tiles, number=1)[0],
-            *_strides(q_indices, first, number=2), call.scale,
-            REL_POS=call.width, SEGMENT=0 if q_indices is None else u, BIASED=tiles is not None,
-            WEIGHTED=weight is not None, HAS_KEY_MASK=call.key_mask is not None, **call.options(), BLOCKS=blocks,
-        )  # fmt: skip
+        maps = (_map(call.q), _map(call.k), _map(call.v), _map(do))
+        go(
+            call.grid(mask, config),
+            *maps,
+            stats,
+            KeyGrads(_map(dk), _map(dv)),
+            mask,
+            listed,
+            call.sizes(),
+        )
         return dk, dv
 
-    total = u if q_indices is None else u * max(1, entries // len(rows))
-    candidates = _configs(call, m, total, sums=3)
-    shape_class = (*call.shape_class, m, total)
-    dk, dv = run_tuned("attention_backward_keys", shape_class, call.q.device, candidates, run)
-    return dk, dv
+    return call.run(keys_backward_kernel, meta, (meta.ROWS, columns), 3, one)
 
 
-def _run_backward_tiles(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def _tiles_backward(call: Call, do: Tensor, stats: Stats) -> Tensor:
     """The gradient of bias."""
     from visattn.ops.fused.attention_kernels import tiles_backward_kernel
 
-    found, tiles = call.tiles(False)
-    m, u = found.rows.shape[1], found.columns.shape[1]
+    found, mask, bias = call.block_mask(False), call.mask(False), cast(Tensor, call.bias)
+    meta = call.meta(mask)
 
-    def run(config: Config) -> tuple[Tensor, ...]:
-        blocks = ceil_div(m, config.block_m) * ceil_div(u, config.block_n) * call.heads
-        parts, numbers = found.parts(call.images, max(1, _SPLIT // blocks))
-        partial = call.empty(len(parts), call.heads, m, u, dtype=torch.float32)
-        _launch(
-            tiles_backward_kernel, blocks * len(parts), config,
-            call.q, call.k, call.v, do, lse, delta, partial,
-            found.rows, found.columns, tiles, found.members, parts, call.key_mask,
-            *_strides(call.q, call.k, call.v, do),
-            call.images, call.queries, call.keys, call.heads, len(numbers), m, u, call.scale,
-            LOWEST=call.lowest, CHECKED=call.checked, HAS_KEY_MASK=call.key_mask is not None, **call.options(),
-        )  # fmt: skip
+    def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:
+        blocks = (
+            meta.ROWS // config.block_m * ceil_div(mask.columns_number, config.block_n) * call.heads
+        )
+        parts, numbers = found.parts(call.images, max(1, _SPLIT_TILES // blocks))
+        partial = call.empty(len(parts), call.heads, meta.ROWS, mask.width, dtype=torch.float32)
+        maps = (_map(call.q), _map(call.k), _map(call.v), _map(do))
+        go(
+            blocks * len(parts),
+            *maps,
+            stats,
+            partial,
+            Parts(parts, found.members),
+            mask,
+            call.sizes(),
+        )
         return (torch.stack([part.sum(0) for part in partial.split(numbers)], dim=1),)
 
-    candidates = _configs(call, m, u, sums=2)
-    (summed,) = run_tuned(
-        "attention_backward_tiles", (*call.shape_class, m, u), call.q.device, candidates, run
-    )
-    bias = cast(Tensor, call.bias)
-    if call.is_full(bias):
-        return summed[:, 0, :, : bias.shape[2]].to(bias.dtype)
+    (summed,) = call.run(tiles_backward_kernel, meta, (meta.ROWS, mask.columns_number), 2, one)
+    if call.is_full:
+        return summed[:, 0, : bias.shape[1], : bias.shape[2]].to(bias.dtype)
     return found.position_gradient(summed).to(bias.dtype)
 
 
-def _run_backward_extra(
-    call: Call, do: Tensor, lse: Tensor, delta: Tensor
-) -> tuple[Tensor, Tensor]:
+def _extra_backward(call: Call, do: Tensor, stats: Stats) -> tuple[Tensor, ...]:
+    """Gradients of the extra keys and values."""
     from visattn.ops.fused.attention_kernels import extra_backward_kernel
 
-    def run(config: Config) -> tuple[Tensor, ...]:
+    extra, meta = call.extra_keys(), call.meta(None)
+
+    def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:
         blocks = ceil_div(call.extra, config.block_m) * call.images * call.heads
         splits = max(1, min(ceil_div(_SPLIT, blocks), ceil_div(call.queries, config.block_n)))
-        parts = [
-            call.empty(splits, call.images, call.extra, call.heads, n, dtype=torch.float32)
+        dk, dv = (
+            call.empty(splits * call.images, call.extra, call.heads, n, dtype=torch.float32)
             for n in (call.dim, call.value_dim)
-        ]
-        _launch(
-            extra_backward_kernel, blocks * splits, config,
-            call.q, do, lse, delta, call.extra_k, call.extra_v, call.extra_bias, *parts,
-            *_strides(call.q, do, call.extra_k, call.extra_v), *_strides(call.extra_bias, number=4),
-            call.images, call.queries, call.heads, call.extra, splits, call.scale,
-            EXTRA_BIASED=call.extra_bias is not None, **call.options(),
-        )  # fmt: skip
-        return tuple(x.sum(0).to(call.q.dtype) for x in parts)
+        )
+        grads = KeyGrads(_map(dk), _map(dv))
+        go(blocks * splits, _map(call.q), _map(do), stats, grads, extra, call.sizes(), splits)
+        return tuple(x.unflatten(0, (splits, -1)).sum(0).to(call.q.dtype) for x in (dk, dv))
 
-    candidates = _configs(call, call.extra, call.queries, sums=3)
-    shape_class = (*call.shape_class, call.queries, call.extra)
-    dk, dv = run_tuned("attention_backward_extra", shape_class, call.q.device, candidates, run)
-    return dk, dv
+    return call.run(extra_backward_kernel, meta, (meta.ROWS, call.queries), 3, one)
 
 
-def _run_backward_extra_bias(call: Call, do: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def _extra_bias_backward(call: Call, do: Tensor, stats: Stats) -> Tensor:
+    """The gradient of the extra keys' bias."""
     from visattn.ops.fused.attention_kernels import extra_bias_backward_kernel
 
-    bias = cast(Tensor, call.extra_bias)
+    extra, meta, bias = call.extra_keys(), call.meta(None), cast(Tensor, call.extra_bias)
     shared = [a for a, n in enumerate(bias.shape) if n == 1]
 
-    def run(config: Config) -> tuple[Tensor, ...]:
+    def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:
         blocks = (
             ceil_div(call.queries, config.block_m)
             * ceil_div(call.extra, config.block_n)
@@ -431,44 +576,28 @@ def _run_backward_extra_bias(call: Call, do: Tensor, lse: Tensor, delta: Tensor)
         groups = call.images
         if 0 in shared:
             groups = ceil_div(groups, ceil_div(groups, ceil_div(_SPLIT, blocks)))
-        found = call.empty(groups, call.queries, call.heads, call.extra, dtype=torch.float32)
-        _launch(
-            extra_bias_backward_kernel, groups * blocks, config,
-            call.q, do, lse, delta, call.extra_k, call.extra_v, call.extra_bias, found,
-            *_strides(call.q, do, call.extra_k, call.extra_v), *_strides(call.extra_bias, number=4),
-            call.images, groups, call.queries, call.heads, call.extra, call.scale, **call.options(),
-        )  # fmt: skip
-        return (found.sum(shared, keepdim=True) if shared else found,)
+        dbias = call.empty(groups, call.queries, call.heads, call.extra, dtype=torch.float32)
+        go(groups * blocks, _map(call.q), _map(do), stats, dbias, extra, call.sizes(), groups)
+        return (dbias.sum(shared, keepdim=True) if shared else dbias,)
 
-    candidates = _configs(call, call.queries, call.extra, sums=2)
-    shape_class = (*call.shape_class, call.queries, call.extra)
-    (found,) = run_tuned(
-        "attention_backward_extra_bias", shape_class, call.q.device, candidates, run
-    )
-    return found.to(bias.dtype)
+    (dbias,) = call.run(extra_bias_backward_kernel, meta, (meta.ROWS, call.extra), 2, one)
+    return dbias.to(bias.dtype)
 
 
 def run_backward(
-    call: Call, do: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, wanted: dict[str, bool]
-) -> dict[str, Tensor]:
-    """Gradients by name, of q, rel_pos and weight in any case and of the others that are wanted."""
+    call: Call, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, wanted: dict[str, bool]
+) -> Grads:
+    """Gradients of q, rel_pos and weight in any case and of the others that are wanted."""
     call.do = do = _with_channels_together(do)
-    dlse = None if dlse is None else dlse.contiguous()
-    if call.key_mask is not None:  # weights exp(s - lse) of queries without any key are to be 0
-        blind = lse == -math.inf
-        lse = lse.masked_fill(blind, math.inf)
-        dlse = None if dlse is None else dlse.masked_fill(blind, 0)
-    found: dict[str, Tensor] = {}
-    delta, found["q"], *others = _run_backward_queries(call, do, out, lse, dlse)
-    for name in ("rel_pos", "weight"):
-        if getattr(call, name) is not None:
-            found[name] = others.pop(0).to(getattr(call, name).dtype)
+    stats, grads = _queries_backward(
+        call, do, Saved(_map(o), lse, None if dlse is None else dlse.contiguous())
+    )
     if wanted["k"] or wanted["v"]:
-        found["k"], found["v"] = _run_backward_keys(call, do, lse, delta)
+        grads.k, grads.v = _keys_backward(call, do, stats)
     if wanted["bias"]:
-        found["bias"] = _run_backward_tiles(call, do, lse, delta)
+        grads.bias = _tiles_backward(call, do, stats)
     if wanted["extra_k"] or wanted["extra_v"]:
-        found["extra_k"], found["extra_v"] = _run_backward_extra(call, do, lse, delta)
+        grads.extra_k, grads.extra_v = _extra_backward(call, do, stats)
     if wanted["extra_bias"]:
-        found["extra_bias"] = _run_backward_extra_bias(call, do, lse, delta)
-    return found
+        grads.extra_bias = _extra_bias_backward(call, do, stats)
+    return grads

@@ -28,12 +28,22 @@ class Launch(NamedTuple):
 
     kernel: Any
     signature: dict[str, str]
-    constants: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
     num_warps: int
     num_stages: int = 2
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}  # noqa: RUF012 (never written to)
     programs: tuple[int, ...] = ()
     arguments: dict[str, Any] = {}  # noqa: RUF012 (never written to)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the kernel is compiled with, by name; groups of constants one by one."""
+        found = {}
+        for i, parameter in enumerate(self.kernel.params):
+            if parameter.is_constexpr:
+                value = self.constants[(i,)]
+                found.update(value._asdict() if hasattr(value, "_asdict") else {parameter.name: value})
+        return found
 
     def compile(self, capability: int) -> Any:
         """The kernel for NVIDIA GPUs of a compute capability times 10 (80, 90, 100); no GPU is needed."""
@@ -73,21 +83,27 @@ def describe(kernel: Any, arguments: dict[str, Any], num_warps: int, num_stages:
 
     As when it is launched, integers that are 1 and what is None are constants, and multiples of 16 are known as such.
     """
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-            continue
-        if isinstance(value, Tensor):
-            signature[parameter.name] = _POINTERS[value.dtype]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def type_of(value: Any, path: tuple[int, ...], is_constant: bool) -> Any:
+        if isinstance(value, tuple) and not is_constant:
+            return type(value)(*(type_of(x, (*path, i), False) for i, x in enumerate(value)))
+        if is_constant or value is None or (isinstance(value, int) and value == 1):
+            constants[path] = value
+            return "constexpr"
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, Tensor):
+            return _POINTERS[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        return "i32" if abs(value) < 2**31 else "i64"
+
+    signature = {
+        parameter.name: type_of(arguments[parameter.name], (i,), parameter.is_constexpr)
+        for i, parameter in enumerate(kernel.params)
+    }
     return Launch(kernel, signature, constants, num_warps, num_stages, attributes)
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visattn.ops.fused.launch import power_of_2
 from visattn.ops.geometry import (
     NONE,
     OUTSIDE,
@@ -23,12 +24,24 @@ from visattn.ops.geometry import (
     Whole,
     ceil_div,
     interleave,
+    padded_rows,
     spans,
     tile_plan,
 )
 
 _KINDS: tuple[type[AnyAxis], ...] = (Axis, Partition, Halo, Whole, Clipped)
-STEP = 16  # columns of a tile are a multiple of this, so that rows of position tiles begin at 16-byte borders
+STEP = 16  # columns of a tile are a multiple of this
+MOST_LANES = 64  # of the product that hides what lies outside of rectangles
+
+
+def hidden(dtype: torch.dtype) -> float:
+    """What hides a pair in logits of a dtype: finite, so that products with zero are zero."""
+    return -6e4 if dtype == torch.float16 else -1e30
+
+
+def padded_columns(number: int) -> int:
+    """A whole number of steps of any size that is worth a try for so many columns."""
+    return max(16, power_of_2(number)) if number <= 64 else ceil_div(number, 128) * 128
 
 
 def encode(axes: Sequence[AnyAxis]) -> list[int]:
@@ -109,7 +122,7 @@ class BlockMask:
     """Tiles of rows and the columns that each of them meets; rows are queries and columns keys, or the reverse.
 
     Attributes:
-        rows: int32 [T, M] tokens, negative where there is none.
+        rows: int32 [T, M] tokens, negative where there is none; M is a whole number of blocks of rows.
         columns: int32 [T, U] tokens, OUTSIDE or NONE where there is none; U is a multiple of `STEP`.
         kind: int32 [T] which of the `kinds` different tiles a tile is.
         members: int32 [T] tiles in the order of their kinds.
@@ -167,13 +180,64 @@ class BlockMask:
             index, hidden = index * number + pattern, hidden + (pattern < 0)
         number = math.prod(self.entries)
         index = interleave(index.masked_fill(hidden > 0, number), axes).squeeze(1)
-        return Lookup(
-            F.pad(index, (0, self.columns.shape[1] - index.shape[2]), value=number), number
-        )
+        return Lookup(self.pad(index, number), number)
+
+    @functools.cached_property
+    def width(self) -> int:
+        """Columns of position tiles."""
+        return padded_columns(self.columns.shape[1])
+
+    @functools.cached_property
+    def _lanes(self) -> dict[torch.dtype, tuple[Tensor, Tensor]]:
+        return {}
+
+    def lanes(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """hidden [kinds, M, R] and spread [width, R], whose product hides what is not visible; None if R were large.
+
+        A column has a one in a lane per axis, and each row sees a run of lanes of each axis; so one that is in all of
+        them lies in the row's rectangle. The last lane is that of columns which are not there.
+        """
+        sizes = [pattern.shape[2] for pattern in self.patterns]
+        number = max(16, power_of_2(sum(sizes) + 1))
+        if number > MOST_LANES:
+            return None
+        if dtype not in self._lanes:
+            rows, columns, device = [], [], self.rows.device
+            for a, (pattern, size) in enumerate(zip(self.patterns, sizes, strict=True)):
+                shape = [1] * (2 * len(sizes) + 1)
+                shape[2 * a], shape[2 * a + 1], shape[-1] = pattern.shape
+                rows.append((pattern < 0).view(shape))
+                lane = torch.eye(size, dtype=torch.bool, device=device)
+                columns.append(
+                    lane.view([size if i == a else 1 for i in range(len(sizes))] + [size])
+                )
+            whole = [max(n) for n in zip(*(x.shape[:-1] for x in rows), strict=True)]
+            rows = torch.cat(
+                [x.expand(*whole, -1) for x in rows], -1
+            )  # [C_1, t_1, C_2, t_2, ..., sum of U_a]
+            axes = range(0, 2 * len(sizes), 2)
+            rows = (
+                rows.permute(*axes, *(a + 1 for a in axes), -1)
+                .flatten(len(sizes), -2)
+                .flatten(0, len(sizes) - 1)
+            )
+            columns = torch.cat([x.expand(*sizes, -1) for x in columns], -1).flatten(0, -2)
+            more = number - rows.shape[2]
+            rows = F.pad(
+                F.pad(rows, (0, more), value=True), (0, 0, 0, self.rows.shape[1] - rows.shape[1])
+            )
+            none = F.pad(
+                torch.zeros(self.width - len(columns), number - 1, dtype=torch.bool, device=device),
+                (0, 1),
+                value=True,
+            )
+            columns = torch.cat([F.pad(columns, (0, more)), none]).to(dtype)
+            self._lanes[dtype] = rows.to(dtype) * hidden(dtype), columns
+        return self._lanes[dtype]
 
     @functools.cached_property
     def masks(self) -> dict[torch.dtype, Tensor]:
-        """Per dtype [1, kinds, M, U]: 0, and -inf for pairs that are not visible; made when asked for."""
+        """Per dtype [1, kinds, M, width]: 0 for pairs that are visible; made when asked for."""
         return {}
 
     def mask(self, dtype: torch.dtype) -> Tensor:
@@ -185,18 +249,17 @@ class BlockMask:
         return self.masks[dtype]
 
     def position_tiles(self, table: Tensor) -> Tensor:
-        """[N, kinds, M, U] what logits get: the position table [N, entries per axis], -inf where hidden."""
-        return self.lookup.read(table.flatten(1), float("-inf"))
+        """[N, kinds, M, width] what logits get: the position table [N, entries per axis], or what hides."""
+        return self.lookup.read(table.flatten(1), hidden(table.dtype))
 
     def position_gradient(self, grad: Tensor) -> Tensor:
-        """[N, entries per axis] from the gradient [N, kinds, M, U] of `position_tiles`, summed in one fixed order."""
+        """[N, entries per axis] from the gradient [N, kinds, M, width] of `position_tiles`, summed in one order."""
         return self.lookup.add(grad).unflatten(1, self.entries)
 
-    def pad(self, tiles: Tensor) -> Tensor:
-        """[..., M, U] from fewer columns, hidden ones behind."""
-        return F.pad(
-            tiles, (0, self.columns.shape[1] - tiles.shape[-1]), value=float("-inf")
-        ).contiguous()
+    def pad(self, tiles: Tensor, value: float) -> Tensor:
+        """[..., M, width] from fewer rows and columns."""
+        more = self.rows.shape[1] - tiles.shape[-2], self.width - tiles.shape[-1]
+        return F.pad(tiles, (0, more[1], 0, more[0]), value=value).contiguous()
 
 
 class _Select(torch.autograd.Function):
@@ -223,6 +286,13 @@ def _codes(axes: Sequence[Halo], positions: Sequence[Tensor]) -> Tensor:
     """[T, n] of two axes of halos."""
     rows, columns = (p % axis.window for p, axis in zip(positions, axes, strict=True))
     return (rows[:, None, :, None] + (columns << 16)[None, :, None, :]).flatten(2).flatten(0, 1)
+
+
+def pad_rows(tokens: Tensor) -> Tensor:
+    """[T, M] whole blocks of rows."""
+    number = padded_rows(tokens.shape[1])
+    number = number if number <= 64 else ceil_div(number, 128) * 128
+    return F.pad(tokens, (0, number - tokens.shape[1]), value=NONE)
 
 
 @functools.lru_cache(maxsize=256)
@@ -253,10 +323,9 @@ def block_mask(
             codes = _codes(
                 halos, [cut.query_position if keys_hold else cut.key_position for cut in cuts]
             )
-        more = -columns.shape[1] % STEP
-        columns = F.pad(columns, (0, more), value=NONE)
-        if codes is not None and not keys_hold:
-            codes = F.pad(codes, (0, more))
+        rows, columns = pad_rows(rows), F.pad(columns, (0, -columns.shape[1] % STEP), value=NONE)
+        if codes is not None:
+            codes = F.pad(codes, (0, (rows if keys_hold else columns).shape[1] - codes.shape[1]))
         members = torch.sort(kind, stable=True).indices
         rows, columns, kind, members = (
             x.to(device, torch.int32) for x in (rows, columns, kind, members)
@@ -276,8 +345,10 @@ def block_mask(
 
 
 @functools.lru_cache(maxsize=256)
-def regions(axes: tuple[Partition, Partition], device: torch.device) -> Tensor:
-    """int32 [R, t] the token of every place of every region, OUTSIDE where there is none; regions row by row."""
+def regions(axes: tuple[Partition, Partition], device: torch.device) -> tuple[Tensor, Tensor]:
+    """int32 [R, M] and [R, t] the token of every place of every region, negative where there is none; row by row."""
     with torch.device("cpu"), torch.inference_mode(False):
-        tokens = _outer([spans(axis).query for axis in axes], [axis.length for axis in axes])
-        return tokens.clamp(min=OUTSIDE).to(device, torch.int32)
+        tokens = _outer([spans(axis).query for axis in axes], [axis.length for axis in axes]).clamp(
+            min=OUTSIDE
+        )
+        return pad_rows(tokens).to(device, torch.int32), tokens.to(device, torch.int32)
