@@ -73,7 +73,7 @@ class Row:
     Attributes:
         loops: Per loop of the machine code its instructions, and those for special functions.
         order: Per loop of Triton's GPU code its copies, products and waits (`sass.order`).
-        tile_bytes: Of the position tiles that were an argument.
+        has_tiles: Whether it reads a position tile.
         floor, ratio: Of the whole pass, in the row of its last launch.
     """
 
@@ -87,7 +87,7 @@ class Row:
     trips: list[int]
     loops: list[tuple[int, int]]
     order: list[list[str]]
-    tile_bytes: int
+    has_tiles: bool
     instructions_per_query: float
     mufu_per_query: float
     l2_bytes: float
@@ -123,70 +123,88 @@ def launches(case: Case) -> dict[str, list[Launch]]:
     return {mode: [x for x in found[mode] if "BLOCK_N" in x.arguments] for mode in found}
 
 
+def flat(arguments: Any, path: str = "") -> dict[str, Any]:
+    """Arguments of a kernel by name, those in groups as "group.name"."""
+    found: dict[str, Any] = {}
+    for name, x in arguments.items():
+        found |= flat(x._asdict(), f"{path}{name}.") if hasattr(x, "_asdict") else {f"{path}{name}": x}
+    return found
+
+
+# Per kernel the maps of which a program reads or writes its rows, and those of which it reads columns.
+KEYS, QUERIES = ("k", "v"), ("q", "do", "mask.rel_pos")
+MAPS = {
+    "forward": (("q", "out.o", "mask.rel_pos"), KEYS),
+    "queries_backward": ((*QUERIES, "saved.o", "grads.dq", "grads.drel_pos"), KEYS),
+    "keys_backward": ((*KEYS, "grads.dk", "grads.dv"), QUERIES),
+    "tiles_backward": (("q", "do"), KEYS),
+    "extra_backward": (("extra.k", "extra.v"), QUERIES),
+    "extra_bias_backward": (QUERIES, ("extra.k", "extra.v")),
+}
+NUMBERS = 3 * 4  # bytes: a query's lse and delta, and its token
+
+
 class Work:
     """How often a recorded launch goes through its loops, and which bytes its programs ask L2 for."""
 
     def __init__(self, launch: Launch) -> None:
         self.kernel = launch.kernel.__name__.removesuffix("_kernel")
         self.programs = math.prod(launch.programs)
-        self.arguments = launch.arguments
+        self.arguments = flat(launch.arguments)
+        self.rows, self.columns = (self.arguments[name] for name in ("BLOCK_M", "BLOCK_N"))
 
-    def __getattr__(self, name: str) -> Any:
+    def __call__(self, name: str) -> Any:
         return self.arguments.get(name)
 
-    def bytes_of(self, *names: str) -> int:
-        """Of one token and head of the maps."""
-        return sum(x.shape[-1] * x.element_size() for x in map(self.arguments.get, names) if x is not None)
+    def token_bytes(self, maps: Sequence[str]) -> int:
+        """Of a token and head of maps, those that there are."""
+        found = [x for x in (self(f"{name}.ptr") for name in maps) if x is not None]
+        return sum(x.shape[-1] * x.element_size() for x in found) + NUMBERS
 
     @property
     def listed(self) -> int:
         """Regions that a program streams, 1 if they are not listed."""
-        if not self.SEGMENT:
+        if not self("META.SEGMENT"):
             return 1
-        return self.topk or -(-self.q_indices.shape[2] // len(self.rows))
+        return self("listed.topk") or -(-self("listed.indices").shape[2] // len(self("mask.rows")))
 
     def trips(self) -> list[int]:
+        """Through each loop."""
         if self.kernel == "tiles_backward":
-            return [round(float((self.parts[:, 3] - self.parts[:, 2]).float().mean()))]
+            return [round(float((self("parts.parts")[:, 3] - self("parts.parts")[:, 2]).float().mean()))]
         if self.kernel == "extra_backward":
-            return [math.ceil(math.ceil(self.queries / self.BLOCK_N) / self.splits)]
+            return [math.ceil(math.ceil(self("sizes.queries") / self.columns) / self("splits"))]
         if self.kernel == "extra_bias_backward":
-            return [math.ceil(self.images / self.groups)]
-        extra = [math.ceil(self.extra / self.EXTRA)] if self.EXTRA else []
-        return [math.ceil(self.listed * self.U / self.BLOCK_N), *extra]
+            return [math.ceil(self("sizes.images") / self("groups"))]
+        extra = [math.ceil(self("sizes.extra") / self("META.EXTRA"))] if self("extra.k.ptr") is not None else []
+        return [math.ceil(self.listed * self("mask.columns_number") / self.columns), *extra]
 
     def l2_bytes(self) -> float:
         """Read and written by all programs, of rows and columns that exist; position tiles with their padding."""
-        numbers = 8  # of lse and delta
-        if self.kernel.startswith("extra"):
-            rows, columns = self.queries, self.extra
-            queries = self.bytes_of("q", "do") + numbers + (2 * columns if self.extra_bias is not None else 0)
-            keys = columns * self.bytes_of("extra_k", "extra_v")
-            if self.kernel == "extra_backward":
-                blocks = math.ceil(columns / self.BLOCK_M)
-                return self.images * self.heads * blocks * rows * queries + self.programs * 3 * keys / blocks
-            blocks = math.ceil(columns / self.BLOCK_N), math.ceil(rows / self.BLOCK_M)
-            pairs = self.images * (blocks[0] * rows * queries + blocks[1] * keys) + self.groups * rows * columns * 4
-            return self.heads * pairs
-        tiles, m = self.rows.shape
-        rows = float((self.rows >= 0).sum()) / tiles / math.ceil(m / self.BLOCK_M)
-        columns = self.listed * float((self.columns >= 0).sum()) / tiles
-        if self.kernel == "keys_backward":
-            held = self.bytes_of("k", "v", "dk", "dv")
-            streamed = self.bytes_of("q", "do", "rel_pos") + numbers
-        else:
-            held = self.bytes_of("q", "do", "out", "dq", "rel_pos", "drel_pos") + numbers
-            streamed = self.bytes_of("k", "v")
-        pairs = 0.0
-        if self.tiles is not None:
-            pairs = min(m, self.BLOCK_M) * self.U * self.tiles.element_size()
+        held, streamed = (self.token_bytes(maps) for maps in MAPS[self.kernel])
+        trips, extra = self.trips(), self("sizes.extra") or 0
+        bias = 0 if self("extra.bias") is None else self("extra.bias").element_size()  # of a query and an extra key
+        if self.kernel == "extra_backward":
+            rows, columns = min(self.rows, extra), trips[0] * self.columns
+            return self.programs * (2 * rows * held + columns * (streamed + rows * bias))  # sums in 4 bytes
+        if self.kernel == "extra_bias_backward":
+            rows, columns = min(self.rows, self("sizes.queries")), min(self.columns, extra)
+            pairs = rows * columns
+            return self.programs * (trips[0] * (rows * held + columns * streamed + pairs * bias) + 4 * pairs)
+        tiles, m = self("mask.rows").shape
+        rows = float((self("mask.rows") >= 0).sum()) / tiles / math.ceil(m / self.rows)
+        columns = self.listed * float((self("mask.columns") >= 0).sum()) / tiles
         if self.kernel == "tiles_backward":
-            blocks = math.ceil(self.U / self.BLOCK_N)
-            steps = self.trips()[0] * (rows * (held + 4) + columns / blocks * (streamed + 4))
-            return self.programs * (steps + 3 * pairs / blocks)  # read in 2 bytes, written in 4
-        if self.EXTRA:
-            pairs += self.extra * (self.bytes_of("extra_k", "extra_v") + 2 * rows * (self.extra_bias is not None))
-        return self.programs * (rows * (held + 4) + columns * (streamed + 4) + pairs)
+            columns /= math.ceil(self("mask.columns_number") / self.columns)
+            pairs = self.rows * self.columns * (4 + self("mask.tiles").element_size())
+            return self.programs * (trips[0] * (rows * held + columns * streamed) + pairs)
+        numbers = rows * held + columns * streamed + extra * (self.token_bytes(("extra.k", "extra.v")) + rows * bias)
+        if self("mask.tiles") is not None:
+            numbers += self.rows * trips[0] * self.columns * self("mask.tiles").element_size()
+        if self("mask.hidden") is not None:
+            lanes = self("META.LANES") * self("mask.hidden").element_size()
+            numbers += (self.rows + trips[0] * self.columns) * lanes
+        return self.programs * numbers
 
     def memory_bytes(self) -> int:
         """Of all tensors, each once."""
@@ -216,7 +234,7 @@ def modeled(case: Case, launch: Launch, program: Any) -> Row:
     return Row(
         version("triton"),
         work.kernel,
-        f"{work.BLOCK_M}x{work.BLOCK_N} w{warps} s{launch.num_stages}",
+        f"{work.rows}x{work.columns} w{warps} s{launch.num_stages}",
         registers,
         stack,
         program.metadata.shared,
@@ -224,7 +242,7 @@ def modeled(case: Case, launch: Launch, program: Any) -> Row:
         trips,
         [(loop.size, sass.named(loop.counts, "MUFU")) for loop in code.loops],
         sass.order(program.asm["ttgir"]),
-        0 if work.tiles is None else work.tiles.numel() * work.tiles.element_size(),
+        work("mask.tiles") is not None,
         lanes * counts.total(),
         lanes * sass.named(counts, "MUFU"),
         l2_bytes,
