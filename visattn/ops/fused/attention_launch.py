@@ -489,7 +489,12 @@ _One = Callable[[Config, Callable[..., None]], tuple[Tensor, ...]]
 def run_forward(call: Call) -> tuple[Tensor, Tensor]:
     from visattn.ops.fused.attention_kernels import forward_kernel
 
-    mask, listed, extra, sizes = call.mask(False), call.listed(), call.extra_keys(), call.sizes(False)
+    mask, listed, extra, sizes = (
+        call.mask(False),
+        call.listed(),
+        call.extra_keys(),
+        call.sizes(False),
+    )
     meta = call.meta(False)
 
     def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:

@@ -74,6 +74,7 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
+    programs: tuple[int, ...]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -87,9 +88,16 @@ class Launch(NamedTuple):
                 )
         return found
 
+    @property
+    def portable(self) -> Launch:
+        """With what the compiler asks of tensors in their place."""
+        return self._replace(
+            arguments={name: _without_tensors(x) for name, x in self.arguments.items()}
+        )
+
     def _call(self) -> dict[str, Any]:
         return {
-            **self.arguments,
+            **self.portable.arguments,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             **OPTIONS,
@@ -192,11 +200,10 @@ def launch(
     Triton.
     """
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    if _recorded:
-        arguments = {name: _without_tensors(value) for name, value in arguments.items()}
-        _recorded[-1].append(Launch(kernel, arguments, **options))
-        return
     grid = programs if isinstance(programs, tuple) else (programs, 1, 1)
+    if _recorded:
+        _recorded[-1].append(Launch(kernel, arguments, **options, programs=grid))
+        return
     values = [arguments[name] for name in kernel.arg_names]
     found = None if prepared is None else prepared.get((kernel, config))
     if found is not None and _are_aligned(values, found.paths):
