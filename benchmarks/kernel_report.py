@@ -217,12 +217,6 @@ def launches_of(name: str, dtype: torch.dtype) -> list[Launch]:
     return launches
 
 
-def key(launch: Launch) -> tuple:
-    """Equal for launches of the same code."""
-    parts = (launch.signature, launch.constants, launch.attributes)
-    return launch.kernel.__name__, launch.num_warps, launch.num_stages, *(str(sorted(p.items())) for p in parts)
-
-
 def resources(cubin: bytes) -> tuple[int | None, int | None]:
     """Registers and bytes of stack of a thread, None where no `cuobjdump` came with Triton."""
     import triton
@@ -302,11 +296,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("expected kernels that can be compiled, got interpreted ones; try without TRITON_INTERPRET", flush=True)
         return 2
     os.environ["VISATTN_TUNE"] = "off"
-    found: dict[tuple, tuple[str, str, Launch]] = {}
+    found: dict[tuple[str, str, str], tuple[str, str, Launch]] = {}
     for dtype in args.dtypes:
         for case in args.cases:
             for launch in launches_of(case, DTYPES[dtype]):
-                found.setdefault(key(launch), (case, dtype, launch))
+                found.setdefault(launch.key, (case, dtype, launch))
     for capability in args.capabilities:
         results = [compiled(*launch, capability) for launch in found.values()]
         show(results, COLUMNS, row, f"compute capability {capability / 10}")

@@ -1,9 +1,10 @@
-"""Shared by the launchers: launches of kernels, and their description for compiling them where there is no GPU."""
+"""Shared by the launchers: launches of kernels, and how to compile them ahead, also where there is no GPU."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,47 +14,110 @@ from visattn.ops.fused.tuning import Config
 
 # Multiplying and adding in one instruction is the default up to Triton 3.9, and no longer after it.
 OPTIONS = {"enable_fp_fusion": True}
-_POINTERS = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.uint8: "*u8",
-}
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """A tensor as the compiler sees it: its dtype, and its address modulo 16."""
+
+    dtype: torch.dtype
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _without_tensors(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return Pointer(value.dtype, value.data_ptr() % 16)
+    if isinstance(value, tuple):
+        found = [_without_tensors(x) for x in value]
+        return type(value)(*found) if hasattr(value, "_fields") else tuple(found)
+    return value
+
+
+class _Target:
+    """What Triton asks of a driver to compile for NVIDIA GPUs of a compute capability times 10."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 1000 + self.capability  # no GPU: kernels keep what they compiled by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def _compiling_for(capability: int) -> Generator[_Target]:
+    from triton.runtime import driver
+
+    before = dict(vars(driver))  # without asking for a GPU's
+    target = _Target(capability)
+    driver.set_active(target)  # pyrefly: ignore[bad-argument-type]: not all of a driver
+    try:
+        yield target
+    finally:
+        vars(driver).update(before)
 
 
 class Launch(NamedTuple):
-    """A launch as the compiler needs it."""
+    """A launch that was recorded, as the compiler needs it."""
 
     kernel: Any
-    signature: dict[str, str]
-    constants: dict[tuple[int, ...], Any]
+    arguments: dict[str, Any]
     num_warps: int
-    num_stages: int = 2
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}  # noqa: RUF012 (never written to)
+    num_stages: int
+    programs: tuple[int, ...]
 
     @property
     def options(self) -> dict[str, Any]:
         """What the kernel is compiled with, by name; groups of constants one by one."""
         found = {}
-        for i, parameter in enumerate(self.kernel.params):
+        for parameter in self.kernel.params:
+            value = self.arguments[parameter.name]
             if parameter.is_constexpr:
-                value = self.constants[(i,)]
                 found.update(
                     value._asdict() if hasattr(value, "_asdict") else {parameter.name: value}
                 )
         return found
 
-    def compile(self, capability: int) -> Any:
-        """The kernel for NVIDIA GPUs of a compute capability times 10 (80, 90, 100); no GPU is needed."""
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
+    @property
+    def portable(self) -> Launch:
+        """With what the compiler asks of tensors in their place."""
+        return self._replace(
+            arguments={name: _without_tensors(x) for name, x in self.arguments.items()}
+        )
 
-        source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, **OPTIONS}
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    def _call(self) -> dict[str, Any]:
+        return {
+            **self.portable.arguments,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            **OPTIONS,
+        }
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Equal for launches of the same code, on any GPU."""
+        with _compiling_for(90) as target:
+            bind = self.kernel.device_caches[target.get_current_device()][-1]
+            _, specialization, options = bind(**self._call())
+        return self.kernel.__name__, str(specialization), str(options)
+
+    def compile(self, capability: int) -> Any:
+        """The kernel for NVIDIA GPUs of a compute capability times 10 (80, 90, 100); no GPU is needed.
+
+        Triton keeps it where a launch with such arguments looks for it.
+        """
+        with _compiling_for(capability):
+            return self.kernel.warmup(grid=(1,), **self._call())
 
 
 def power_of_2(n: int) -> int:
@@ -78,35 +142,6 @@ def strides(x: Tensor, name: str, axes: str) -> dict[str, int]:
     return {**found, f"{name}_{axes[-1]}": last, f"{name.upper()}_UNIT": unit}
 
 
-def describe(kernel: Any, arguments: dict[str, Any], num_warps: int, num_stages: int = 2) -> Launch:
-    """A launch with these arguments; tensors may be on the meta device.
-
-    As when it is launched, integers that are 1 and what is None are constants, and multiples of 16 are known as such.
-    """
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-
-    def type_of(value: Any, path: tuple[int, ...], is_constant: bool) -> Any:
-        if isinstance(value, tuple) and not is_constant:
-            return type(value)(*(type_of(x, (*path, i), False) for i, x in enumerate(value)))
-        if is_constant or value is None or (isinstance(value, int) and value == 1):
-            constants[path] = value
-            return "constexpr"
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[path] = [["tt.divisibility", 16]]
-        if isinstance(value, Tensor):
-            return _POINTERS[value.dtype]
-        if isinstance(value, float):
-            return "fp32"
-        return "i32" if abs(value) < 2**31 else "i64"
-
-    signature = {
-        parameter.name: type_of(arguments[parameter.name], (i,), parameter.is_constexpr)
-        for i, parameter in enumerate(kernel.params)
-    }
-    return Launch(kernel, signature, constants, num_warps, num_stages, attributes)
-
-
 _recorded: list[list[Launch]] = []
 
 
@@ -121,12 +156,67 @@ def record() -> Generator[list[Launch]]:
         _recorded.pop()
 
 
+class Prepared(NamedTuple):
+    """A compiled kernel, and where among its arguments the tensors are."""
+
+    compiled: Any
+    paths: list[tuple[int, ...]]
+
+
+Prepare = dict[tuple[Any, Config], Prepared]
+
+
+def _paths(arguments: Sequence[Any], within: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
+    for i, x in enumerate(arguments):
+        if isinstance(x, Tensor):
+            yield (*within, i)
+        elif isinstance(x, tuple):
+            yield from _paths(x, (*within, i))
+
+
+def _are_aligned(arguments: Sequence[Any], paths: list[tuple[int, ...]]) -> bool:
+    """Whether all tensors begin at 16-byte borders."""
+    for path in paths:
+        x: Any = arguments
+        for i in path:
+            x = x[i]
+        if x.data_ptr() % 16:
+            return False
+    return True
+
+
 def launch(
-    kernel: Any, programs: int | tuple[int, ...], config: Config, arguments: dict[str, Any]
+    kernel: Any,
+    programs: int | tuple[int, ...],
+    config: Config,
+    arguments: dict[str, Any],
+    prepared: Prepare | None = None,
 ) -> None:
-    """Launch so many programs of a kernel, per axis if several, with the warps and stages of a config."""
+    """Launch so many programs of a kernel, per axis if several, with the warps and stages of a config.
+
+    Triton looks at every argument to find the compiled kernel, which takes as long as the rest of a call. The caller
+    spares it that by a `prepared` for each device and all arguments but tensors, of which it stands for dtypes: the
+    kernel is then kept there. Tensors that do not begin at 16-byte borders have kernels of their own, and are left to
+    Triton.
+    """
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    grid = programs if isinstance(programs, tuple) else (programs, 1, 1)
     if _recorded:
-        _recorded[-1].append(describe(kernel, arguments, config.num_warps, config.num_stages))
-    else:
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **OPTIONS}
-        kernel[programs if isinstance(programs, tuple) else (programs,)](**arguments, **options)
+        _recorded[-1].append(Launch(kernel, arguments, **options, programs=grid))
+        return
+    values = [arguments[name] for name in kernel.arg_names]
+    found = None if prepared is None else prepared.get((kernel, config))
+    if found is not None and _are_aligned(values, found.paths):
+        found.compiled[grid](*values)  # on the current stream, with Triton's hooks for profilers
+        return
+    compiled = kernel[grid](*values, **options, **OPTIONS)
+    paths = list(_paths(values))
+    if prepared is not None and _is_compiled(compiled) and _are_aligned(values, paths):
+        prepared[kernel, config] = Prepared(compiled, paths)
+
+
+def _is_compiled(kernel: Any) -> bool:
+    """Whether it can be launched as it is; the interpreter gives None."""
+    from triton.compiler import CompiledKernel
+
+    return isinstance(kernel, CompiledKernel)

@@ -47,6 +47,7 @@ class Choice:
             "default" (nothing is known).
         median_ms, default_ms: Median time of a call with `config` and with `default`, where a search has measured it.
         dropped: The candidates that a search in this process did not time, with the reason.
+        times_ms: Median times of all others, where a search in this process measured them.
     """
 
     kernel: str
@@ -58,6 +59,7 @@ class Choice:
     median_ms: float | None = None
     default_ms: float | None = None
     dropped: dict[Config, str] = field(default_factory=dict)
+    times_ms: dict[Config, float] = field(default_factory=dict)
 
     @property
     def times_faster(self) -> float | None:
@@ -68,6 +70,7 @@ class Choice:
 _Key = tuple[str, ShapeClass, torch.device]
 _choices: dict[_Key, Choice] = {}
 _searching = threading.Lock()
+_trying_all = 0  # contexts of `all_candidates` that are open
 
 
 class _Session:
@@ -119,6 +122,10 @@ def run_tuned(
     Raises:
         ValueError: VISATTN_TUNE is set to something else than off, cached or search.
     """
+    if _trying_all:
+        for config in candidates[1:]:
+            run(config)
+        return run(candidates[0])
     key = (kernel, shape_class, device)
     if _sessions:
         return run(_choose(key, candidates, run, True).config)
@@ -209,7 +216,19 @@ def _search(known: Choice, key: _Key, candidates: Sequence[Config], run: Run) ->
         median,
         default,
         found.dropped,
+        found.median_ms,
     )
+
+
+@contextlib.contextmanager
+def all_candidates() -> Generator[None]:
+    """Launch every candidate of every kernel that runs in this context, the default last: to record them."""
+    global _trying_all
+    _trying_all += 1
+    try:
+        yield
+    finally:
+        _trying_all -= 1
 
 
 @contextlib.contextmanager
