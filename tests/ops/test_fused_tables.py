@@ -24,7 +24,6 @@ from visattn.ops.fused.tables import (
     select,
 )
 from visattn.ops.geometry import NONE, OUTSIDE, AnyAxis, Axis, Clipped, Halo, Partition, Spans, Whole, ranks, relation
-from visattn.ops.geometry.spans import _cut
 
 CPU = torch.device("cpu")
 TILED = {
@@ -121,7 +120,7 @@ class _Calls(TorchDispatchMode):
 @pytest.mark.parametrize("axes", [(Axis(200, 7), Axis(304, 7)), (Halo(100, 8, 3), Halo(152, 8, 3))], ids=str)
 def test_a_new_size_costs_few_calls(axes, keys_hold):
     """Plans are chosen by counts, and only the chosen one is cut."""
-    for cache in (block_mask, relation, _cut):
+    for cache in (block_mask, relation):
         cache.cache_clear()
     with _Calls() as calls:
         block_mask(axes, keys_hold, CPU)
@@ -137,7 +136,7 @@ def test_a_new_size_costs_few_calls(axes, keys_hold):
 @pytest.mark.parametrize("default", ["cpu", "meta"])
 def test_no_setting_of_the_caller_stays_in_a_mask(default):
     axes = (Halo(9, 4, 1), Partition(11, 4, shift=2))
-    for cache in (block_mask, relation, _cut):
+    for cache in (block_mask, relation):
         cache.cache_clear()
     with torch.device(default), torch.inference_mode():
         found = block_mask(axes, True, CPU)

@@ -52,11 +52,8 @@ def padded_columns(number: int) -> int:
 
 def encode(axes: Sequence[AnyAxis]) -> list[int]:
     """Axes as ints, the form in which they pass through custom ops."""
-    found = []
-    for axis in axes:
-        values = [int(x) for x in vars(axis).values()]
-        found += [axis.code, len(values), *values]
-    return found
+    fields = [[int(x) for x in vars(axis).values()] for axis in axes]
+    return [n for axis, x in zip(axes, fields, strict=True) for n in (axis.code, len(x), *x)]
 
 
 def decode(code: Sequence[int]) -> tuple[AnyAxis, ...]:

@@ -21,6 +21,7 @@ from visattn.ops.geometry.arithmetic import ceil_div
 
 OUTSIDE, NONE = -1, -2  # a place outside the map; no place at all
 CPU = torch.device("cpu")  # said in every call: a context would cost more than the calls
+_keep = functools.lru_cache(maxsize=4096)  # layers and sizes of maps have axes in common
 
 
 class AnyAxis:
@@ -33,9 +34,8 @@ class AnyAxis:
     code: ClassVar[int]
 
     def __init_subclass__(cls) -> None:
-        cls.code = zlib.crc32(
-            f"{cls.__module__}.{cls.__qualname__}".encode()
-        )  # the same everywhere
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        cls.code = zlib.crc32(name.encode())  # the same in every process
         AnyAxis.kinds[cls.code] = cls
 
     def spans(self) -> Spans:
@@ -161,6 +161,7 @@ class Spans:
         ]
         return sorted(((*how, *n) for how, n in zip(found, counts, strict=True)), reverse=True)
 
+    @_keep
     def cut(self, size: int, begin: int = 0) -> Cut:
         """Cut the queries of every group into tiles of `size` from a position on; tiles without any are left out."""
         first, last, held = self.held
@@ -192,15 +193,10 @@ def padded_rows(number: int) -> int:
     return 16 if number <= 16 else 32 if number <= 32 else ceil_div(number, 64) * 64
 
 
-@functools.lru_cache(maxsize=4096)
+@_keep
 def relation(axis: AnyAxis, keys_hold: bool = False) -> Spans:
     """The spans of an axis, with `keys_hold` reversed."""
     return axis.spans().reversed() if keys_hold else axis.spans()
-
-
-@functools.lru_cache(maxsize=4096)
-def _cut(axis: AnyAxis, keys_hold: bool, size: int, begin: int) -> Cut:
-    return relation(axis, keys_hold).cut(size, begin)
 
 
 def tile_plan(axes: Sequence[AnyAxis], keys_hold: bool = False, extra: int = 0) -> tuple[Cut, ...]:
@@ -217,4 +213,5 @@ def tile_plan(axes: Sequence[AnyAxis], keys_hold: bool = False, extra: int = 0) 
         return tiles * (keys * (rows + 64 * blocks) + 64 * 64 * blocks)
 
     best = min(itertools.product(*(relation(axis, keys_hold).options for axis in axes)), key=cost)
-    return tuple(_cut(axis, keys_hold, *how[:2]) for axis, how in zip(axes, best, strict=True))
+    how = zip(axes, best, strict=True)
+    return tuple(relation(axis, keys_hold).cut(size, begin) for axis, (size, begin, _, _) in how)
