@@ -19,6 +19,7 @@ from visattn.ops.geometry import TOGETHER, AnyAxis, ceil_div
 # Programs that a reduction is cut into, if it has the work. No property of a GPU, so that sums have one order on all.
 _SPLIT = 512
 _SPLIT_TILES = 2048  # of images, whose sums are long
+_PROGRAMS = 264  # below so many, columns are split among more, 256 or more of them to each
 _WIDE = 2**31  # numbers of an image from which offsets have 64 bits
 
 
@@ -85,6 +86,7 @@ class Sizes(NamedTuple):
     heads: int
     extra: int
     tiles: int  # of the direction, of lists
+    splits: int  # parts of the columns, of a program each
 
 
 class Out(NamedTuple):
@@ -129,6 +131,7 @@ class Meta(NamedTuple):
     LANES: int  # of positions
     ROWS: int  # of a tile
     TILES: int  # that a program holds, each with its own columns
+    SPLIT: bool  # programs go over a part of the columns
     SEGMENT: int  # tokens of a listed region, 0 without a list
     WEIGHTED: bool
     EXTRA: int  # extra keys at a time
@@ -419,13 +422,37 @@ class Call:
         tiles = 0
         if keys_hold is not None and self.kv_indices is not None:
             tiles = len(regions(self.axes[2:] if keys_hold else self.axes[:2], self.q.device)[1])
-        return Sizes(self.images, self.queries, self.keys, self.heads, self.extra, tiles)
+        splits = 1 if keys_hold is None else self.splits(keys_hold)
+        return Sizes(self.images, self.queries, self.keys, self.heads, self.extra, tiles, splits)
+
+    @_once
+    def splits(self, keys_hold: bool) -> int:
+        """Into how many parts the columns of a direction are cut, for there to be work for a GPU."""
+        if self.kv_indices is not None or self.rel_pos is not None or self.extra:
+            return 1
+        tiles, rows = self.block_mask(keys_hold).rows.shape
+        programs = tiles * ceil_div(rows, 64) * self.heads * self.images
+        columns = self.block_mask(keys_hold).columns.shape[1]
+        return max(1, min(ceil_div(_PROGRAMS, programs), columns // 256))
+
+    def partial(self, keys_hold: bool, *shape: int) -> Tensor:
+        """For results [B, ...] of a direction: as many of them as there are splits."""
+        splits = self.splits(keys_hold)
+        return self.empty(
+            splits * shape[0], *shape[1:], dtype=None if splits == 1 else torch.float32
+        )
+
+    def joined(self, keys_hold: bool, x: Tensor) -> Tensor:
+        """The sum of the splits' results."""
+        splits = self.splits(keys_hold)
+        return x if splits == 1 else x.unflatten(0, (splits, -1)).sum(0).to(self.q.dtype)
 
     def grid(self, keys_hold: bool, config: Config) -> tuple[int, int, int]:
         meta = self.meta(keys_hold)
         tiles = self.sizes(keys_hold).tiles or len(self.mask(keys_hold).rows)
         blocks = meta.ROWS // config.block_m
-        return ceil_div(tiles, meta.TILES) * blocks, self.heads, self.images
+        images = self.images * self.splits(keys_hold)
+        return ceil_div(tiles, meta.TILES) * blocks, self.heads, images
 
     def columns(self, mask: Mask) -> int:
         """That a tile of queries meets."""
@@ -459,6 +486,7 @@ class Call:
             LANES=lanes,
             ROWS=rows or _block(min(self.extra, 64)),
             TILES=together,
+            SPLIT=keys_hold is not None and self.splits(keys_hold) > 1,
             SEGMENT=segment,
             WEIGHTED=self.weight is not None,
             EXTRA=_block(min(self.extra, 64)) if self.extra else 0,
@@ -505,6 +533,14 @@ class Call:
 _One = Callable[[Config, Callable[..., None]], tuple[Tensor, ...]]
 
 
+def _merge(call: Call, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs and log-sum-exps of parts of the keys [splits * B, ...] as of all of them."""
+    o, lse = (x.unflatten(0, (-1, call.images)) for x in (o, lse))
+    total = lse.logsumexp(0)
+    share = (lse - total).exp().nan_to_num(0)  # of queries that see nothing
+    return (share[..., None] * o).sum(0).to(call.q.dtype), total
+
+
 def run_forward(call: Call) -> tuple[Tensor, Tensor]:
     from visattn.ops.fused.attention_kernels import forward_kernel
 
@@ -517,11 +553,11 @@ def run_forward(call: Call) -> tuple[Tensor, Tensor]:
     meta = call.meta(False)
 
     def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:
-        o = call.empty(call.images, call.queries, call.heads, call.value_dim)
+        o = call.partial(False, call.images, call.queries, call.heads, call.value_dim)
         lse = call.empty(*o.shape[:3], dtype=torch.float32)
         maps = (_map(call.q), _map(call.k), _map(call.v))
         go(call.grid(False, config), *maps, Out(_map(o), lse), mask, listed, extra, sizes)
-        return o, lse
+        return (o, lse) if sizes.splits == 1 else _merge(call, o, lse)
 
     o, lse = call.run(forward_kernel, meta, (meta.ROWS, call.columns(mask)), 1, one)
     return o, lse
@@ -537,7 +573,7 @@ def _queries_backward(call: Call, do: Tensor, saved: Saved) -> tuple[Stats, Grad
     def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:
         stats, dq = (
             Stats(torch.empty_like(saved.lse), torch.empty_like(saved.lse)),
-            call.empty(*call.q.shape),
+            call.partial(False, *call.q.shape),
         )
         drel_pos = None if call.rel_pos is None else call.empty(*call.rel_pos.shape)
         dweight = None
@@ -549,6 +585,7 @@ def _queries_backward(call: Call, do: Tensor, saved: Saved) -> tuple[Stats, Grad
         go(call.grid(False, config), *maps, saved, stats, grads, mask, listed, extra, sizes)
         if dweight is not None:
             dweight = dweight.sum(3).unflatten(3, (-1, mask.columns_number)).sum(4)
+        dq = call.joined(False, dq)
         return (*stats, dq, *(x for x in (drel_pos, dweight) if x is not None))
 
     lse, delta, dq, *more = call.run(queries_backward_kernel, meta, (meta.ROWS, columns), 2, one)
@@ -594,7 +631,7 @@ def _keys_backward(call: Call, do: Tensor, stats: Stats) -> tuple[Tensor, ...]:
         columns *= regions_per_row
 
     def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:
-        dk, dv = call.empty(*call.k.shape), call.empty(*call.v.shape)
+        dk, dv = call.partial(True, *call.k.shape), call.partial(True, *call.v.shape)
         maps = (_map(call.q), _map(call.k), _map(call.v), _map(do))
         go(
             call.grid(True, config),
@@ -605,7 +642,7 @@ def _keys_backward(call: Call, do: Tensor, stats: Stats) -> tuple[Tensor, ...]:
             listed,
             call.sizes(True),
         )
-        return dk, dv
+        return call.joined(True, dk), call.joined(True, dv)
 
     return call.run(keys_backward_kernel, meta, (meta.ROWS, columns), 3, one)
 
