@@ -50,6 +50,11 @@ def padded_columns(number: int) -> int:
 
 def encode(axes: Sequence[AnyAxis]) -> list[int]:
     """Axes as ints, the form in which they pass through custom ops."""
+    return list(_encode(tuple(axes)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _encode(axes: tuple[AnyAxis, ...]) -> list[int]:
     found = []
     for axis in axes:
         values = [int(x) for x in vars(axis).values()]
@@ -91,7 +96,7 @@ class Lookup:
     def __init__(self, index: Tensor, number: int, device: torch.device) -> None:
         self.shape, self.number, self.device = index.shape, number, device
         self._values = index.flatten()
-        self._index = self._values.to(device)
+        self.index = self._values.to(device)
 
     @functools.cached_property
     def places(self) -> Tensor:
@@ -103,12 +108,12 @@ class Lookup:
     def read(self, x: Tensor, none: float = 0.0) -> Tensor:
         """[..., number] -> [..., *index], `none` where the index is no entry."""
         x = F.pad(x, (0, 1), value=none)
-        return x.index_select(-1, self._index).unflatten(-1, self.shape)
+        return x.index_select(-1, self.index).unflatten(-1, self.shape)
 
     def add(self, x: Tensor) -> Tensor:
         """Transpose of `read`: [..., *index] -> [..., number]."""
         leading = x.shape[: -len(self.shape)]
-        lines = F.pad(x.reshape(-1, len(self._index)), (0, 1))
+        lines = F.pad(x.reshape(-1, len(self.index)), (0, 1))
         step = max(1, _MOST // self.places.numel())
         parts = [part.index_select(1, self.places.flatten()) for part in lines.split(step)]
         found = torch.cat([part.unflatten(1, self.places.shape).sum(2) for part in parts])
