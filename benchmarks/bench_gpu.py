@@ -1,193 +1,459 @@
-"""A whole session on a lent GPU in one call: tests, tuning, benchmarks of ops and models.
+"""All that a lent GPU is needed for, in two calls of 9 minutes together.
 
-    python benchmarks/bench_gpu.py --out $OUT                                 # everything, in less than 9 minutes
-    python benchmarks/bench_gpu.py --out $OUT --steps compile_ops ops         # some of it
-    python benchmarks/bench_gpu.py --out $OUT --limits ops=300 --minutes 9.5  # with other time limits
+    python benchmarks/bench_gpu.py --out $OUT --minutes 4.3 --steps gates compile triton
+    python benchmarks/bench_gpu.py --out $OUT --minutes 4.7 --steps ablations ceilings peers host models
 
-Every step has a time limit, at which it is killed; the next one runs in any case. Writes to --out: `session.log` with
-all output, `session.json` with what became of each step, `tuning/<gpu>.json`, and `bench_ops` and `bench_models` as
-.json and .md. The benchmarks keep what is in benchmarks/results/<gpu>/ of cases that they do not get to, so that
-sessions can follow one another. In the compile steps compilers fill their caches in parallel; without them the
-benchmarks compile one thing at a time.
+Between them copy what the first has written to benchmarks/results/<gpu>/, from where the second goes on, and keep the
+machine: Triton's and Inductor's caches are on it. Without --steps all of them run, one after the other:
 
-The exit status is 0 if every step's is, and 2 without a GPU.
+    gates      tests/ops/test_fused_cuda.py: results against float64, equal bits, graphs, streams, memory
+    compile    all candidates of all kernels, and what is compiled of peers, on all cores; meanwhile the gates with
+               ptxas -O0 and tiny maps under compute-sanitizer
+    triton     every case of the Triton kernels: gate, times of every candidate of every kernel, then of whole passes
+    ablations  passes without bias, with one key for all, without exponentials (gpu_limits.py)
+    ceilings   bytes from L2 and exponentials per second; copies and products are in the setting
+    peers      partition and SDPA by all its backends, FlexAttention, timm's HaloAttn, official formulations, natten
+    host       the host's time for a call: eager, as a CUDA graph, under torch.compile(mode="reduce-overhead")
+    models     timm's compiled models against ours, then all others
+
+Ops run in this process. After every case all files are written: `session.json` and `.md` with a row per measurement,
+`bench_ops` and `bench_models` likewise, `tuning/<gpu>.json`; `session.log` has the output of other processes. A step
+begins nothing after its limit; what it has left is done at the end, as far as there is time. natten is a peer where it
+can be imported; its CUDA wheel has 475 MB, more than some machines can be sent.
+
+The exit status is 2 without a GPU, and 1 if a gate failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import bench_models
+import bench_ops
+import gpu_report
+import report
 import torch
-from bench_device import NO_CUDA, slug
-from gpu_models import CUDA_MODELS
-from op_cases import OPS
+from bench_device import NO_CUDA, Cuda, slug
+from gpu_models import CUDA_MODELS, TIMM
+from gpu_report import BOTH, FORWARD, TRITON
+from op_cases import CUDA_CASES, Case
+from op_gate import runner
+from report import number
 
 ROOT = Path(__file__).parents[1]
-TESTS = "fused or triton or cuda"
-BUDGET = "{budget}"  # in a command: seconds after which it should begin nothing new
+TESTS = ROOT / "tests" / "ops" / "test_fused_cuda.py"
+# Seconds after which a step begins nothing new.
+LIMITS = {
+    "gates": 50,
+    "compile": 90,
+    "triton": 130,
+    "ablations": 25,
+    "ceilings": 10,
+    "peers": 150,
+    "host": 30,
+    "models": 75,
+}
+# Minutes and steps of the calls that the docstring names.
+CALLS = (
+    (4.3, ("gates", "compile", "triton")),
+    (4.7, ("ablations", "ceilings", "peers", "host", "models")),
+)
+FLEX = "FlexAttention compiled"
+FLEX_CASES = ("na2d_56", "na2d_28", "na2d_14", "window_56", "halo_32")  # each takes half a minute to compile
+SDPA_CASES = ("window_56", "grid_56", "na2d_56_d8_bias")  # by every backend, others by the usual one
+PEER_CASES = (
+    *("na2d_56", "na2d_28", "na2d_14", "na2d_56_d8_bias", "na2d_28_d4_bias", "na2d_14_d2_bias"),
+    *(f"{kind}_{n}" for n in (56, 28, 14, 7) for kind in ("window", "grid")),
+    *("halo_32", "halo_16", "routed_56_topk1", "routed_28_topk4", "routed_14_topk16"),
+    *("aggregated_56", "aggregated_28", "aggregated_14", "agent_56_a9", "gated_positional_14"),
+    *("efficient_56", "inline_56", "focused_56", "flow_56", "relu_56"),
+)
+TIMM_MODELS = ("maxvit_tiny_va", "halonet50ts_va")  # both compiled
+HOST_CASES = ("na2d_14", "na2d_14_bias", "window_7")
+ABLATED_CASES = ("na2d_56_bias", "window_56", "na2d_56")
+CASES = {case.name: case for case in CUDA_CASES}
 
 
 @dataclass
-class Step:
-    """Commands that belong together, one after the other or `jobs` at a time, with `limit` seconds for all."""
+class Row:
+    """A measurement: a time, another figure with its unit, or why there is none."""
 
-    name: str
-    commands: list[list[str]]
-    limit: float
-    jobs: int = 1
+    step: str
+    case: str
+    what: str
+    us: float | None = None
+    figure: float | None = None
+    note: str = ""
+
+
+COLUMNS = ("step", "case", "what", "us", "figure", "note")
+TEXT = """# A session on a GPU
+
+`{command}` ({setting}).
+"""
+
+
+def cells(r: Row) -> list[str]:
+    return [r.step, r.case, r.what, number(r.us, ".1f"), number(r.figure, ".4g"), r.note.replace("|", "/")[:300]]
 
 
 @dataclass
-class Outcome:
-    """What became of a step: the exit status of each command, None for those that were killed or never started."""
+class Task:
+    """A case of a step, after which results are written; `always` whatever the step's limit. `run` returns its rows."""
 
+    step: str
     name: str
-    limit: float
-    seconds: float = 0.0
-    statuses: list[int | None] = field(default_factory=list)
-
-    @property
-    def is_done(self) -> bool:
-        return all(status == 0 for status in self.statuses)
+    run: Callable[[], Iterable[Row]]
+    always: bool = False
 
 
-def tool(name: str, *arguments: str) -> list[str]:
-    return [sys.executable, str(ROOT / "benchmarks" / name), "--device", "cuda", *arguments]
+class Session:
+    """Tasks one after the other, within limits of time, and the rows of all."""
+
+    def __init__(self, out: Path, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.out, self.clock = out, clock
+        self.end = clock() + seconds
+        self.rows: list[Row] = []
+        self.setting: dict[str, str] = {}
+        out.mkdir(parents=True, exist_ok=True)
+
+    def left(self) -> float:
+        return self.end - self.clock()
+
+    def go(self, tasks: Sequence[Task], perform: Callable[[Task], Iterable[Row]] = lambda task: task.run()) -> None:
+        late: list[Task] = []
+        ends: dict[str, float] = {}
+        for task in tasks:
+            end = ends.setdefault(task.step, self.clock() + LIMITS[task.step])
+            if self.clock() > end and not task.always:
+                late.append(task)
+            else:
+                self.do(task, perform)
+        for task in late:
+            self.do(task, perform)
+
+    def do(self, task: Task, perform: Callable[[Task], Iterable[Row]]) -> None:
+        start = self.clock()
+        if self.left() <= 0:
+            rows = [Row(task.step, task.name, "all", note="not measured: no time left")]
+        else:
+            try:
+                rows = list(perform(task))
+            except Exception as error:
+                rows = [Row(task.step, task.name, "all", note=report.failure(error))]
+        self.rows += [*rows, Row(task.step, task.name, "seconds it took", figure=self.clock() - start)]
+        self.write()
+        print(f"[{self.left():.0f} s left] {task.step} {task.name}: {self.clock() - start:.1f} s", flush=True)
+
+    def write(self) -> None:
+        report.write(self.rows, COLUMNS, cells, TEXT, "bench_gpu.py", None, self.out / "session", self.setting)
 
 
-def all_steps(out: Path, workers: int) -> list[Step]:
-    # Without the slow ones: a random search compiles a kernel for nearly every example.
-    tests = [sys.executable, "-m", "pytest", "-q", "-n", str(workers), "-k", TESTS]
-    ops = [tool("bench_ops.py", "--ops", op) for op in OPS]
-    models = [tool("bench_models.py", "--models", model) for model in CUDA_MODELS]
-    measured = ["--update", "--budget", BUDGET, "--out"]
-    return [
-        Step("tests", [[*tests, str(ROOT / "tests" / "ops")]], 130),
-        Step("tune", [tool("tune_ops.py", "--dtypes", "bfloat16")], 80),
-        Step("compile_ops", [[*command, "--gate-only"] for command in ops], 100, jobs=7),
-        # A process per op: one that breaks the GPU for its process leaves the others alone.
-        Step("ops", [[*command, *measured, str(out / "bench_ops")] for command in ops], 120),
-        Step("compile_models", [[*command, "--gate-only", "--compiled", "yes"] for command in models], 50, jobs=3),
-        Step("models", [tool("bench_models.py", *measured, str(out / "bench_models"))], 50),
-    ]
+class Program:
+    """Another process, whose output goes to the end of the session's log when it has ended or is ended."""
+
+    def __init__(self, *command: str, **environment: str) -> None:
+        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process)
+        streams = {"stdout": self.output, "stderr": subprocess.STDOUT}
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **environment}, start_new_session=True, **streams
+        )
+
+    def finish(self, session: Session, seconds: float) -> tuple[int | None, str]:
+        """Its exit status, None if it had not ended after so many seconds, and its output."""
+        status: int | None = None
+        try:
+            status = self.process.wait(max(0.0, min(seconds, session.left())))
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.output.seek(0)
+        text = self.output.read()
+        with (session.out / "session.log").open("a") as log:
+            log.write(f"\n=== {' '.join(map(str, self.process.args))}\n{text}")
+        return status, text
 
 
-def stop(process: subprocess.Popen) -> None:
-    """End a process of ours with all that it has started."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def tests(*arguments: str, **environment: str) -> Program:
+    """The gates, by pytest."""
+    return Program(sys.executable, "-m", "pytest", "-v", "--tb=short", *arguments, str(TESTS), **environment)
 
 
-def run_step(step: Step, limit: float, log: Path, environment: dict[str, str]) -> Outcome:
-    """Run the commands until they are done or `limit` seconds are over; their output goes to the end of `log`.
-
-    Of the time that is left when one of several starts, it gets its share.
-    """
-    start = time.monotonic()
-    outcome = Outcome(step.name, limit, statuses=[None] * len(step.commands))
-    waiting = list(enumerate(step.commands))
-    running: dict[int, tuple[subprocess.Popen, float]] = {}
-    with log.open("ab") as output:
-        while waiting or running:
-            left = start + limit - time.monotonic()
-            if left <= 0:
-                break
-            if waiting and len(running) < step.jobs:
-                rounds = -(-len(waiting) // step.jobs)
-                share = left / rounds
-                index, command = waiting.pop(0)
-                command = [str(max(1, int(share - 10))) if word == BUDGET else word for word in command]
-                output.write(f"\n=== {step.name}: {' '.join(command)}\n".encode())
-                output.flush()
-                process = subprocess.Popen(
-                    command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
-                )
-                running[index] = (process, time.monotonic() + share)
-                continue
-            for index, (process, deadline) in list(running.items()):
-                if process.poll() is not None:
-                    outcome.statuses[index] = process.returncode
-                elif time.monotonic() < deadline:
-                    continue
-                stop(process)
-                del running[index]
-            time.sleep(0.1)
-        for process, _ in running.values():
-            stop(process)
-    outcome.seconds = time.monotonic() - start
-    return outcome
+def outcomes(step: str, name: str, status: int | None, text: str) -> list[Row]:
+    """A row per test that failed, and how many passed."""
+    words = "(PASSED|FAILED|ERROR)"
+    found = dict(re.findall(rf"::(.+?) {words}", text))  # in one process
+    found |= {test: outcome for outcome, test in re.findall(rf"{words} \S+?::(.+?)\s*$", text, re.MULTILINE)}
+    rows = [Row(step, name, test, note=outcome) for test, outcome in found.items() if outcome != "PASSED"]
+    passed = sum(outcome == "PASSED" for outcome in found.values())
+    end = "ended by the limit" if status is None else f"FAILED: exit status {status}" if status else ""
+    return [*rows, Row(step, name, "tests passed", figure=passed or None, note=end)]
 
 
-def run_session(steps: Sequence[Step], out: Path, seconds: float, environment: dict[str, str]) -> list[Outcome]:
-    """All steps, each within its limit and what is left of `seconds`."""
-    out.mkdir(parents=True, exist_ok=True)
-    log = out / "session.log"
-    end = time.monotonic() + seconds
-    outcomes: list[Outcome] = []
-    for step in steps:
-        print(f"{step.name} ...", flush=True)
-        outcome = run_step(step, min(step.limit, end - time.monotonic()), log, environment)
-        outcomes.append(outcome)
-        print(f"{outcome.name}: {outcome.seconds:.0f} s of {outcome.limit:.0f}, exit {outcome.statuses}", flush=True)
-        (out / "session.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
-    return outcomes
+def background() -> dict[str, Callable[[], Program]]:
+    """What runs beside the compilers."""
+    tool = partial(Program, sys.executable)
+    found = {"ptxas -O0": partial(tests, "-n", "8", PTXAS_OPTIONS="-O0")}
+    if sanitizer := shutil.which("compute-sanitizer"):
+        command = (sanitizer, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-n", "0", "-k", "tiny")
+        found["compute-sanitizer"] = partial(Program, *command, str(TESTS))
+    cuda = ("--device", "cuda", "--gate-only")
+    for case in FLEX_CASES:
+        ops = (str(ROOT / "benchmarks/bench_ops.py"), *cuda, "--cases", case, "--providers", FLEX)
+        found[f"{FLEX}, {case}"] = partial(tool, *ops)
+    for model in TIMM_MODELS:
+        models = (str(ROOT / "benchmarks/bench_models.py"), *cuda, "--models", model, "--compiled", "yes")
+        found[f"{model}, compiled"] = partial(tool, *models, "--providers", TRITON, TIMM)
+    return found
+
+
+def record_case(case: Case, device: Any) -> list[Any]:
+    """The launches of a case's passes with every candidate of every kernel."""
+    from visattn.ops.fused.launch import record
+    from visattn.ops.fused.tuning import all_candidates
+
+    inputs, attend = case.fuse(case.inputs(device)), case.visattn("triton")
+    cotangent = torch.zeros((case.batch, *case.size, case.heads, case.dim), dtype=case.dtype, device=device)
+    with record() as launches, all_candidates():
+        runner(attend, inputs, FORWARD)()
+        runner(attend, inputs, BOTH, cotangent)()
+    return launches
+
+
+class Plan:
+    """The tasks of all steps on a GPU."""
+
+    def __init__(self, session: Session, device: Any, argv: Sequence[str] | None) -> None:
+        self.session, self.device, self.argv = session, device, argv
+        self.programs: dict[str, Program] = {}
+        self.compilers: Any = None
+        self.compiled_by = 0.0
+        self.ops: Any = None
+
+    def tasks(self, steps: Iterable[str]) -> list[Task]:
+        return [task for step in LIMITS if step in steps for task in getattr(self, step)()]
+
+    def gates(self) -> list[Task]:
+        def run() -> list[Row]:
+            limit = LIMITS["gates"] + 20
+            return outcomes("gates", "ptxas default", *tests("-n", "8").finish(self.session, limit))
+
+        return [Task("gates", "ptxas default", run)]
+
+    def compile(self) -> list[Task]:
+        def start() -> list[Row]:
+            from compile_ahead import Compilers
+
+            major, minor = torch.cuda.get_device_capability()
+            self.compilers, self.compiled_by = Compilers(10 * major + minor), self.session.clock() + LIMITS["compile"]
+            self.programs = {name: begin() for name, begin in background().items()}
+            return []
+
+        def record(case: Case) -> list[Row]:
+            new = self.compilers.add(record_case(case, self.device.torch_device))
+            return [Row("compile", case.name, "kernels that no case before has", figure=new)]
+
+        def finish() -> list[Row]:
+            failures = self.compilers.finish(max(0.0, self.compiled_by - self.session.clock()))
+            rows = [Row("compile", "kernels", "distinct kernels", figure=len(self.compilers.futures))]
+            rows += [Row("compile", "kernels", "failed", note=reason) for reason in failures]
+            for name, program in self.programs.items():
+                status, text = program.finish(self.session, self.compiled_by - self.session.clock())
+                rows += outcomes("compile", name, status, text)
+            return rows
+
+        recorded = [Task("compile", case.name, partial(record, case)) for case in CUDA_CASES]
+        return [Task("compile", "start", start), *recorded, Task("compile", "finish", finish, always=True)]
+
+    def measure(
+        self, case: Case, mode: str, providers: list[str], seconds: float, gate_only: bool = False
+    ) -> list[Any]:
+        """Gate and time providers; what is timed goes to bench_ops.json."""
+        if self.ops is None:
+            self.ops = gpu_report.Run(self.device, self.session.out / "bench_ops", True, self.argv)
+            self.session.setting = self.ops.setting
+        found = bench_ops.measure(case, mode, providers, seconds, self.device, gate_only)
+        self.device.forget()
+        if not gate_only:
+            self.ops.add(case, mode, found)
+        return found
+
+    def triton(self) -> list[Task]:
+        from tune_ops import run_case, short
+
+        from visattn.ops import tune
+
+        def run(case: Case) -> list[Row]:
+            (gate,) = self.measure(case, BOTH, [TRITON], 0, gate_only=True)
+            if gate.note:
+                return [Row("triton", case.name, "gate", figure=gate.error, note=f"FAILED: {gate.note}")]
+            rows = [Row("triton", case.name, "gate", figure=gate.error)]
+            with tune(again=True) as choices:
+                run_case(case, self.device.torch_device)
+            for choice in choices:
+                for config, ms in choice.times_ms.items():
+                    notes = {choice.default: "default", choice.config: "best"}
+                    rows.append(Row("triton", case.name, f"{choice.kernel} {short(config)}", ms * 1e3))
+                    rows[-1].note = " ".join(note for c, note in notes.items() if c == config)
+                for config, reason in choice.dropped.items():
+                    rows.append(Row("triton", case.name, f"{choice.kernel} {short(config)}", note=reason))
+            for mode in (FORWARD, BOTH):
+                (r,) = self.measure(case, mode, [TRITON], 0.15)
+                us = r.median_ms and r.median_ms * 1e3
+                rows.append(Row("triton", case.name, mode, us, r.error, r.note))
+            return rows
+
+        return [Task("triton", case.name, partial(run, case)) for case in CUDA_CASES]
+
+    def ablations(self) -> list[Task]:
+        def run(case: Case, part: str) -> list[Row]:
+            from gpu_limits import ablation
+
+            modes = (FORWARD, BOTH)
+            return [
+                Row("ablations", case.name, f"{mode}, {part}", ablation(case, mode, part, self.device) * 1e6)
+                for mode in modes
+            ]
+
+        return [
+            Task("ablations", f"{name}, {part}", partial(run, CASES[name], part))
+            for name in ABLATED_CASES
+            for part in ("whole", "no bias", "one key", "no exponentials")
+        ]
+
+    def ceilings(self) -> list[Task]:
+        def run() -> list[Row]:
+            from gpu_limits import ceilings
+
+            return [Row("ceilings", "", f"{what} per s", figure=rate) for what, rate in ceilings(self.device).items()]
+
+        return [Task("ceilings", "L2 and exponentials", run)]
+
+    def peers(self) -> list[Task]:
+        def run(case: Case, mode: str, names: list[str]) -> list[Row]:
+            found = self.measure(case, mode, [*names, TRITON], 0.15)
+            if not any(r.median_ms or r.note for r in found):
+                return [Row("peers", case.name, mode, note="nothing was timed")]
+            return [
+                Row("peers", case.name, f"{mode}, {r.provider}", r.median_ms and r.median_ms * 1e3, r.error, r.note)
+                for r in found
+            ]
+
+        return [
+            Task("peers", f"{name}, {mode}", partial(run, CASES[name], mode, peers_of(CASES[name])))
+            for name in PEER_CASES
+            for mode in (FORWARD, BOTH)
+        ]
+
+    def host(self) -> list[Task]:
+        def run(case: Case, mode: str, way: str) -> list[Row]:
+            seconds = host_seconds(replace(case, batch=2), mode, way, self.device.torch_device)
+            return [Row("host", case.name, f"{mode}, {way}", seconds * 1e6)]
+
+        return [
+            Task("host", f"{name}, {mode}, {way}", partial(run, CASES[name], mode, way))
+            for way in ("eager", "CUDA graph", "reduce-overhead")
+            for name in (HOST_CASES[:1] if way == "reduce-overhead" else HOST_CASES)
+            for mode in (FORWARD, BOTH)
+        ]
+
+    def models(self) -> list[Task]:
+        def run(model: str, mode: str, compiled: str, *more: str) -> list[Row]:
+            arguments = ["--device", "cuda", "--models", model, "--modes", mode, "--compiled", compiled, *more]
+            out = str(self.session.out / "bench_models")
+            status = bench_models.main([*arguments, "--seconds", "0.5", "--update", "--out", out])
+            return [Row("models", model, f"{mode}, compiled {compiled}", note=f"exit status {status}")]
+
+        timm = [(m, mode, "yes", "--providers", TRITON, TIMM) for m in TIMM_MODELS for mode in bench_models.MODES]
+        others = [(m, mode, "no") for m in CUDA_MODELS for mode in bench_models.MODES]
+        return [Task("models", ", ".join(a[:3]), partial(run, *a)) for a in (*timm, *others)]
+
+
+def peers_of(case: Case) -> list[str]:
+    """The providers that a case is timed against; what compiles long or is one of many only for some cases."""
+    found = list(case.cuda_providers)
+    if case.name not in FLEX_CASES:
+        found = [name for name in found if name != FLEX]
+    if case.name not in SDPA_CASES:
+        found = [name for name in found if not name.startswith("SDPA ") or name == "SDPA, x partitioned"]
+    return found
+
+
+def host_seconds(case: Case, mode: str, way: str, device: torch.device, calls: int = 100) -> float:
+    """Wall time of a call of so many that follow one another on a small batch, which the host decides."""
+    attend = case.visattn("triton")
+    inputs = case.fuse(case.inputs(device))
+    if way == "reduce-overhead":
+        attend = torch.compile(attend, mode="reduce-overhead", dynamic=False)
+    run = runner(attend, inputs, mode, torch.ones((case.batch, *case.size, case.heads, case.dim), device=device))
+    if way == "CUDA graph":
+        run = captured(run).replay
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A call as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
 
 
 def keep_earlier(out: Path, results: Path) -> None:
-    """Start from the results that the repository has."""
-    for name in ("bench_ops.json", "bench_models.json"):
-        if (results / name).exists() and not (out / name).exists():
-            out.mkdir(parents=True, exist_ok=True)
-            shutil.copy(results / name, out / name)
+    """Start from the results that the repository has, tuning included."""
+    for file in results.rglob("*.json"):
+        target = out / file.relative_to(results)
+        if not target.exists() and file.name != "session.json":
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [step.name for step in all_steps(Path(), 0)]
     parser.add_argument("--out", type=Path, required=True, help="folder for everything that the session writes")
-    parser.add_argument("--steps", nargs="+", choices=names, default=names)
-    parser.add_argument("--limits", nargs="+", default=[], metavar="STEP=SECONDS", help="other limits than the usual")
-    parser.add_argument("--minutes", type=float, default=8.8, help="limit of the whole session")
-    parser.add_argument("--test-workers", type=int, default=8, help="processes for the tests, 0: one after the other")
+    parser.add_argument("--steps", nargs="+", choices=list(LIMITS), default=list(LIMITS))
+    parser.add_argument("--minutes", type=float, default=8.9, help="limit of the whole call")
     args = parser.parse_args(argv)
-    limits = dict(limit.split("=", 1) for limit in args.limits)
-    if unknown := set(limits) - set(names):
-        parser.error(f"expected limits of {', '.join(names)}; got {', '.join(sorted(unknown))}")
     if not torch.cuda.is_available():
         print(NO_CUDA, file=sys.stderr)
         return 2
 
-    out = args.out.resolve()
-    steps = [step for step in all_steps(out, args.test_workers) if step.name in args.steps]
-    for step in steps:
-        step.limit = float(limits.get(step.name, step.limit))
-    keep_earlier(out, ROOT / "benchmarks" / "results" / slug(torch.cuda.get_device_name()))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
-        "PYTHONUNBUFFERED": "1",
-        "VISATTN_CACHE_DIR": str(out),
-        "TORCHINDUCTOR_COMPILE_THREADS": "2",
-        "COLUMNS": "200",
-    }
-    outcomes = run_session(steps, out, args.minutes * 60, environment)
-    report = out / "bench_ops.md"
-    if "ops" in args.steps and report.exists():
-        print(report.read_text().partition("## Goals")[2])
-    for outcome in outcomes:
-        print(f"{outcome.name}: {outcome.seconds:.0f} s of {outcome.limit:.0f}, exit {outcome.statuses}")
-    return 0 if all(outcome.is_done for outcome in outcomes) else 1
+    session = Session(args.out.resolve(), args.minutes * 60)
+    keep_earlier(session.out, ROOT / "benchmarks" / "results" / slug(torch.cuda.get_device_name()))
+    os.environ["VISATTN_CACHE_DIR"] = str(session.out)
+    path = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    session.go(Plan(session, Cuda(), argv).tasks(args.steps))
+    failed = [r for r in session.rows if "FAILED" in r.note or "ERROR" in r.note]
+    for r in failed:
+        print(" ".join(cells(r)))
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -183,9 +183,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="path without suffix for the .json and .md results")
     gpu = parser.add_argument_group("only with --device cuda")
     gpu.add_argument("--compiled", choices=("no", "yes", "both"), default="both", help="under torch.compile")
+    gpu.add_argument("--providers", nargs="+", choices=list(gpu_models.BACKENDS), default=list(gpu_models.BACKENDS))
     gpu.add_argument("--seconds", type=float, default=1.0, help="wall time per provider and mode (>= 6 calls)")
     gpu.add_argument("--update", action="store_true", help="keep the results in --out of what is not measured now")
-    gpu.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no model begins")
     gpu.add_argument("--gate-only", action="store_true", help="time nothing; fills the caches of all compilers")
     args = parser.parse_args(argv)
     if args.device == "cuda":

@@ -193,7 +193,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="path without suffix for the .json and .md results")
     gpu = parser.add_argument_group("only with --device cuda")
     gpu.add_argument("--update", action="store_true", help="keep the results in --out of what is not measured now")
-    gpu.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no case begins")
     gpu.add_argument("--gate-only", action="store_true", help="time nothing; fills the caches of all compilers")
     args = parser.parse_args(argv)
     cases = [case for case in (CASES if args.device == "cpu" else CUDA_CASES) if op_of(case) in args.ops]
@@ -228,14 +227,11 @@ def on_gpu(args: argparse.Namespace, device: Any, argv: list[str] | None) -> int
     order = [(case, mode) for case in args.cases for mode in args.modes]
     for case, mode in order:
         print(f"[{time.monotonic() - start:.0f} s] {case.name}, {mode} ...", flush=True)
-        if time.monotonic() - start > args.budget:
-            results = [GpuResult(case.name, mode, "all", note="not measured: no time left")]
-        else:
-            try:
-                results = measure(case, mode, args.providers, args.seconds, device, args.gate_only)
-                device.forget()
-            except Exception as error:
-                results = [GpuResult(case.name, mode, "all", note=reason(error))]
+        try:
+            results = measure(case, mode, args.providers, args.seconds, device, args.gate_only)
+            device.forget()
+        except Exception as error:
+            results = [GpuResult(case.name, mode, "all", note=reason(error))]
         run.add(case, mode, results, write=not args.gate_only)
     show(run.new, gpu_report.COLUMNS, gpu_report.row, f"{device.name}, GPU time")
     if not args.gate_only:

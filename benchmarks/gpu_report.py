@@ -221,8 +221,10 @@ class Run:
     def add(self, case: Case, mode: str, results: Sequence[GpuResult], write: bool = True) -> None:
         """Take the results of a case and mode, and write all files anew. An empty case does not replace a full one."""
         rate(results, case, mode, self.rates)
-        self.new += results
         now = (case.name, mode)
+        again = {r.provider for r in results}
+        self.new = [r for r in self.new if (r.case, r.mode) != now or r.provider not in again]
+        self.new += results
         measured = [r for r in self.kept if (r.case, r.mode) == now and r.median_ms]
         if measured and not any(r.median_ms for r in results):
             self.new = [r for r in self.new if (r.case, r.mode) != now]

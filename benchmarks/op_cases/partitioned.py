@@ -9,8 +9,16 @@ import torch
 import torch.nn.functional as F
 from timm.models.maxxvit import grid_partition, grid_reverse, window_partition, window_reverse
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from op_cases import Attend, Case, Providers
+
+BACKENDS = {
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
 
 def bias_entries(window: int) -> tuple[Tensor, Tensor]:
@@ -52,6 +60,19 @@ def _parts(case: Case, window: int, grid: bool) -> tuple[Callable, Callable]:
     return windows, sdpa
 
 
+def _with_backend(attend: Attend, backend: SDPBackend | None) -> Attend:
+    """Attention by one backend of SDPA alone; one that does not take a bias, say, raises."""
+    if backend is None:
+        return attend
+
+    def attend_by_backend(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return attend(*args, **kwargs)
+
+    vars(attend_by_backend).update(vars(attend))
+    return attend_by_backend
+
+
 def _qkv_partitioned(case: Case, window: int, grid: bool) -> Attend:
     """Queries, keys and values are cut, the output is put back."""
     windows, sdpa = _parts(case, window, grid)
@@ -88,7 +109,11 @@ def providers(partition: Callable[[Any], tuple[int, bool] | str]) -> Providers:
         found = partition(case)
         return found if isinstance(found, str) else None
 
+    def build(way: Callable[..., Attend], backend: SDPBackend | None) -> Callable[[Any], Attend]:
+        return lambda case: _with_backend(way(case, *partition(case)), backend)
+
     return {
-        "SDPA, x partitioned": (lambda case: _x_partitioned(case, *partition(case)), can_run),
-        "SDPA, q k v partitioned": (lambda case: _qkv_partitioned(case, *partition(case)), can_run),
+        "SDPA, x partitioned": (build(_x_partitioned, None), can_run),
+        "SDPA, q k v partitioned": (build(_qkv_partitioned, None), can_run),
+        **{f"SDPA {name}, x partitioned": (build(_x_partitioned, b), can_run) for name, b in BACKENDS.items()},
     }

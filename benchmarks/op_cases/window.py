@@ -80,7 +80,7 @@ class Window(Case):
         return {**super().shapes(), "bias": (self.heads, width, width)}
 
     def visattn(self, backend: str) -> Attend:
-        def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
             return window_attention(q, k, v, self.window, grid=self.grid, bias=bias, backend=backend)
 
         return attend

@@ -1,83 +1,95 @@
-"""A session of the GPU benchmarks: every step ends at its limit, and the next one runs in any case."""
+"""A session of the GPU benchmarks: within its time it reaches what it is for, and nothing that it found is lost."""
 
 import json
-import os
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import bench_gpu
 import pytest
-from bench_gpu import BUDGET, Step
+from bench_gpu import CALLS, LIMITS, Plan, Program, Row, Session, Task
+from op_cases import CUDA_CASES
+
+from tests import stub_gpu
 
 
-def python(code, *arguments):
-    return [sys.executable, "-c", code, *arguments]
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
 
 
-SLEEP = "import time; print('sleeping', flush=True); time.sleep(60)"
+def test_nine_minutes_reach_all_cases_gates_and_peers(tmp_path):
+    """Under a stub driver, with assumed seconds: no time was measured on a GPU."""
+    code = "from tests.benchmarks.bench_gpu_simulated import main; main(sys.argv[1], gpu)"
+    found = json.loads(stub_gpu.run(code, tmp_path / "cache", str(tmp_path)).splitlines()[-1])
+    assert found["seconds"] <= sum(minutes for minutes, _ in CALLS) * 60 + 30 <= 9 * 60 + 30
+    assert found["kernels"] > 500
+    plan = Plan(None, None, None)
+    wanted = [(t.step, t.name) for step in LIMITS if step != "models" for t in getattr(plan, step)()]
+    wanted += [(t.step, t.name) for t in plan.models() if t.name.endswith("yes")]
+    assert sum(step == "triton" for step, _ in wanted) == len(CUDA_CASES) == 49
+    assert {tuple(x) for x in found["reached"]} >= set(wanted)
 
 
-def test_a_session_goes_on_after_failures_and_limits(tmp_path):
-    steps = [
-        Step("fails", [python("raise SystemExit(3)"), python("print('second')")], 20),
-        Step("hangs", [python(SLEEP), python("print('never starts')")], 3),
-        Step("parallel", [python("import time; time.sleep(1); print('slept')")] * 4, 20, jobs=4),
-        Step("budget", [python("import sys; print('budget', sys.argv[1])", BUDGET)], 20),
+def test_what_fails_or_comes_too_late_costs_only_itself(tmp_path):
+    clock = Clock()
+
+    def takes(seconds):
+        def run():
+            clock.now += seconds
+            return [Row("triton", "case", "us", 1.0)]
+
+        return run
+
+    def fails():
+        raise RuntimeError("broken\nmore")
+
+    limit = LIMITS["triton"]
+    tasks = [Task("triton", "long", takes(limit + 1)), Task("triton", "late", takes(1))]
+    tasks += [Task("peers", "fails", fails), Task("host", "never ends", takes(1000)), Task("host", "after", takes(1))]
+    session = Session(tmp_path, limit + 60, clock)
+    session.go(tasks)
+    rows = [(r["case"], r["what"], r["note"]) for r in json.loads((tmp_path / "session.json").read_text())["results"]]
+    assert [case for case, what, _ in rows if what == "seconds it took"] == [
+        "long",
+        "fails",
+        "never ends",
+        "late",
+        "after",
     ]
-    start = time.monotonic()
-    outcomes = bench_gpu.run_session(steps, tmp_path, 60, dict(os.environ))
-    assert time.monotonic() - start < 30
-    assert {o.name: o.statuses for o in outcomes} == {
-        "fails": [3, 0],
-        "hangs": [None, 0],
-        "parallel": [0] * 4,
-        "budget": [0],
-    }
-    assert [o.is_done for o in outcomes] == [False, False, True, True]
-    assert outcomes[1].seconds < 5
-    log = (tmp_path / "session.log").read_text()
-    assert log.count("slept\n") == 4
-    assert "sleeping" in log
-    assert "budget 9\n" in log or "budget 10\n" in log
-    assert [o["name"] for o in json.loads((tmp_path / "session.json").read_text())] == [step.name for step in steps]
+    assert ("fails", "all", "failed: RuntimeError: broken") in rows
+    assert ("late", "all", "not measured: no time left") in rows
 
 
-def test_a_session_ends_in_time_with_all_it_started(tmp_path):
-    """Also what a command has started itself."""
-    beat = tmp_path / "beat"
-    grandchild = f"import pathlib, time\nfor _ in range(2000): pathlib.Path({str(beat)!r}).touch(); time.sleep(0.01)"
-    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
-    steps = [Step("hangs", [python(child)], 100), Step("late", [python("print(1)")], 100)]
-    outcomes = bench_gpu.run_session(steps, tmp_path, 3, dict(os.environ))
-    assert [o.statuses for o in outcomes] == [[None], [None]]
-    assert sum(o.seconds for o in outcomes) < 6
-    last = beat.stat().st_mtime_ns
-    time.sleep(0.5)
-    assert beat.stat().st_mtime_ns == last
+def test_programs_end_with_all_they_started(tmp_path):
+    session = Session(tmp_path, 60)
+    child = (
+        "import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', 'while 1: pass'])"
+    )
+    assert Program(sys.executable, "-c", child).finish(session, 2) == (None, "begun\n")
+    assert Program(sys.executable, "-c", "raise SystemExit(3)").finish(session, 30) == (3, "")
+    assert "begun" in (tmp_path / "session.log").read_text()
 
 
-def test_commands_are_understood(tmp_path):
-    """Every step's own programs take the arguments that they are given."""
-    commands = [c for step in bench_gpu.all_steps(tmp_path, 2) for c in (step.commands[0], step.commands[-1])]
-    tools = {c[1]: [word.replace(BUDGET, "9") for word in c] for c in commands if c[1].endswith(".py")}
-    assert {Path(tool).name for tool in tools} == {"bench_ops.py", "bench_models.py", "tune_ops.py"}
-    for command in tools.values():
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-        assert done.returncode in (1, 2)
-        assert "no CUDA device" in done.stderr, done.stderr
+def test_outcomes_of_tests():
+    text = "[gw0] [ 50%] PASSED tests/a.py::test_x[halo 32] \n[gw1] [100%] FAILED tests/a.py::test_y \n"
+    failed, passed = bench_gpu.outcomes("gates", "default", 1, text)
+    assert (failed.what, failed.note) == ("test_y", "FAILED")
+    assert (passed.figure, passed.note) == (1, "FAILED: exit status 1")
+    (passed,) = bench_gpu.outcomes("gates", "tiny", 0, "a.py::test_x[halo 32] PASSED [ 50%]\na.py::test_z PASSED\n")
+    assert (passed.figure, passed.note) == (2, "")
 
 
 def test_earlier_results_are_kept(tmp_path):
     results, out = tmp_path / "results", tmp_path / "out"
-    results.mkdir()
+    (results / "tuning").mkdir(parents=True)
     (results / "bench_ops.json").write_text("old")
+    (results / "tuning" / "gpu.json").write_text("old")
     bench_gpu.keep_earlier(out, results)
     assert (out / "bench_ops.json").read_text() == "old"
-    (out / "bench_ops.json").write_text("new")
+    (out / "tuning" / "gpu.json").write_text("new")
     bench_gpu.keep_earlier(out, results)
-    assert (out / "bench_ops.json").read_text() == "new"
+    assert (out / "tuning" / "gpu.json").read_text() == "new"
 
 
 def test_without_a_gpu(monkeypatch, capsys, tmp_path):
@@ -86,4 +98,34 @@ def test_without_a_gpu(monkeypatch, capsys, tmp_path):
     assert "no CUDA device: not measured" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit):
-        bench_gpu.main(["--out", str(tmp_path), "--limits", "nothing=3"])
+        bench_gpu.main(["--out", str(tmp_path), "--steps", "nothing"])
+
+
+LIMITED = """
+import gpu_limits
+from dataclasses import replace
+from op_cases import TINY
+from visattn.ops.fused.launch import record
+class Device:
+    torch_device, processors = "cpu", 2
+    def seconds(self, run):
+        run()
+        return 1.0
+case = replace(next(c for c in TINY if c.name == "tiny_na2d_bias"), dtype=torch.bfloat16)
+print(gpu_limits.ceilings(Device()))
+for part in gpu_limits.ABLATIONS:
+    gpu.launched.clear()
+    gpu_limits.ablation(case, "forward", part, Device())
+    print(part, gpu.launched[-1].kernel, gpu.launched[-1].arguments[4].columns.max().item())
+"""
+
+
+def test_ceilings_and_ablations_compile(tmp_path):
+    first, *parts = stub_gpu.run(LIMITED, tmp_path).splitlines()
+    assert "bytes from L2" in first
+    assert [part.rpartition(" ")[0] for part in parts] == [
+        f"{part} forward_kernel" for part in ("whole", "no bias", "one key", "no exponentials")
+    ]
+    assert [int(part.rpartition(" ")[2]) > 0 for part in parts] == [True, True, False, True]
+    ptx = [file.read_text() for file in tmp_path.glob("*/forward_kernel.ptx")]
+    assert sorted("ex2.approx" in text for text in ptx) == [False, True, True]

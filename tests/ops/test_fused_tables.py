@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -22,8 +23,7 @@ from visattn.ops.fused.tables import (
     regions,
     select,
 )
-from visattn.ops.geometry import NONE, OUTSIDE, Axis, Clipped, Halo, Partition, Whole, relation, spans
-from visattn.ops.geometry.spans import _cut
+from visattn.ops.geometry import NONE, OUTSIDE, AnyAxis, Axis, Clipped, Halo, Partition, Spans, Whole, ranks, relation
 
 CPU = torch.device("cpu")
 TILED = {
@@ -48,7 +48,7 @@ each_tiling = pytest.mark.parametrize(
 
 def table_of(axes, heads=2):
     """[N, entries per axis] numbers that are all different."""
-    entries = [spans(axis).entries for axis in axes]
+    entries = [axis.spans().entries for axis in axes]
     return torch.arange(1, 1 + heads * math.prod(entries), dtype=torch.float64).view(heads, *entries)
 
 
@@ -57,7 +57,7 @@ def products(axes):
     found = torch.zeros(1, 1, dtype=torch.long)
     for axis in axes:
         entry = definition(axis)[None, :, None]
-        joint = found[:, None, :, None] * spans(axis).entries + entry
+        joint = found[:, None, :, None] * axis.spans().entries + entry
         found = torch.where((found[:, None, :, None] < 0) | (entry < 0), -1, joint).flatten(2).flatten(0, 1)
     return found
 
@@ -120,7 +120,7 @@ class _Calls(TorchDispatchMode):
 @pytest.mark.parametrize("axes", [(Axis(200, 7), Axis(304, 7)), (Halo(100, 8, 3), Halo(152, 8, 3))], ids=str)
 def test_a_new_size_costs_few_calls(axes, keys_hold):
     """Plans are chosen by counts, and only the chosen one is cut."""
-    for cache in (block_mask, relation, _cut):
+    for cache in (block_mask, relation):
         cache.cache_clear()
     with _Calls() as calls:
         block_mask(axes, keys_hold, CPU)
@@ -130,13 +130,13 @@ def test_a_new_size_costs_few_calls(axes, keys_hold):
         block_mask(axes, keys_hold, CPU)
         block_mask(axes, keys_hold, CPU, extra=3)  # the axes are known
     assert calls.found["unique_dim"] == 0
-    assert calls.found.total() <= 100
+    assert calls.found.total() <= 120
 
 
 @pytest.mark.parametrize("default", ["cpu", "meta"])
 def test_no_setting_of_the_caller_stays_in_a_mask(default):
     axes = (Halo(9, 4, 1), Partition(11, 4, shift=2))
-    for cache in (block_mask, relation, _cut):
+    for cache in (block_mask, relation):
         cache.cache_clear()
     with torch.device(default), torch.inference_mode():
         found = block_mask(axes, True, CPU)
@@ -194,6 +194,47 @@ def test_codes_are_positions_in_the_window(keys_hold):
     expected = (row + axes[0].halo) % axes[0].window + ((column + axes[1].halo) % axes[1].window << 16)
     assert torch.equal(found.codes[tokens >= 0], expected[tokens >= 0])
     assert block_mask(TILED["sliding"], keys_hold, CPU).codes is None
+
+
+@pytest.mark.parametrize("keys_hold", [False, True])
+def test_turns_bring_lanes_to_displacements(keys_hold):
+    axes = (Halo(9, 4, 2), Halo(11, 6, 1, stride=2))
+    found = block_mask(axes, keys_hold, CPU).turns.view(2, axes[0].queries, axes[1].queries)
+    for axis, turn in zip(axes, (found[0].mT, found[1]), strict=True):
+        assert (turn == turn[0]).all()
+        query, window = torch.arange(axis.queries), axis.window
+        block, rank = query // axis.queries_per_block, query % axis.queries_per_block
+        lane = (block[:, None] * axis.block + torch.arange(window)) % window  # of each slot
+        first, shift = turn[0, :, None] % 65536, turn[0, :, None] >> 16
+        assert (first < window).all()
+        entry = (lane - first) % window + shift
+        assert torch.equal(entry, axis.displacement()[rank])
+    assert block_mask(TILED["sliding"], keys_hold, CPU).turns is None
+
+
+@dataclass(frozen=True)
+class Behind(AnyAxis):
+    """A geometry that nothing in the package knows: a query sees itself and what is up to `reach` behind it."""
+
+    length: int
+    reach: int
+
+    def spans(self):
+        token = ranks(self.length)
+        return Spans(token, token, (token - self.reach).clamp(min=0), token + 1)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_new_geometry_needs_no_other_place(backward):
+    axes = [Behind(13, 4), Behind(3, 1)]
+    assert decode(encode(axes)) == tuple(axes)
+    seen = [torch.ones(n, n, dtype=torch.bool).tril().triu(-r) for n, r in ((13, 4), (3, 1))]
+    seen = torch.kron(*(x.long() for x in seen)).bool()
+    found = block_mask(tuple(axes), backward, CPU)
+    visible = found.mask(torch.float32)[0, found.kind.long(), :, : found.columns.shape[1]] == 0
+    entry = torch.where(visible, 0, -1)
+    query, key = found.rows[..., None].expand_as(entry), found.columns[:, None].expand_as(entry)
+    assert torch.equal(pairs(query, key, entry, seen.shape) == 0, seen.T if backward else seen)
 
 
 @each_tiling

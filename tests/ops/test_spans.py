@@ -19,7 +19,6 @@ from visattn.ops.geometry import (
     neighbors,
     padded_rows,
     relation,
-    spans,
     tile_plan,
 )
 
@@ -128,7 +127,7 @@ def cut_pairs(cut, shape):
 @thorough
 @given(any_axis())
 def test_spans_are_the_definition(axis):
-    relation = spans(axis)
+    relation = axis.spans()
     assert torch.equal(relation_pairs(relation, sizes(axis)), definition(axis))
     reach = {Axis: "kernel_size", Partition: "window"}.get(type(axis))
     assert relation.entries == (2 * getattr(axis, reach) - 1 if reach else getattr(axis, "kernel_size", 1))
@@ -145,7 +144,7 @@ def test_spans_are_the_definition(axis):
 @thorough
 @given(any_axis())
 def test_reversed_is_the_transpose(axis):
-    relation = spans(axis)
+    relation = axis.spans()
     turned = relation.reversed()
     assert torch.equal(seen(turned), seen(relation).mT)
     assert torch.equal(relation_pairs(turned, sizes(axis)[::-1]), definition(axis).T)
@@ -158,7 +157,7 @@ def test_reversed_is_the_transpose(axis):
 @thorough
 @given(any_axis(), st.integers(1, 70), st.booleans(), st.booleans())
 def test_cuts_hold_every_pair_once(axis, size, turn, from_first):
-    relation, expected = spans(axis), definition(axis)
+    relation, expected = axis.spans(), definition(axis)
     if turn:
         relation, expected = relation.reversed(), expected.T
     cut = relation.cut(size, relation.held[2].start if from_first else 0)

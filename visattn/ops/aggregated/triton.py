@@ -17,8 +17,8 @@ from torch import Tensor
 from visattn.ops.aggregated.cpb import PositionBias, position_table
 from visattn.ops.aggregated.reference import visible
 from visattn.ops.fused import support
-from visattn.ops.fused.tables import CPU, Lookup, select
-from visattn.ops.geometry import Clipped, Pooled, Whole, interpolated
+from visattn.ops.fused.tables import Lookup, select
+from visattn.ops.geometry import CPU, Clipped, Pooled, Whole, interpolated
 from visattn.ops.registration import register
 
 if TYPE_CHECKING:

@@ -21,7 +21,6 @@ _SPLIT = 512
 _SPLIT_TILES = 2048  # of images, whose sums are long
 _POSITION_TILES = Config(1, 4096, 8, 1)
 _WIDE = 2**31  # numbers of an image from which offsets have 64 bits
-LOG2E = 1.4426950408889634  # the kernels' logits are in units in which exp2 makes the weights
 
 
 # The groups of arguments of the kernels. What is None is not compiled into them.
@@ -130,12 +129,14 @@ class Meta(NamedTuple):
     BLOCK_DV: int
     LANES: int  # of positions
     ROWS: int  # of a tile
+    TILES: int  # that a program holds, each with its own columns
     SEGMENT: int  # tokens of a listed region, 0 without a list
     WEIGHTED: bool
     EXTRA: int  # extra keys at a time
     CHECKED: bool  # keys are to be checked for taking part
     LOWEST: int  # the least token of a key that does
     HIDDEN: float  # what hides a pair in a position tile
+    EYE: bool  # position tiles are added by a product
     UNIT: int  # numbers of which strides are multiples
     WIDE: bool  # offsets within an image have 64 bits
     UPCAST: bool
@@ -385,7 +386,7 @@ class Call:
 
         found = self.block_mask(keys_hold)
         if self.is_full:
-            bias = (bias * LOG2E).to(self.q.dtype)
+            bias = (bias / self.scale).to(self.q.dtype)
             return found.pad(bias.mT if keys_hold else bias, hidden(bias.dtype))[:, None]
         lookup, config = found.lookup, _POSITION_TILES
         tiles = self.empty(self.heads, *lookup.shape)
@@ -396,7 +397,7 @@ class Call:
             tiles,
             entries,
             number,
-            LOG2E,
+            1 / self.scale,
             hidden(tiles.dtype),
             config.block_n,
         )
@@ -424,7 +425,8 @@ class Call:
         return Extra(_map(self.extra_k), _map(self.extra_v), self.extra_bias, b, t, n, e)
 
     @_once
-    def sizes(self, tiles: int = 0) -> Sizes:
+    def sizes(self, keys_hold: bool | None) -> Sizes:
+        tiles = 0 if keys_hold is None else len(self.mask(keys_hold).rows)
         return Sizes(self.images, self.queries, self.keys, self.heads, self.extra, tiles)
 
     def grid(self, mask: Mask, config: Config) -> tuple[int, int, int]:
@@ -439,6 +441,7 @@ class Call:
         """The constants of a kernel with the tiles of a direction, or of one without tiles."""
         mask = None if keys_hold is None else self.mask(keys_hold)
         lanes = rows = segment = 0
+        half = self.q.element_size() == 2
         checked = False
         if mask is not None:
             rows, has_tiles = mask.rows.shape[1], mask.tiles is not None or mask.hidden is not None
@@ -458,12 +461,14 @@ class Call:
             BLOCK_DV=_block(self.value_dim),
             LANES=lanes,
             ROWS=rows or _block(min(self.extra, 64)),
+            TILES=1,
             SEGMENT=segment,
             WEIGHTED=self.weight is not None,
             EXTRA=_block(min(self.extra, 64)) if self.extra else 0,
             CHECKED=checked,
             LOWEST=-1 if self.zero_keys else 0,
             HIDDEN=hidden(self.q.dtype),
+            EYE=mask is not None and mask.tiles is not None and half and self.rel_pos is None,
             UNIT=self.unit,
             WIDE=self.wide,
             UPCAST=is_interpreting() and self.q.dtype == torch.bfloat16,
@@ -505,7 +510,12 @@ _One = Callable[[Config, Callable[..., None]], tuple[Tensor, ...]]
 def run_forward(call: Call) -> tuple[Tensor, Tensor]:
     from visattn.ops.fused.attention_kernels import forward_kernel
 
-    mask, listed, extra, sizes = call.mask(False), call.listed(), call.extra_keys(), call.sizes()
+    mask, listed, extra, sizes = (
+        call.mask(False),
+        call.listed(),
+        call.extra_keys(),
+        call.sizes(False),
+    )
     meta = call.meta(False)
 
     def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:
@@ -524,7 +534,7 @@ def _queries_backward(call: Call, do: Tensor, saved: Saved) -> tuple[Stats, Grad
     from visattn.ops.fused.attention_kernels import queries_backward_kernel
 
     mask, listed, extra = call.mask(False), call.listed(), call.extra_keys()
-    meta, sizes, columns = call.meta(False), call.sizes(len(mask.rows)), call.columns(mask)
+    meta, sizes, columns = call.meta(False), call.sizes(False), call.columns(mask)
 
     def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:
         stats, dq = (
@@ -595,7 +605,7 @@ def _keys_backward(call: Call, do: Tensor, stats: Stats) -> tuple[Tensor, ...]:
             KeyGrads(_map(dk), _map(dv)),
             mask,
             listed,
-            call.sizes(),
+            call.sizes(True),
         )
         return dk, dv
 
@@ -623,7 +633,7 @@ def _tiles_backward(call: Call, do: Tensor, stats: Stats) -> Tensor:
             partial,
             Parts(parts, found.members),
             mask,
-            call.sizes(),
+            call.sizes(False),
         )
         return (torch.stack([part.sum(0) for part in partial.split(numbers)], dim=1),)
 
@@ -647,7 +657,7 @@ def _extra_backward(call: Call, do: Tensor, stats: Stats) -> tuple[Tensor, ...]:
             for n in (call.dim, call.value_dim)
         )
         grads = KeyGrads(_map(dk), _map(dv))
-        go(blocks * splits, _map(call.q), _map(do), stats, grads, extra, call.sizes(), splits)
+        go(blocks * splits, _map(call.q), _map(do), stats, grads, extra, call.sizes(None), splits)
         return tuple(x.unflatten(0, (splits, -1)).sum(0).to(call.q.dtype) for x in (dk, dv))
 
     return call.run(extra_backward_kernel, None, (meta.ROWS, call.queries), 3, one)
@@ -670,7 +680,7 @@ def _extra_bias_backward(call: Call, do: Tensor, stats: Stats) -> Tensor:
         if 0 in shared:
             groups = ceil_div(groups, ceil_div(groups, ceil_div(_SPLIT, blocks)))
         dbias = call.empty(groups, call.queries, call.heads, call.extra, dtype=torch.float32)
-        go(groups * blocks, _map(call.q), _map(do), stats, dbias, extra, call.sizes(), groups)
+        go(groups * blocks, _map(call.q), _map(do), stats, dbias, extra, call.sizes(None), groups)
         return (dbias.sum(shared, keepdim=True) if shared else dbias,)
 
     (dbias,) = call.run(extra_bias_backward_kernel, None, (meta.ROWS, call.extra), 2, one)

@@ -74,6 +74,7 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
+    programs: tuple[int, ...]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -87,9 +88,16 @@ class Launch(NamedTuple):
                 )
         return found
 
+    @property
+    def portable(self) -> Launch:
+        """With what the compiler asks of tensors in their place."""
+        return self._replace(
+            arguments={name: _without_tensors(x) for name, x in self.arguments.items()}
+        )
+
     def _call(self) -> dict[str, Any]:
         return {
-            **self.arguments,
+            **self.portable.arguments,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             **OPTIONS,
@@ -188,18 +196,18 @@ def launch(
 
     Arguments are given by name, or in the kernel's order. To find the compiled kernel Triton looks at each of them,
     which takes as long as the rest of a call. A caller spares it that by a `prepared` that it keeps for one device and
-    all arguments but the tensors, of which it stands for the dtypes: there the kernel is kept. Tensors that do not begin
+    all arguments but tensors, of which it stands for the dtypes: there the kernel is kept. Tensors that do not begin
     at 16-byte borders have kernels of their own, and are left to Triton.
     """
     values = arguments
     if isinstance(values, dict):
         values = [values[name] for name in kernel.arg_names]
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    if _recorded:
-        named = dict(zip(kernel.arg_names, map(_without_tensors, values), strict=True))
-        _recorded[-1].append(Launch(kernel, named, **options))
-        return
     grid = programs if isinstance(programs, tuple) else (programs, 1, 1)
+    if _recorded:
+        named = dict(zip(kernel.arg_names, values, strict=True))
+        _recorded[-1].append(Launch(kernel, named, **options, programs=grid))
+        return
     found = None if prepared is None else prepared.get((kernel.__name__, config))
     if found is not None and _are_aligned(values, found.paths):
         found.compiled[grid](*values)  # on the current stream, with Triton's hooks for profilers

@@ -47,6 +47,7 @@ class Choice:
             "default" (nothing is known).
         median_ms, default_ms: Median time of a call with `config` and with `default`, where a search has measured it.
         dropped: The candidates that a search in this process did not time, with the reason.
+        times_ms: Median times of all others, where a search in this process measured them.
     """
 
     kernel: str
@@ -58,6 +59,7 @@ class Choice:
     median_ms: float | None = None
     default_ms: float | None = None
     dropped: dict[Config, str] = field(default_factory=dict)
+    times_ms: dict[Config, float] = field(default_factory=dict)
 
     @property
     def times_faster(self) -> float | None:
@@ -214,6 +216,7 @@ def _search(known: Choice, key: _Key, candidates: Sequence[Config], run: Run) ->
         median,
         default,
         found.dropped,
+        found.median_ms,
     )
 
 

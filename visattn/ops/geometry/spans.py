@@ -9,37 +9,82 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from visattn.ops.geometry.arithmetic import ceil_div
-from visattn.ops.geometry.blocks import Halo, Partition
-from visattn.ops.geometry.sliding import Axis, window
 
 OUTSIDE, NONE = -1, -2  # a place outside the map; no place at all
-_CPU = torch.device("cpu")  # said in every call: a context would cost more than the calls
+CPU = torch.device("cpu")  # said in every call: a context would cost more than the calls
+_keep = functools.lru_cache(maxsize=4096)  # layers and sizes of maps have axes in common
+
+
+class AnyAxis:
+    """Which keys a query sees on one axis; subclasses are frozen dataclasses of ints.
+
+    To define one is enough: the kernels take it, and it passes through custom ops as its `code` and its fields.
+    """
+
+    kinds: ClassVar[dict[int, Callable[..., AnyAxis]]] = {}
+    code: ClassVar[int]
+
+    def __init_subclass__(cls) -> None:
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        cls.code = zlib.crc32(name.encode())  # the same in every process
+        AnyAxis.kinds[cls.code] = cls
+
+    def spans(self) -> Spans:
+        """The relation on the CPU, whatever the caller's default device is."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Whole:
+class Whole(AnyAxis):
     """One axis on which every query sees every key."""
 
     queries: int
     keys: int
 
+    def spans(self) -> Spans:
+        query = ranks(self.queries)
+        return Spans(
+            query, ranks(self.keys), torch.zeros_like(query), torch.full_like(query, self.keys)
+        )
+
 
 @dataclass(frozen=True)
-class Clipped:
+class Clipped(AnyAxis):
     """One axis on which a query sees the at most `kernel_size` (odd) keys around it that exist."""
 
     length: int
     kernel_size: int
 
+    def spans(self) -> Spans:
+        token, reach = ranks(self.length), self.kernel_size // 2
+        start, stop = (token - reach).clamp(min=0), (token + reach + 1).clamp(max=self.length)
+        return Spans(token, token, start, stop, reach, self.kernel_size)
 
-AnyAxis = Axis | Partition | Halo | Whole | Clipped
+
+def ranks(length: int) -> Tensor:
+    """[1, length] tokens or positions in their order."""
+    return torch.arange(length, device=CPU)[None]
+
+
+class Cut(NamedTuple):
+    """An axis cut into `T` tiles of `t` queries, each with the `U` keys that hold the runs of all of them."""
+
+    query: Tensor  # [T, t] tokens, OUTSIDE where there is none
+    key: Tensor  # [T, U] tokens, OUTSIDE or NONE where there is none
+    query_position: Tensor  # [T, t]
+    key_position: Tensor  # [T, U]
+    pattern: Tensor  # [C, t, U] the C different tiles: entries of a position table, -1 for pairs that are not visible
+    kind: Tensor  # [T] which of them a tile is
+    masked: bool  # whether a query and a key of the same tile do not see each other
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +98,8 @@ class Spans:
         offset: Entry of a position table for equal positions.
         entries: How many entries the table has.
         sign: 1 if entries grow with key position - query position, -1 if with the opposite.
+        window: With decomposed relative positions, how many lanes there are, else 0; a key position's is the remainder.
+        turn: [queries] c + 65536 * s: lane j is entry (j - c) % window + s of a query's 2 * window - 1 products.
     """
 
     query: Tensor
@@ -62,13 +109,17 @@ class Spans:
     offset: int = 0
     entries: int = 1
     sign: int = 1
+    window: int = 0
+    turn: Tensor | None = None
 
     def reversed(self) -> Spans:
         """The same relation with keys in the role of queries."""
-        position = torch.arange(self.key.shape[1], device=_CPU).expand_as(self.key).contiguous()
+        position = ranks(self.key.shape[1]).expand_as(self.key).contiguous()
         edges = self.stop.contiguous(), self.start.contiguous()
-        first, last = (torch.searchsorted(edge, position, right=True) for edge in edges)
-        return Spans(self.key, self.query, first, last, self.offset, self.entries, -self.sign)
+        start, stop = (torch.searchsorted(edge, position, right=True) for edge in edges)
+        return replace(
+            self, query=self.key, key=self.query, start=start, stop=stop, sign=-self.sign
+        )
 
     @functools.cached_property
     def held(self) -> tuple[Tensor, Tensor, range]:
@@ -94,45 +145,37 @@ class Spans:
         sizes = sorted({n for n in even if n <= 128} | {len(held)}, reverse=True)
         if self.sees_all:
             sizes = sizes[:1]  # nothing to gain
-        cuts = [
-            (n, begin)
-            for n in sizes
-            for begin in sorted({held.start, held.start // n * n}, reverse=True)
+        found = [(n, held.start) for n in sizes] + [
+            (n, held.start // n * n) for n in sizes if held.start % n
         ]
-        begins = [torch.arange(begin, held.stop, n, device=_CPU) for n, begin in cuts]
-        begin, end = (
-            torch.cat(begins),
-            torch.cat([x + n for x, (n, _) in zip(begins, cuts, strict=True)]),
-        )
-        begin, end = torch.maximum(begin, first), torch.minimum(end, last)  # [G, tiles of all]
-        union = self.stop.gather(1, (end - 1).clamp(min=0)) - self.start.gather(
-            1, begin.clamp(max=held.stop - 1)
-        )
-        there = begin < end
-        tiles, keys = iter(there.sum(0).tolist()), iter((union * there).amax(0).tolist())
-        return [
-            (*cut, sum(itertools.islice(tiles, len(x))), max(1, *itertools.islice(keys, len(x))))
-            for cut, x in zip(cuts, begins, strict=True)
+        begins = [torch.arange(begin, held.stop, n, device=CPU) for n, begin in found]
+        ends = [begin + n for begin, (n, _) in zip(begins, found, strict=True)]
+        begin, end = torch.maximum(torch.cat(begins), first), torch.minimum(torch.cat(ends), last)
+        there = begin < end  # [G, tiles of all]
+        begin, end = begin.clamp(max=held.stop - 1), (end - 1).clamp(min=0)
+        union = (self.stop.gather(1, end) - self.start.gather(1, begin)) * there
+        tiles, keys = iter(there.sum(0).tolist()), iter(union.amax(0).tolist())
+        counts = [
+            (sum(itertools.islice(tiles, len(x))), max(1, *itertools.islice(keys, len(x))))
+            for x in begins
         ]
+        return sorted(((*how, *n) for how, n in zip(found, counts, strict=True)), reverse=True)
 
+    @_keep
     def cut(self, size: int, begin: int = 0) -> Cut:
         """Cut the queries of every group into tiles of `size` from a position on; tiles without any are left out."""
         first, last, held = self.held
-        position = torch.arange(
-            begin, begin + ceil_div(held.stop - begin, size) * size, device=_CPU
-        )
-        position = position.view(-1, size)  # [n, t]
+        number = ceil_div(held.stop - begin, size)
+        position = begin + ranks(number * size).view(number, size)  # [n, t]
         there = (position >= first[..., None]) & (position < last[..., None])  # [G, n, t]
         group, tile = there.any(2).nonzero(as_tuple=True)  # [T]
         there, position, group = there[group, tile], position[tile], group[:, None]
-        last_place = position.clamp(max=self.query.shape[1] - 1)  # [T, t]
-        query, start, stop = (x[group, last_place] for x in (self.query, self.start, self.stop))
-        query = query.masked_fill(~there, OUTSIDE)
-        keys = self.key.shape[1]
+        known = position.clamp(max=self.query.shape[1] - 1)  # [T, t]
+        query, start, stop = (x[group, known] for x in (self.query, self.start, self.stop))
+        query, keys = query.masked_fill(~there, OUTSIDE), self.key.shape[1]
         low = start.masked_fill(~there, keys).amin(1)
         union = max(1, int((stop.masked_fill(~there, 0).amax(1) - low).amax()))
-        low = low.clamp(max=max(keys - union, 0))
-        place = low[:, None] + torch.arange(union, device=_CPU)  # [T, U]
+        place = low.clamp(max=max(keys - union, 0))[:, None] + ranks(union)  # [T, U]
         key = self.key[group, place.clamp(max=keys - 1)].masked_fill(place >= keys, NONE)
         if self.entries == 1 and self.sees_all:
             pattern = query.new_zeros(1, 1, 1).expand(1, size, union)
@@ -145,94 +188,15 @@ class Spans:
         return Cut(query, key, position, place, pattern, kind, masked)
 
 
-@dataclass(frozen=True)
-class Cut:
-    """An axis cut into `T` tiles of `t` queries, each with the `U` keys that hold the runs of all of them.
-
-    Attributes:
-        query: [T, t] tokens, negative where there is none.
-        key: [T, U] tokens, OUTSIDE or NONE where there is none.
-        query_position, key_position: [T, t] and [T, U].
-        pattern: [C, t, U] the C different tiles: the entry of a position table for each pair, -1 if it is not visible.
-        kind: [T] which of them a tile is.
-        masked: Whether a query and a key of the same tile do not see each other.
-    """
-
-    query: Tensor
-    key: Tensor
-    query_position: Tensor
-    key_position: Tensor
-    pattern: Tensor
-    kind: Tensor
-    masked: bool
-
-
-def _rank(length: int) -> Tensor:
-    return torch.arange(length, device=_CPU)[None]
-
-
-@functools.singledispatch
-def spans(axis: AnyAxis) -> Spans:
-    """The relation of one axis; key positions of a `Halo` begin `halo` places before the map."""
-    raise TypeError(f"expected a geometry of one axis, got {type(axis).__name__}")
-
-
-@spans.register
-def _(axis: Axis) -> Spans:
-    group, position = _rank(axis.dilation).mT, _rank(ceil_div(axis.length, axis.dilation))
-    token = position * axis.dilation + group
-    token = token.masked_fill(token >= axis.length, OUTSIDE)
-    start, stop = window(position, (token >= 0).sum(1, keepdim=True), axis)
-    start, stop = (x.expand_as(token) for x in (start, stop))
-    return Spans(token, token, start, stop, axis.kernel_size - 1, 2 * axis.kernel_size - 1)
-
-
-@spans.register
-def _(axis: Partition) -> Spans:
-    windows, slots, _ = axis.layout()
-    token = torch.full((windows, slots), OUTSIDE, device=_CPU)
-    token[axis.place(_CPU)] = _rank(axis.length)
-    start, stop = torch.zeros_like(token), torch.full_like(token, slots)
-    return Spans(token, token, start, stop, axis.window - 1, 2 * axis.window - 1)
-
-
-@spans.register
-def _(axis: Halo) -> Spans:
-    key = _rank(axis.blocks * axis.block + 2 * axis.halo) - axis.halo
-    key = key.masked_fill((key < 0) | (key >= axis.length), OUTSIDE)
-    query = _rank(axis.queries)
-    start = query // axis.queries_per_block * axis.block
-    return Spans(query, key, start, start + axis.window)
-
-
-@spans.register
-def _(axis: Whole) -> Spans:
-    query = _rank(axis.queries)
-    start, stop = torch.zeros_like(query), torch.full_like(query, axis.keys)
-    return Spans(query, _rank(axis.keys), start, stop)
-
-
-@spans.register
-def _(axis: Clipped) -> Spans:
-    token, reach = _rank(axis.length), axis.kernel_size // 2
-    start, stop = (token - reach).clamp(min=0), (token + reach + 1).clamp(max=axis.length)
-    return Spans(token, token, start, stop, reach, axis.kernel_size)
-
-
 def padded_rows(number: int) -> int:
     """Rows of a tile in blocks of 64, or one block of 16 or 32."""
     return 16 if number <= 16 else 32 if number <= 32 else ceil_div(number, 64) * 64
 
 
-@functools.lru_cache(maxsize=4096)
+@_keep
 def relation(axis: AnyAxis, keys_hold: bool = False) -> Spans:
-    """`spans`, with `keys_hold` reversed, kept."""
-    return spans(axis).reversed() if keys_hold else spans(axis)
-
-
-@functools.lru_cache(maxsize=4096)
-def _cut(axis: AnyAxis, keys_hold: bool, size: int, begin: int) -> Cut:
-    return relation(axis, keys_hold).cut(size, begin)
+    """The spans of an axis, with `keys_hold` reversed."""
+    return axis.spans().reversed() if keys_hold else axis.spans()
 
 
 def tile_plan(axes: Sequence[AnyAxis], keys_hold: bool = False, extra: int = 0) -> tuple[Cut, ...]:
@@ -249,4 +213,5 @@ def tile_plan(axes: Sequence[AnyAxis], keys_hold: bool = False, extra: int = 0) 
         return tiles * (keys * (rows + 64 * blocks) + 64 * 64 * blocks)
 
     best = min(itertools.product(*(relation(axis, keys_hold).options for axis in axes)), key=cost)
-    return tuple(_cut(axis, keys_hold, *how[:2]) for axis, how in zip(axes, best, strict=True))
+    how = zip(axes, best, strict=True)
+    return tuple(relation(axis, keys_hold).cut(size, begin) for axis, (size, begin, _, _) in how)
