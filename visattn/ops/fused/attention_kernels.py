@@ -655,3 +655,17 @@ def extra_bias_backward_kernel(
     line = (group.to(tl.int64) * sizes.queries + offs_m)[:, None] * sizes.heads + head  # [M, 1]
     keep = (token >= 0)[:, None] & (token_e >= 0)[None, :]
     tl.store(dbias + line * sizes.extra + offs_e[None, :], acc, mask=keep)
+
+
+@triton.jit
+def position_tiles_kernel(
+    table, index, tiles, entries, number, factor, HIDDEN: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Position tiles of a head: entries of its table times a factor, HIDDEN where the index is no entry."""
+    head = tl.program_id(1).to(tl.int64)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    entry = tl.load(index + offs_n, mask=offs_n < number, other=entries)
+    keep = entry < entries
+    bias = tl.load(table + head * entries + entry, mask=keep, other=0.0).to(tl.float32) * factor
+    bias = tl.where(keep, bias, HIDDEN)
+    tl.store(tiles + head * number + offs_n, bias.to(tiles.dtype.element_ty), mask=offs_n < number)
