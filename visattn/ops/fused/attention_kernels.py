@@ -159,7 +159,7 @@ def one_hot(code, META: tl.constexpr, dtype: tl.constexpr):
 @triton.jit
 def load_lanes(table, line, META: tl.constexpr):
     """[lines, R] of a table of lanes."""
-    lanes = tl.load(table + line[:, None] * META.LANES + tl.arange(0, META.LANES)[None, :])
+    lanes = tl.load(table + column(line) * META.LANES + row(tl.arange(0, META.LANES)))
     return lanes.to(tl.float32) if META.UPCAST else lanes
 
 
@@ -177,7 +177,7 @@ def lanes_of_keys(mask, tile, total, offs_n, held, META: tl.constexpr):
         code = tl.load(mask.codes + tile * total + offs_n, mask=offs_n < total, other=0)
         lanes = one_hot(code, META, held.dtype)
     if mask.hidden is not None:
-        lanes = load_lanes(mask.spread, offs_n, META)
+        lanes = load_lanes(mask.spread, tile * 0 + offs_n, META)  # the same for all tiles
     return lanes
 
 
@@ -490,7 +490,7 @@ def keys_backward_kernel(
                 mask.rel_pos, b, head, token_n, META.LANES, META.LANES, META
             )  # [N, R]
         if mask.hidden is not None:
-            streamed = load_lanes(mask.spread, offs_n, META)  # [N, R]
+            streamed = load_lanes(mask.spread, tile * 0 + offs_n, META)  # [N, R]
         qk = add_positions(
             qk, mask, held, streamed, base, offs_m, offs_n, token_n, sm_scale, META, False
         )

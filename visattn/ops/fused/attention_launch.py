@@ -14,7 +14,7 @@ from visattn.ops.fused.launch import launch, power_of_2
 from visattn.ops.fused.support import MOST_BYTES, is_interpreting, precision
 from visattn.ops.fused.tables import BlockMask, block_mask, decode, hidden, padded_columns, regions
 from visattn.ops.fused.tuning import Config, run_tuned
-from visattn.ops.geometry import AnyAxis, ceil_div
+from visattn.ops.geometry import TOGETHER, AnyAxis, ceil_div
 
 # Programs that a reduction is cut into, if it has the work. No property of a GPU, so that sums have one order on all.
 _SPLIT = 512
@@ -84,7 +84,7 @@ class Sizes(NamedTuple):
     keys: int
     heads: int
     extra: int
-    tiles: int  # of the direction
+    tiles: int  # of the direction, of lists
 
 
 class Out(NamedTuple):
@@ -150,6 +150,8 @@ def _configs(meta: Meta, columns: int, dtype: torch.dtype, sums: int = 1) -> lis
     """Candidates for tiles of so many columns in a kernel with so many sums; the first is the default."""
     held, is_wide = min(meta.ROWS, 64), dtype == torch.float32
     warps = 2 if held == 16 or (held == 32 and sums == 1) else 4
+    if meta.TILES > 1:
+        warps = 4
     # Few padded columns in few steps, as far as registers go: a backward pass needs twice as many, more sums and exact
     # products of float32 still more.
     most = 32 if sums == 3 or is_wide else 64
@@ -167,9 +169,9 @@ def _configs(meta: Meta, columns: int, dtype: torch.dtype, sums: int = 1) -> lis
     if max(meta.BLOCK_D, meta.BLOCK_DV) * dtype.itemsize > MOST_BYTES // 2:
         sizes, stages = [n for n in (16, 32) if n <= width], (1,)  # for the sake of shared memory
     found = [Config(held, n, 2 * warps if is_wide else warps, s) for n in sizes for s in stages]
-    if is_wide or held < 64:
+    if is_wide or held * meta.TILES < 64:
         found += [Config(held, n, warps if is_wide else 2 * warps, stages[0]) for n in sizes]
-    if meta.ROWS > 64:
+    if meta.ROWS % 128 == 0:
         found += [Config(128, n, 8, 2) for n in sizes[:2]]
     return found
 
@@ -380,7 +382,13 @@ class Call:
 
     @_once
     def block_mask(self, keys_hold: bool) -> BlockMask:
-        return block_mask(self.axes, keys_hold, self.q.device, 0 if keys_hold else self.extra)
+        extra = 0 if keys_hold else self.extra
+        return block_mask(self.axes, keys_hold, self.q.device, extra, self.few)
+
+    @property
+    def few(self) -> bool:
+        """Whether tiles of few rows are held together: what they read is not much, and they meet nothing else."""
+        return max(self.dim, self.value_dim) <= 64 and not self.extra and self.rel_pos is None
 
     def _position_tiles(self, bias: Tensor, keys_hold: bool) -> Tensor:
         bias, found = (bias / self.scale).to(self.q.dtype), self.block_mask(keys_hold)
@@ -408,11 +416,16 @@ class Call:
 
     @_once
     def sizes(self, keys_hold: bool | None) -> Sizes:
-        tiles = 0 if keys_hold is None else len(self.mask(keys_hold).rows)
+        tiles = 0
+        if keys_hold is not None and self.kv_indices is not None:
+            tiles = len(regions(self.axes[2:] if keys_hold else self.axes[:2], self.q.device)[1])
         return Sizes(self.images, self.queries, self.keys, self.heads, self.extra, tiles)
 
-    def grid(self, mask: Mask, config: Config) -> tuple[int, int, int]:
-        return mask.rows.numel() // config.block_m, self.heads, self.images
+    def grid(self, keys_hold: bool, config: Config) -> tuple[int, int, int]:
+        meta = self.meta(keys_hold)
+        tiles = self.sizes(keys_hold).tiles or len(self.mask(keys_hold).rows)
+        blocks = meta.ROWS // config.block_m
+        return ceil_div(tiles, meta.TILES) * blocks, self.heads, self.images
 
     def columns(self, mask: Mask) -> int:
         """That a tile of queries meets."""
@@ -425,8 +438,10 @@ class Call:
         lanes = rows = segment = 0
         half = self.q.element_size() == 2
         checked = False
+        together = 1
         if mask is not None:
             rows, has_tiles = mask.rows.shape[1], mask.tiles is not None or mask.hidden is not None
+            together = TOGETHER if self.few and rows == 16 else 1
             if mask.hidden is not None:
                 lanes = mask.hidden.shape[2]
             elif self.rel_pos is not None:
@@ -443,14 +458,18 @@ class Call:
             BLOCK_DV=_block(self.value_dim),
             LANES=lanes,
             ROWS=rows or _block(min(self.extra, 64)),
-            TILES=1,
+            TILES=together,
             SEGMENT=segment,
             WEIGHTED=self.weight is not None,
             EXTRA=_block(min(self.extra, 64)) if self.extra else 0,
             CHECKED=checked,
             LOWEST=-1 if self.zero_keys else 0,
             HIDDEN=hidden(self.q.dtype),
-            EYE=mask is not None and mask.tiles is not None and half and self.rel_pos is None,
+            EYE=mask is not None
+            and mask.tiles is not None
+            and half
+            and self.rel_pos is None
+            and together == 1,
             UNIT=self.unit,
             WIDE=self.wide,
             UPCAST=is_interpreting() and self.q.dtype == torch.bfloat16,
@@ -501,7 +520,7 @@ def run_forward(call: Call) -> tuple[Tensor, Tensor]:
         o = call.empty(call.images, call.queries, call.heads, call.value_dim)
         lse = call.empty(*o.shape[:3], dtype=torch.float32)
         maps = (_map(call.q), _map(call.k), _map(call.v))
-        go(call.grid(mask, config), *maps, Out(_map(o), lse), mask, listed, extra, sizes)
+        go(call.grid(False, config), *maps, Out(_map(o), lse), mask, listed, extra, sizes)
         return o, lse
 
     o, lse = call.run(forward_kernel, meta, (meta.ROWS, call.columns(mask)), 1, one)
@@ -523,11 +542,11 @@ def _queries_backward(call: Call, do: Tensor, saved: Saved) -> tuple[Stats, Grad
         drel_pos = None if call.rel_pos is None else call.empty(*call.rel_pos.shape)
         dweight = None
         if call.weight is not None:
-            shape = (call.images, call.heads, len(mask.rows), meta.ROWS // config.block_m, columns)
+            shape = (call.images, call.heads, sizes.tiles, meta.ROWS // config.block_m, columns)
             dweight = call.empty(*shape, dtype=torch.float32)
         grads = QueryGrads(_map(dq), None if drel_pos is None else _map(drel_pos), dweight)
         maps = (_map(call.q), _map(call.k), _map(call.v), _map(do))
-        go(call.grid(mask, config), *maps, saved, stats, grads, mask, listed, extra, sizes)
+        go(call.grid(False, config), *maps, saved, stats, grads, mask, listed, extra, sizes)
         if dweight is not None:
             dweight = dweight.sum(3).unflatten(3, (-1, mask.columns_number)).sum(4)
         return (*stats, dq, *(x for x in (drel_pos, dweight) if x is not None))
@@ -571,14 +590,14 @@ def _keys_backward(call: Call, do: Tensor, stats: Stats) -> tuple[Tensor, ...]:
     mask, listed, columns = call.mask(True), None, 0
     meta, columns = call.meta(True), mask.columns_number
     if call.kv_indices is not None:
-        listed, regions_per_row = _q_indices(call, len(mask.rows))
+        listed, regions_per_row = _q_indices(call, call.sizes(True).tiles)
         columns *= regions_per_row
 
     def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:
         dk, dv = call.empty(*call.k.shape), call.empty(*call.v.shape)
         maps = (_map(call.q), _map(call.k), _map(call.v), _map(do))
         go(
-            call.grid(mask, config),
+            call.grid(True, config),
             *maps,
             stats,
             KeyGrads(_map(dk), _map(dv)),
