@@ -6,6 +6,7 @@ import sys
 import bench_gpu
 import pytest
 from bench_gpu import CALLS, LIMITS, Plan, Program, Row, Session, Task
+from gpu_report import BOTH, TRITON, GpuResult
 from op_cases import CUDA_CASES
 
 from tests import stub_gpu
@@ -59,6 +60,16 @@ def test_what_fails_or_comes_too_late_costs_only_itself(tmp_path):
     ]
     assert ("fails", "all", "failed: RuntimeError: broken") in rows
     assert ("late", "all", "not measured: no time left") in rows
+
+
+def test_cases_whose_gate_fails_are_not_timed(monkeypatch):
+    plan = Plan(None, None, None)
+    wrong = GpuResult("any", BOTH, TRITON, error=1.0, note="wrong result: not timed")
+    monkeypatch.setattr(plan, "measure", lambda *args, gate_only: [wrong])  # times nothing
+    for step in ("triton", "ablations", "host"):
+        for task in getattr(plan, step)():
+            (row,) = task.run()
+            assert (row.what, row.us, row.note) == ("gate", None, "FAILED: wrong result: not timed")
 
 
 def test_programs_end_with_all_they_started(tmp_path):
