@@ -38,7 +38,7 @@ class Compilers:
         for launch in launches:
             if launch.key not in self.futures:
                 where = (launch.kernel.__module__, launch.kernel.__name__)
-                job = (*where, launch._replace(kernel=None), self.capability)
+                job = (*where, launch.portable._replace(kernel=None), self.capability)
                 self.futures[launch.key] = self.pool.submit(_compile, *job)
         return len(self.futures) - before
 

@@ -8,7 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.ops.test_geometry import axes as sliding_axes
-from visattn.ops.geometry import NONE, OUTSIDE, Axis, Clipped, Halo, Partition, Whole, neighbors, spans, tile_plan
+from visattn.ops.geometry import (
+    NONE,
+    OUTSIDE,
+    Axis,
+    Clipped,
+    Halo,
+    Partition,
+    Whole,
+    neighbors,
+    padded_rows,
+    relation,
+    tile_plan,
+)
 
 thorough = settings(max_examples=400, deadline=None, derandomize=True)
 
@@ -115,7 +127,7 @@ def cut_pairs(cut, shape):
 @thorough
 @given(any_axis())
 def test_spans_are_the_definition(axis):
-    relation = spans(axis)
+    relation = axis.spans()
     assert torch.equal(relation_pairs(relation, sizes(axis)), definition(axis))
     reach = {Axis: "kernel_size", Partition: "window"}.get(type(axis))
     assert relation.entries == (2 * getattr(axis, reach) - 1 if reach else getattr(axis, "kernel_size", 1))
@@ -132,7 +144,7 @@ def test_spans_are_the_definition(axis):
 @thorough
 @given(any_axis())
 def test_reversed_is_the_transpose(axis):
-    relation = spans(axis)
+    relation = axis.spans()
     turned = relation.reversed()
     assert torch.equal(seen(turned), seen(relation).mT)
     assert torch.equal(relation_pairs(turned, sizes(axis)[::-1]), definition(axis).T)
@@ -143,12 +155,12 @@ def test_reversed_is_the_transpose(axis):
 
 
 @thorough
-@given(any_axis(), st.integers(1, 70), st.booleans())
-def test_cuts_hold_every_pair_once(axis, size, turn):
-    relation, expected = spans(axis), definition(axis)
+@given(any_axis(), st.integers(1, 70), st.booleans(), st.booleans())
+def test_cuts_hold_every_pair_once(axis, size, turn, from_first):
+    relation, expected = axis.spans(), definition(axis)
     if turn:
         relation, expected = relation.reversed(), expected.T
-    cut = relation.cut(size)
+    cut = relation.cut(size, relation.held[2].start if from_first else 0)
     assert torch.equal(cut_pairs(cut, expected.shape), expected)
     assert cut.query[cut.query >= 0].sort().values.tolist() == list(range(expected.shape[0]))
     assert (cut.query >= 0).any(1).all(), "a tile without queries"
@@ -170,6 +182,23 @@ def test_cuts_hold_every_pair_once(axis, size, turn):
         assert torch.equal(empty[cut.query[cut.query >= 0].sort().indices], outside(axis))
 
 
+@thorough
+@given(any_axis(), st.booleans())
+def test_options_are_the_counts_of_their_cuts(axis, keys_hold):
+    known = relation(axis, keys_hold)
+    for size, begin, tiles, keys in known.options:
+        cut = known.cut(size, begin)
+        assert cut.query.shape == (tiles, size)
+        assert cut.key.shape == (tiles, keys)
+
+
+@pytest.mark.parametrize(("size", "most"), [(16, 256), (32, 1024), (30, 1024)])
+def test_keys_outside_the_map_of_halos_are_not_held(size, most):
+    cuts = tile_plan([Halo(size, 8, 3)] * 2, keys_hold=True)
+    tiles, held = (math.prod(cut.query.shape[a] for cut in cuts) for a in (0, 1))
+    assert tiles * padded_rows(held) <= most
+
+
 @pytest.mark.parametrize(
     ("axes", "tiles", "queries", "keys"),
     [
@@ -185,7 +214,7 @@ def test_cuts_hold_every_pair_once(axis, size, turn):
     ],
 )
 def test_plans_of_layers(axes, tiles, queries, keys):
-    cuts = tile_plan([spans(axis) for axis in axes])
+    cuts = tile_plan(axes)
     assert math.prod(len(cut.query) for cut in cuts) == tiles
     assert tuple(cut.query.shape[1] for cut in cuts) == queries
     assert tuple(cut.key.shape[1] for cut in cuts) == keys

@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -233,6 +234,51 @@ def test_no_search_in_vain(tuning_file):
         assert chosen(kernel := Kernel(), candidates=[FAST]) == FAST
     assert len(kernel.launched) == 1
     assert not tuning_file.exists()
+
+
+class Device:
+    """A GPU's queue: what is enqueued starts when the host has done so and what was enqueued before has ended."""
+
+    def __init__(self):
+        self.host = self.free = 0.0
+        self.costs = {"slow": 4e-3, "fast": 1e-3}
+
+    def enqueue(self, seconds):
+        self.free = max(self.free, self.host) + seconds
+
+    def run(self, name):
+        self.host += 7e-3  # far more than the kernel takes
+        self.enqueue(self.costs[name])
+
+    def event(self, enable_timing):
+        return Event(self)
+
+
+class Event:
+    def __init__(self, device):
+        self.device = device
+
+    def record(self):
+        self.device.enqueue(0)
+        self.at = self.device.free
+
+    def synchronize(self):
+        self.device.host = max(self.device.host, self.device.free)
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) * 1e3
+
+
+def test_times_are_those_of_the_device_however_long_the_host_takes(monkeypatch):
+    device = Device()
+    monkeypatch.setattr(tuning_search, "_clock", lambda: device.host)
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: device.enqueue(cycles / 2e9))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(L2_cache_size=64))
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: zeros(*shape))
+    runs = [partial(device.run, name) for name in ("slow", "fast")]
+    assert tuning_search._medians(runs, torch.device("cuda")) == pytest.approx([4.0, 1.0])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="times of a CUDA device")

@@ -23,16 +23,21 @@ def is_autocast(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
-def _cast(x: Any) -> Any:
+def _cast(x: Any, device: torch.device) -> Any:
     """Cast one tensor, or pass on what is none."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
         return x
-    return x.to(torch.get_autocast_dtype(x.device.type)) if is_autocast(x.device) else x
+    return x.to(torch.get_autocast_dtype(device.type))
 
 
 def to_autocast(*tensors: Unpack[Tensors]) -> tuple[Unpack[Tensors]]:
-    """Cast the tensors to autocast's dtype where it is on; float64 stays, as in PyTorch, and so does what is None."""
-    found: Any = tuple(map(_cast, tensors))
+    """Cast the tensors to the dtype of autocast where it is on for the first one's device.
+
+    float64 stays, as in PyTorch, and so does what is None.
+    """
+    first, found = tensors[0], tensors
+    if isinstance(first, Tensor) and is_autocast(first.device):
+        found = tuple(_cast(x, first.device) for x in tensors)
     return found
 
 

@@ -28,7 +28,7 @@ def check_floating(**tensors: Tensor | None) -> None:
 def check_dtypes(*tensors: Tensor | None) -> None:
     """Check for one floating dtype of all."""
     dtypes = [t.dtype for t in tensors if t is not None]
-    if not dtypes[0].is_floating_point or any(d != dtypes[0] for d in dtypes):
+    if not dtypes[0].is_floating_point or dtypes.count(dtypes[0]) != len(dtypes):
         raise TypeError(f"expected q, k, v (and extra keys) of one floating dtype, got {dtypes}")
 
 
@@ -94,6 +94,8 @@ def _as(kind: type, value: Any) -> Any:
 
 def per_axis(name: str, value: Any, kind: type, axes: int) -> list[Any]:
     """List a value, or one value per axis, once for each axis."""
+    if type(value) is kind:  # what most calls give
+        return [value] * axes
     is_sequence = isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1
     given = value if is_sequence and not isinstance(value, str) else [value] * axes
     values = [_as(kind, x) for x in given]

@@ -29,7 +29,13 @@ from torch import Tensor
 
 from visattn.ops.fused import support
 from visattn.ops.geometry import plain
-from visattn.ops.registration import flops_are_counted, is_compiling, known_sizes, register
+from visattn.ops.registration import (
+    flops_are_counted,
+    is_compiling,
+    is_plain,
+    known_sizes,
+    register,
+)
 
 _logger = logging.getLogger("visattn")
 _requested: ContextVar[str | None] = ContextVar("visattn_backend", default=None)
@@ -211,6 +217,8 @@ class Backends(Generic[P]):
             BackendError: An explicitly requested backend is unknown or cannot run the problem, or none can.
         """
         values = list(vars(problem).values())  # fields, in their order
+        if is_plain(values):
+            return self._select(problem, requested).attend
         whole = self.whole_on_cpu and values[0].device.type == "cpu" and is_compiling()
         if whole or not known_sizes(*values) or flops_are_counted():
             return lambda problem: self._whole(*values, requested)

@@ -12,11 +12,12 @@ import contextlib
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_map_only
@@ -47,6 +48,32 @@ def known_sizes(*args: Any) -> bool:
         if is_symbolic(*(values if isinstance(values, (list, tuple)) else (values,))):
             return False
     return True
+
+
+# `SymInt`, fake tensors and all other subclasses of tensors are none of these.
+_PLAIN_TENSORS = {Tensor, torch.nn.Parameter}
+_is_wrapped = (
+    torch._C._functorch.is_functorch_wrapped_tensor
+)  # by a transform, even one that has ended
+_PLAIN = {*_PLAIN_TENSORS, int, float, bool, str, list, tuple, type(None)}
+
+
+def is_plain(args: Collection[Any]) -> bool:
+    """True where a call with these arguments is run and nothing else: nobody but autograd watches PyTorch's ops.
+
+    What otherwise goes through a custom op, for tracers, modes, transforms and subclasses of tensors, may then be
+    called as the function that it is, in a fraction of the time.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+        and _PLAIN.issuperset(map(type, args))
+        and not any(map(_is_wrapped, [x for x in args if type(x) in _PLAIN_TENSORS]))
+    )
 
 
 def flops_are_counted() -> bool:

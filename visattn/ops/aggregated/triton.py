@@ -18,7 +18,7 @@ from visattn.ops.aggregated.cpb import PositionBias, position_table
 from visattn.ops.aggregated.reference import visible
 from visattn.ops.fused import support
 from visattn.ops.fused.tables import Lookup, select
-from visattn.ops.geometry import Clipped, Pooled, Whole, interpolated
+from visattn.ops.geometry import CPU, Clipped, Pooled, Whole, interpolated
 from visattn.ops.registration import register
 
 if TYPE_CHECKING:
@@ -37,15 +37,16 @@ def can_run(problem: AggregatedProblem) -> str | None:
     return support.can_run(problem)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=4096)
 def _reader(
     length: int, pooled: int, size: int, bins: int, device: torch.device
 ) -> tuple[Lookup, Tensor | None]:
     """Find what `_read` looks up for the size x bins pairs of an axis, and its weights."""
     axis = Pooled(length, pooled)
     with torch.inference_mode(False):
-        index, weight = interpolated(axis, size, bins, device)
-    return Lookup(index, len(axis.distances)), weight
+        index, weight = interpolated(axis, size, bins, CPU)
+        weight = None if weight is None else weight.to(device)
+        return Lookup(index, len(axis.distances), device), weight
 
 
 def _read(table: Tensor, sizes: Sequence[int]) -> Tensor:

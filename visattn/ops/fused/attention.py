@@ -16,6 +16,7 @@ from torch import Tensor
 from visattn.ops.fused.attention_launch import Call, run_backward, run_forward
 from visattn.ops.fused.tables import encode
 from visattn.ops.geometry import AnyAxis
+from visattn.ops.registration import is_plain
 
 # Those that have gradients; two more that have none follow.
 _TENSORS = ("q", "k", "v", "bias", "rel_pos", "extra_k", "extra_v", "extra_bias", "weight")
@@ -25,9 +26,6 @@ _INPUTS = (
 )
 
 
-@torch.library.custom_op(
-    "visattn::fused_forward", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)"
-)
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     call = Call(*args)
     if not (call.q.numel() and call.v.numel()):
@@ -36,30 +34,23 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
         return run_forward(call)
 
 
-@_forward.register_fake
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "visattn::fused_backward",
-    mutates_args=(),
-    schema=f"(Tensor do, Tensor? dlse, Tensor out, Tensor lse, {_INPUTS}, bool[] needs) -> Tensor[]",
-)
 def _backward(
     do: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
 ) -> list[Tensor]:
     *inputs, needs = args
-    call = Call(*inputs)
+    call = Call(*inputs, do, dlse, out, lse)
     if not (call.q.numel() and call.v.numel()):
         return [x.new_zeros(x.shape) for x, n in zip(inputs, needs, strict=False) if n]
     wanted = dict(zip(_TENSORS, needs, strict=True))
     with torch.cuda.device_of(call.q):
-        found = run_backward(call, do, dlse, out, lse, wanted)
+        found = run_backward(call, wanted)
     return [getattr(found, name).contiguous() for name in _TENSORS if wanted[name]]
 
 
-@_backward.register_fake
 def _fake_backward(*args: Any) -> list[Tensor]:
     inputs, needs = args[4:-1], args[-1]
     return [x.new_empty(x.shape) for x, n in zip(inputs, needs, strict=False) if n]
@@ -83,8 +74,20 @@ def _one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any, op: Any) -> tup
     return tuple(stacked), (0,) * len(stacked)
 
 
-_forward.register_vmap(partial(_one_by_one, op=torch.ops.visattn.fused_forward))
-_backward.register_vmap(partial(_one_by_one, op=torch.ops.visattn.fused_backward))
+def _register(name: str, run: Any, fake: Any, schema: str) -> None:
+    op = torch.library.custom_op(f"visattn::{name}", run, mutates_args=(), schema=schema)
+    op.register_fake(fake)
+    op.register_vmap(partial(_one_by_one, op=getattr(torch.ops.visattn, name)))
+
+
+_register("fused_forward", _forward, _fake_forward, f"({_INPUTS}) -> (Tensor, Tensor)")
+_GIVEN = "Tensor do, Tensor? dlse, Tensor out, Tensor lse"
+_register(
+    "fused_backward",
+    _backward,
+    _fake_backward,
+    f"({_GIVEN}, {_INPUTS}, bool[] needs) -> Tensor[]",
+)
 
 
 class _Gradients(torch.autograd.Function):
@@ -130,8 +133,22 @@ class _Attention(torch.autograd.Function):
         if do is None:
             do = torch.zeros_like(out)
         needs = list(ctx.needs_input_grad[: len(_TENSORS)])
-        found = iter(_Gradients.apply(do, dlse, out, lse, *tensors, *ctx.how, needs))
+        args = (do, dlse, out, lse, *tensors, *ctx.how, needs)
+        is_direct = not torch.is_grad_enabled() and is_plain(args)
+        found = iter(_backward(*args) if is_direct else _Gradients.apply(*args))
         return (*(next(found) if n else None for n in needs), *(None,) * (2 + len(ctx.how)))
+
+
+class _PlainAttention(torch.autograd.Function):
+    """`_Attention` where no op needs to be seen, and no function transform (which wants `setup_context`) runs."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*args)
+        _Attention.setup_context(ctx, args, output)
+        return output
+
+    backward = _Attention.backward
 
 
 def fused_attention(
@@ -176,22 +193,15 @@ def fused_attention(
     Returns:
         out [B, Sq, N, Dv] of q's dtype and lse [B, Sq, N] in float32.
     """
-    return _Attention.apply(
-        q,
-        k,
-        v,
-        bias,
-        rel_pos,
-        extra_k,
-        extra_v,
-        extra_bias,
-        weight,
-        kv_indices,
-        key_mask,
-        encode(axes),
-        zero_keys,
-        scale,
-    )
+    if scale <= 0:  # the kernels scale by positive numbers
+        q, scale = q * scale, 1.0
+    tensors = (q, k, v, bias, rel_pos, extra_k, extra_v, extra_bias, weight, kv_indices, key_mask)
+    args = (*tensors, encode(axes), zero_keys, scale)
+    if not is_plain(args):
+        return _Attention.apply(*args)
+    differentiable = [x for x in tensors[: len(_TENSORS)] if x is not None and x.requires_grad]
+    trains = torch.is_grad_enabled() and differentiable
+    return _PlainAttention.apply(*args) if trains else _forward(*args)
 
 
 def flat(x: Tensor) -> Tensor:

@@ -4,8 +4,11 @@ A program holds BLOCK_M rows of a tile and streams the tile's columns, BLOCK_N a
 queries and columns keys, in `keys_backward_kernel` it is the reverse. Where they lie is read from tables of tokens. The
 groups of arguments are the tuples of attention_arguments.py.
 
-Shapes: M = BLOCK_M rows, N = BLOCK_N columns, D and DV padded channels, R lanes of positions. Logits are kept times
-log2(e), so that `exp2` makes the weights; position tiles come that way.
+With META.TILES > 1 a program holds so many whole tiles of few rows, each with its own columns: everything has one more
+axis in front, and products are batched.
+
+Shapes: M = BLOCK_M rows, N = BLOCK_N columns, D and DV padded channels, R lanes of positions. Logits are kept before
+they are scaled, by sm_scale > 0, so that positions are added by the tensor cores; position tiles come that way.
 """
 
 from __future__ import annotations
@@ -18,6 +21,52 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def column(x):
+    """[..., M] -> [..., M, 1]"""
+    return tl.expand_dims(x, -1)
+
+
+@triton.jit
+def row(x):
+    """[..., N] -> [..., 1, N]"""
+    return tl.expand_dims(x, -2)
+
+
+@triton.jit
+def mT(x):
+    """Transpose [..., M, N]."""
+    if len(x.shape) == 3:
+        y = tl.permute(x, (0, 2, 1))
+    else:
+        y = tl.trans(x)
+    return y
+
+
+@triton.jit
+def zeros(token, BLOCK: tl.constexpr):
+    """[..., M, BLOCK]"""
+    if len(token.shape) == 2:
+        x = tl.zeros([token.shape[0], token.shape[1], BLOCK], tl.float32)
+    else:
+        x = tl.zeros([token.shape[0], BLOCK], tl.float32)
+    return x
+
+
+@triton.jit
+def rows_of(META: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The tile, its block and the rows in the tile that this program holds; or tiles [TILES, 1] and rows [1, M]."""
+    pid = tl.program_id(0)
+    BLOCKS: tl.constexpr = META.ROWS // BLOCK_M
+    if META.TILES > 1:
+        tile = (pid * META.TILES + tl.arange(0, META.TILES))[:, None]
+        block, offs_m = 0, tl.arange(0, BLOCK_M)[None, :]
+    else:
+        tile, block = pid // BLOCKS, pid % BLOCKS
+        offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    return tile, block, offs_m
+
+
+@triton.jit
 def wide(token, META: tl.constexpr):
     """Tokens as wide as the offsets within an image."""
     return token.to(tl.int64) if META.WIDE else token
@@ -27,14 +76,13 @@ def wide(token, META: tl.constexpr):
 def at_rows(x, b, head, token, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, META: tl.constexpr):
     """[rows, BLOCK] where the channels of tokens are, and which there are; strides are seen to be multiples of UNIT."""
     offs_d = tl.arange(0, BLOCK)
-    keep = (token >= 0)[:, None]
+    keep = column(token) >= 0
     if CHANNELS < BLOCK:
-        keep = keep & (offs_d < CHANNELS)[None, :]
+        keep = keep & row(offs_d < CHANNELS)
     stride_b, stride_n = x.stride_b // META.UNIT * META.UNIT, x.stride_n // META.UNIT * META.UNIT
     base = x.ptr + b * stride_b + head.to(tl.int64) * stride_n
-    return base + wide(token, META)[:, None] * (x.stride_t // META.UNIT * META.UNIT) + offs_d[
-        None, :
-    ], keep
+    place = column(wide(token, META)) * (x.stride_t // META.UNIT * META.UNIT)
+    return base + place + row(offs_d), keep
 
 
 @triton.jit
@@ -75,7 +123,7 @@ def load_tokens(
     """[N] tokens of the columns from `start_n` on, -2 past the end: of a row of the table, or of the regions listed."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
     inside = offs_n < total
-    place = tile * total + offs_n
+    place = tile * mask.columns_number + offs_n
     if META.SEGMENT > 0:
         region = tl.load(listed.indices + first + offs_n // META.SEGMENT, mask=inside, other=0)
         place = region * META.SEGMENT + offs_n % META.SEGMENT
@@ -116,59 +164,124 @@ def load_lanes(table, line, META: tl.constexpr):
 
 
 @triton.jit
+def load_hidden(mask, tile, offs_m, META: tl.constexpr):
+    """[M, R] what lanes add to the logits of the rows of a tile."""
+    return load_lanes(mask.hidden, tl.load(mask.kind + tile) * META.ROWS + offs_m, META)
+
+
+@triton.jit
+def lanes_of_keys(mask, tile, total, offs_n, held, META: tl.constexpr):
+    """[N, R] ones in the lanes of the keys that are columns."""
+    lanes = held  # stands for none
+    if mask.rel_pos is not None:
+        code = tl.load(mask.codes + tile * total + offs_n, mask=offs_n < total, other=0)
+        lanes = one_hot(code, META, held.dtype)
+    if mask.hidden is not None:
+        lanes = load_lanes(mask.spread, offs_n, META)
+    return lanes
+
+
+@triton.jit
+def tile_of(mask, head, tile, META: tl.constexpr):
+    """Where the position tile of a tile begins."""
+    base = head.to(tl.int64) * mask.stride_n
+    if mask.tiles is not None:
+        base += tl.load(mask.kind + tile).to(tl.int64) * META.ROWS * mask.width
+    return base
+
+
+@triton.jit
+def columns_of(mask, listed, b, head, tile, sizes, META: tl.constexpr):
+    """Where the list of a tile of queries begins, if there is one, and how many columns the tile meets."""
+    first, total = b * 0, mask.columns_number
+    if META.SEGMENT > 0:
+        first = b * listed.stride_b + head * listed.stride_n + tile * listed.topk
+        total = listed.topk * META.SEGMENT
+        if META.TILES > 1:
+            total = tl.where(tile < sizes.tiles, total, 0)
+    return first, total
+
+
+@triton.jit
+def steps(total, META: tl.constexpr):
+    """How many columns the loop goes over: the most of any tile."""
+    return tl.max(tl.max(total, 0), 0) if META.SEGMENT > 0 and META.TILES > 1 else total
+
+
+@triton.jit
+def dot(a, b, META: tl.constexpr):
+    return tl.dot(a, b, input_precision=META.PRECISION)
+
+
+@triton.jit
+def dot_add(a, b, acc, META: tl.constexpr):
+    return tl.dot(a, b, acc, input_precision=META.PRECISION)
+
+
+@triton.jit
 def add_positions(
-    qk,
-    mask,
-    held,
-    streamed,
-    base,
-    offs_m,
-    offs_n,
-    token_n,
-    META: tl.constexpr,
-    CHECKED: tl.constexpr,
-):
+    qk, mask, held, streamed, base, offs_m, offs_n, token_n, sm_scale,
+    META: tl.constexpr, CHECKED: tl.constexpr,
+):  # fmt: skip
     """Logits [M, N] plus what is known of positions, -inf where a key takes no part."""
     if mask.tiles is not None:
-        qk += tl.load(mask.tiles + base + offs_m[:, None] * mask.width + offs_n[None, :]).to(
-            tl.float32
-        )
+        tile = tl.load(mask.tiles + column(base + offs_m * mask.width) + row(offs_n))
+        if META.EYE:
+            qk = tl.dot(held, tile.to(held.dtype), qk)
+        else:
+            qk += tile.to(tl.float32)
     if mask.rel_pos is not None:
-        qk += tl.dot(held, tl.trans(streamed), input_precision=META.PRECISION) * LOG2E
+        rel_pos = dot(held, mT(streamed), META)
+        qk += rel_pos * (1.0 / sm_scale)
     if mask.hidden is not None:
-        qk += tl.dot(held, tl.trans(streamed), input_precision=META.PRECISION)
+        qk = dot_add(held, mT(streamed), qk, META)
     if CHECKED:
-        qk = tl.where((token_n >= META.LOWEST)[None, :], qk, float("-inf"))
+        qk = tl.where(row(token_n >= META.LOWEST), qk, float("-inf"))
     return qk
 
 
 @triton.jit
 def load_extra_bias(extra, b, head, token, offs_e, sizes, META: tl.constexpr):
-    """[tokens, extra keys] bias, times log2(e)."""
+    """[tokens, extra keys] bias."""
     keep = (token >= 0)[:, None] & (offs_e < sizes.extra)[None, :]
     base = extra.bias + b * extra.stride_b + head * extra.stride_n
     at = base + wide(token, META)[:, None] * extra.stride_t + offs_e[None, :] * extra.stride_e
-    return tl.load(at, mask=keep, other=0.0).to(tl.float32) * LOG2E
+    return tl.load(at, mask=keep, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def extra_logits(q, k, extra, b, head, token, offs_e, sizes, sm_scale, META: tl.constexpr):
     """[queries, extra keys], -inf where there is none."""
-    qk = tl.dot(q, tl.trans(k), input_precision=META.PRECISION) * (sm_scale * LOG2E)
+    qk = dot(q, tl.trans(k), META)
     if extra.bias is not None:
-        qk += load_extra_bias(extra, b, head, token, offs_e, sizes, META)
+        qk += load_extra_bias(extra, b, head, token, offs_e, sizes, META) * (1.0 / sm_scale)
     return tl.where((offs_e < sizes.extra)[None, :], qk, float("-inf"))
 
 
 @triton.jit
-def join(qk, v, m_i, l_i, acc, META: tl.constexpr):
+def weights(qk, lse, sm_scale):
+    """softmax of logits, for lse times log2(e)."""
+    return tl.exp2(qk * (sm_scale * LOG2E) - lse)
+
+
+@triton.jit
+def join(qk, v, m_i, l_i, acc, sm_scale, META: tl.constexpr):
     """Let logits [M, N] and their values into a running softmax: maxima m_i, sums l_i, unnormalised acc."""
-    m_ij = tl.maximum(m_i, tl.max(qk, 1))
+    m_ij = tl.maximum(m_i, tl.max(qk, len(qk.shape) - 1))
     shift = tl.where(m_ij == float("-inf"), 0.0, m_ij) if META.CHECKED else m_ij
-    p, alpha = tl.exp2(qk - shift[:, None]), tl.exp2(m_i - shift)
-    l_i = l_i * alpha + tl.sum(p, 1)
-    acc = acc * alpha[:, None]
-    return m_ij, l_i, tl.dot(p.to(v.dtype), v, acc, input_precision=META.PRECISION)
+    c = sm_scale * LOG2E
+    p, alpha = tl.exp2(qk * c - column(shift * c)), tl.exp2((m_i - shift) * c)
+    l_i = l_i * alpha + tl.sum(p, len(qk.shape) - 1)
+    return m_ij, l_i, dot_add(p.to(v.dtype), v, acc * column(alpha), META)
+
+
+@triton.jit
+def eye(rows, META: tl.constexpr, ROWS: tl.constexpr, dtype: tl.constexpr):
+    """[M, M] by which a position tile is added in a product, if the dtype allows; else `rows`."""
+    if META.EYE:
+        line = tl.arange(0, ROWS)
+        rows = (line[:, None] == line[None, :]).to(dtype)
+    return rows
 
 
 @triton.jit
@@ -177,63 +290,38 @@ def forward_kernel(
     META: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of the queries of a tile."""
-    pid, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    tile, offs_m = (
-        pid // (META.ROWS // BLOCK_M),
-        pid % (META.ROWS // BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M),
-    )
+    head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile, _, offs_m = rows_of(META, BLOCK_M)
     token = tl.load(mask.rows + tile * META.ROWS + offs_m)
     q_i = load_rows(q, b, head, token, META.D, META.BLOCK_D, META)  # [M, D]
-    base, held = head.to(tl.int64) * 0, q_i
-    if mask.tiles is not None:
-        base = (
-            head.to(tl.int64) * mask.stride_n
-            + tl.load(mask.kind + tile).to(tl.int64) * META.ROWS * mask.width
-        )
+    base, held = tile_of(mask, head, tile, META), eye(q_i, META, BLOCK_M, q_i.dtype)
     if mask.rel_pos is not None:
         held = load_rows(mask.rel_pos, b, head, token, META.LANES, META.LANES, META)  # [M, R]
     if mask.hidden is not None:
-        held = load_lanes(
-            mask.hidden, tl.load(mask.kind + tile) * META.ROWS + offs_m, META
-        )  # [M, R]
-    first = b * 0
-    total = mask.columns_number
-    if META.SEGMENT > 0:
-        first = b * listed.stride_b + head * listed.stride_n + tile * listed.topk
-        total = listed.topk * META.SEGMENT
+        held = load_hidden(mask, tile, offs_m, META)  # [M, R]
+    first, total = columns_of(mask, listed, b, head, tile, sizes, META)
 
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, META.BLOCK_DV], tl.float32)
+    acc, l_i = zeros(token, META.BLOCK_DV), token.to(tl.float32) * 0.0
+    m_i = l_i - float("inf")
     ahead = load_tokens(
         mask, listed, first, tile, 0, total, META, BLOCK_N
     )  # a step ahead, so that copies overlap
-    for start_n in range(0, total, BLOCK_N):
+    for start_n in range(0, steps(total, META), BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         token_n = without_hidden(ahead, mask, b, sizes)
         ahead = load_tokens(mask, listed, first, tile, start_n + BLOCK_N, total, META, BLOCK_N)
         k_j = load_rows(k, b, head, token_n, META.D, META.BLOCK_D, META)  # [N, D]
         v_j = load_rows(v, b, head, token_n, META.DV, META.BLOCK_DV, META)  # [N, DV]
-        qk = tl.dot(q_i, tl.trans(k_j), input_precision=META.PRECISION) * (
-            sm_scale * LOG2E
-        )  # [M, N]
+        qk = dot(q_i, mT(k_j), META)  # [M, N]
         if META.WEIGHTED:
             factor = load_factors(listed, first, start_n, total, META, BLOCK_N)
-            qk = qk * factor[None, :]
-            v_j = (v_j * factor[:, None]).to(v_j.dtype)
-        streamed = token_n  # stands for none
-        if mask.rel_pos is not None:
-            streamed = one_hot(
-                tl.load(mask.codes + tile * total + offs_n, mask=offs_n < total, other=0),
-                META,
-                q_i.dtype,
-            )
-        if mask.hidden is not None:
-            streamed = load_lanes(mask.spread, offs_n, META)  # [N, R]
+            qk = qk * row(factor)
+            v_j = (v_j * column(factor)).to(v_j.dtype)
+        streamed = lanes_of_keys(mask, tile, total, offs_n, held, META)  # [N, R]
         qk = add_positions(
-            qk, mask, held, streamed, base, offs_m, offs_n, token_n, META, META.CHECKED
+            qk, mask, held, streamed, base, offs_m, offs_n, token_n, sm_scale, META, META.CHECKED
         )
-        m_i, l_i, acc = join(qk, v_j, m_i, l_i, acc, META)
+        m_i, l_i, acc = join(qk, v_j, m_i, l_i, acc, sm_scale, META)
     if extra is not None:
         for start_e in range(0, sizes.extra, META.EXTRA):
             offs_e = start_e + tl.arange(0, META.EXTRA)
@@ -241,17 +329,19 @@ def forward_kernel(
             k_j = load_rows(extra.k, b, head, token_e, META.D, META.BLOCK_D, META)
             v_j = load_rows(extra.v, b, head, token_e, META.DV, META.BLOCK_DV, META)
             qk = extra_logits(q_i, k_j, extra, b, head, token, offs_e, sizes, sm_scale, META)
-            m_i, l_i, acc = join(qk, v_j, m_i, l_i, acc, META)
+            m_i, l_i, acc = join(qk, v_j, m_i, l_i, acc, sm_scale, META)
     if (
         mask.key_mask is not None
     ):  # what tiles hide is finite, so that a query without keys may have seen that
         blind = m_i < META.HIDDEN * 0.8
         m_i, l_i = tl.where(blind, float("-inf"), m_i), tl.where(blind, 0.0, l_i)
-        acc = tl.where(blind[:, None], 0.0, acc)
+        acc = tl.where(column(blind), 0.0, acc)
     l_i = tl.where(l_i == 0.0, 1.0, l_i)  # of rows that are not there or see no key
-    store_rows(out.o, b, head, token, acc / l_i[:, None], META.DV, META.BLOCK_DV, META)
+    store_rows(out.o, b, head, token, acc * column(1.0 / l_i), META.DV, META.BLOCK_DV, META)
     tl.store(
-        at_line(out.lse, b, head, token, sizes, META), (m_i + tl.log2(l_i)) * LN2, mask=token >= 0
+        at_line(out.lse, b, head, token, sizes, META),
+        m_i * sm_scale + tl.log2(l_i) * LN2,
+        mask=token >= 0,
     )
 
 
@@ -265,14 +355,13 @@ def queries_backward_kernel(
     Those are [B, queries, heads], for all kernels that follow: lse times log2(e), inf where a query sees nothing so
     that weights are 0, and delta, which softmax's derivative subtracts: sum of o * do, less the gradient of the lse.
     """
-    pid, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    BLOCKS: tl.constexpr = META.ROWS // BLOCK_M
-    tile, offs_m = pid // BLOCKS, pid % BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
+    head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile, block, offs_m = rows_of(META, BLOCK_M)
     token = tl.load(mask.rows + tile * META.ROWS + offs_m)
     q_i = load_rows(q, b, head, token, META.D, META.BLOCK_D, META)  # [M, D]
     do_i = load_rows(do, b, head, token, META.DV, META.BLOCK_DV, META)  # [M, DV]
     o_i = load_rows(saved.o, b, head, token, META.DV, META.BLOCK_DV, META)
-    delta_i = tl.sum(do_i.to(tl.float32) * o_i.to(tl.float32), 1)
+    delta_i = tl.sum(do_i.to(tl.float32) * o_i.to(tl.float32), len(o_i.shape) - 1)
     there = token >= 0
     lse_i = (
         tl.load(at_line(saved.lse, b, head, token, sizes, META), mask=there, other=float("inf"))
@@ -285,83 +374,68 @@ def queries_backward_kernel(
     lse_i = tl.where(blind, float("inf"), lse_i)
     tl.store(at_line(stats.lse, b, head, token, sizes, META), lse_i, mask=there)
     tl.store(at_line(stats.delta, b, head, token, sizes, META), delta_i, mask=there)
-    base, held = head.to(tl.int64) * 0, q_i
-    if mask.tiles is not None:
-        base = (
-            head.to(tl.int64) * mask.stride_n
-            + tl.load(mask.kind + tile).to(tl.int64) * META.ROWS * mask.width
-        )
+    base, held = tile_of(mask, head, tile, META), eye(q_i, META, BLOCK_M, q_i.dtype)
     if mask.rel_pos is not None:
         held = load_rows(mask.rel_pos, b, head, token, META.LANES, META.LANES, META)  # [M, R]
         acc_rel_pos = tl.zeros([BLOCK_M, META.LANES], tl.float32)
     if mask.hidden is not None:
-        held = load_lanes(
-            mask.hidden, tl.load(mask.kind + tile) * META.ROWS + offs_m, META
-        )  # [M, R]
-    first = b * 0
-    total = mask.columns_number
-    if META.SEGMENT > 0:
-        first = b * listed.stride_b + head * listed.stride_n + tile * listed.topk
-        total = listed.topk * META.SEGMENT
+        held = load_hidden(mask, tile, offs_m, META)  # [M, R]
+    first, total = columns_of(mask, listed, b, head, tile, sizes, META)
 
-    acc = tl.zeros([BLOCK_M, META.BLOCK_D], tl.float32)
+    acc = zeros(token, META.BLOCK_D)
     ahead = load_tokens(mask, listed, first, tile, 0, total, META, BLOCK_N)
-    for start_n in range(0, total, BLOCK_N):
+    for start_n in range(0, steps(total, META), BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         token_n = without_hidden(ahead, mask, b, sizes)
         ahead = load_tokens(mask, listed, first, tile, start_n + BLOCK_N, total, META, BLOCK_N)
         k_j = load_rows(k, b, head, token_n, META.D, META.BLOCK_D, META)  # [N, D]
         v_j = load_rows(v, b, head, token_n, META.DV, META.BLOCK_DV, META)  # [N, DV]
-        qk = tl.dot(q_i, tl.trans(k_j), input_precision=META.PRECISION) * sm_scale  # [M, N]
-        dp = tl.dot(do_i, tl.trans(v_j), input_precision=META.PRECISION)  # [M, N]
-        logits = qk * LOG2E
+        qk = dot(q_i, mT(k_j), META)  # [M, N]
+        dp = dot(do_i, mT(v_j), META)  # [M, N]
+        logits = qk
         if META.WEIGHTED:
             factor = load_factors(listed, first, start_n, total, META, BLOCK_N)
-            logits = logits * factor[None, :]
-        streamed = token_n  # stands for none
-        if mask.rel_pos is not None:
-            streamed = one_hot(
-                tl.load(mask.codes + tile * total + offs_n, mask=offs_n < total, other=0),
-                META,
-                q_i.dtype,
-            )
-        if mask.hidden is not None:
-            streamed = load_lanes(mask.spread, offs_n, META)  # [N, R]
+            logits = qk * row(factor)
+        streamed = lanes_of_keys(mask, tile, total, offs_n, held, META)  # [N, R]
         logits = add_positions(
-            logits, mask, held, streamed, base, offs_m, offs_n, token_n, META, META.CHECKED
+            logits,
+            mask,
+            held,
+            streamed,
+            base,
+            offs_m,
+            offs_n,
+            token_n,
+            sm_scale,
+            META,
+            META.CHECKED,
         )
-        p = tl.exp2(logits - lse_i[:, None])
+        p = weights(logits, column(lse_i), sm_scale)
         if META.WEIGHTED:
-            ds = p * (dp * factor[None, :] - delta_i[:, None])
-            line = (((b * sizes.heads + head) * sizes.tiles + tile) * BLOCKS + pid % BLOCKS) * total
+            ds = p * (dp * row(factor) - column(delta_i))
+            line = (b * sizes.heads + head) * sizes.tiles + tile
+            line = (line * (META.ROWS // BLOCK_M) + block) * (listed.topk * META.SEGMENT)
             tl.store(
-                grads.dweight + line + offs_n, tl.sum(ds * qk + p * dp, 0), mask=offs_n < total
+                grads.dweight + line + offs_n,
+                tl.sum(ds * qk * sm_scale + p * dp, len(p.shape) - 2),
+                mask=offs_n < total,
             )
-            ds = ds * factor[None, :]
+            ds = ds * row(factor)
         else:
-            ds = p * (dp - delta_i[:, None])
-        acc = tl.dot(ds.to(k_j.dtype), k_j, acc, input_precision=META.PRECISION)
+            ds = p * (dp - column(delta_i))
+        acc = dot_add(ds.to(k_j.dtype), k_j, acc, META)
         if mask.rel_pos is not None:
-            acc_rel_pos = tl.dot(
-                ds.to(streamed.dtype), streamed, acc_rel_pos, input_precision=META.PRECISION
-            )
+            acc_rel_pos = dot_add(ds.to(streamed.dtype), streamed, acc_rel_pos, META)
     if extra is not None:
         for start_e in range(0, sizes.extra, META.EXTRA):
             offs_e = start_e + tl.arange(0, META.EXTRA)
             token_e = tl.where(offs_e < sizes.extra, offs_e, -2)
             k_j = load_rows(extra.k, b, head, token_e, META.D, META.BLOCK_D, META)
             v_j = load_rows(extra.v, b, head, token_e, META.DV, META.BLOCK_DV, META)
-            p = tl.exp2(
-                extra_logits(q_i, k_j, extra, b, head, token, offs_e, sizes, sm_scale, META)
-                - lse_i[:, None]
-            )
-            dp = tl.dot(do_i, tl.trans(v_j), input_precision=META.PRECISION)
-            acc = tl.dot(
-                (p * (dp - delta_i[:, None])).to(k_j.dtype),
-                k_j,
-                acc,
-                input_precision=META.PRECISION,
-            )
+            qk = extra_logits(q_i, k_j, extra, b, head, token, offs_e, sizes, sm_scale, META)
+            p = weights(qk, column(lse_i), sm_scale)
+            dp = dot(do_i, mT(v_j), META)
+            acc = dot_add((p * (dp - column(delta_i))).to(k_j.dtype), k_j, acc, META)
     store_rows(grads.dq, b, head, token, acc * sm_scale, META.D, META.BLOCK_D, META)
     if mask.rel_pos is not None:
         store_rows(grads.drel_pos, b, head, token, acc_rel_pos, META.LANES, META.LANES, META)
@@ -377,69 +451,60 @@ def keys_backward_kernel(
     With SEGMENT > 0 these are the queries of the regions that list this region: entries first[region] to
     first[region + 1] of a list that is sorted by listed region.
     """
-    pid, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    tile, offs_m = (
-        pid // (META.ROWS // BLOCK_M),
-        pid % (META.ROWS // BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M),
-    )
+    head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile, _, offs_m = rows_of(META, BLOCK_M)
     token = tl.load(mask.rows + tile * META.ROWS + offs_m)
     k_i = load_rows(k, b, head, token, META.D, META.BLOCK_D, META)  # [M, D]
     v_i = load_rows(v, b, head, token, META.DV, META.BLOCK_DV, META)  # [M, DV]
-    base, held = head.to(tl.int64) * 0, k_i
-    if mask.tiles is not None:
-        base = (
-            head.to(tl.int64) * mask.stride_n
-            + tl.load(mask.kind + tile).to(tl.int64) * META.ROWS * mask.width
-        )
+    base, held = tile_of(mask, head, tile, META), eye(k_i, META, BLOCK_M, k_i.dtype)
     if mask.rel_pos is not None:
         held = one_hot(tl.load(mask.codes + tile * META.ROWS + offs_m), META, k_i.dtype)  # [M, R]
     if mask.hidden is not None:
-        held = load_lanes(
-            mask.hidden, tl.load(mask.kind + tile) * META.ROWS + offs_m, META
-        )  # [M, R]
+        held = load_hidden(mask, tile, offs_m, META)  # [M, R]
     first = b * 0
     total = mask.columns_number
     if META.SEGMENT > 0:
         entry = listed.first + b * listed.first_b + head * listed.first_n + tile
-        begin = tl.load(entry)
-        total = (tl.load(entry + 1) - begin) * META.SEGMENT
+        there = tile < sizes.tiles
+        begin = tl.load(entry, mask=there, other=0)
+        total = (tl.load(entry + 1, mask=there, other=0) - begin) * META.SEGMENT
         first = b * listed.stride_b + head * listed.stride_n + begin
 
-    acc_dk = tl.zeros([BLOCK_M, META.BLOCK_D], tl.float32)
-    acc_dv = tl.zeros([BLOCK_M, META.BLOCK_DV], tl.float32)
+    acc_dk = zeros(token, META.BLOCK_D)
+    acc_dv = zeros(token, META.BLOCK_DV)
     ahead = load_tokens(mask, listed, first, tile, 0, total, META, BLOCK_N)
-    for start_n in range(0, total, BLOCK_N):
+    for start_n in range(0, steps(total, META), BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         token_n = ahead
         ahead = load_tokens(mask, listed, first, tile, start_n + BLOCK_N, total, META, BLOCK_N)
         q_j = load_rows(q, b, head, token_n, META.D, META.BLOCK_D, META)  # [N, D]
         do_j = load_rows(do, b, head, token_n, META.DV, META.BLOCK_DV, META)  # [N, DV]
         lse_j, delta_j = load_stats(stats, b, head, token_n, sizes, META)
-        qk = tl.dot(k_i, tl.trans(q_j), input_precision=META.PRECISION) * (
-            sm_scale * LOG2E
-        )  # [M, N]
+        qk = dot(k_i, mT(q_j), META)  # [M, N]
         if META.WEIGHTED:
             factor = load_factors(listed, first, start_n, total, META, BLOCK_N)
-            qk = qk * factor[None, :]
-        streamed = token_n  # stands for none
+            qk = qk * row(factor)
+        streamed = held  # stands for none
         if mask.rel_pos is not None:
             streamed = load_rows(
                 mask.rel_pos, b, head, token_n, META.LANES, META.LANES, META
             )  # [N, R]
         if mask.hidden is not None:
             streamed = load_lanes(mask.spread, offs_n, META)  # [N, R]
-        qk = add_positions(qk, mask, held, streamed, base, offs_m, offs_n, token_n, META, False)
-        p = tl.exp2(qk - lse_j[None, :])
-        dp = tl.dot(v_i, tl.trans(do_j), input_precision=META.PRECISION)
+        qk = add_positions(
+            qk, mask, held, streamed, base, offs_m, offs_n, token_n, sm_scale, META, False
+        )
+        p = weights(qk, row(lse_j), sm_scale)
+        dp = dot(v_i, mT(do_j), META)
         if META.WEIGHTED:
-            ds = p * (dp * factor[None, :] - delta_j[None, :]) * factor[None, :]
-            p = p * factor[None, :]
+            ds = p * (dp * row(factor) - row(delta_j)) * row(factor)
+            p = p * row(factor)
         else:
-            ds = p * (dp - delta_j[None, :])
-        acc_dv = tl.dot(p.to(do_j.dtype), do_j, acc_dv, input_precision=META.PRECISION)
-        acc_dk = tl.dot(ds.to(q_j.dtype), q_j, acc_dk, input_precision=META.PRECISION)
+            ds = p * (dp - row(delta_j))
+        acc_dv = dot_add(p.to(do_j.dtype), do_j, acc_dv, META)
+        acc_dk = dot_add(ds.to(q_j.dtype), q_j, acc_dk, META)
     if mask.key_mask is not None:
-        seen = (without_hidden(token, mask, b, sizes) >= 0)[:, None]
+        seen = column(without_hidden(token, mask, b, sizes) >= 0)
         acc_dk, acc_dv = tl.where(seen, acc_dk, 0.0), tl.where(seen, acc_dv, 0.0)
     store_rows(grads.dk, b, head, token, acc_dk * sm_scale, META.D, META.BLOCK_D, META)
     store_rows(grads.dv, b, head, token, acc_dv, META.DV, META.BLOCK_DV, META)
@@ -485,14 +550,11 @@ def tiles_backward_kernel(
         k_j = load_rows(k, b, head, token_n, META.D, META.BLOCK_D, META)
         v_j = load_rows(v, b, head, token_n, META.DV, META.BLOCK_DV, META)
         lse_i, delta_i = load_stats(stats, b, head, token, sizes, META)
-        qk = (
-            tl.dot(q_i, tl.trans(k_j), input_precision=META.PRECISION) * (sm_scale * LOG2E)
-            + tile_ij
-        )
+        qk = dot_add(q_i, tl.trans(k_j), tile_ij, META)
         if META.CHECKED:
             qk = tl.where((token_n >= META.LOWEST)[None, :], qk, float("-inf"))
-        p = tl.exp2(qk - lse_i[:, None])
-        acc += p * (tl.dot(do_i, tl.trans(v_j), input_precision=META.PRECISION) - delta_i[:, None])
+        p = weights(qk, lse_i[:, None], sm_scale)
+        acc += p * (dot(do_i, tl.trans(v_j), META) - delta_i[:, None])
     place = (pid.to(tl.int64) * sizes.heads + head) * META.ROWS * mask.width
     tl.store(dtiles + place + at_tile, acc)
 
@@ -522,15 +584,15 @@ def extra_backward_kernel(
         q_j = load_rows(q, b, head, token, META.D, META.BLOCK_D, META)  # [N, D]
         do_j = load_rows(do, b, head, token, META.DV, META.BLOCK_DV, META)  # [N, DV]
         lse_j, delta_j = load_stats(stats, b, head, token, sizes, META)
-        qk = tl.dot(k_i, tl.trans(q_j), input_precision=META.PRECISION) * (
-            sm_scale * LOG2E
-        )  # [M, N]
+        qk = dot(k_i, tl.trans(q_j), META)  # [M, N]
         if extra.bias is not None:
-            qk += tl.trans(load_extra_bias(extra, b, head, token, offs_e, sizes, META))
-        p = tl.exp2(qk - lse_j[None, :])
-        ds = p * (tl.dot(v_i, tl.trans(do_j), input_precision=META.PRECISION) - delta_j[None, :])
-        acc_dv = tl.dot(p.to(do_j.dtype), do_j, acc_dv, input_precision=META.PRECISION)
-        acc_dk = tl.dot(ds.to(q_j.dtype), q_j, acc_dk, input_precision=META.PRECISION)
+            qk += tl.trans(load_extra_bias(extra, b, head, token, offs_e, sizes, META)) * (
+                1.0 / sm_scale
+            )
+        p = weights(qk, lse_j[None, :], sm_scale)
+        ds = p * (dot(v_i, tl.trans(do_j), META) - delta_j[None, :])
+        acc_dv = dot_add(p.to(do_j.dtype), do_j, acc_dv, META)
+        acc_dk = dot_add(ds.to(q_j.dtype), q_j, acc_dk, META)
     line = part * sizes.images + b
     store_rows(grads.dk, line, head, token_e, acc_dk * sm_scale, META.D, META.BLOCK_D, META)
     store_rows(grads.dv, line, head, token_e, acc_dv, META.DV, META.BLOCK_DV, META)
@@ -564,11 +626,9 @@ def extra_bias_backward_kernel(
         k_j = load_rows(extra.k, b, head, token_e, META.D, META.BLOCK_D, META)
         v_j = load_rows(extra.v, b, head, token_e, META.DV, META.BLOCK_DV, META)
         lse_i, delta_i = load_stats(stats, b, head, token, sizes, META)
-        p = tl.exp2(
-            extra_logits(q_i, k_j, extra, b, head, token, offs_e, sizes, sm_scale, META)
-            - lse_i[:, None]
-        )
-        acc += p * (tl.dot(do_i, tl.trans(v_j), input_precision=META.PRECISION) - delta_i[:, None])
+        qk = extra_logits(q_i, k_j, extra, b, head, token, offs_e, sizes, sm_scale, META)
+        p = weights(qk, lse_i[:, None], sm_scale)
+        acc += p * (dot(do_i, tl.trans(v_j), META) - delta_i[:, None])
     line = (group.to(tl.int64) * sizes.queries + offs_m)[:, None] * sizes.heads + head  # [M, 1]
     keep = (token >= 0)[:, None] & (token_e >= 0)[None, :]
     tl.store(dbias + line * sizes.extra + offs_e[None, :], acc, mask=keep)

@@ -14,13 +14,12 @@ from visattn.ops.fused.launch import launch, power_of_2
 from visattn.ops.fused.support import MOST_BYTES, is_interpreting, precision
 from visattn.ops.fused.tables import BlockMask, block_mask, decode, hidden, padded_columns, regions
 from visattn.ops.fused.tuning import Config, run_tuned
-from visattn.ops.geometry import ceil_div
+from visattn.ops.geometry import AnyAxis, ceil_div
 
 # Programs that a reduction is cut into, if it has the work. No property of a GPU, so that sums have one order on all.
 _SPLIT = 512
 _SPLIT_TILES = 2048  # of images, whose sums are long
 _WIDE = 2**31  # numbers of an image from which offsets have 64 bits
-LOG2E = 1.4426950408889634  # the kernels' logits are in units in which exp2 makes the weights
 
 
 # The groups of arguments of the kernels. What is None is not compiled into them.
@@ -129,12 +128,14 @@ class Meta(NamedTuple):
     BLOCK_DV: int
     LANES: int  # of positions
     ROWS: int  # of a tile
+    TILES: int  # that a program holds, each with its own columns
     SEGMENT: int  # tokens of a listed region, 0 without a list
     WEIGHTED: bool
     EXTRA: int  # extra keys at a time
     CHECKED: bool  # keys are to be checked for taking part
     LOWEST: int  # the least token of a key that does
     HIDDEN: float  # what hides a pair in a position tile
+    EYE: bool  # position tiles are added by a product
     UNIT: int  # numbers of which strides are multiples
     WIDE: bool  # offsets within an image have 64 bits
     UPCAST: bool
@@ -173,6 +174,11 @@ def _configs(meta: Meta, columns: int, dtype: torch.dtype, sums: int = 1) -> lis
     return found
 
 
+def _form(x: Tensor | None) -> tuple[Any, ...] | None:
+    """All of a tensor but its numbers, as far as kernels see it."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0)
+
+
 def _with_channels_together(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
@@ -182,8 +188,32 @@ def _map(x: Tensor) -> Map:
     return Map(x, *_strides(x, 3))
 
 
-def _strides(x: Tensor, number: int) -> list[int]:
-    return [0 if n == 1 else s for n, s in zip(x.shape[:number], x.stride()[:number], strict=True)]
+def _strides(x: Tensor, number: int) -> Sequence[int]:
+    return _outer_strides(x.shape, x.stride(), number)
+
+
+@functools.lru_cache(maxsize=4096)
+def _outer_strides(shape: tuple[int, ...], stride: tuple[int, ...], number: int) -> tuple[int, ...]:
+    return tuple(0 if n == 1 else s for n, s in zip(shape[:number], stride, strict=False))
+
+
+@functools.lru_cache(maxsize=4096)
+def _known(*form: Any) -> dict[Any, Any]:
+    """What `_once` keeps for the calls of one form, and the kernels that are ready to be launched for them."""
+    return {}
+
+
+def _once(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a method of `Call` run once for all calls of a form: it may neither keep nor read a tensor of its call."""
+
+    @functools.wraps(method)
+    def find(self: Call, *args: Any) -> Any:
+        key = method, *args
+        if key not in self.known:
+            self.known[key] = method(self, *args)
+        return self.known[key]
+
+    return find
 
 
 @dataclass
@@ -202,7 +232,11 @@ class Grads:
 
 
 class Call:
-    """One call: shapes, tables, and the arguments that its kernels share."""
+    """One call: shapes, tables, and the arguments that its kernels share.
+
+    Calls have one form if their tensors are alike in all but numbers (shapes, strides, dtypes, whether they begin at
+    16-byte borders) and the rest of their arguments is equal. Everything that follows from the form is found once.
+    """
 
     def __init__(
         self,
@@ -220,6 +254,10 @@ class Call:
         axes: Sequence[int],
         zero_keys: bool,
         scale: float,
+        do: Tensor | None = None,
+        dlse: Tensor | None = None,
+        o: Tensor | None = None,
+        lse: Tensor | None = None,
     ) -> None:
         self.q, self.k, self.v = (_with_channels_together(x) for x in (q, k, v))
         self.extra_k, self.extra_v = (
@@ -227,32 +265,57 @@ class Call:
         )
         self.bias, self.extra_bias, self.scale = bias, extra_bias, scale
         self.rel_pos = None if rel_pos is None else rel_pos.contiguous()
-        self.axes, self.zero_keys = decode(axes), zero_keys
+        self._code, self.zero_keys = tuple(axes), zero_keys
         self.images, self.queries, self.heads, self.dim = q.shape
         self.keys, self.value_dim = k.shape[1], v.shape[-1]
         self.kv_indices = None if kv_indices is None else kv_indices.contiguous()
         self.weight = None if weight is None else weight.contiguous()
         self.key_mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
-        self.do: Tensor | None = None  # of the output, in the backward pass
-        self._masks: dict[bool, Mask] = {}
+        self.do = None if do is None else _with_channels_together(do)
+        self.dlse = None if dlse is None else dlse.contiguous()
+        self.o, self.lse = o, lse
         self.extra = 0 if extra_k is None else extra_k.shape[1]
-        self.shape_class = (
-            str(q.dtype).removeprefix("torch."),
-            *([precision()] if q.dtype == torch.float32 else []),
+        self._masks: dict[bool, Mask] = {}
+        more = (self.bias, self.rel_pos, self.extra_k, self.extra_v, self.extra_bias, self.weight)
+        of_backward = self.do, self.dlse, o, lse
+        form = (
+            *map(
+                _form, (self.q, self.k, self.v, *more, self.kv_indices, self.key_mask, *of_backward)
+            ),
+            self._code,
+            zero_keys,
+            q.device,
+            precision() if q.dtype == torch.float32 else None,
+        )
+        self.known = _known(*form)
+
+    @property
+    @_once
+    def axes(self) -> tuple[AnyAxis, ...]:
+        return decode(self._code)
+
+    @_once
+    def shape_class(self, *shape: int) -> tuple[int | str, ...]:
+        """Of a kernel for tiles of a shape."""
+        return (
+            str(self.q.dtype).removeprefix("torch."),
+            *([precision()] if self.q.dtype == torch.float32 else []),
             self.dim,
             self.value_dim,
-            f"bias{int(bias is not None)}",
-            f"rel_pos{0 if rel_pos is None else rel_pos.shape[-1]}",
+            f"bias{int(self.bias is not None)}",
+            f"rel_pos{0 if self.rel_pos is None else self.rel_pos.shape[-1]}",
             f"extra{self.extra and _block(min(self.extra, 64))}",
-            f"weight{int(weight is not None)}",
-            f"list{int(kv_indices is not None)}",
-            *([] if key_mask is None else ["key_mask"]),
+            f"weight{int(self.weight is not None)}",
+            f"list{int(self.kv_indices is not None)}",
+            *([] if self.key_mask is None else ["key_mask"]),
+            *shape,
         )
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.q.dtype, device=self.q.device)
 
-    @functools.cached_property
+    @property
+    @_once
     def wide(self) -> bool:
         """Whether places in an image need 64 bits, in one of the given tensors or of the contiguous results."""
         given = (self.q, self.k, self.v, self.do, self.extra_bias)
@@ -260,7 +323,8 @@ class Call:
         results = max(self.queries, self.keys) * self.heads * max(self.dim, self.value_dim, lanes)
         return max(results, *(x.stride(1) * x.shape[1] for x in given if x is not None)) >= _WIDE
 
-    @functools.cached_property
+    @property
+    @_once
     def unit(self) -> int:
         """How many numbers are 16 bytes, if all rows of channels begin at such borders; else 1."""
         unit = 16 // self.q.element_size()
@@ -280,6 +344,19 @@ class Call:
         return self._masks[keys_hold]
 
     def _make_mask(self, keys_hold: bool) -> Mask:
+        mask = self._fixed_mask(keys_hold)
+        if self.key_mask is not None:
+            mask = mask._replace(key_mask=self.key_mask)
+        if self.rel_pos is not None:
+            mask = mask._replace(rel_pos=_map(self.rel_pos))
+        if self.bias is not None:
+            tiles = self._position_tiles(self.bias.detach(), keys_hold)
+            mask = mask._replace(tiles=tiles, stride_n=_strides(tiles, 1)[0], width=tiles.shape[3])
+        return mask
+
+    @_once
+    def _fixed_mask(self, keys_hold: bool) -> Mask:
+        """Without the tensors of the call."""
         if self.kv_indices is not None:
             of_queries, of_keys = (
                 regions(a, self.q.device) for a in (self.axes[:2], self.axes[2:])
@@ -287,42 +364,32 @@ class Call:
             rows, columns = (
                 (of_keys[0], of_queries[1]) if keys_hold else (of_queries[0], of_keys[1])
             )
-            return Mask(rows, columns, columns.shape[1], key_mask=self.key_mask)
+            return Mask(rows, columns, columns.shape[1])
         found = self.block_mask(keys_hold)
-        mask = Mask(
-            found.rows, found.columns, found.columns.shape[1], found.kind, key_mask=self.key_mask
-        )
+        mask = Mask(found.rows, found.columns, found.columns.shape[1], found.kind)
         if self.rel_pos is not None:
-            mask = mask._replace(rel_pos=_map(self.rel_pos), codes=found.codes)
-        lanes = None
-        if (
-            self.bias is None
-            and self.rel_pos is None
-            and self.q.element_size() == 2
-            and found.masked
-        ):
-            lanes = found.lanes(self.q.dtype)
-        if lanes is not None:
-            return mask._replace(hidden=lanes[0], spread=lanes[1])
-        if self.bias is None and not found.masked:
+            mask = mask._replace(codes=found.codes)
+        if self.bias is not None or not found.masked:
             return mask
-        tiles = (
-            found.mask(self.q.dtype)
-            if self.bias is None
-            else self._position_tiles(found, keys_hold)
-        )
+        if self.rel_pos is None and self.q.element_size() == 2:
+            lanes = found.lanes(self.q.dtype)
+            if lanes is not None:
+                return mask._replace(hidden=lanes[0], spread=lanes[1])
+        tiles = found.mask(self.q.dtype)
         return mask._replace(tiles=tiles, stride_n=_strides(tiles, 1)[0], width=tiles.shape[3])
 
+    @_once
     def block_mask(self, keys_hold: bool) -> BlockMask:
         return block_mask(self.axes, keys_hold, self.q.device, 0 if keys_hold else self.extra)
 
-    def _position_tiles(self, found: BlockMask, keys_hold: bool) -> Tensor:
-        bias = (cast(Tensor, self.bias).detach() * LOG2E).to(self.q.dtype)
+    def _position_tiles(self, bias: Tensor, keys_hold: bool) -> Tensor:
+        bias, found = (bias / self.scale).to(self.q.dtype), self.block_mask(keys_hold)
         if self.is_full:
             return found.pad(bias.mT if keys_hold else bias, hidden(bias.dtype))[:, None]
         return found.position_tiles(bias)
 
     @property
+    @_once
     def is_full(self) -> bool:
         """Whether the bias [N, queries, keys] has a number for each pair instead of an entry per displacement."""
         return self.bias is not None and len(self.axes) == 1 and self.bias.ndim == 3
@@ -339,7 +406,9 @@ class Call:
         b, t, n, e = [0] * 4 if self.extra_bias is None else _strides(self.extra_bias, 4)
         return Extra(_map(self.extra_k), _map(self.extra_v), self.extra_bias, b, t, n, e)
 
-    def sizes(self, tiles: int = 0) -> Sizes:
+    @_once
+    def sizes(self, keys_hold: bool | None) -> Sizes:
+        tiles = 0 if keys_hold is None else len(self.mask(keys_hold).rows)
         return Sizes(self.images, self.queries, self.keys, self.heads, self.extra, tiles)
 
     def grid(self, mask: Mask, config: Config) -> tuple[int, int, int]:
@@ -349,9 +418,12 @@ class Call:
         """That a tile of queries meets."""
         return mask.columns_number * (1 if self.kv_indices is None else self.kv_indices.shape[3])
 
-    def meta(self, mask: Mask | None) -> Meta:
-        """The constants of a kernel with the tiles of `mask`, or of one without tiles."""
+    @_once
+    def meta(self, keys_hold: bool | None) -> Meta:
+        """The constants of a kernel with the tiles of a direction, or of one without tiles."""
+        mask = None if keys_hold is None else self.mask(keys_hold)
         lanes = rows = segment = 0
+        half = self.q.element_size() == 2
         checked = False
         if mask is not None:
             rows, has_tiles = mask.rows.shape[1], mask.tiles is not None or mask.hidden is not None
@@ -371,12 +443,14 @@ class Call:
             BLOCK_DV=_block(self.value_dim),
             LANES=lanes,
             ROWS=rows or _block(min(self.extra, 64)),
+            TILES=1,
             SEGMENT=segment,
             WEIGHTED=self.weight is not None,
             EXTRA=_block(min(self.extra, 64)) if self.extra else 0,
             CHECKED=checked,
             LOWEST=-1 if self.zero_keys else 0,
             HIDDEN=hidden(self.q.dtype),
+            EYE=mask is not None and mask.tiles is not None and half and self.rel_pos is None,
             UNIT=self.unit,
             WIDE=self.wide,
             UPCAST=is_interpreting() and self.q.dtype == torch.bfloat16,
@@ -395,15 +469,18 @@ class Call:
         def run(config: Config) -> tuple[Tensor, ...]:
             def go(programs: int | tuple[int, ...], *arguments: Any) -> None:
                 arguments = (*arguments, self.scale, meta, config.block_m, config.block_n)
-                launch(
-                    kernel, programs, config, dict(zip(kernel.arg_names, arguments, strict=True))
-                )
+                named = dict(zip(kernel.arg_names, arguments, strict=True))
+                launch(kernel, programs, config, named, self.known)
 
             return one(config, go)
 
         name = f"attention_{kernel.__name__.removesuffix('_kernel')}"
-        candidates = _configs(meta, shape[1], self.q.dtype, sums)
-        return run_tuned(name, (*self.shape_class, *shape), self.q.device, candidates, run)
+        candidates = self.configs(meta, shape[1], sums)
+        return run_tuned(name, self.shape_class(*shape), self.q.device, candidates, run)
+
+    @_once
+    def configs(self, meta: Meta, columns: int, sums: int) -> list[Config]:
+        return _configs(meta, columns, self.q.dtype, sums)
 
 
 _One = Callable[[Config, Callable[..., None]], tuple[Tensor, ...]]
@@ -412,8 +489,13 @@ _One = Callable[[Config, Callable[..., None]], tuple[Tensor, ...]]
 def run_forward(call: Call) -> tuple[Tensor, Tensor]:
     from visattn.ops.fused.attention_kernels import forward_kernel
 
-    mask, listed, extra, sizes = call.mask(False), call.listed(), call.extra_keys(), call.sizes()
-    meta = call.meta(mask)
+    mask, listed, extra, sizes = (
+        call.mask(False),
+        call.listed(),
+        call.extra_keys(),
+        call.sizes(False),
+    )
+    meta = call.meta(False)
 
     def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:
         o = call.empty(call.images, call.queries, call.heads, call.value_dim)
@@ -431,7 +513,7 @@ def _queries_backward(call: Call, do: Tensor, saved: Saved) -> tuple[Stats, Grad
     from visattn.ops.fused.attention_kernels import queries_backward_kernel
 
     mask, listed, extra = call.mask(False), call.listed(), call.extra_keys()
-    meta, sizes, columns = call.meta(mask), call.sizes(len(mask.rows)), call.columns(mask)
+    meta, sizes, columns = call.meta(False), call.sizes(False), call.columns(mask)
 
     def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:
         stats, dq = (
@@ -487,7 +569,7 @@ def _keys_backward(call: Call, do: Tensor, stats: Stats) -> tuple[Tensor, ...]:
     from visattn.ops.fused.attention_kernels import keys_backward_kernel
 
     mask, listed, columns = call.mask(True), None, 0
-    meta, columns = call.meta(mask), mask.columns_number
+    meta, columns = call.meta(True), mask.columns_number
     if call.kv_indices is not None:
         listed, regions_per_row = _q_indices(call, len(mask.rows))
         columns *= regions_per_row
@@ -502,7 +584,7 @@ def _keys_backward(call: Call, do: Tensor, stats: Stats) -> tuple[Tensor, ...]:
             KeyGrads(_map(dk), _map(dv)),
             mask,
             listed,
-            call.sizes(),
+            call.sizes(True),
         )
         return dk, dv
 
@@ -514,7 +596,7 @@ def _tiles_backward(call: Call, do: Tensor, stats: Stats) -> Tensor:
     from visattn.ops.fused.attention_kernels import tiles_backward_kernel
 
     found, mask, bias = call.block_mask(False), call.mask(False), cast(Tensor, call.bias)
-    meta = call.meta(mask)
+    meta = call.meta(False)
 
     def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:
         blocks = (
@@ -530,7 +612,7 @@ def _tiles_backward(call: Call, do: Tensor, stats: Stats) -> Tensor:
             partial,
             Parts(parts, found.members),
             mask,
-            call.sizes(),
+            call.sizes(False),
         )
         return (torch.stack([part.sum(0) for part in partial.split(numbers)], dim=1),)
 
@@ -554,7 +636,7 @@ def _extra_backward(call: Call, do: Tensor, stats: Stats) -> tuple[Tensor, ...]:
             for n in (call.dim, call.value_dim)
         )
         grads = KeyGrads(_map(dk), _map(dv))
-        go(blocks * splits, _map(call.q), _map(do), stats, grads, extra, call.sizes(), splits)
+        go(blocks * splits, _map(call.q), _map(do), stats, grads, extra, call.sizes(None), splits)
         return tuple(x.unflatten(0, (splits, -1)).sum(0).to(call.q.dtype) for x in (dk, dv))
 
     return call.run(extra_backward_kernel, meta, (meta.ROWS, call.queries), 3, one)
@@ -577,21 +659,17 @@ def _extra_bias_backward(call: Call, do: Tensor, stats: Stats) -> Tensor:
         if 0 in shared:
             groups = ceil_div(groups, ceil_div(groups, ceil_div(_SPLIT, blocks)))
         dbias = call.empty(groups, call.queries, call.heads, call.extra, dtype=torch.float32)
-        go(groups * blocks, _map(call.q), _map(do), stats, dbias, extra, call.sizes(), groups)
+        go(groups * blocks, _map(call.q), _map(do), stats, dbias, extra, call.sizes(None), groups)
         return (dbias.sum(shared, keepdim=True) if shared else dbias,)
 
     (dbias,) = call.run(extra_bias_backward_kernel, meta, (meta.ROWS, call.extra), 2, one)
     return dbias.to(bias.dtype)
 
 
-def run_backward(
-    call: Call, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, wanted: dict[str, bool]
-) -> Grads:
+def run_backward(call: Call, wanted: dict[str, bool]) -> Grads:
     """Gradients of q, rel_pos and weight in any case and of the others that are wanted."""
-    call.do = do = _with_channels_together(do)
-    stats, grads = _queries_backward(
-        call, do, Saved(_map(o), lse, None if dlse is None else dlse.contiguous())
-    )
+    do, o, lse = (cast(Tensor, x) for x in (call.do, call.o, call.lse))
+    stats, grads = _queries_backward(call, do, Saved(_map(o), lse, call.dlse))
     if wanted["k"] or wanted["v"]:
         grads.k, grads.v = _keys_backward(call, do, stats)
     if wanted["bias"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -74,6 +74,7 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
+    programs: tuple[int, ...]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -87,9 +88,16 @@ class Launch(NamedTuple):
                 )
         return found
 
+    @property
+    def portable(self) -> Launch:
+        """With what the compiler asks of tensors in their place."""
+        return self._replace(
+            arguments={name: _without_tensors(x) for name, x in self.arguments.items()}
+        )
+
     def _call(self) -> dict[str, Any]:
         return {
-            **self.arguments,
+            **self.portable.arguments,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             **OPTIONS,
@@ -148,14 +156,67 @@ def record() -> Generator[list[Launch]]:
         _recorded.pop()
 
 
+class Prepared(NamedTuple):
+    """A compiled kernel, and where among its arguments the tensors are."""
+
+    compiled: Any
+    paths: list[tuple[int, ...]]
+
+
+Prepare = dict[tuple[Any, Config], Prepared]
+
+
+def _paths(arguments: Sequence[Any], within: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
+    for i, x in enumerate(arguments):
+        if isinstance(x, Tensor):
+            yield (*within, i)
+        elif isinstance(x, tuple):
+            yield from _paths(x, (*within, i))
+
+
+def _are_aligned(arguments: Sequence[Any], paths: list[tuple[int, ...]]) -> bool:
+    """Whether all tensors begin at 16-byte borders."""
+    for path in paths:
+        x: Any = arguments
+        for i in path:
+            x = x[i]
+        if x.data_ptr() % 16:
+            return False
+    return True
+
+
 def launch(
-    kernel: Any, programs: int | tuple[int, ...], config: Config, arguments: dict[str, Any]
+    kernel: Any,
+    programs: int | tuple[int, ...],
+    config: Config,
+    arguments: dict[str, Any],
+    prepared: Prepare | None = None,
 ) -> None:
-    """Launch so many programs of a kernel, per axis if several, with the warps and stages of a config."""
+    """Launch so many programs of a kernel, per axis if several, with the warps and stages of a config.
+
+    Triton looks at every argument to find the compiled kernel, which takes as long as the rest of a call. The caller
+    spares it that by a `prepared` for each device and all arguments but tensors, of which it stands for dtypes: the
+    kernel is then kept there. Tensors that do not begin at 16-byte borders have kernels of their own, and are left to
+    Triton.
+    """
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    grid = programs if isinstance(programs, tuple) else (programs, 1, 1)
     if _recorded:
-        arguments = {name: _without_tensors(value) for name, value in arguments.items()}
-        _recorded[-1].append(Launch(kernel, arguments, **options))
-    else:
-        grid = programs if isinstance(programs, tuple) else (programs,)
-        kernel[grid](**arguments, **options, **OPTIONS)
+        _recorded[-1].append(Launch(kernel, arguments, **options, programs=grid))
+        return
+    values = [arguments[name] for name in kernel.arg_names]
+    found = None if prepared is None else prepared.get((kernel, config))
+    if found is not None and _are_aligned(values, found.paths):
+        found.compiled[grid](*values)  # on the current stream, with Triton's hooks for profilers
+        return
+    compiled = kernel[grid](*values, **options, **OPTIONS)
+    paths = list(_paths(values))
+    if prepared is not None and _is_compiled(compiled) and _are_aligned(values, paths):
+        prepared[kernel, config] = Prepared(compiled, paths)
+
+
+def _is_compiled(kernel: Any) -> bool:
+    """Whether it can be launched as it is; the interpreter gives None."""
+    from triton.compiler import CompiledKernel
+
+    return isinstance(kernel, CompiledKernel)

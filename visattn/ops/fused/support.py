@@ -65,8 +65,9 @@ def can_run_tensors(problem: Any) -> str | None:
     given = problem.tensors()
     if (missing := _missing()) is not None:
         return missing
-    if any(t.device != given[0].device for t in given):
-        return f"tensors are on several devices: {sorted({str(t.device) for t in given})}"
+    devices = {t.device for t in given}
+    if len(devices) > 1:
+        return f"tensors are on several devices: {sorted(map(str, devices))}"
     device = given[0].device.type
     if device != "cuda" and not (device == "cpu" and is_interpreting()):
         return f"Triton kernels run on CUDA devices, got tensors on {device!r} (TRITON_INTERPRET=1 runs them on a CPU)"

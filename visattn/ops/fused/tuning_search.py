@@ -141,36 +141,44 @@ def _difference(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: fl
 
 def _medians(runs: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
     """Median milliseconds of every run, one call of each in turn so that drifts of the clock meet all alike."""
+    time_call = _CudaTimer() if device.type == "cuda" else _cpu_time
     for run in runs:
         for _ in range(WARM_UP):
-            run()
-    time_call = _cuda_timer() if device.type == "cuda" else _cpu_time
+            time_call(run)
     samples = [[time_call(run) for run in runs] for _ in range(ROUNDS)]
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return [
-        statistics.median(sample() for sample in column) for column in zip(*samples, strict=True)
-    ]
+    return [statistics.median(column) for column in zip(*samples, strict=True)]
 
 
-def _cpu_time(run: Callable[[], object]) -> Callable[[], float]:
+def _cpu_time(run: Callable[[], object]) -> float:
     start = _clock()
     run()
-    elapsed = (_clock() - start) * 1e3
-    return lambda: elapsed
+    return (_clock() - start) * 1e3
 
 
-def _cuda_timer() -> Callable[[Callable[[], object]], Callable[[], float]]:
-    """Calls are only enqueued; their times can be asked for when the device is done."""
-    # Written before every call: the call finds the caches cold, and its launch is enqueued by the time it can start.
-    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+class _CudaTimer:
+    """Milliseconds of a call between two events, of the device alone.
 
-    def time_call(run: Callable[[], object]) -> Callable[[], float]:
+    Before it the L2 cache is filled with other data by reading it (writing would leave lines that the call had to
+    evict), and the device waits until the host has launched the call, so that it does not wait within it.
+    """
+
+    CLOCK = 2e9  # cycles per second, at least: for the wait
+    WAIT = (1e-3, 20e-3)  # seconds, before the first call of a run and at most
+
+    def __init__(self) -> None:
+        cache = getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0) or 64 << 20
+        self._other = torch.zeros(cache, device="cuda")  # four times the cache
+        self._sum = torch.zeros((), device="cuda")
+        self._waits: dict[Callable[[], object], float] = {}
+
+    def __call__(self, run: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
+        torch.sum(self._other, dim=0, out=self._sum)
+        torch.cuda._sleep(int(self._waits.get(run, self.WAIT[0]) * self.CLOCK))
         start.record()
+        began = _clock()
         run()
+        self._waits[run] = min(2 * (_clock() - began) + 1e-4, self.WAIT[1])
         end.record()
-        return lambda: start.elapsed_time(end)
-
-    return time_call
+        end.synchronize()
+        return start.elapsed_time(end)

@@ -26,6 +26,7 @@ from visattn.ops.geometry.sliding import (
     window,
 )
 from visattn.ops.geometry.spans import (
+    CPU,
     NONE,
     OUTSIDE,
     AnyAxis,
@@ -34,6 +35,7 @@ from visattn.ops.geometry.spans import (
     Spans,
     Whole,
     padded_rows,
-    spans,
+    ranks,
+    relation,
     tile_plan,
 )

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from visattn.ops.geometry.arithmetic import ceil_div, is_symbolic
+from visattn.ops.geometry.spans import CPU, OUTSIDE, AnyAxis, Spans, ranks
 
 
 @dataclass(frozen=True)
-class Partition:
+class Partition(AnyAxis):
     """One axis cut into windows of at most `window` tokens.
 
     Attributes:
@@ -80,9 +81,16 @@ class Partition:
             sizes = [b - a for a, b in itertools.pairwise(edges)]
         return sum(n * n for n in sizes)
 
+    def spans(self) -> Spans:
+        windows, slots, _ = self.layout()
+        token = torch.full((windows, slots), OUTSIDE, device=CPU)
+        token[self.place(CPU)] = torch.arange(self.length, device=CPU)
+        start, stop = torch.zeros_like(token), torch.full_like(token, slots)
+        return Spans(token, token, start, stop, self.window - 1, 2 * self.window - 1)
+
 
 @dataclass(frozen=True)
-class Halo:
+class Halo(AnyAxis):
     """One axis cut into blocks of keys; the queries of a block see the window of the block and a halo on both sides.
 
     Attributes:
@@ -138,6 +146,16 @@ class Halo:
         starts = [i * self.block - self.halo for i in range(self.blocks)]
         keys = [min(start + self.window, self.length) - max(start, 0) for start in starts]
         return sum(keys[i // self.queries_per_block] for i in range(self.queries))
+
+    def spans(self) -> Spans:
+        """Key positions begin `halo` places before the map."""
+        key = ranks(self.blocks * self.block + 2 * self.halo) - self.halo
+        key = key.masked_fill((key < 0) | (key >= self.length), OUTSIDE)
+        query, window = ranks(self.queries), self.window
+        start = query // self.queries_per_block * self.block
+        first = window - 1 - query % self.queries_per_block  # `displacement` of slot 0
+        turn = (start % window + (first << 16))[0]
+        return Spans(query, key, start, start + window, window=window, turn=turn)
 
 
 def bins(length: int, number: int) -> list[tuple[int, int]]:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from visattn.ops.geometry.arithmetic import ceil_div, is_symbolic
+from visattn.ops.geometry.spans import OUTSIDE, AnyAxis, Spans, ranks
 
 
 @dataclass(frozen=True)
-class Axis:
+class Axis(AnyAxis):
     """One axis of a sliding-window attention problem: its length in tokens and how windows lie on it."""
 
     length: int
@@ -25,6 +26,14 @@ class Axis:
     dilation: int = 1
     stride: int = 1
     is_causal: bool = False
+
+    def spans(self) -> Spans:
+        group, position = ranks(self.dilation).mT, ranks(ceil_div(self.length, self.dilation))
+        token = position * self.dilation + group  # [G, P]
+        token = token.masked_fill(token >= self.length, OUTSIDE)
+        edges = window(position, (token >= 0).sum(1, keepdim=True), self)
+        start, stop = (edge.expand_as(token) for edge in edges)
+        return Spans(token, token, start, stop, self.kernel_size - 1, 2 * self.kernel_size - 1)
 
 
 @dataclass(frozen=True)

@@ -9,42 +9,87 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from visattn.ops.geometry.arithmetic import ceil_div
-from visattn.ops.geometry.blocks import Halo, Partition
-from visattn.ops.geometry.sliding import Axis, window
 
 OUTSIDE, NONE = -1, -2  # a place outside the map; no place at all
+CPU = torch.device("cpu")  # said in every call: a context would cost more than the calls
+_keep = functools.lru_cache(maxsize=4096)  # layers and sizes of maps have axes in common
+
+
+class AnyAxis:
+    """Which keys a query sees on one axis; subclasses are frozen dataclasses of ints.
+
+    To define one is enough: the kernels take it, and it passes through custom ops as its `code` and its fields.
+    """
+
+    kinds: ClassVar[dict[int, Callable[..., AnyAxis]]] = {}
+    code: ClassVar[int]
+
+    def __init_subclass__(cls) -> None:
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        cls.code = zlib.crc32(name.encode())  # the same in every process
+        AnyAxis.kinds[cls.code] = cls
+
+    def spans(self) -> Spans:
+        """The relation on the CPU, whatever the caller's default device is."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Whole:
+class Whole(AnyAxis):
     """One axis on which every query sees every key."""
 
     queries: int
     keys: int
 
+    def spans(self) -> Spans:
+        query = ranks(self.queries)
+        return Spans(
+            query, ranks(self.keys), torch.zeros_like(query), torch.full_like(query, self.keys)
+        )
+
 
 @dataclass(frozen=True)
-class Clipped:
+class Clipped(AnyAxis):
     """One axis on which a query sees the at most `kernel_size` (odd) keys around it that exist."""
 
     length: int
     kernel_size: int
 
+    def spans(self) -> Spans:
+        token, reach = ranks(self.length), self.kernel_size // 2
+        start, stop = (token - reach).clamp(min=0), (token + reach + 1).clamp(max=self.length)
+        return Spans(token, token, start, stop, reach, self.kernel_size)
 
-AnyAxis = Axis | Partition | Halo | Whole | Clipped
+
+def ranks(length: int) -> Tensor:
+    """[1, length] tokens or positions in their order."""
+    return torch.arange(length, device=CPU)[None]
 
 
-@dataclass(frozen=True)
+class Cut(NamedTuple):
+    """An axis cut into `T` tiles of `t` queries, each with the `U` keys that hold the runs of all of them."""
+
+    query: Tensor  # [T, t] tokens, OUTSIDE where there is none
+    key: Tensor  # [T, U] tokens, OUTSIDE or NONE where there is none
+    query_position: Tensor  # [T, t]
+    key_position: Tensor  # [T, U]
+    pattern: Tensor  # [C, t, U] the C different tiles: entries of a position table, -1 for pairs that are not visible
+    kind: Tensor  # [T] which of them a tile is
+    masked: bool  # whether a query and a key of the same tile do not see each other
+
+
+@dataclass(frozen=True, eq=False)
 class Spans:
-    """One axis: `G` groups of `P` query positions and `K` key positions.
+    """One axis: `G` groups of `P` query positions and `K` key positions; the tokens of a group lie together.
 
     Attributes:
         query: [G, P] token at a query position, OUTSIDE where there is none.
@@ -53,6 +98,8 @@ class Spans:
         offset: Entry of a position table for equal positions.
         entries: How many entries the table has.
         sign: 1 if entries grow with key position - query position, -1 if with the opposite.
+        window: With decomposed relative positions, how many lanes there are, else 0; a key position's is the remainder.
+        turn: [queries] c + 65536 * s: lane j is entry (j - c) % window + s of a query's 2 * window - 1 products.
     """
 
     query: Tensor
@@ -62,41 +109,77 @@ class Spans:
     offset: int = 0
     entries: int = 1
     sign: int = 1
+    window: int = 0
+    turn: Tensor | None = None
 
     def reversed(self) -> Spans:
         """The same relation with keys in the role of queries."""
-        position = torch.arange(self.key.shape[1]).expand_as(self.key).contiguous()
+        position = ranks(self.key.shape[1]).expand_as(self.key).contiguous()
         edges = self.stop.contiguous(), self.start.contiguous()
-        first, last = (torch.searchsorted(edge, position, right=True) for edge in edges)
-        return Spans(self.key, self.query, first, last, self.offset, self.entries, -self.sign)
+        start, stop = (torch.searchsorted(edge, position, right=True) for edge in edges)
+        return replace(
+            self, query=self.key, key=self.query, start=start, stop=stop, sign=-self.sign
+        )
 
+    @functools.cached_property
+    def held(self) -> tuple[Tensor, Tensor, range]:
+        """Where the tokens of queries lie: [G, 1] the first position and the one after the last, and of all groups."""
+        there = self.query >= 0
+        first = there.long().argmax(1, keepdim=True)
+        last = first + there.sum(1, keepdim=True)
+        return first, last, range(int(first.amin()), int(last.amax()))
+
+    @functools.cached_property
     def sees_all(self) -> bool:
         """Whether every query sees every key of its group."""
         return bool((self.stop - self.start == self.key.shape[1]).all())
 
-    def cut(self, size: int) -> Cut:
-        """Cut the queries of every group into tiles of `size`."""
-        (groups, places), keys = self.query.shape, self.key.shape[1]
-        more = -places % size
-        query = F.pad(self.query, (0, more), value=OUTSIDE).view(-1, size)  # [T, t]
-        edges = (torch.cat([x, x[:, -1:].expand(-1, more)], 1) for x in (self.start, self.stop))
-        start, stop = (x.view(-1, size) for x in edges)  # [T, t]
-        position = torch.arange(places + more).expand(groups, -1).reshape(-1, size)  # [T, t]
-        group = torch.arange(groups).repeat_interleave((places + more) // size)  # [T]
-        there = query >= 0
-        tiles = there.any(1)
-        query, start, stop, position = (x[tiles] for x in (query, start, stop, position))
-        group, there = group[tiles], there[tiles]
-        first = start.masked_fill(~there, keys).amin(1)
-        union = max(1, int((stop.masked_fill(~there, 0).amax(1) - first).amax()))
-        first = first.clamp(max=max(keys - union, 0))
-        place = first[:, None] + torch.arange(union)  # [T, U]
-        key = self.key[group[:, None], place.clamp(max=keys - 1)]
-        key = key.masked_fill(place >= keys, NONE)  # [T, U]
-        if self.entries == 1 and self.sees_all():
-            pattern = torch.zeros(1, 1, 1, dtype=torch.long).expand(1, size, union)
-            kind = torch.zeros(len(query), dtype=torch.long)
-            return Cut(query, key, position, place, pattern, kind, False)
+    @functools.cached_property
+    def options(self) -> list[tuple[int, int, int, int]]:
+        """Ways to cut the queries, larger tiles first: size, position of the first tile, tiles, and keys of each.
+
+        Tiles begin with the first token, or with the multiple of their size before it: blocks begin there.
+        """
+        first, last, held = self.held
+        even = {ceil_div(len(held), ceil_div(len(held), 2**n)) for n in range(8)}
+        sizes = sorted({n for n in even if n <= 128} | {len(held)}, reverse=True)
+        if self.sees_all:
+            sizes = sizes[:1]  # nothing to gain
+        found = [(n, held.start) for n in sizes] + [
+            (n, held.start // n * n) for n in sizes if held.start % n
+        ]
+        begins = [torch.arange(begin, held.stop, n, device=CPU) for n, begin in found]
+        ends = [begin + n for begin, (n, _) in zip(begins, found, strict=True)]
+        begin, end = torch.maximum(torch.cat(begins), first), torch.minimum(torch.cat(ends), last)
+        there = begin < end  # [G, tiles of all]
+        begin, end = begin.clamp(max=held.stop - 1), (end - 1).clamp(min=0)
+        union = (self.stop.gather(1, end) - self.start.gather(1, begin)) * there
+        tiles, keys = iter(there.sum(0).tolist()), iter(union.amax(0).tolist())
+        counts = [
+            (sum(itertools.islice(tiles, len(x))), max(1, *itertools.islice(keys, len(x))))
+            for x in begins
+        ]
+        return sorted(((*how, *n) for how, n in zip(found, counts, strict=True)), reverse=True)
+
+    @_keep
+    def cut(self, size: int, begin: int = 0) -> Cut:
+        """Cut the queries of every group into tiles of `size` from a position on; tiles without any are left out."""
+        first, last, held = self.held
+        number = ceil_div(held.stop - begin, size)
+        position = begin + ranks(number * size).view(number, size)  # [n, t]
+        there = (position >= first[..., None]) & (position < last[..., None])  # [G, n, t]
+        group, tile = there.any(2).nonzero(as_tuple=True)  # [T]
+        there, position, group = there[group, tile], position[tile], group[:, None]
+        known = position.clamp(max=self.query.shape[1] - 1)  # [T, t]
+        query, start, stop = (x[group, known] for x in (self.query, self.start, self.stop))
+        query, keys = query.masked_fill(~there, OUTSIDE), self.key.shape[1]
+        low = start.masked_fill(~there, keys).amin(1)
+        union = max(1, int((stop.masked_fill(~there, 0).amax(1) - low).amax()))
+        place = low.clamp(max=max(keys - union, 0))[:, None] + ranks(union)  # [T, U]
+        key = self.key[group, place.clamp(max=keys - 1)].masked_fill(place >= keys, NONE)
+        if self.entries == 1 and self.sees_all:
+            pattern = query.new_zeros(1, 1, 1).expand(1, size, union)
+            return Cut(query, key, position, place, pattern, torch.zeros_like(low), False)
         visible = (place[:, None] >= start[..., None]) & (place[:, None] < stop[..., None])
         entry = self.sign * (place[:, None] - position[..., None]) + self.offset  # [T, t, U]
         entry = entry.clamp(0, self.entries - 1).masked_fill(~visible, -1)
@@ -105,109 +188,30 @@ class Spans:
         return Cut(query, key, position, place, pattern, kind, masked)
 
 
-@dataclass(frozen=True)
-class Cut:
-    """An axis cut into `T` tiles of `t` queries, each with the `U` keys that hold the runs of all of them.
-
-    Attributes:
-        query: [T, t] tokens, negative where there is none.
-        key: [T, U] tokens, OUTSIDE or NONE where there is none.
-        query_position, key_position: [T, t] and [T, U].
-        pattern: [C, t, U] the C different tiles: the entry of a position table for each pair, -1 if it is not visible.
-        kind: [T] which of them a tile is.
-        masked: Whether a query and a key of the same tile do not see each other.
-    """
-
-    query: Tensor
-    key: Tensor
-    query_position: Tensor
-    key_position: Tensor
-    pattern: Tensor
-    kind: Tensor
-    masked: bool
-
-
-def _rank(length: int) -> Tensor:
-    return torch.arange(length)[None]
-
-
-@functools.singledispatch
-def spans(axis: AnyAxis) -> Spans:
-    """The relation of one axis; key positions of a `Halo` begin `halo` places before the map."""
-    raise TypeError(f"expected a geometry of one axis, got {type(axis).__name__}")
-
-
-@spans.register
-def _(axis: Axis) -> Spans:
-    group, position = _rank(axis.dilation).mT, _rank(ceil_div(axis.length, axis.dilation))
-    token = position * axis.dilation + group
-    token = token.masked_fill(token >= axis.length, OUTSIDE)
-    start, stop = window(position, (token >= 0).sum(1, keepdim=True), axis)
-    start, stop = (x.expand_as(token) for x in (start, stop))
-    return Spans(token, token, start, stop, axis.kernel_size - 1, 2 * axis.kernel_size - 1)
-
-
-@spans.register
-def _(axis: Partition) -> Spans:
-    windows, slots, _ = axis.layout()
-    token = torch.full((windows, slots), OUTSIDE)
-    token[axis.place()] = torch.arange(axis.length)
-    start, stop = torch.zeros_like(token), torch.full_like(token, slots)
-    return Spans(token, token, start, stop, axis.window - 1, 2 * axis.window - 1)
-
-
-@spans.register
-def _(axis: Halo) -> Spans:
-    key = _rank(axis.blocks * axis.block + 2 * axis.halo) - axis.halo
-    key = key.masked_fill((key < 0) | (key >= axis.length), OUTSIDE)
-    query = _rank(axis.queries)
-    start = query // axis.queries_per_block * axis.block
-    return Spans(query, key, start, start + axis.window)
-
-
-@spans.register
-def _(axis: Whole) -> Spans:
-    query = _rank(axis.queries)
-    start, stop = torch.zeros_like(query), torch.full_like(query, axis.keys)
-    return Spans(query, _rank(axis.keys), start, stop)
-
-
-@spans.register
-def _(axis: Clipped) -> Spans:
-    token, reach = _rank(axis.length), axis.kernel_size // 2
-    start, stop = (token - reach).clamp(min=0), (token + reach + 1).clamp(max=axis.length)
-    return Spans(token, token, start, stop, reach, axis.kernel_size)
-
-
 def padded_rows(number: int) -> int:
     """Rows of a tile in blocks of 64, or one block of 16 or 32."""
     return 16 if number <= 16 else 32 if number <= 32 else ceil_div(number, 64) * 64
 
 
-def _even(length: int, size: int) -> int:
-    return ceil_div(length, ceil_div(length, size))
+@_keep
+def relation(axis: AnyAxis, keys_hold: bool = False) -> Spans:
+    """The spans of an axis, with `keys_hold` reversed."""
+    return axis.spans().reversed() if keys_hold else axis.spans()
 
 
-def tile_plan(axes: Sequence[Spans], extra: int = 0) -> tuple[Cut, ...]:
+def tile_plan(axes: Sequence[AnyAxis], keys_hold: bool = False, extra: int = 0) -> tuple[Cut, ...]:
     """Cut all axes into the tiles that cost least: pairs of a padded tile, and loads of its keys for every 64 rows.
 
     Keys come in steps of 16, 32 or 64. A key that is loaded counts as 64 pairs, and so does each of 64 rows once; every
     tile meets `extra` more keys. Larger tiles win ties.
     """
-    options: list[list[tuple[int, Cut]]] = []
-    for axis in axes:
-        longest = axis.query.shape[1]
-        sizes = sorted({_even(longest, 2**n) for n in range(8)} | {longest}, reverse=True)
-        if axis.sees_all():
-            sizes = [longest]  # nothing to gain
-        options.append([(size, axis.cut(size)) for size in sizes if size <= 128 or size == longest])
 
-    def cost(cuts: Sequence[Cut]) -> int:
-        tiles = math.prod(len(c.query) for c in cuts)
-        rows = padded_rows(math.prod(c.query.shape[1] for c in cuts))
-        keys = padded_rows(math.prod(c.key.shape[1] for c in cuts)) + extra
+    def cost(choice: Sequence[tuple[int, int, int, int]]) -> int:
+        held, _, tiles, met = (math.prod(numbers) for numbers in zip(*choice, strict=True))
+        rows, keys = padded_rows(held), padded_rows(met) + extra
         blocks = ceil_div(rows, 64)
         return tiles * (keys * (rows + 64 * blocks) + 64 * 64 * blocks)
 
-    choices = itertools.product(*options)
-    return min((tuple(cut for _, cut in choice) for choice in choices), key=cost)
+    best = min(itertools.product(*(relation(axis, keys_hold).options for axis in axes)), key=cost)
+    how = zip(axes, best, strict=True)
+    return tuple(relation(axis, keys_hold).cut(size, begin) for axis, (size, begin, _, _) in how)

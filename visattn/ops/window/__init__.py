@@ -1,6 +1,6 @@
 """Window attention: the map is cut into windows that do not overlap. See README.md in this folder.
 
-Which tokens see each other: `geometry.Partition`, read by `reference`, `eager._hidden` and (Triton) `geometry.spans`.
+Which tokens see each other: `geometry.Partition`, read by `reference`, `eager._hidden` and (Triton) `Partition.spans`.
 """
 
 import math
