@@ -130,6 +130,12 @@ class Session:
         self.setting: dict[str, str] = {}
         out.mkdir(parents=True, exist_ok=True)
 
+    def keep(self, setting: dict[str, str], steps: Sequence[str]) -> None:
+        """Go on from the rows of other steps that lie in `out`, as far as they are of this setting."""
+        self.setting = setting
+        found = report.earlier(self.out / "session", setting)
+        self.rows = [Row(**row) for row in found if row["step"] not in steps]
+
     def left(self) -> float:
         return self.end - self.clock()
 
@@ -211,7 +217,7 @@ def outcomes(step: str, name: str, status: int | None, text: str) -> list[Row]:
 def background() -> dict[str, Callable[[], Program]]:
     """What runs beside the compilers."""
     tool = partial(Program, sys.executable)
-    found = {"ptxas -O0": partial(tests, "-n", "8", PTXAS_OPTIONS="-O0")}
+    found = {"ptxas -O0": partial(tests, "-n", "8", "-k", "real_sizes or tiny", PTXAS_OPTIONS="-O0")}
     if sanitizer := shutil.which("compute-sanitizer"):
         command = (sanitizer, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-n", "0", "-k", "tiny")
         found["compute-sanitizer"] = partial(Program, *command, str(TESTS))
@@ -254,8 +260,8 @@ class Plan:
 
     def gates(self) -> list[Task]:
         def run() -> list[Row]:
-            limit = LIMITS["gates"] + 20
-            return outcomes("gates", "ptxas default", *tests("-n", "8").finish(self.session, limit))
+            program = tests("-n", "8", "-k", "not compiled_model")  # which takes minutes
+            return outcomes("gates", "ptxas default", *program.finish(self.session, LIMITS["gates"] + 20))
 
         return [Task("gates", "ptxas default", run)]
 
@@ -449,7 +455,7 @@ def keep_earlier(out: Path, results: Path) -> None:
     """Start from the results that the repository has, tuning included."""
     for file in results.rglob("*.json"):
         target = out / file.relative_to(results)
-        if not target.exists() and file.name != "session.json":
+        if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, target)
 
@@ -464,8 +470,10 @@ def main(argv: list[str] | None = None) -> int:
         print(NO_CUDA, file=sys.stderr)
         return 2
 
+    name = torch.cuda.get_device_name()
     session = Session(args.out.resolve(), args.minutes * 60)
-    keep_earlier(session.out, ROOT / "benchmarks" / "results" / slug(torch.cuda.get_device_name()))
+    keep_earlier(session.out, ROOT / "benchmarks" / "results" / slug(name))
+    session.keep({"GPU": name, "triton": report.version("triton")}, args.steps)
     os.environ["VISATTN_CACHE_DIR"] = str(session.out)
     path = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
@@ -475,8 +483,9 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         for program in plan.programs.values():
             program.stop()
-    failed = [r for r in session.rows if any(word in r.note for word in ("FAILED", "ERROR", "wrong result"))]
-    failed += [r for r in session.rows if r.step == "triton" and r.note.startswith("failed:")]
+    new = [r for r in session.rows if r.step in args.steps]
+    failed = [r for r in new if any(word in r.note for word in ("FAILED", "ERROR", "wrong result"))]
+    failed += [r for r in new if r.step == "triton" and r.note.startswith("failed:")]
     for r in failed:
         print(" ".join(cells(r)))
     return int(bool(failed))

@@ -103,6 +103,18 @@ def test_earlier_results_are_kept(tmp_path):
     assert (out / "tuning" / "gpu.json").read_text() == "new"
 
 
+def test_a_second_call_goes_on_from_the_first(tmp_path):
+    setting = {"GPU": "NVIDIA Pretend 1", "triton": "3.6.0"}
+    first = Session(tmp_path, 60)
+    first.keep(setting, ["triton", "peers"])
+    first.go([Task(step, "case", list) for step in ("triton", "peers")])
+    second = Session(tmp_path, 60)
+    second.keep(setting, ["peers"])
+    assert [row.step for row in second.rows] == ["triton"]
+    second.keep({**setting, "GPU": "another"}, ["peers"])
+    assert second.rows == []
+
+
 def test_without_a_gpu(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(bench_gpu.torch.cuda, "is_available", lambda: False)
     assert bench_gpu.main(["--out", str(tmp_path / "out")]) == 2
