@@ -168,8 +168,9 @@ def _configs(meta: Meta, columns: int, dtype: torch.dtype, sums: int = 1) -> lis
     sizes = [n for n in sizes if n <= width]
     sizes.sort(key=lambda n: (n > most, ceil_div(columns, n) * (n + 40)))
     # With one stage a tile is loaded in the layout of a plain load, and its softmax computed there too; with more it is
-    # copied. Three sums leave no room for copies in flight.
-    stages = (1, 2) if sums == 3 else (2, 1) if columns <= sizes[0] else (3, 2, 5, 1)
+    # copied. Three sums leave no room for copies in flight; those pass by L1, in which tiles held together find the keys
+    # that they share.
+    stages = (1, 2, 3) if sums == 3 or meta.TILES > 1 else (2, 1) if columns <= sizes[0] else (3, 2, 5, 1)
     if max(meta.BLOCK_D, meta.BLOCK_DV) * dtype.itemsize > MOST_BYTES // 2:
         sizes, stages = [n for n in (16, 32) if n <= width], (1,)  # for the sake of shared memory
     found = [Config(held, n, 2 * warps if is_wide else warps, s) for n in sizes for s in stages]
