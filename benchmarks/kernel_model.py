@@ -120,7 +120,7 @@ def launches(case: Case) -> dict[str, list[Launch]]:
         with record() as backward:
             torch.autograd.grad(out, list(inputs.values()), torch.zeros_like(out))
     found = {"forward": forward, "backward": backward}
-    return {mode: [x for x in found[mode] if "BLOCK_N" in x.arguments] for mode in found}
+    return {mode: [x for x in found[mode] if "BLOCK_M" in x.arguments] for mode in found}
 
 
 def flat(arguments: Any, path: str = "") -> dict[str, Any]:
