@@ -177,7 +177,8 @@ class Work:
         if self.kernel == "extra_bias_backward":
             return [math.ceil(self("sizes.images") / self("groups"))]
         extra = [math.ceil(self("sizes.extra") / self("META.EXTRA"))] if self("extra.k.ptr") is not None else []
-        return [math.ceil(self.listed * self("mask.columns_number") / self.columns), *extra]
+        splits = self("sizes.splits") if self("META.SPLIT") else 1
+        return [math.ceil(math.ceil(self.listed * self("mask.columns_number") / self.columns) / splits), *extra]
 
     def columns_of(self, together: int, copied: bool) -> float:
         """That exist of so many tiles, on average. Plain loads find those of several tiles in L1, copies never look."""
@@ -205,7 +206,7 @@ class Work:
         tiles, m = self("mask.rows").shape
         together = self("META.TILES")  # held by a program, each with its columns
         rows = together * float((self("mask.rows") >= 0).sum()) / tiles / math.ceil(m / self.rows)
-        columns = self.listed * self.columns_of(together, copied)
+        columns = self.listed * self.columns_of(together, copied) / (self("sizes.splits") if self("META.SPLIT") else 1)
         if self.kernel == "tiles_backward":
             columns /= math.ceil(self("mask.columns_number") / self.columns)
             pairs = self.rows * self.columns * (4 + self("mask.tiles").element_size())
