@@ -390,7 +390,11 @@ class Call:
             return found.pad(bias.mT if keys_hold else bias, hidden(bias.dtype))[:, None]
         lookup, config = found.lookup, _POSITION_TILES
         tiles = self.empty(self.heads, *lookup.shape)
-        table, entries, number = bias.flatten(1).contiguous(), lookup.number, tiles[0].numel()
+        table, entries, number = (
+            bias.flatten(1).contiguous(),
+            lookup.number,
+            tiles.numel() // self.heads,
+        )
         values = (
             table,
             lookup.index,
