@@ -11,7 +11,7 @@ machine: Triton's and Inductor's caches are on it. Without --steps all of them r
                ptxas -O0 and tiny maps under compute-sanitizer
     triton     every case of the Triton kernels: gate, times of every candidate of every kernel, then of whole passes
     ablations  passes without bias, with one key for all, without exponentials (gpu_limits.py)
-    ceilings   bytes from L2 and exponentials per second; copies and products are in the setting
+    ceilings   bytes copied and read from L2, flops of products and exponentials per second
     peers      partition and SDPA by all its backends, FlexAttention, timm's HaloAttn, official formulations, natten
     host       the host's time for a call: eager, as a CUDA graph, under torch.compile(mode="reduce-overhead")
     models     timm's compiled models against ours, then all others
@@ -130,6 +130,12 @@ class Session:
         self.setting: dict[str, str] = {}
         out.mkdir(parents=True, exist_ok=True)
 
+    def keep(self, setting: dict[str, str], steps: Sequence[str]) -> None:
+        """Go on from the rows of other steps that lie in `out`, as far as they are of this setting."""
+        self.setting = setting
+        found = report.earlier(self.out / "session", setting)
+        self.rows = [Row(**row) for row in found if row["step"] not in steps]
+
     def left(self) -> float:
         return self.end - self.clock()
 
@@ -178,13 +184,18 @@ class Program:
         try:
             status = self.process.wait(max(0.0, min(seconds, session.left())))
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+            self.stop()
         self.output.seek(0)
         text = self.output.read()
         with (session.out / "session.log").open("a") as log:
             log.write(f"\n=== {' '.join(map(str, self.process.args))}\n{text}")
         return status, text
+
+    def stop(self) -> None:
+        """End it with all that it has started."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 def tests(*arguments: str, **environment: str) -> Program:
@@ -206,7 +217,7 @@ def outcomes(step: str, name: str, status: int | None, text: str) -> list[Row]:
 def background() -> dict[str, Callable[[], Program]]:
     """What runs beside the compilers."""
     tool = partial(Program, sys.executable)
-    found = {"ptxas -O0": partial(tests, "-n", "8", PTXAS_OPTIONS="-O0")}
+    found = {"ptxas -O0": partial(tests, "-n", "8", "-k", "real_sizes or tiny", PTXAS_OPTIONS="-O0")}
     if sanitizer := shutil.which("compute-sanitizer"):
         command = (sanitizer, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-n", "0", "-k", "tiny")
         found["compute-sanitizer"] = partial(Program, *command, str(TESTS))
@@ -242,14 +253,15 @@ class Plan:
         self.compilers: Any = None
         self.compiled_by = 0.0
         self.ops: Any = None
+        self.gated: dict[str, Row] = {}
 
     def tasks(self, steps: Iterable[str]) -> list[Task]:
         return [task for step in LIMITS if step in steps for task in getattr(self, step)()]
 
     def gates(self) -> list[Task]:
         def run() -> list[Row]:
-            limit = LIMITS["gates"] + 20
-            return outcomes("gates", "ptxas default", *tests("-n", "8").finish(self.session, limit))
+            program = tests("-n", "8", "-k", "not compiled_model")  # which takes minutes
+            return outcomes("gates", "ptxas default", *program.finish(self.session, LIMITS["gates"] + 20))
 
         return [Task("gates", "ptxas default", run)]
 
@@ -291,16 +303,23 @@ class Plan:
             self.ops.add(case, mode, found)
         return found
 
+    def gate(self, step: str, case: Case) -> Row:
+        """Error of output and all gradients against float64; a case whose note says FAILED is not to be timed."""
+        if case.name not in self.gated:
+            (found,) = self.measure(case, BOTH, [TRITON], 0, gate_only=True)
+            note = found.note and f"FAILED: {found.note}"
+            self.gated[case.name] = Row(step, case.name, "gate", figure=found.error, note=note)
+        return self.gated[case.name]
+
     def triton(self) -> list[Task]:
         from tune_ops import run_case, short
 
         from visattn.ops import tune
 
         def run(case: Case) -> list[Row]:
-            (gate,) = self.measure(case, BOTH, [TRITON], 0, gate_only=True)
-            if gate.note:
-                return [Row("triton", case.name, "gate", figure=gate.error, note=f"FAILED: {gate.note}")]
-            rows = [Row("triton", case.name, "gate", figure=gate.error)]
+            rows = [self.gate("triton", case)]
+            if rows[0].note:
+                return rows
             with tune(again=True) as choices:
                 run_case(case, self.device.torch_device)
             for choice in choices:
@@ -322,6 +341,8 @@ class Plan:
         def run(case: Case, part: str) -> list[Row]:
             from gpu_limits import ablation
 
+            if (gate := self.gate("ablations", case)).note:
+                return [gate]
             modes = (FORWARD, BOTH)
             return [
                 Row("ablations", case.name, f"{mode}, {part}", ablation(case, mode, part, self.device) * 1e6)
@@ -338,9 +359,12 @@ class Plan:
         def run() -> list[Row]:
             from gpu_limits import ceilings
 
-            return [Row("ceilings", "", f"{what} per s", figure=rate) for what, rate in ceilings(self.device).items()]
+            rates = self.device.rates()
+            found = {"copied bytes": rates.bytes_per_s, "flops of products": rates.flops_per_s}
+            found |= ceilings(self.device)
+            return [Row("ceilings", "", f"{what} per s", figure=rate) for what, rate in found.items()]
 
-        return [Task("ceilings", "L2 and exponentials", run)]
+        return [Task("ceilings", "copy, product, L2, exponentials", run)]
 
     def peers(self) -> list[Task]:
         def run(case: Case, mode: str, names: list[str]) -> list[Row]:
@@ -360,6 +384,8 @@ class Plan:
 
     def host(self) -> list[Task]:
         def run(case: Case, mode: str, way: str) -> list[Row]:
+            if (gate := self.gate("host", case)).note:
+                return [gate]
             seconds = host_seconds(replace(case, batch=2), mode, way, self.device.torch_device)
             return [Row("host", case.name, f"{mode}, {way}", seconds * 1e6)]
 
@@ -429,7 +455,7 @@ def keep_earlier(out: Path, results: Path) -> None:
     """Start from the results that the repository has, tuning included."""
     for file in results.rglob("*.json"):
         target = out / file.relative_to(results)
-        if not target.exists() and file.name != "session.json":
+        if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, target)
 
@@ -444,13 +470,22 @@ def main(argv: list[str] | None = None) -> int:
         print(NO_CUDA, file=sys.stderr)
         return 2
 
+    name = torch.cuda.get_device_name()
     session = Session(args.out.resolve(), args.minutes * 60)
-    keep_earlier(session.out, ROOT / "benchmarks" / "results" / slug(torch.cuda.get_device_name()))
+    keep_earlier(session.out, ROOT / "benchmarks" / "results" / slug(name))
+    session.keep({"GPU": name, "triton": report.version("triton")}, args.steps)
     os.environ["VISATTN_CACHE_DIR"] = str(session.out)
     path = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-    session.go(Plan(session, Cuda(), argv).tasks(args.steps))
-    failed = [r for r in session.rows if "FAILED" in r.note or "ERROR" in r.note]
+    plan = Plan(session, Cuda(), argv)
+    try:
+        session.go(plan.tasks(args.steps))
+    finally:
+        for program in plan.programs.values():
+            program.stop()
+    new = [r for r in session.rows if r.step in args.steps]
+    failed = [r for r in new if any(word in r.note for word in ("FAILED", "ERROR", "wrong result"))]
+    failed += [r for r in new if r.step == "triton" and r.note.startswith("failed:")]
     for r in failed:
         print(" ".join(cells(r)))
     return int(bool(failed))

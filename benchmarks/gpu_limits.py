@@ -88,8 +88,8 @@ def one_key() -> Generator[None]:
         zeros = tables.setdefault(x.columns.data_ptr(), x.columns.clamp(max=0))
         return x._replace(columns=zeros)
 
-    def launch_changed(kernel: Any, programs: Any, config: Config, arguments: dict[str, Any]) -> None:
-        launch(kernel, programs, config, {name: changed(x) for name, x in arguments.items()})
+    def launch_changed(kernel: Any, programs: Any, config: Config, arguments: dict[str, Any], *more: Any) -> None:
+        launch(kernel, programs, config, {name: changed(x) for name, x in arguments.items()}, *more)
 
     with mock.patch.object(attention_launch, "launch", launch_changed):
         yield

@@ -6,6 +6,7 @@ import sys
 import bench_gpu
 import pytest
 from bench_gpu import CALLS, LIMITS, Plan, Program, Row, Session, Task
+from gpu_report import BOTH, TRITON, GpuResult
 from op_cases import CUDA_CASES
 
 from tests import stub_gpu
@@ -61,6 +62,16 @@ def test_what_fails_or_comes_too_late_costs_only_itself(tmp_path):
     assert ("late", "all", "not measured: no time left") in rows
 
 
+def test_cases_whose_gate_fails_are_not_timed(monkeypatch):
+    plan = Plan(None, None, None)
+    wrong = GpuResult("any", BOTH, TRITON, error=1.0, note="wrong result: not timed")
+    monkeypatch.setattr(plan, "measure", lambda *args, gate_only: [wrong])  # times nothing
+    for step in ("triton", "ablations", "host"):
+        for task in getattr(plan, step)():
+            (row,) = task.run()
+            assert (row.what, row.us, row.note) == ("gate", None, "FAILED: wrong result: not timed")
+
+
 def test_programs_end_with_all_they_started(tmp_path):
     session = Session(tmp_path, 60)
     child = (
@@ -90,6 +101,18 @@ def test_earlier_results_are_kept(tmp_path):
     (out / "tuning" / "gpu.json").write_text("new")
     bench_gpu.keep_earlier(out, results)
     assert (out / "tuning" / "gpu.json").read_text() == "new"
+
+
+def test_a_second_call_goes_on_from_the_first(tmp_path):
+    setting = {"GPU": "NVIDIA Pretend 1", "triton": "3.6.0"}
+    first = Session(tmp_path, 60)
+    first.keep(setting, ["triton", "peers"])
+    first.go([Task(step, "case", list) for step in ("triton", "peers")])
+    second = Session(tmp_path, 60)
+    second.keep(setting, ["peers"])
+    assert [row.step for row in second.rows] == ["triton"]
+    second.keep({**setting, "GPU": "another"}, ["peers"])
+    assert second.rows == []
 
 
 def test_without_a_gpu(monkeypatch, capsys, tmp_path):

@@ -14,11 +14,12 @@ from visattn.ops.fused.launch import launch, power_of_2
 from visattn.ops.fused.support import MOST_BYTES, is_interpreting, precision
 from visattn.ops.fused.tables import BlockMask, block_mask, decode, hidden, padded_columns, regions
 from visattn.ops.fused.tuning import Config, run_tuned
-from visattn.ops.geometry import AnyAxis, ceil_div
+from visattn.ops.geometry import TOGETHER, AnyAxis, ceil_div
 
 # Programs that a reduction is cut into, if it has the work. No property of a GPU, so that sums have one order on all.
 _SPLIT = 512
 _SPLIT_TILES = 2048  # of images, whose sums are long
+_PROGRAMS = 264  # below so many, columns are split among more, 256 or more of them to each
 _POSITION_TILES = Config(1, 4096, 8, 1)
 _WIDE = 2**31  # numbers of an image from which offsets have 64 bits
 
@@ -85,7 +86,8 @@ class Sizes(NamedTuple):
     keys: int
     heads: int
     extra: int
-    tiles: int  # of the direction
+    tiles: int  # of the direction, of lists
+    splits: int  # parts of the columns, of a program each
 
 
 class Out(NamedTuple):
@@ -130,6 +132,7 @@ class Meta(NamedTuple):
     LANES: int  # of positions
     ROWS: int  # of a tile
     TILES: int  # that a program holds, each with its own columns
+    SPLIT: bool  # programs go over a part of the columns
     SEGMENT: int  # tokens of a listed region, 0 without a list
     WEIGHTED: bool
     EXTRA: int  # extra keys at a time
@@ -151,6 +154,8 @@ def _configs(meta: Meta, columns: int, dtype: torch.dtype, sums: int = 1) -> lis
     """Candidates for tiles of so many columns in a kernel with so many sums; the first is the default."""
     held, is_wide = min(meta.ROWS, 64), dtype == torch.float32
     warps = 2 if held == 16 or (held == 32 and sums == 1) else 4
+    if meta.TILES > 1:
+        warps = 4
     # Few padded columns in few steps, as far as registers go: a backward pass needs twice as many, more sums and exact
     # products of float32 still more.
     most = 32 if sums == 3 or is_wide else 64
@@ -163,14 +168,15 @@ def _configs(meta: Meta, columns: int, dtype: torch.dtype, sums: int = 1) -> lis
     sizes = [n for n in sizes if n <= width]
     sizes.sort(key=lambda n: (n > most, ceil_div(columns, n) * (n + 40)))
     # With one stage a tile is loaded in the layout of a plain load, and its softmax computed there too; with more it is
-    # copied. Three sums leave no room for copies in flight.
-    stages = (1, 2) if sums == 3 else (2, 1) if columns <= sizes[0] else (3, 2, 5, 1)
+    # copied. Three sums leave no room for copies in flight; those pass by L1, in which tiles held together find the keys
+    # that they share.
+    stages = (1, 2, 3) if sums == 3 or meta.TILES > 1 else (2, 1) if columns <= sizes[0] else (3, 2, 5, 1)
     if max(meta.BLOCK_D, meta.BLOCK_DV) * dtype.itemsize > MOST_BYTES // 2:
         sizes, stages = [n for n in (16, 32) if n <= width], (1,)  # for the sake of shared memory
     found = [Config(held, n, 2 * warps if is_wide else warps, s) for n in sizes for s in stages]
-    if is_wide or held < 64:
+    if is_wide or held * meta.TILES < 64:
         found += [Config(held, n, warps if is_wide else 2 * warps, stages[0]) for n in sizes]
-    if meta.ROWS > 64:
+    if meta.ROWS % 128 == 0:
         found += [Config(128, n, 8, 2) for n in sizes[:2]]
     return found
 
@@ -379,7 +385,13 @@ class Call:
 
     @_once
     def block_mask(self, keys_hold: bool) -> BlockMask:
-        return block_mask(self.axes, keys_hold, self.q.device, 0 if keys_hold else self.extra)
+        extra = 0 if keys_hold else self.extra
+        return block_mask(self.axes, keys_hold, self.q.device, extra, self.few)
+
+    @property
+    def few(self) -> bool:
+        """Whether tiles of few rows are held together: what they read is not much, and they meet nothing else."""
+        return max(self.dim, self.value_dim) <= 64 and not self.extra and self.rel_pos is None
 
     def _position_tiles(self, bias: Tensor, keys_hold: bool) -> Tensor:
         from visattn.ops.fused.attention_kernels import position_tiles_kernel
@@ -430,11 +442,40 @@ class Call:
 
     @_once
     def sizes(self, keys_hold: bool | None) -> Sizes:
-        tiles = 0 if keys_hold is None else len(self.mask(keys_hold).rows)
-        return Sizes(self.images, self.queries, self.keys, self.heads, self.extra, tiles)
+        tiles = 0
+        if keys_hold is not None and self.kv_indices is not None:
+            tiles = len(regions(self.axes[2:] if keys_hold else self.axes[:2], self.q.device)[1])
+        splits = 1 if keys_hold is None else self.splits(keys_hold)
+        return Sizes(self.images, self.queries, self.keys, self.heads, self.extra, tiles, splits)
 
-    def grid(self, mask: Mask, config: Config) -> tuple[int, int, int]:
-        return mask.rows.numel() // config.block_m, self.heads, self.images
+    @_once
+    def splits(self, keys_hold: bool) -> int:
+        """Into how many parts the columns of a direction are cut, for there to be work for a GPU."""
+        if self.kv_indices is not None or self.rel_pos is not None or self.extra:
+            return 1
+        tiles, rows = self.block_mask(keys_hold).rows.shape
+        programs = tiles * ceil_div(rows, 64) * self.heads * self.images
+        columns = self.block_mask(keys_hold).columns.shape[1]
+        return max(1, min(ceil_div(_PROGRAMS, programs), columns // 256))
+
+    def partial(self, keys_hold: bool, *shape: int) -> Tensor:
+        """For results [B, ...] of a direction: as many of them as there are splits."""
+        splits = self.splits(keys_hold)
+        return self.empty(
+            splits * shape[0], *shape[1:], dtype=None if splits == 1 else torch.float32
+        )
+
+    def joined(self, keys_hold: bool, x: Tensor) -> Tensor:
+        """The sum of the splits' results."""
+        splits = self.splits(keys_hold)
+        return x if splits == 1 else x.unflatten(0, (splits, -1)).sum(0).to(self.q.dtype)
+
+    def grid(self, keys_hold: bool, config: Config) -> tuple[int, int, int]:
+        meta = self.meta(keys_hold)
+        tiles = self.sizes(keys_hold).tiles or len(self.mask(keys_hold).rows)
+        blocks = meta.ROWS // config.block_m
+        images = self.images * self.splits(keys_hold)
+        return ceil_div(tiles, meta.TILES) * blocks, self.heads, images
 
     def columns(self, mask: Mask) -> int:
         """That a tile of queries meets."""
@@ -447,8 +488,10 @@ class Call:
         lanes = rows = segment = 0
         half = self.q.element_size() == 2
         checked = False
+        together = 1
         if mask is not None:
             rows, has_tiles = mask.rows.shape[1], mask.tiles is not None or mask.hidden is not None
+            together = TOGETHER if self.few and rows == 16 else 1
             if mask.hidden is not None:
                 lanes = mask.hidden.shape[2]
             elif self.rel_pos is not None:
@@ -465,14 +508,19 @@ class Call:
             BLOCK_DV=_block(self.value_dim),
             LANES=lanes,
             ROWS=rows or _block(min(self.extra, 64)),
-            TILES=1,
+            TILES=together,
+            SPLIT=keys_hold is not None and self.splits(keys_hold) > 1,
             SEGMENT=segment,
             WEIGHTED=self.weight is not None,
             EXTRA=_block(min(self.extra, 64)) if self.extra else 0,
             CHECKED=checked,
             LOWEST=-1 if self.zero_keys else 0,
             HIDDEN=hidden(self.q.dtype),
-            EYE=mask is not None and mask.tiles is not None and half and self.rel_pos is None,
+            EYE=mask is not None
+            and mask.tiles is not None
+            and half
+            and self.rel_pos is None
+            and together == 1,
             UNIT=self.unit,
             WIDE=self.wide,
             UPCAST=is_interpreting() and self.q.dtype == torch.bfloat16,
@@ -511,6 +559,14 @@ class Call:
 _One = Callable[[Config, Callable[..., None]], tuple[Tensor, ...]]
 
 
+def _merge(call: Call, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs and log-sum-exps of parts of the keys [splits * B, ...] as of all of them."""
+    o, lse = (x.unflatten(0, (-1, call.images)) for x in (o, lse))
+    total = lse.logsumexp(0)
+    share = (lse - total).exp().nan_to_num(0)  # of queries that see nothing
+    return (share[..., None] * o).sum(0).to(call.q.dtype), total
+
+
 def run_forward(call: Call) -> tuple[Tensor, Tensor]:
     from visattn.ops.fused.attention_kernels import forward_kernel
 
@@ -523,11 +579,11 @@ def run_forward(call: Call) -> tuple[Tensor, Tensor]:
     meta = call.meta(False)
 
     def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:
-        o = call.empty(call.images, call.queries, call.heads, call.value_dim)
+        o = call.partial(False, call.images, call.queries, call.heads, call.value_dim)
         lse = call.empty(*o.shape[:3], dtype=torch.float32)
         maps = (_map(call.q), _map(call.k), _map(call.v))
-        go(call.grid(mask, config), *maps, Out(_map(o), lse), mask, listed, extra, sizes)
-        return o, lse
+        go(call.grid(False, config), *maps, Out(_map(o), lse), mask, listed, extra, sizes)
+        return (o, lse) if sizes.splits == 1 else _merge(call, o, lse)
 
     o, lse = call.run(forward_kernel, False, (meta.ROWS, call.columns(mask)), 1, one)
     return o, lse
@@ -543,18 +599,19 @@ def _queries_backward(call: Call, do: Tensor, saved: Saved) -> tuple[Stats, Grad
     def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:
         stats, dq = (
             Stats(torch.empty_like(saved.lse), torch.empty_like(saved.lse)),
-            call.empty(*call.q.shape),
+            call.partial(False, *call.q.shape),
         )
         drel_pos = None if call.rel_pos is None else call.empty(*call.rel_pos.shape)
         dweight = None
         if call.weight is not None:
-            shape = (call.images, call.heads, len(mask.rows), meta.ROWS // config.block_m, columns)
+            shape = (call.images, call.heads, sizes.tiles, meta.ROWS // config.block_m, columns)
             dweight = call.empty(*shape, dtype=torch.float32)
         grads = QueryGrads(_map(dq), None if drel_pos is None else _map(drel_pos), dweight)
         maps = (_map(call.q), _map(call.k), _map(call.v), _map(do))
-        go(call.grid(mask, config), *maps, saved, stats, grads, mask, listed, extra, sizes)
+        go(call.grid(False, config), *maps, saved, stats, grads, mask, listed, extra, sizes)
         if dweight is not None:
             dweight = dweight.sum(3).unflatten(3, (-1, mask.columns_number)).sum(4)
+        dq = call.joined(False, dq)
         return (*stats, dq, *(x for x in (drel_pos, dweight) if x is not None))
 
     lse, delta, dq, *more = call.run(queries_backward_kernel, False, (meta.ROWS, columns), 2, one)
@@ -596,14 +653,14 @@ def _keys_backward(call: Call, do: Tensor, stats: Stats) -> tuple[Tensor, ...]:
     mask, listed, columns = call.mask(True), None, 0
     meta, columns = call.meta(True), mask.columns_number
     if call.kv_indices is not None:
-        listed, regions_per_row = _q_indices(call, len(mask.rows))
+        listed, regions_per_row = _q_indices(call, call.sizes(True).tiles)
         columns *= regions_per_row
 
     def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:
-        dk, dv = call.empty(*call.k.shape), call.empty(*call.v.shape)
+        dk, dv = call.partial(True, *call.k.shape), call.partial(True, *call.v.shape)
         maps = (_map(call.q), _map(call.k), _map(call.v), _map(do))
         go(
-            call.grid(mask, config),
+            call.grid(True, config),
             *maps,
             stats,
             KeyGrads(_map(dk), _map(dv)),
@@ -611,7 +668,7 @@ def _keys_backward(call: Call, do: Tensor, stats: Stats) -> tuple[Tensor, ...]:
             listed,
             call.sizes(True),
         )
-        return dk, dv
+        return call.joined(True, dk), call.joined(True, dv)
 
     return call.run(keys_backward_kernel, True, (meta.ROWS, columns), 3, one)
 
