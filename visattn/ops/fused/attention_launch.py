@@ -20,7 +20,7 @@ from visattn.ops.geometry import TOGETHER, AnyAxis, ceil_div
 _SPLIT = 512
 _SPLIT_TILES = 2048  # of images, whose sums are long
 _PROGRAMS = 264  # below so many, columns are split among more, 256 or more of them to each
-_POSITION_TILES = Config(1, 4096, 8, 1)
+_POSITION_TILES = Config(1, 4096, 8, 1)  # numbers that a program writes
 _WIDE = 2**31  # numbers of an image from which offsets have 64 bits
 
 
