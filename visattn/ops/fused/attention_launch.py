@@ -20,7 +20,7 @@ from visattn.ops.geometry import TOGETHER, AnyAxis, ceil_div
 _SPLIT = 512
 _SPLIT_TILES = 2048  # of images, whose sums are long
 _PROGRAMS = 264  # below so many, columns are split among more, 256 or more of them to each
-_POSITION_TILES = Config(1, 4096, 8, 1)
+_POSITION_TILES = Config(1, 4096, 8, 1)  # numbers that a program writes
 _WIDE = 2**31  # numbers of an image from which offsets have 64 bits
 
 
@@ -402,7 +402,11 @@ class Call:
             return found.pad(bias.mT if keys_hold else bias, hidden(bias.dtype))[:, None]
         lookup, config = found.lookup, _POSITION_TILES
         tiles = self.empty(self.heads, *lookup.shape)
-        table, entries, number = bias.flatten(1).contiguous(), lookup.number, tiles[0].numel()
+        table, entries, number = (
+            bias.flatten(1).contiguous(),
+            lookup.number,
+            tiles.numel() // self.heads,
+        )
         values = (
             table,
             lookup.index,
