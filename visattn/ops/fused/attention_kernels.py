@@ -67,6 +67,27 @@ def rows_of(META: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def image_of(sizes, META: tl.constexpr):
+    """The image, and where its results are: behind those of all images for the splits of columns before."""
+    z = tl.program_id(2)
+    b = z % sizes.images if META.SPLIT else z
+    return b.to(tl.int64), z.to(tl.int64)
+
+
+@triton.jit
+def columns_to_do(total, z, sizes, META: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which columns this program goes over: all, most of any tile, or a split of them."""
+    begin, end = 0, total
+    if META.SEGMENT > 0 and META.TILES > 1:
+        end = tl.max(tl.max(total, 0), 0)
+    if META.SPLIT:
+        size = tl.cdiv(tl.cdiv(total, BLOCK_N), sizes.splits) * BLOCK_N
+        begin = (z // sizes.images).to(tl.int32) * size
+        end = tl.minimum(begin + size, total)
+    return begin, end
+
+
+@triton.jit
 def wide(token, META: tl.constexpr):
     """Tokens as wide as the offsets within an image."""
     return token.to(tl.int64) if META.WIDE else token
@@ -159,7 +180,7 @@ def one_hot(code, META: tl.constexpr, dtype: tl.constexpr):
 @triton.jit
 def load_lanes(table, line, META: tl.constexpr):
     """[lines, R] of a table of lanes."""
-    lanes = tl.load(table + line[:, None] * META.LANES + tl.arange(0, META.LANES)[None, :])
+    lanes = tl.load(table + column(line) * META.LANES + row(tl.arange(0, META.LANES)))
     return lanes.to(tl.float32) if META.UPCAST else lanes
 
 
@@ -177,7 +198,7 @@ def lanes_of_keys(mask, tile, total, offs_n, held, META: tl.constexpr):
         code = tl.load(mask.codes + tile * total + offs_n, mask=offs_n < total, other=0)
         lanes = one_hot(code, META, held.dtype)
     if mask.hidden is not None:
-        lanes = load_lanes(mask.spread, offs_n, META)
+        lanes = load_lanes(mask.spread, tile * 0 + offs_n, META)  # the same for all tiles
     return lanes
 
 
@@ -200,12 +221,6 @@ def columns_of(mask, listed, b, head, tile, sizes, META: tl.constexpr):
         if META.TILES > 1:
             total = tl.where(tile < sizes.tiles, total, 0)
     return first, total
-
-
-@triton.jit
-def steps(total, META: tl.constexpr):
-    """How many columns the loop goes over: the most of any tile."""
-    return tl.max(tl.max(total, 0), 0) if META.SEGMENT > 0 and META.TILES > 1 else total
 
 
 @triton.jit
@@ -290,7 +305,8 @@ def forward_kernel(
     META: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of the queries of a tile."""
-    head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1)
+    b, z = image_of(sizes, META)
     tile, _, offs_m = rows_of(META, BLOCK_M)
     token = tl.load(mask.rows + tile * META.ROWS + offs_m)
     q_i = load_rows(q, b, head, token, META.D, META.BLOCK_D, META)  # [M, D]
@@ -303,10 +319,10 @@ def forward_kernel(
 
     acc, l_i = zeros(token, META.BLOCK_DV), token.to(tl.float32) * 0.0
     m_i = l_i - float("inf")
-    ahead = load_tokens(
-        mask, listed, first, tile, 0, total, META, BLOCK_N
-    )  # a step ahead, so that copies overlap
-    for start_n in range(0, steps(total, META), BLOCK_N):
+    begin, end = columns_to_do(total, z, sizes, META, BLOCK_N)
+    # Tokens are read a step ahead, so that copies overlap with products.
+    ahead = load_tokens(mask, listed, first, tile, begin, total, META, BLOCK_N)
+    for start_n in range(begin, end, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         token_n = without_hidden(ahead, mask, b, sizes)
         ahead = load_tokens(mask, listed, first, tile, start_n + BLOCK_N, total, META, BLOCK_N)
@@ -337,9 +353,9 @@ def forward_kernel(
         m_i, l_i = tl.where(blind, float("-inf"), m_i), tl.where(blind, 0.0, l_i)
         acc = tl.where(column(blind), 0.0, acc)
     l_i = tl.where(l_i == 0.0, 1.0, l_i)  # of rows that are not there or see no key
-    store_rows(out.o, b, head, token, acc * column(1.0 / l_i), META.DV, META.BLOCK_DV, META)
+    store_rows(out.o, z, head, token, acc * column(1.0 / l_i), META.DV, META.BLOCK_DV, META)
     tl.store(
-        at_line(out.lse, b, head, token, sizes, META),
+        at_line(out.lse, z, head, token, sizes, META),
         m_i * sm_scale + tl.log2(l_i) * LN2,
         mask=token >= 0,
     )
@@ -355,7 +371,8 @@ def queries_backward_kernel(
     Those are [B, queries, heads], for all kernels that follow: lse times log2(e), inf where a query sees nothing so
     that weights are 0, and delta, which softmax's derivative subtracts: sum of o * do, less the gradient of the lse.
     """
-    head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1)
+    b, z = image_of(sizes, META)
     tile, block, offs_m = rows_of(META, BLOCK_M)
     token = tl.load(mask.rows + tile * META.ROWS + offs_m)
     q_i = load_rows(q, b, head, token, META.D, META.BLOCK_D, META)  # [M, D]
@@ -372,8 +389,9 @@ def queries_backward_kernel(
         dlse_i = tl.load(at_line(saved.dlse, b, head, token, sizes, META), mask=there, other=0.0)
         delta_i -= tl.where(blind, 0.0, dlse_i)
     lse_i = tl.where(blind, float("inf"), lse_i)
-    tl.store(at_line(stats.lse, b, head, token, sizes, META), lse_i, mask=there)
-    tl.store(at_line(stats.delta, b, head, token, sizes, META), delta_i, mask=there)
+    first_split = there & (z < sizes.images)
+    tl.store(at_line(stats.lse, b, head, token, sizes, META), lse_i, mask=first_split)
+    tl.store(at_line(stats.delta, b, head, token, sizes, META), delta_i, mask=first_split)
     base, held = tile_of(mask, head, tile, META), eye(q_i, META, BLOCK_M, q_i.dtype)
     if mask.rel_pos is not None:
         held = load_rows(mask.rel_pos, b, head, token, META.LANES, META.LANES, META)  # [M, R]
@@ -383,8 +401,10 @@ def queries_backward_kernel(
     first, total = columns_of(mask, listed, b, head, tile, sizes, META)
 
     acc = zeros(token, META.BLOCK_D)
-    ahead = load_tokens(mask, listed, first, tile, 0, total, META, BLOCK_N)
-    for start_n in range(0, steps(total, META), BLOCK_N):
+    begin, end = columns_to_do(total, z, sizes, META, BLOCK_N)
+    # Tokens are read a step ahead, so that copies overlap with products.
+    ahead = load_tokens(mask, listed, first, tile, begin, total, META, BLOCK_N)
+    for start_n in range(begin, end, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         token_n = without_hidden(ahead, mask, b, sizes)
         ahead = load_tokens(mask, listed, first, tile, start_n + BLOCK_N, total, META, BLOCK_N)
@@ -436,7 +456,7 @@ def queries_backward_kernel(
             p = weights(qk, column(lse_i), sm_scale)
             dp = dot(do_i, mT(v_j), META)
             acc = dot_add((p * (dp - column(delta_i))).to(k_j.dtype), k_j, acc, META)
-    store_rows(grads.dq, b, head, token, acc * sm_scale, META.D, META.BLOCK_D, META)
+    store_rows(grads.dq, z, head, token, acc * sm_scale, META.D, META.BLOCK_D, META)
     if mask.rel_pos is not None:
         store_rows(grads.drel_pos, b, head, token, acc_rel_pos, META.LANES, META.LANES, META)
 
@@ -451,7 +471,8 @@ def keys_backward_kernel(
     With SEGMENT > 0 these are the queries of the regions that list this region: entries first[region] to
     first[region + 1] of a list that is sorted by listed region.
     """
-    head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1)
+    b, z = image_of(sizes, META)
     tile, _, offs_m = rows_of(META, BLOCK_M)
     token = tl.load(mask.rows + tile * META.ROWS + offs_m)
     k_i = load_rows(k, b, head, token, META.D, META.BLOCK_D, META)  # [M, D]
@@ -466,14 +487,16 @@ def keys_backward_kernel(
     if META.SEGMENT > 0:
         entry = listed.first + b * listed.first_b + head * listed.first_n + tile
         there = tile < sizes.tiles
-        begin = tl.load(entry, mask=there, other=0)
-        total = (tl.load(entry + 1, mask=there, other=0) - begin) * META.SEGMENT
-        first = b * listed.stride_b + head * listed.stride_n + begin
+        start = tl.load(entry, mask=there, other=0)
+        total = (tl.load(entry + 1, mask=there, other=0) - start) * META.SEGMENT
+        first = b * listed.stride_b + head * listed.stride_n + start
 
     acc_dk = zeros(token, META.BLOCK_D)
     acc_dv = zeros(token, META.BLOCK_DV)
-    ahead = load_tokens(mask, listed, first, tile, 0, total, META, BLOCK_N)
-    for start_n in range(0, steps(total, META), BLOCK_N):
+    begin, end = columns_to_do(total, z, sizes, META, BLOCK_N)
+    # Tokens are read a step ahead, so that copies overlap with products.
+    ahead = load_tokens(mask, listed, first, tile, begin, total, META, BLOCK_N)
+    for start_n in range(begin, end, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         token_n = ahead
         ahead = load_tokens(mask, listed, first, tile, start_n + BLOCK_N, total, META, BLOCK_N)
@@ -490,7 +513,7 @@ def keys_backward_kernel(
                 mask.rel_pos, b, head, token_n, META.LANES, META.LANES, META
             )  # [N, R]
         if mask.hidden is not None:
-            streamed = load_lanes(mask.spread, offs_n, META)  # [N, R]
+            streamed = load_lanes(mask.spread, tile * 0 + offs_n, META)  # [N, R]
         qk = add_positions(
             qk, mask, held, streamed, base, offs_m, offs_n, token_n, sm_scale, META, False
         )
@@ -506,8 +529,8 @@ def keys_backward_kernel(
     if mask.key_mask is not None:
         seen = column(without_hidden(token, mask, b, sizes) >= 0)
         acc_dk, acc_dv = tl.where(seen, acc_dk, 0.0), tl.where(seen, acc_dv, 0.0)
-    store_rows(grads.dk, b, head, token, acc_dk * sm_scale, META.D, META.BLOCK_D, META)
-    store_rows(grads.dv, b, head, token, acc_dv, META.DV, META.BLOCK_DV, META)
+    store_rows(grads.dk, z, head, token, acc_dk * sm_scale, META.D, META.BLOCK_D, META)
+    store_rows(grads.dv, z, head, token, acc_dv, META.DV, META.BLOCK_DV, META)
 
 
 @triton.jit
@@ -632,3 +655,17 @@ def extra_bias_backward_kernel(
     line = (group.to(tl.int64) * sizes.queries + offs_m)[:, None] * sizes.heads + head  # [M, 1]
     keep = (token >= 0)[:, None] & (token_e >= 0)[None, :]
     tl.store(dbias + line * sizes.extra + offs_e[None, :], acc, mask=keep)
+
+
+@triton.jit
+def position_tiles_kernel(
+    table, index, tiles, entries, number, factor, HIDDEN: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Position tiles of a head: entries of its table times a factor, HIDDEN where the index is no entry."""
+    head = tl.program_id(1).to(tl.int64)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    entry = tl.load(index + offs_n, mask=offs_n < number, other=entries)
+    keep = entry < entries
+    bias = tl.load(table + head * entries + entry, mask=keep, other=0.0).to(tl.float32) * factor
+    bias = tl.where(keep, bias, HIDDEN)
+    tl.store(tiles + head * number + offs_n, bias.to(tiles.dtype.element_ty), mask=offs_n < number)

@@ -14,11 +14,13 @@ from visattn.ops.fused.launch import launch, power_of_2
 from visattn.ops.fused.support import MOST_BYTES, is_interpreting, precision
 from visattn.ops.fused.tables import BlockMask, block_mask, decode, hidden, padded_columns, regions
 from visattn.ops.fused.tuning import Config, run_tuned
-from visattn.ops.geometry import AnyAxis, ceil_div
+from visattn.ops.geometry import TOGETHER, AnyAxis, ceil_div
 
 # Programs that a reduction is cut into, if it has the work. No property of a GPU, so that sums have one order on all.
 _SPLIT = 512
 _SPLIT_TILES = 2048  # of images, whose sums are long
+_PROGRAMS = 264  # below so many, columns are split among more, 256 or more of them to each
+_POSITION_TILES = Config(1, 4096, 8, 1)
 _WIDE = 2**31  # numbers of an image from which offsets have 64 bits
 
 
@@ -84,7 +86,8 @@ class Sizes(NamedTuple):
     keys: int
     heads: int
     extra: int
-    tiles: int  # of the direction
+    tiles: int  # of the direction, of lists
+    splits: int  # parts of the columns, of a program each
 
 
 class Out(NamedTuple):
@@ -129,6 +132,7 @@ class Meta(NamedTuple):
     LANES: int  # of positions
     ROWS: int  # of a tile
     TILES: int  # that a program holds, each with its own columns
+    SPLIT: bool  # programs go over a part of the columns
     SEGMENT: int  # tokens of a listed region, 0 without a list
     WEIGHTED: bool
     EXTRA: int  # extra keys at a time
@@ -150,6 +154,8 @@ def _configs(meta: Meta, columns: int, dtype: torch.dtype, sums: int = 1) -> lis
     """Candidates for tiles of so many columns in a kernel with so many sums; the first is the default."""
     held, is_wide = min(meta.ROWS, 64), dtype == torch.float32
     warps = 2 if held == 16 or (held == 32 and sums == 1) else 4
+    if meta.TILES > 1:
+        warps = 4
     # Few padded columns in few steps, as far as registers go: a backward pass needs twice as many, more sums and exact
     # products of float32 still more.
     most = 32 if sums == 3 or is_wide else 64
@@ -162,21 +168,17 @@ def _configs(meta: Meta, columns: int, dtype: torch.dtype, sums: int = 1) -> lis
     sizes = [n for n in sizes if n <= width]
     sizes.sort(key=lambda n: (n > most, ceil_div(columns, n) * (n + 40)))
     # With one stage a tile is loaded in the layout of a plain load, and its softmax computed there too; with more it is
-    # copied. Three sums leave no room for copies in flight.
-    stages = (1, 2) if sums == 3 else (2, 1) if columns <= sizes[0] else (3, 2, 5, 1)
+    # copied. Three sums leave no room for copies in flight; those pass by L1, in which tiles held together find the keys
+    # that they share.
+    stages = (1, 2, 3) if sums == 3 or meta.TILES > 1 else (2, 1) if columns <= sizes[0] else (3, 2, 5, 1)
     if max(meta.BLOCK_D, meta.BLOCK_DV) * dtype.itemsize > MOST_BYTES // 2:
         sizes, stages = [n for n in (16, 32) if n <= width], (1,)  # for the sake of shared memory
     found = [Config(held, n, 2 * warps if is_wide else warps, s) for n in sizes for s in stages]
-    if is_wide or held < 64:
+    if is_wide or held * meta.TILES < 64:
         found += [Config(held, n, warps if is_wide else 2 * warps, stages[0]) for n in sizes]
-    if meta.ROWS > 64:
+    if meta.ROWS % 128 == 0:
         found += [Config(128, n, 8, 2) for n in sizes[:2]]
     return found
-
-
-def _form(x: Tensor | None) -> tuple[Any, ...] | None:
-    """All of a tensor but its numbers, as far as kernels see it."""
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0)
 
 
 def _with_channels_together(x: Tensor) -> Tensor:
@@ -184,16 +186,16 @@ def _with_channels_together(x: Tensor) -> Tensor:
 
 
 def _map(x: Tensor) -> Map:
-    """Strides of axes of length 1 are 0."""
-    return Map(x, *_strides(x, 3))
+    return Map(x, *_outer_strides(x.shape, x.stride(), 3))
 
 
-def _strides(x: Tensor, number: int) -> Sequence[int]:
+def _strides(x: Tensor, number: int) -> tuple[int, ...]:
     return _outer_strides(x.shape, x.stride(), number)
 
 
 @functools.lru_cache(maxsize=4096)
 def _outer_strides(shape: tuple[int, ...], stride: tuple[int, ...], number: int) -> tuple[int, ...]:
+    """Those of the first axes; of axes of length 1, 0."""
     return tuple(0 if n == 1 else s for n, s in zip(shape[:number], stride, strict=False))
 
 
@@ -259,10 +261,9 @@ class Call:
         o: Tensor | None = None,
         lse: Tensor | None = None,
     ) -> None:
-        self.q, self.k, self.v = (_with_channels_together(x) for x in (q, k, v))
-        self.extra_k, self.extra_v = (
-            None if x is None else _with_channels_together(x) for x in (extra_k, extra_v)
-        )
+        self.q, self.k, self.v = map(_with_channels_together, (q, k, v))
+        self.extra_k = None if extra_k is None else _with_channels_together(extra_k)
+        self.extra_v = None if extra_v is None else _with_channels_together(extra_v)
         self.bias, self.extra_bias, self.scale = bias, extra_bias, scale
         self.rel_pos = None if rel_pos is None else rel_pos.contiguous()
         self._code, self.zero_keys = tuple(axes), zero_keys
@@ -276,26 +277,30 @@ class Call:
         self.o, self.lse = o, lse
         self.extra = 0 if extra_k is None else extra_k.shape[1]
         self._masks: dict[bool, Mask] = {}
-        more = (self.bias, self.rel_pos, self.extra_k, self.extra_v, self.extra_bias, self.weight)
-        of_backward = self.do, self.dlse, o, lse
-        form = (
-            *map(
-                _form, (self.q, self.k, self.v, *more, self.kv_indices, self.key_mask, *of_backward)
-            ),
-            self._code,
-            zero_keys,
-            q.device,
-            precision() if q.dtype == torch.float32 else None,
+        tensors = (
+            self.q,
+            self.k,
+            self.v,
+            bias,
+            self.rel_pos,
+            self.extra_k,
+            self.extra_v,
+            extra_bias,
         )
-        self.known = _known(*form)
+        tensors += (self.weight, self.kv_indices, self.key_mask, self.do, self.dlse, o, lse)
+        forms = [
+            x if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0)
+            for x in tensors
+        ]
+        numbers = precision() if q.dtype == torch.float32 else None
+        self.known = _known(*forms, self._code, zero_keys, q.device, numbers)
 
     @property
     @_once
     def axes(self) -> tuple[AnyAxis, ...]:
         return decode(self._code)
 
-    @_once
-    def shape_class(self, *shape: int) -> tuple[int | str, ...]:
+    def _shape_class(self, *shape: int) -> tuple[int | str, ...]:
         """Of a kernel for tiles of a shape."""
         return (
             str(self.q.dtype).removeprefix("torch."),
@@ -380,13 +385,38 @@ class Call:
 
     @_once
     def block_mask(self, keys_hold: bool) -> BlockMask:
-        return block_mask(self.axes, keys_hold, self.q.device, 0 if keys_hold else self.extra)
+        extra = 0 if keys_hold else self.extra
+        return block_mask(self.axes, keys_hold, self.q.device, extra, self.few)
+
+    @property
+    def few(self) -> bool:
+        """Whether tiles of few rows are held together: what they read is not much, and they meet nothing else."""
+        return max(self.dim, self.value_dim) <= 64 and not self.extra and self.rel_pos is None
 
     def _position_tiles(self, bias: Tensor, keys_hold: bool) -> Tensor:
-        bias, found = (bias / self.scale).to(self.q.dtype), self.block_mask(keys_hold)
+        from visattn.ops.fused.attention_kernels import position_tiles_kernel
+
+        found = self.block_mask(keys_hold)
         if self.is_full:
+            bias = (bias / self.scale).to(self.q.dtype)
             return found.pad(bias.mT if keys_hold else bias, hidden(bias.dtype))[:, None]
-        return found.position_tiles(bias)
+        lookup, config = found.lookup, _POSITION_TILES
+        tiles = self.empty(self.heads, *lookup.shape)
+        table, entries, number = bias.flatten(1).contiguous(), lookup.number, tiles[0].numel()
+        values = (
+            table,
+            lookup.index,
+            tiles,
+            entries,
+            number,
+            1 / self.scale,
+            hidden(tiles.dtype),
+            config.block_n,
+        )
+        programs = (ceil_div(number, config.block_n), self.heads, 1)
+        prepared = self.known.setdefault(keys_hold, {})
+        launch(position_tiles_kernel, programs, config, values, prepared)
+        return tiles
 
     @property
     @_once
@@ -403,16 +433,45 @@ class Call:
     def extra_keys(self) -> Extra | None:
         if self.extra_k is None or self.extra_v is None:
             return None
-        b, t, n, e = [0] * 4 if self.extra_bias is None else _strides(self.extra_bias, 4)
+        b, t, n, e = (0,) * 4 if self.extra_bias is None else _strides(self.extra_bias, 4)
         return Extra(_map(self.extra_k), _map(self.extra_v), self.extra_bias, b, t, n, e)
 
     @_once
     def sizes(self, keys_hold: bool | None) -> Sizes:
-        tiles = 0 if keys_hold is None else len(self.mask(keys_hold).rows)
-        return Sizes(self.images, self.queries, self.keys, self.heads, self.extra, tiles)
+        tiles = 0
+        if keys_hold is not None and self.kv_indices is not None:
+            tiles = len(regions(self.axes[2:] if keys_hold else self.axes[:2], self.q.device)[1])
+        splits = 1 if keys_hold is None else self.splits(keys_hold)
+        return Sizes(self.images, self.queries, self.keys, self.heads, self.extra, tiles, splits)
 
-    def grid(self, mask: Mask, config: Config) -> tuple[int, int, int]:
-        return mask.rows.numel() // config.block_m, self.heads, self.images
+    @_once
+    def splits(self, keys_hold: bool) -> int:
+        """Into how many parts the columns of a direction are cut, for there to be work for a GPU."""
+        if self.kv_indices is not None or self.rel_pos is not None or self.extra:
+            return 1
+        tiles, rows = self.block_mask(keys_hold).rows.shape
+        programs = tiles * ceil_div(rows, 64) * self.heads * self.images
+        columns = self.block_mask(keys_hold).columns.shape[1]
+        return max(1, min(ceil_div(_PROGRAMS, programs), columns // 256))
+
+    def partial(self, keys_hold: bool, *shape: int) -> Tensor:
+        """For results [B, ...] of a direction: as many of them as there are splits."""
+        splits = self.splits(keys_hold)
+        return self.empty(
+            splits * shape[0], *shape[1:], dtype=None if splits == 1 else torch.float32
+        )
+
+    def joined(self, keys_hold: bool, x: Tensor) -> Tensor:
+        """The sum of the splits' results."""
+        splits = self.splits(keys_hold)
+        return x if splits == 1 else x.unflatten(0, (splits, -1)).sum(0).to(self.q.dtype)
+
+    def grid(self, keys_hold: bool, config: Config) -> tuple[int, int, int]:
+        meta = self.meta(keys_hold)
+        tiles = self.sizes(keys_hold).tiles or len(self.mask(keys_hold).rows)
+        blocks = meta.ROWS // config.block_m
+        images = self.images * self.splits(keys_hold)
+        return ceil_div(tiles, meta.TILES) * blocks, self.heads, images
 
     def columns(self, mask: Mask) -> int:
         """That a tile of queries meets."""
@@ -425,8 +484,10 @@ class Call:
         lanes = rows = segment = 0
         half = self.q.element_size() == 2
         checked = False
+        together = 1
         if mask is not None:
             rows, has_tiles = mask.rows.shape[1], mask.tiles is not None or mask.hidden is not None
+            together = TOGETHER if self.few and rows == 16 else 1
             if mask.hidden is not None:
                 lanes = mask.hidden.shape[2]
             elif self.rel_pos is not None:
@@ -443,14 +504,19 @@ class Call:
             BLOCK_DV=_block(self.value_dim),
             LANES=lanes,
             ROWS=rows or _block(min(self.extra, 64)),
-            TILES=1,
+            TILES=together,
+            SPLIT=keys_hold is not None and self.splits(keys_hold) > 1,
             SEGMENT=segment,
             WEIGHTED=self.weight is not None,
             EXTRA=_block(min(self.extra, 64)) if self.extra else 0,
             CHECKED=checked,
             LOWEST=-1 if self.zero_keys else 0,
             HIDDEN=hidden(self.q.dtype),
-            EYE=mask is not None and mask.tiles is not None and half and self.rel_pos is None,
+            EYE=mask is not None
+            and mask.tiles is not None
+            and half
+            and self.rel_pos is None
+            and together == 1,
             UNIT=self.unit,
             WIDE=self.wide,
             UPCAST=is_interpreting() and self.q.dtype == torch.bfloat16,
@@ -458,32 +524,43 @@ class Call:
         )
 
     def run(
-        self, kernel: Any, meta: Meta, shape: tuple[int, int], sums: int, one: _One
+        self, kernel: Any, keys_hold: bool | None, shape: tuple[int, int], sums: int, one: _One
     ) -> tuple[Tensor, ...]:
         """What `one` returns for the best config that is known of a kernel for tiles of a shape.
 
         `one(config, go)` allocates what the kernel writes and calls `go(programs, ...)` with the kernel's arguments up
         to those that are the same for all.
         """
+        meta = self.meta(keys_hold)
 
         def run(config: Config) -> tuple[Tensor, ...]:
             def go(programs: int | tuple[int, ...], *arguments: Any) -> None:
                 arguments = (*arguments, self.scale, meta, config.block_m, config.block_n)
-                named = dict(zip(kernel.arg_names, arguments, strict=True))
-                launch(kernel, programs, config, named, self.known)
+                launch(kernel, programs, config, arguments, self.known)
 
             return one(config, go)
 
-        name = f"attention_{kernel.__name__.removesuffix('_kernel')}"
-        candidates = self.configs(meta, shape[1], sums)
-        return run_tuned(name, self.shape_class(*shape), self.q.device, candidates, run)
+        name, shape_class, candidates = self._choices(kernel.__name__, keys_hold, shape, sums)
+        return run_tuned(name, shape_class, self.q.device, candidates, run)
 
     @_once
-    def configs(self, meta: Meta, columns: int, sums: int) -> list[Config]:
-        return _configs(meta, columns, self.q.dtype, sums)
+    def _choices(
+        self, kernel: str, keys_hold: bool | None, shape: tuple[int, int], sums: int
+    ) -> tuple[str, tuple[int | str, ...], list[Config]]:
+        """Name, shape class and candidates of a kernel."""
+        candidates = _configs(self.meta(keys_hold), shape[1], self.q.dtype, sums)
+        return f"attention_{kernel.removesuffix('_kernel')}", self._shape_class(*shape), candidates
 
 
 _One = Callable[[Config, Callable[..., None]], tuple[Tensor, ...]]
+
+
+def _merge(call: Call, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs and log-sum-exps of parts of the keys [splits * B, ...] as of all of them."""
+    o, lse = (x.unflatten(0, (-1, call.images)) for x in (o, lse))
+    total = lse.logsumexp(0)
+    share = (lse - total).exp().nan_to_num(0)  # of queries that see nothing
+    return (share[..., None] * o).sum(0).to(call.q.dtype), total
 
 
 def run_forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -498,13 +575,13 @@ def run_forward(call: Call) -> tuple[Tensor, Tensor]:
     meta = call.meta(False)
 
     def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:
-        o = call.empty(call.images, call.queries, call.heads, call.value_dim)
+        o = call.partial(False, call.images, call.queries, call.heads, call.value_dim)
         lse = call.empty(*o.shape[:3], dtype=torch.float32)
         maps = (_map(call.q), _map(call.k), _map(call.v))
-        go(call.grid(mask, config), *maps, Out(_map(o), lse), mask, listed, extra, sizes)
-        return o, lse
+        go(call.grid(False, config), *maps, Out(_map(o), lse), mask, listed, extra, sizes)
+        return (o, lse) if sizes.splits == 1 else _merge(call, o, lse)
 
-    o, lse = call.run(forward_kernel, meta, (meta.ROWS, call.columns(mask)), 1, one)
+    o, lse = call.run(forward_kernel, False, (meta.ROWS, call.columns(mask)), 1, one)
     return o, lse
 
 
@@ -518,21 +595,22 @@ def _queries_backward(call: Call, do: Tensor, saved: Saved) -> tuple[Stats, Grad
     def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:
         stats, dq = (
             Stats(torch.empty_like(saved.lse), torch.empty_like(saved.lse)),
-            call.empty(*call.q.shape),
+            call.partial(False, *call.q.shape),
         )
         drel_pos = None if call.rel_pos is None else call.empty(*call.rel_pos.shape)
         dweight = None
         if call.weight is not None:
-            shape = (call.images, call.heads, len(mask.rows), meta.ROWS // config.block_m, columns)
+            shape = (call.images, call.heads, sizes.tiles, meta.ROWS // config.block_m, columns)
             dweight = call.empty(*shape, dtype=torch.float32)
         grads = QueryGrads(_map(dq), None if drel_pos is None else _map(drel_pos), dweight)
         maps = (_map(call.q), _map(call.k), _map(call.v), _map(do))
-        go(call.grid(mask, config), *maps, saved, stats, grads, mask, listed, extra, sizes)
+        go(call.grid(False, config), *maps, saved, stats, grads, mask, listed, extra, sizes)
         if dweight is not None:
             dweight = dweight.sum(3).unflatten(3, (-1, mask.columns_number)).sum(4)
+        dq = call.joined(False, dq)
         return (*stats, dq, *(x for x in (drel_pos, dweight) if x is not None))
 
-    lse, delta, dq, *more = call.run(queries_backward_kernel, meta, (meta.ROWS, columns), 2, one)
+    lse, delta, dq, *more = call.run(queries_backward_kernel, False, (meta.ROWS, columns), 2, one)
     grads = Grads(dq)
     if call.rel_pos is not None:
         grads.rel_pos = more.pop(0)
@@ -571,14 +649,14 @@ def _keys_backward(call: Call, do: Tensor, stats: Stats) -> tuple[Tensor, ...]:
     mask, listed, columns = call.mask(True), None, 0
     meta, columns = call.meta(True), mask.columns_number
     if call.kv_indices is not None:
-        listed, regions_per_row = _q_indices(call, len(mask.rows))
+        listed, regions_per_row = _q_indices(call, call.sizes(True).tiles)
         columns *= regions_per_row
 
     def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:
-        dk, dv = call.empty(*call.k.shape), call.empty(*call.v.shape)
+        dk, dv = call.partial(True, *call.k.shape), call.partial(True, *call.v.shape)
         maps = (_map(call.q), _map(call.k), _map(call.v), _map(do))
         go(
-            call.grid(mask, config),
+            call.grid(True, config),
             *maps,
             stats,
             KeyGrads(_map(dk), _map(dv)),
@@ -586,9 +664,9 @@ def _keys_backward(call: Call, do: Tensor, stats: Stats) -> tuple[Tensor, ...]:
             listed,
             call.sizes(True),
         )
-        return dk, dv
+        return call.joined(True, dk), call.joined(True, dv)
 
-    return call.run(keys_backward_kernel, meta, (meta.ROWS, columns), 3, one)
+    return call.run(keys_backward_kernel, True, (meta.ROWS, columns), 3, one)
 
 
 def _tiles_backward(call: Call, do: Tensor, stats: Stats) -> Tensor:
@@ -616,7 +694,7 @@ def _tiles_backward(call: Call, do: Tensor, stats: Stats) -> Tensor:
         )
         return (torch.stack([part.sum(0) for part in partial.split(numbers)], dim=1),)
 
-    (summed,) = call.run(tiles_backward_kernel, meta, (meta.ROWS, mask.columns_number), 2, one)
+    (summed,) = call.run(tiles_backward_kernel, False, (meta.ROWS, mask.columns_number), 2, one)
     if call.is_full:
         return summed[:, 0, : bias.shape[1], : bias.shape[2]].to(bias.dtype)
     return found.position_gradient(summed).to(bias.dtype)
@@ -639,7 +717,7 @@ def _extra_backward(call: Call, do: Tensor, stats: Stats) -> tuple[Tensor, ...]:
         go(blocks * splits, _map(call.q), _map(do), stats, grads, extra, call.sizes(None), splits)
         return tuple(x.unflatten(0, (splits, -1)).sum(0).to(call.q.dtype) for x in (dk, dv))
 
-    return call.run(extra_backward_kernel, meta, (meta.ROWS, call.queries), 3, one)
+    return call.run(extra_backward_kernel, None, (meta.ROWS, call.queries), 3, one)
 
 
 def _extra_bias_backward(call: Call, do: Tensor, stats: Stats) -> Tensor:
@@ -662,7 +740,7 @@ def _extra_bias_backward(call: Call, do: Tensor, stats: Stats) -> Tensor:
         go(groups * blocks, _map(call.q), _map(do), stats, dbias, extra, call.sizes(None), groups)
         return (dbias.sum(shared, keepdim=True) if shared else dbias,)
 
-    (dbias,) = call.run(extra_bias_backward_kernel, meta, (meta.ROWS, call.extra), 2, one)
+    (dbias,) = call.run(extra_bias_backward_kernel, None, (meta.ROWS, call.extra), 2, one)
     return dbias.to(bias.dtype)
 
 

@@ -22,6 +22,7 @@ from visattn.ops.geometry import (
     CPU,
     NONE,
     OUTSIDE,
+    TOGETHER,
     AnyAxis,
     Partition,
     ceil_div,
@@ -52,6 +53,11 @@ def padded_columns(number: int) -> int:
 
 def encode(axes: Sequence[AnyAxis]) -> list[int]:
     """Axes as ints, the form in which they pass through custom ops."""
+    return list(_encode(tuple(axes)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _encode(axes: tuple[AnyAxis, ...]) -> list[int]:
     fields = [[int(x) for x in vars(axis).values()] for axis in axes]
     return [n for axis, x in zip(axes, fields, strict=True) for n in (axis.code, len(x), *x)]
 
@@ -93,7 +99,7 @@ class Lookup:
     def __init__(self, index: Tensor, number: int, device: torch.device) -> None:
         self.shape, self.number, self.device = index.shape, number, device
         self._values = index.flatten()  # on the CPU
-        self._index = self._values.to(device)
+        self.index = self._values.to(device)
 
     @functools.cached_property
     def places(self) -> Tensor:
@@ -104,12 +110,12 @@ class Lookup:
 
     def read(self, x: Tensor, none: float = 0.0) -> Tensor:
         """[..., number] -> [..., *index], `none` where the index is no entry."""
-        return F.pad(x, (0, 1), value=none).index_select(-1, self._index).unflatten(-1, self.shape)
+        return F.pad(x, (0, 1), value=none).index_select(-1, self.index).unflatten(-1, self.shape)
 
     def add(self, x: Tensor) -> Tensor:
         """Transpose of `read`: [..., *index] -> [..., number]."""
         leading = x.shape[: -len(self.shape)]
-        lines = F.pad(x.reshape(-1, len(self._index)), (0, 1))
+        lines = F.pad(x.reshape(-1, len(self.index)), (0, 1))
         step = max(1, _MOST // self.places.numel())
         parts = [part.index_select(1, self.places.flatten()) for part in lines.split(step)]
         found = torch.cat([part.unflatten(1, self.places.shape).sum(2) for part in parts])
@@ -153,6 +159,7 @@ class BlockMask:
         entries: Of a position table per axis.
         masked: Whether some row and column of a tile do not see each other.
         has_holes: Whether some column is a place outside the map.
+        together: Tiles that a program holds, each with its own columns; T is a multiple of it.
     """
 
     rows: Tensor
@@ -166,6 +173,7 @@ class BlockMask:
     entries: tuple[int, ...]
     masked: bool
     has_holes: bool
+    together: int = 1
 
     @_keep
     def parts(self, images: int, number: int) -> tuple[Tensor, list[int]]:
@@ -242,18 +250,21 @@ class BlockMask:
 
 def pad_rows(tokens: Tensor) -> Tensor:
     """[T, M] whole blocks of rows."""
-    number = padded_rows(tokens.shape[1])
-    number = number if number <= 64 else ceil_div(number, 128) * 128
-    return F.pad(tokens, (0, number - tokens.shape[1]), value=NONE)
+    return F.pad(tokens, (0, padded_rows(tokens.shape[1]) - tokens.shape[1]), value=NONE)
 
 
 @_keep
 def block_mask(
-    axes: tuple[AnyAxis, ...], keys_hold: bool, device: torch.device, extra: int = 0
+    axes: tuple[AnyAxis, ...],
+    keys_hold: bool,
+    device: torch.device,
+    extra: int = 0,
+    few: bool = False,
 ) -> BlockMask:
     """Tiles of queries that stream keys, or, with `keys_hold`, tiles of keys that stream the queries that see them.
 
-    With `extra`, every tile meets so many more columns, which are not in the tables.
+    With `extra`, every tile meets so many more columns, which are not in the tables; with `few`, tiles of few rows may
+    be held together.
     """
 
     def put(x: Tensor) -> Tensor:
@@ -261,7 +272,7 @@ def block_mask(
 
     with torch.inference_mode(False):
         spans = [relation(axis, keys_hold) for axis in axes]
-        cuts = tile_plan(axes, keys_hold, extra)
+        cuts = tile_plan(axes, keys_hold, extra, few)
         rows = _outer([cut.query for cut in cuts], [int(s.query.amax()) + 1 for s in spans])
         columns = _outer([cut.key for cut in cuts], [int(s.key.amax()) + 1 for s in spans])
         rows, columns = pad_rows(rows), F.pad(columns, (0, -columns.shape[1] % STEP), value=NONE)
@@ -277,12 +288,19 @@ def block_mask(
             codes = F.pad(codes, (0, (rows if keys_hold else columns).shape[1] - codes.shape[1]))
             turn = torch.meshgrid([cast(Tensor, s.turn) for s in spans], indexing="ij")
             codes, turns = put(codes), put(torch.stack(turn).flatten(1))
+        together = TOGETHER if few and rows.shape[1] == 16 else 1
+        more = (0, 0, 0, -len(rows) % together)
+        members = torch.sort(kind, stable=True).indices
+        counts = tuple(torch.bincount(kind, minlength=math.prod(kinds)).tolist())
+        rows, columns = (F.pad(x, more, value=NONE) for x in (rows, columns))
+        kind = F.pad(kind, more[2:])
         return BlockMask(
             put(rows),
             put(columns),
             put(kind),
-            members=put(torch.sort(kind, stable=True).indices),
-            counts=tuple(torch.bincount(kind, minlength=math.prod(kinds)).tolist()),
+            members=put(members),
+            counts=counts,
+            together=together,
             codes=codes,
             turns=turns,
             patterns=tuple(cut.pattern for cut in cuts),
@@ -294,7 +312,9 @@ def block_mask(
 
 @_keep
 def regions(axes: tuple[Partition, Partition], device: torch.device) -> tuple[Tensor, Tensor]:
-    """int32 [R, M] and [R, t] the token of every place of every region, negative where there is none; row by row."""
+    """int32 [T, M] and [R, t] the token of every place of every region, negative where there is none; row by row."""
     with torch.inference_mode(False):
         tokens = _outer([relation(axis).query for axis in axes], [axis.length for axis in axes])
-        return pad_rows(tokens).to(device), tokens.to(device)
+        rows = pad_rows(tokens)
+        rows = F.pad(rows, (0, 0, 0, -len(rows) % TOGETHER), value=NONE)
+        return rows.to(device, torch.int32), tokens.to(device, torch.int32)

@@ -29,6 +29,7 @@ from visattn.ops.geometry.spans import (
     CPU,
     NONE,
     OUTSIDE,
+    TOGETHER,
     AnyAxis,
     Clipped,
     Cut,

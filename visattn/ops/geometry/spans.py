@@ -199,18 +199,26 @@ def relation(axis: AnyAxis, keys_hold: bool = False) -> Spans:
     return axis.spans().reversed() if keys_hold else axis.spans()
 
 
-def tile_plan(axes: Sequence[AnyAxis], keys_hold: bool = False, extra: int = 0) -> tuple[Cut, ...]:
-    """Cut all axes into the tiles that cost least: pairs of a padded tile, and loads of its keys for every 64 rows.
+TOGETHER = 4  # tiles of 16 rows that a program holds
 
-    Keys come in steps of 16, 32 or 64. A key that is loaded counts as 64 pairs, and so does each of 64 rows once; every
-    tile meets `extra` more keys. Larger tiles win ties.
+
+def tile_plan(
+    axes: Sequence[AnyAxis], keys_hold: bool = False, extra: int = 0, few: bool = False
+) -> tuple[Cut, ...]:
+    """Cut all axes into the tiles that cost least; larger tiles win ties.
+
+    In lane instructions of the compiled kernels, over 5: of a tile, of each of its keys, and of each pair. Keys come in
+    steps of 16, 32 or 64; every tile meets `extra` more. With `few`, tiles of at most 16 rows are held together, each
+    with its own keys.
     """
 
     def cost(choice: Sequence[tuple[int, int, int, int]]) -> int:
         held, _, tiles, met = (math.prod(numbers) for numbers in zip(*choice, strict=True))
         rows, keys = padded_rows(held), padded_rows(met) + extra
+        if few and rows == 16:
+            return tiles * (keys * 45 + 3300)
         blocks = ceil_div(rows, 64)
-        return tiles * (keys * (rows + 64 * blocks) + 64 * 64 * blocks)
+        return tiles * (keys * (rows + 64 * blocks) + 200 * 64 * blocks)
 
     best = min(itertools.product(*(relation(axis, keys_hold).options for axis in axes)), key=cost)
     how = zip(axes, best, strict=True)
