@@ -42,7 +42,7 @@ def _backward(
     do: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
 ) -> list[Tensor]:
     *inputs, needs = args
-    call = Call(*inputs, do, dlse, out, lse)
+    call = Call(*inputs, do=do, dlse=dlse, o=out, lse=lse)
     if not (call.q.numel() and call.v.numel()):
         return [x.new_zeros(x.shape) for x, n in zip(inputs, needs, strict=False) if n]
     wanted = dict(zip(_TENSORS, needs, strict=True))
@@ -148,6 +148,7 @@ class _PlainAttention(torch.autograd.Function):
         _Attention.setup_context(ctx, args, output)
         return output
 
+    # pyrefly: ignore[bad-override]: as many gradients as forward has results
     backward = _Attention.backward
 
 
