@@ -179,9 +179,9 @@ def fused_attention(
         axes: Which keys a query sees, per axis; with `kv_indices` the two axes of the queries' regions, then the keys'.
         scale: Factor of q k^T.
         bias: Position table [N, entries per axis], or with one axis [N, Sq, Sk] one number per pair.
-        rel_pos: Decomposed relative position [B, Sq, N, R] for axes of halos, R a power of 2 from 16: the pair of a
-            query and a key at row position i and column position j (counted from `halo` places before the map) gets
-            rel_pos[i % window] + rel_pos[R / 2 + j % window]. Not together with `bias`.
+        rel_pos: Decomposed relative position [B, Sq, N, 2 * window_h - 1 + 2 * window_w - 1] for two axes of halos, a
+            query's terms for all displacements of rows, then of columns: a pair gets the sum of its two, entry slot in
+            the window - rank of the query in its block + window - 1 of each axis. Not together with `bias`.
         extra_k: More keys [B, E, N, D] that every query sees, in the same softmax.
         extra_v: Their values [B, E, N, Dv].
         extra_bias: [B or 1, Sq or 1, N or 1, E or 1], added to their logits.
