@@ -479,6 +479,7 @@ class Call:
         splits = self.splits(keys_hold)
         return x if splits == 1 else x.unflatten(0, (splits, -1)).sum(0).to(self.q.dtype)
 
+    @_once
     def grid(self, keys_hold: bool, config: Config) -> tuple[int, int, int]:
         meta = self.meta(keys_hold)
         tiles = self.sizes(keys_hold).tiles or len(self.mask(keys_hold).rows)
