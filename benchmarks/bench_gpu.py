@@ -11,7 +11,7 @@ machine: Triton's and Inductor's caches are on it. Without --steps all of them r
                ptxas -O0 and tiny maps under compute-sanitizer
     triton     every case of the Triton kernels: gate, times of every candidate of every kernel, then of whole passes
     ablations  passes without bias, with one key for all, without exponentials (gpu_limits.py)
-    ceilings   bytes from L2 and exponentials per second; copies and products are in the setting
+    ceilings   bytes copied and read from L2, flops of products and exponentials per second
     peers      partition and SDPA by all its backends, FlexAttention, timm's HaloAttn, official formulations, natten
     host       the host's time for a call: eager, as a CUDA graph, under torch.compile(mode="reduce-overhead")
     models     timm's compiled models against ours, then all others
@@ -28,15 +28,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shutil
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,9 +45,9 @@ import torch
 from bench_device import NO_CUDA, Cuda, slug
 from gpu_models import CUDA_MODELS, TIMM
 from gpu_report import BOTH, FORWARD, TRITON
+from gpu_session import Program, Row, Session, Task, cells, outcomes
 from op_cases import CUDA_CASES, Case
 from op_gate import runner
-from report import number
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests" / "ops" / "test_fused_cuda.py"
@@ -83,108 +79,8 @@ PEER_CASES = (
 )
 TIMM_MODELS = ("maxvit_tiny_va", "halonet50ts_va")  # both compiled
 HOST_CASES = ("na2d_14", "na2d_14_bias", "window_7")
-ABLATED_CASES = ("na2d_56_bias", "window_56", "na2d_56")
+ABLATED_CASES = ("na2d_56_bias", "window_56")
 CASES = {case.name: case for case in CUDA_CASES}
-
-
-@dataclass
-class Row:
-    """A measurement: a time, another figure with its unit, or why there is none."""
-
-    step: str
-    case: str
-    what: str
-    us: float | None = None
-    figure: float | None = None
-    note: str = ""
-
-
-COLUMNS = ("step", "case", "what", "us", "figure", "note")
-TEXT = """# A session on a GPU
-
-`{command}` ({setting}).
-"""
-
-
-def cells(r: Row) -> list[str]:
-    return [r.step, r.case, r.what, number(r.us, ".1f"), number(r.figure, ".4g"), r.note.replace("|", "/")[:300]]
-
-
-@dataclass
-class Task:
-    """A case of a step, after which results are written; `always` whatever the step's limit. `run` returns its rows."""
-
-    step: str
-    name: str
-    run: Callable[[], Iterable[Row]]
-    always: bool = False
-
-
-class Session:
-    """Tasks one after the other, within limits of time, and the rows of all."""
-
-    def __init__(self, out: Path, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.out, self.clock = out, clock
-        self.end = clock() + seconds
-        self.rows: list[Row] = []
-        self.setting: dict[str, str] = {}
-        out.mkdir(parents=True, exist_ok=True)
-
-    def left(self) -> float:
-        return self.end - self.clock()
-
-    def go(self, tasks: Sequence[Task], perform: Callable[[Task], Iterable[Row]] = lambda task: task.run()) -> None:
-        late: list[Task] = []
-        ends: dict[str, float] = {}
-        for task in tasks:
-            end = ends.setdefault(task.step, self.clock() + LIMITS[task.step])
-            if self.clock() > end and not task.always:
-                late.append(task)
-            else:
-                self.do(task, perform)
-        for task in late:
-            self.do(task, perform)
-
-    def do(self, task: Task, perform: Callable[[Task], Iterable[Row]]) -> None:
-        start = self.clock()
-        if self.left() <= 0:
-            rows = [Row(task.step, task.name, "all", note="not measured: no time left")]
-        else:
-            try:
-                rows = list(perform(task))
-            except Exception as error:
-                rows = [Row(task.step, task.name, "all", note=report.failure(error))]
-        self.rows += [*rows, Row(task.step, task.name, "seconds it took", figure=self.clock() - start)]
-        self.write()
-        print(f"[{self.left():.0f} s left] {task.step} {task.name}: {self.clock() - start:.1f} s", flush=True)
-
-    def write(self) -> None:
-        report.write(self.rows, COLUMNS, cells, TEXT, "bench_gpu.py", None, self.out / "session", self.setting)
-
-
-class Program:
-    """Another process, whose output goes to the end of the session's log when it has ended or is ended."""
-
-    def __init__(self, *command: str, **environment: str) -> None:
-        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process)
-        streams = {"stdout": self.output, "stderr": subprocess.STDOUT}
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **environment}, start_new_session=True, **streams
-        )
-
-    def finish(self, session: Session, seconds: float) -> tuple[int | None, str]:
-        """Its exit status, None if it had not ended after so many seconds, and its output."""
-        status: int | None = None
-        try:
-            status = self.process.wait(max(0.0, min(seconds, session.left())))
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-        self.output.seek(0)
-        text = self.output.read()
-        with (session.out / "session.log").open("a") as log:
-            log.write(f"\n=== {' '.join(map(str, self.process.args))}\n{text}")
-        return status, text
 
 
 def tests(*arguments: str, **environment: str) -> Program:
@@ -192,23 +88,12 @@ def tests(*arguments: str, **environment: str) -> Program:
     return Program(sys.executable, "-m", "pytest", "-v", "--tb=short", *arguments, str(TESTS), **environment)
 
 
-def outcomes(step: str, name: str, status: int | None, text: str) -> list[Row]:
-    """A row per test that failed, and how many passed."""
-    words = "(PASSED|FAILED|ERROR)"
-    found = dict(re.findall(rf"::(.+?) {words}", text))  # in one process
-    found |= {test: outcome for outcome, test in re.findall(rf"{words} \S+?::(.+?)\s*$", text, re.MULTILINE)}
-    rows = [Row(step, name, test, note=outcome) for test, outcome in found.items() if outcome != "PASSED"]
-    passed = sum(outcome == "PASSED" for outcome in found.values())
-    end = "ended by the limit" if status is None else f"FAILED: exit status {status}" if status else ""
-    return [*rows, Row(step, name, "tests passed", figure=passed or None, note=end)]
-
-
 def background() -> dict[str, Callable[[], Program]]:
     """What runs beside the compilers."""
     tool = partial(Program, sys.executable)
-    found = {"ptxas -O0": partial(tests, "-n", "8", PTXAS_OPTIONS="-O0")}
+    found = {"ptxas -O0": partial(tests, "-n", "8", "-k", "real_sizes or tiny", PTXAS_OPTIONS="-O0")}
     if sanitizer := shutil.which("compute-sanitizer"):
-        command = (sanitizer, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-n", "0", "-k", "tiny")
+        command = (sanitizer, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-v", "-n", "0", "-k", "tiny")
         found["compute-sanitizer"] = partial(Program, *command, str(TESTS))
     cuda = ("--device", "cuda", "--gate-only")
     for case in FLEX_CASES:
@@ -242,14 +127,15 @@ class Plan:
         self.compilers: Any = None
         self.compiled_by = 0.0
         self.ops: Any = None
+        self.gated: dict[str, Row] = {}
 
     def tasks(self, steps: Iterable[str]) -> list[Task]:
         return [task for step in LIMITS if step in steps for task in getattr(self, step)()]
 
     def gates(self) -> list[Task]:
         def run() -> list[Row]:
-            limit = LIMITS["gates"] + 20
-            return outcomes("gates", "ptxas default", *tests("-n", "8").finish(self.session, limit))
+            program = tests("-n", "8", "-k", "not compiled_model")  # which takes minutes
+            return outcomes("gates", "ptxas default", *program.finish(self.session, LIMITS["gates"] + 20))
 
         return [Task("gates", "ptxas default", run)]
 
@@ -291,16 +177,23 @@ class Plan:
             self.ops.add(case, mode, found)
         return found
 
+    def gate(self, step: str, case: Case) -> Row:
+        """Error of output and all gradients against float64; a case whose note says FAILED is not to be timed."""
+        if case.name not in self.gated:
+            (found,) = self.measure(case, BOTH, [TRITON], 0, gate_only=True)
+            note = found.note and f"FAILED: {found.note}"
+            self.gated[case.name] = Row(step, case.name, "gate", figure=found.error, note=note)
+        return self.gated[case.name]
+
     def triton(self) -> list[Task]:
         from tune_ops import run_case, short
 
         from visattn.ops import tune
 
         def run(case: Case) -> list[Row]:
-            (gate,) = self.measure(case, BOTH, [TRITON], 0, gate_only=True)
-            if gate.note:
-                return [Row("triton", case.name, "gate", figure=gate.error, note=f"FAILED: {gate.note}")]
-            rows = [Row("triton", case.name, "gate", figure=gate.error)]
+            rows = [self.gate("triton", case)]
+            if rows[0].note:
+                return rows
             with tune(again=True) as choices:
                 run_case(case, self.device.torch_device)
             for choice in choices:
@@ -322,6 +215,8 @@ class Plan:
         def run(case: Case, part: str) -> list[Row]:
             from gpu_limits import ablation
 
+            if (gate := self.gate("ablations", case)).note:
+                return [gate]
             modes = (FORWARD, BOTH)
             return [
                 Row("ablations", case.name, f"{mode}, {part}", ablation(case, mode, part, self.device) * 1e6)
@@ -338,9 +233,12 @@ class Plan:
         def run() -> list[Row]:
             from gpu_limits import ceilings
 
-            return [Row("ceilings", "", f"{what} per s", figure=rate) for what, rate in ceilings(self.device).items()]
+            rates = self.device.rates()
+            found = {"copied bytes": rates.bytes_per_s, "flops of products": rates.flops_per_s}
+            found |= ceilings(self.device)
+            return [Row("ceilings", "", f"{what} per s", figure=rate) for what, rate in found.items()]
 
-        return [Task("ceilings", "L2 and exponentials", run)]
+        return [Task("ceilings", "copy, product, L2, exponentials", run)]
 
     def peers(self) -> list[Task]:
         def run(case: Case, mode: str, names: list[str]) -> list[Row]:
@@ -360,6 +258,8 @@ class Plan:
 
     def host(self) -> list[Task]:
         def run(case: Case, mode: str, way: str) -> list[Row]:
+            if (gate := self.gate("host", case)).note:
+                return [gate]
             seconds = host_seconds(replace(case, batch=2), mode, way, self.device.torch_device)
             return [Row("host", case.name, f"{mode}, {way}", seconds * 1e6)]
 
@@ -429,7 +329,7 @@ def keep_earlier(out: Path, results: Path) -> None:
     """Start from the results that the repository has, tuning included."""
     for file in results.rglob("*.json"):
         target = out / file.relative_to(results)
-        if not target.exists() and file.name != "session.json":
+        if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, target)
 
@@ -444,13 +344,22 @@ def main(argv: list[str] | None = None) -> int:
         print(NO_CUDA, file=sys.stderr)
         return 2
 
-    session = Session(args.out.resolve(), args.minutes * 60)
-    keep_earlier(session.out, ROOT / "benchmarks" / "results" / slug(torch.cuda.get_device_name()))
+    name = torch.cuda.get_device_name()
+    session = Session(args.out.resolve(), args.minutes * 60, LIMITS)
+    keep_earlier(session.out, ROOT / "benchmarks" / "results" / slug(name))
+    session.keep({"GPU": name, "triton": report.version("triton")}, args.steps)
     os.environ["VISATTN_CACHE_DIR"] = str(session.out)
     path = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-    session.go(Plan(session, Cuda(), argv).tasks(args.steps))
-    failed = [r for r in session.rows if "FAILED" in r.note or "ERROR" in r.note]
+    plan = Plan(session, Cuda(), argv)
+    try:
+        session.go(plan.tasks(args.steps))
+    finally:
+        for program in plan.programs.values():
+            program.stop()
+    new = [r for r in session.rows if r.step in args.steps]
+    failed = [r for r in new if any(word in r.note for word in ("FAILED", "ERROR", "wrong result"))]
+    failed += [r for r in new if r.step == "triton" and r.note.startswith("failed:")]
     for r in failed:
         print(" ".join(cells(r)))
     return int(bool(failed))

@@ -29,7 +29,7 @@ class Compilers:
         processes = processes or min(16, os.cpu_count() or 1)
         # Neither forks of a process that has a GPU, nor processes that each import all of this.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["visattn.ops.fused.attention_kernels", "triton.compiler", __name__])
+        context.set_forkserver_preload(["__main__", "visattn.ops.fused.attention_kernels", "triton.compiler", __name__])
         self.pool = ProcessPoolExecutor(processes, context)
 
     def add(self, launches: Iterable[Launch]) -> int:
@@ -48,5 +48,5 @@ class Compilers:
 
         done, late = wait(self.futures.values(), seconds)
         self.pool.shutdown(wait=False, cancel_futures=True)
-        failures = [reason for future in done if (reason := future.result())]
+        failures = [str(reason) for future in done if (reason := future.exception() or future.result())]
         return failures + ([f"{len(late)} of {len(self.futures)} kernels not in time"] if late else [])

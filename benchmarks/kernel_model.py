@@ -30,7 +30,7 @@ from unittest import mock
 
 import sass
 import torch
-from kernel_report import key, resources, warps_per_sm
+from kernel_report import resources, warps_per_sm
 from op_cases import CUDA_CASES, Case
 from op_floors import Rates, floor
 from report import number, show, version, write
@@ -120,7 +120,7 @@ def launches(case: Case) -> dict[str, list[Launch]]:
         with record() as backward:
             torch.autograd.grad(out, list(inputs.values()), torch.zeros_like(out))
     found = {"forward": forward, "backward": backward}
-    return {mode: [x for x in found[mode] if "BLOCK_N" in x.arguments] for mode in found}
+    return {mode: [x for x in found[mode] if "BLOCK_M" in x.arguments] for mode in found}
 
 
 def flat(arguments: Any, path: str = "") -> dict[str, Any]:
@@ -177,10 +177,22 @@ class Work:
         if self.kernel == "extra_bias_backward":
             return [math.ceil(self("sizes.images") / self("groups"))]
         extra = [math.ceil(self("sizes.extra") / self("META.EXTRA"))] if self("extra.k.ptr") is not None else []
-        return [math.ceil(self.listed * self("mask.columns_number") / self.columns), *extra]
+        splits = self("sizes.splits") if self("META.SPLIT") else 1
+        return [math.ceil(math.ceil(self.listed * self("mask.columns_number") / self.columns) / splits), *extra]
 
-    def l2_bytes(self) -> float:
-        """Read and written by all programs, of rows and columns that exist; position tiles with their padding."""
+    def columns_of(self, together: int, copied: bool) -> float:
+        """That exist of so many tiles, on average. Plain loads find those of several tiles in L1, copies never look."""
+        columns = self("mask.columns")
+        if together > 1 and not copied:
+            groups = [set(group.flatten().tolist()) for group in columns.split(together)]
+            return sum(len(group - {-1, -2}) for group in groups) / len(groups)
+        return together * float((columns >= 0).sum()) / len(columns)
+
+    def l2_bytes(self, copied: bool) -> float:
+        """Read and written by all programs, of rows and columns that exist; position tiles with their padding.
+
+        `copied`: by asynchronous copies to shared memory.
+        """
         held, streamed = (self.token_bytes(maps) for maps in MAPS[self.kernel])
         trips, extra = self.trips(), self("sizes.extra") or 0
         bias = 0 if self("extra.bias") is None else self("extra.bias").element_size()  # of a query and an extra key
@@ -192,18 +204,19 @@ class Work:
             pairs = rows * columns
             return self.programs * (trips[0] * (rows * held + columns * streamed + pairs * bias) + 4 * pairs)
         tiles, m = self("mask.rows").shape
-        rows = float((self("mask.rows") >= 0).sum()) / tiles / math.ceil(m / self.rows)
-        columns = self.listed * float((self("mask.columns") >= 0).sum()) / tiles
+        together = self("META.TILES")  # held by a program, each with its columns
+        rows = together * float((self("mask.rows") >= 0).sum()) / tiles / math.ceil(m / self.rows)
+        columns = self.listed * self.columns_of(together, copied) / (self("sizes.splits") if self("META.SPLIT") else 1)
         if self.kernel == "tiles_backward":
             columns /= math.ceil(self("mask.columns_number") / self.columns)
             pairs = self.rows * self.columns * (4 + self("mask.tiles").element_size())
             return self.programs * (trips[0] * (rows * held + columns * streamed) + pairs)
         numbers = rows * held + columns * streamed + extra * (self.token_bytes(("extra.k", "extra.v")) + rows * bias)
         if self("mask.tiles") is not None:
-            numbers += self.rows * trips[0] * self.columns * self("mask.tiles").element_size()
+            numbers += together * self.rows * trips[0] * self.columns * self("mask.tiles").element_size()
         if self("mask.hidden") is not None:
             lanes = self("META.LANES") * self("mask.hidden").element_size()
-            numbers += (self.rows + trips[0] * self.columns) * lanes
+            numbers += (together * self.rows + trips[0] * self.columns) * lanes
         return self.programs * numbers
 
     def memory_bytes(self) -> int:
@@ -213,6 +226,7 @@ class Work:
 
 def modeled(case: Case, launch: Launch, program: Any) -> Row:
     work, warps = Work(launch), launch.num_warps
+    tiles = f"{work('META.TILES')} x " if work("META.TILES") > 1 else ""
     code, trips = sass.parse(sass.disassemble(program.asm["cubin"])), work.trips()
     if len(code.loops) > len(trips):
         raise ValueError(f"expected {len(trips)} loops in {work.kernel} of {case.name}, got {len(code.loops)}")
@@ -222,7 +236,7 @@ def modeled(case: Case, launch: Launch, program: Any) -> Row:
         raise ValueError("expected Triton with its cuobjdump, got one without; try the wheels of PyPI")
     resident = warps_per_sm(registers, program.metadata.shared, warps, CAPABILITY) // warps
     issue, alu, mufu = (n * warps * work.programs / (4 * PROCESSORS * CLOCK) * 1e6 for n in sass.cycles(counts))
-    l2_bytes = work.l2_bytes()
+    l2_bytes = work.l2_bytes("async_copy_global_to_local" in program.asm["ttgir"])
     limits = {
         "issue": issue / FILLED,
         "L2": l2_bytes / L2_BYTES_PER_S * 1e6,
@@ -234,7 +248,7 @@ def modeled(case: Case, launch: Launch, program: Any) -> Row:
     return Row(
         version("triton"),
         work.kernel,
-        f"{work.rows}x{work.columns} w{warps} s{launch.num_stages}",
+        f"{tiles}{work.rows}x{work.columns} w{warps} s{launch.num_stages}",
         registers,
         stack,
         program.metadata.shared,
@@ -323,9 +337,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = []
             for launch in found:
                 chosen = launch._replace(num_stages=args.stages or launch.num_stages)
-                if key(chosen) not in programs:
-                    programs[key(chosen)] = chosen.compile(CAPABILITY)
-                rows.append(modeled(case, chosen, programs[key(chosen)]))
+                if chosen.key not in programs:
+                    programs[chosen.key] = chosen.compile(CAPABILITY)
+                rows.append(modeled(case, chosen, programs[chosen.key]))
             rows[-1].floor = floor_of(case, mode)
             rows[-1].ratio = sum(row.predicted for row in rows) / rows[-1].floor
             for i, row in enumerate(rows):

@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import bench_gpu
-from bench_gpu import FLEX, Row
+from bench_gpu import FLEX, LIMITS
+from gpu_session import Row, Session
 
 CORES = 16
 COMPILED = 0.5  # CPU seconds for a kernel
 CANDIDATE = 0.03  # to load, check and time one candidate of a kernel
 BESIDE = {"ptxas -O0": 250, "compute-sanitizer": 40, FLEX: 50, "compiled": 180}  # CPU seconds of other programs
-SECONDS = {"gates": 45, "ablations": 1.5, "ceilings": 3, "host": 0.6, "models": 5}  # a case
+SECONDS = {"gates": 45, "ablations": 1.7, "ceilings": 3, "host": 0.8, "models": 5}  # a case
 PEER = 0.45  # to gate and time a provider
 FROM_CACHE = {FLEX: 4, "reduce-overhead": 7, ", yes": 24}  # to trace, and load what was compiled before
 
@@ -71,7 +72,7 @@ def main(out, gpu):
     simulated = Simulated()
     reached = []
     for minutes, steps in bench_gpu.CALLS:
-        session = bench_gpu.Session(out, 60 * minutes, lambda: simulated.now)
+        session = Session(out, 60 * minutes, LIMITS, lambda: simulated.now)
 
         def perform(task, session=session):
             if session.rows:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 def is_autocast(device: torch.device) -> bool:
     """Tell whether autocast is on for tensors of `device`."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 

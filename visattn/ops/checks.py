@@ -56,7 +56,8 @@ def check_mask(name: str, mask: Tensor | None, shape: Sequence[Any]) -> None:
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Check for q and k [B, *spatial, N, D] and v [B, *spatial, N, Dv] of one dtype."""
     check_tensors(q=q, k=k, v=v)
-    if k.shape != q.shape or v.shape[:-1] != q.shape[:-1]:
+    shape = q.shape
+    if k.shape != shape or (v.shape != shape and v.shape[:-1] != shape[:-1]):
         got = shapes(q=q, k=k, v=v)
         raise ValueError(f"expected k like q and v [B, *spatial, N, Dv], got {got}")
     check_dtypes(q, k, v)
@@ -64,6 +65,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def check_table(q: Tensor, bias: Tensor | None, window: Sequence[int]) -> None:
     """Check for a relative position table [N, 2 * window - 1 per axis]."""
+    if bias is None:
+        return
     check_floating(bias=bias)
     shape = (q.shape[-2], *(2 * w - 1 for w in window))
     check_shape("bias", bias, shape, "([N, 2 * window - 1 per axis])")

@@ -199,9 +199,9 @@ def fused_attention(
     args = (*tensors, encode(axes), zero_keys, scale)
     if not is_plain(args):
         return _Attention.apply(*args)
-    differentiable = [x for x in tensors[: len(_TENSORS)] if x is not None and x.requires_grad]
-    trains = torch.is_grad_enabled() and differentiable
-    return _PlainAttention.apply(*args) if trains else _forward(*args)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return _PlainAttention.apply(*args)
+    return _forward(*args)
 
 
 def flat(x: Tensor) -> Tensor:

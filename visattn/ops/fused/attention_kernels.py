@@ -59,7 +59,7 @@ def rows_of(META: tl.constexpr, BLOCK_M: tl.constexpr):
     BLOCKS: tl.constexpr = META.ROWS // BLOCK_M
     if META.TILES > 1:
         tile = (pid * META.TILES + tl.arange(0, META.TILES))[:, None]
-        block, offs_m = 0, tl.arange(0, BLOCK_M)[None, :]
+        block, offs_m = pid * 0, tl.arange(0, BLOCK_M)[None, :]
     else:
         tile, block = pid // BLOCKS, pid % BLOCKS
         offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -77,7 +77,7 @@ def image_of(sizes, META: tl.constexpr):
 @triton.jit
 def columns_to_do(total, z, sizes, META: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which columns this program goes over: all, most of any tile, or a split of them."""
-    begin, end = 0, total
+    begin, end = tl.program_id(2) * 0, total
     if META.SEGMENT > 0 and META.TILES > 1:
         end = tl.max(tl.max(total, 0), 0)
     if META.SPLIT:
@@ -161,7 +161,7 @@ def load_tokens(
 ):
     """[N] tokens of the columns from `start_n` on, -2 past the end: of a row of the table, or of the regions listed."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    inside = offs_n < total
+    inside = tile * 0 + offs_n < total
     place = tile * mask.columns_number + offs_n
     if META.SEGMENT > 0:
         region = tl.load(listed.indices + first + offs_n // META.SEGMENT, mask=inside, other=0)
@@ -413,7 +413,7 @@ def queries_backward_kernel(
     base, held = tile_of(mask, head, tile, META), eye(q_i, META, BLOCK_M, q_i.dtype)
     if mask.rel_pos is not None:
         held = load_rel_pos(mask, b, head, token, META)  # [M, R]
-        acc_rel_pos = tl.zeros([BLOCK_M, META.LANES], tl.float32)
+        acc_rel_pos = zeros(token, META.LANES)
     if mask.hidden is not None:
         held = load_hidden(mask, tile, offs_m, META)  # [M, R]
     first, total = columns_of(mask, listed, b, head, tile, sizes, META)
@@ -615,8 +615,8 @@ def extra_backward_kernel(
     token_e = tl.where(offs_e < sizes.extra, offs_e, -2)
     k_i = load_rows(extra.k, b, head, token_e, META.D, META.BLOCK_D, META)  # [M, D]
     v_i = load_rows(extra.v, b, head, token_e, META.DV, META.BLOCK_DV, META)  # [M, DV]
-    acc_dk = tl.zeros([BLOCK_M, META.BLOCK_D], tl.float32)
-    acc_dv = tl.zeros([BLOCK_M, META.BLOCK_DV], tl.float32)
+    acc_dk = zeros(token_e, META.BLOCK_D)
+    acc_dv = zeros(token_e, META.BLOCK_DV)
     size = tl.cdiv(tl.cdiv(sizes.queries, BLOCK_N), splits) * BLOCK_N
     for start_n in range(part * size, tl.minimum(part * size + size, sizes.queries), BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -672,3 +672,17 @@ def extra_bias_backward_kernel(
     line = (group.to(tl.int64) * sizes.queries + offs_m)[:, None] * sizes.heads + head  # [M, 1]
     keep = (token >= 0)[:, None] & (token_e >= 0)[None, :]
     tl.store(dbias + line * sizes.extra + offs_e[None, :], acc, mask=keep)
+
+
+@triton.jit
+def position_tiles_kernel(
+    table, index, tiles, entries, number, factor, HIDDEN: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Position tiles of a head: entries of its table times a factor, HIDDEN where the index is no entry."""
+    head = tl.program_id(1).to(tl.int64)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    entry = tl.load(index + offs_n, mask=offs_n < number, other=entries)
+    keep = entry < entries
+    bias = tl.load(table + head * entries + entry, mask=keep, other=0.0).to(tl.float32) * factor
+    bias = tl.where(keep, bias, HIDDEN)
+    tl.store(tiles + head * number + offs_n, bias.to(tiles.dtype.element_ty), mask=offs_n < number)

@@ -28,6 +28,7 @@ from visattn.ops.geometry import TOGETHER, AnyAxis, ceil_div
 _SPLIT = 512
 _SPLIT_TILES = 2048  # of images, whose sums are long
 _PROGRAMS = 264  # below so many, columns are split among more, 256 or more of them to each
+_POSITION_TILES = Config(1, 4096, 8, 1)  # numbers that a program writes
 _WIDE = 2**31  # numbers of an image from which offsets have 64 bits
 
 
@@ -176,8 +177,15 @@ def _configs(meta: Meta, columns: int, dtype: torch.dtype, sums: int = 1) -> lis
     sizes = [n for n in sizes if n <= width]
     sizes.sort(key=lambda n: (n > most, ceil_div(columns, n) * (n + 40)))
     # With one stage a tile is loaded in the layout of a plain load, and its softmax computed there too; with more it is
-    # copied. Three sums leave no room for copies in flight.
-    stages = (1, 2) if sums == 3 else (2, 1) if columns <= sizes[0] else (3, 2, 5, 1)
+    # copied. Three sums leave no room for copies in flight. Copies pass by L1, where tiles held together find the keys
+    # that they share.
+    stages = (
+        (1, 2, 3)
+        if sums == 3 or meta.TILES > 1
+        else (2, 1)
+        if columns <= sizes[0]
+        else (3, 2, 5, 1)
+    )
     if max(meta.BLOCK_D, meta.BLOCK_DV) * dtype.itemsize > MOST_BYTES // 2:
         sizes, stages = [n for n in (16, 32) if n <= width], (1,)  # for the sake of shared memory
     found = [Config(held, n, 2 * warps if is_wide else warps, s) for n in sizes for s in stages]
@@ -188,26 +196,21 @@ def _configs(meta: Meta, columns: int, dtype: torch.dtype, sums: int = 1) -> lis
     return found
 
 
-def _form(x: Tensor | None) -> tuple[Any, ...] | None:
-    """All of a tensor but its numbers, as far as kernels see it."""
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0)
-
-
 def _with_channels_together(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _map(x: Tensor) -> Map:
-    """Strides of axes of length 1 are 0."""
-    return Map(x, *_strides(x, 3))
+    return Map(x, *_outer_strides(x.shape, x.stride(), 3))
 
 
-def _strides(x: Tensor, number: int) -> Sequence[int]:
+def _strides(x: Tensor, number: int) -> tuple[int, ...]:
     return _outer_strides(x.shape, x.stride(), number)
 
 
 @functools.lru_cache(maxsize=4096)
 def _outer_strides(shape: tuple[int, ...], stride: tuple[int, ...], number: int) -> tuple[int, ...]:
+    """Those of the first axes; of axes of length 1, 0."""
     return tuple(0 if n == 1 else s for n, s in zip(shape[:number], stride, strict=False))
 
 
@@ -273,10 +276,9 @@ class Call:
         o: Tensor | None = None,
         lse: Tensor | None = None,
     ) -> None:
-        self.q, self.k, self.v = (_with_channels_together(x) for x in (q, k, v))
-        self.extra_k, self.extra_v = (
-            None if x is None else _with_channels_together(x) for x in (extra_k, extra_v)
-        )
+        self.q, self.k, self.v = map(_with_channels_together, (q, k, v))
+        self.extra_k = None if extra_k is None else _with_channels_together(extra_k)
+        self.extra_v = None if extra_v is None else _with_channels_together(extra_v)
         self.bias, self.extra_bias, self.scale = bias, extra_bias, scale
         self.rel_pos = None if rel_pos is None else rel_pos.contiguous()
         self._code, self.zero_keys = tuple(axes), zero_keys
@@ -290,26 +292,30 @@ class Call:
         self.o, self.lse = o, lse
         self.extra = 0 if extra_k is None else extra_k.shape[1]
         self._masks: dict[bool, Mask] = {}
-        more = (self.bias, self.rel_pos, self.extra_k, self.extra_v, self.extra_bias, self.weight)
-        of_backward = self.do, self.dlse, o, lse
-        form = (
-            *map(
-                _form, (self.q, self.k, self.v, *more, self.kv_indices, self.key_mask, *of_backward)
-            ),
-            self._code,
-            zero_keys,
-            q.device,
-            precision() if q.dtype == torch.float32 else None,
+        tensors = (
+            self.q,
+            self.k,
+            self.v,
+            bias,
+            self.rel_pos,
+            self.extra_k,
+            self.extra_v,
+            extra_bias,
         )
-        self.known = _known(*form)
+        tensors += (self.weight, self.kv_indices, self.key_mask, self.do, self.dlse, o, lse)
+        forms = [
+            x if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0)
+            for x in tensors
+        ]
+        numbers = precision() if q.dtype == torch.float32 else None
+        self.known = _known(*forms, self._code, zero_keys, q.device, numbers)
 
     @property
     @_once
     def axes(self) -> tuple[AnyAxis, ...]:
         return decode(self._code)
 
-    @_once
-    def shape_class(self, *shape: int) -> tuple[int | str, ...]:
+    def _shape_class(self, *shape: int) -> tuple[int | str, ...]:
         """Of a kernel for tiles of a shape."""
         return (
             str(self.q.dtype).removeprefix("torch."),
@@ -404,10 +410,33 @@ class Call:
         return max(self.dim, self.value_dim) <= 64 and not self.extra and self.rel_pos is None
 
     def _position_tiles(self, bias: Tensor, keys_hold: bool) -> Tensor:
-        bias, found = (bias / self.scale).to(self.q.dtype), self.block_mask(keys_hold)
+        from visattn.ops.fused.attention_kernels import position_tiles_kernel
+
+        found = self.block_mask(keys_hold)
         if self.is_full:
+            bias = (bias / self.scale).to(self.q.dtype)
             return found.pad(bias.mT if keys_hold else bias, hidden(bias.dtype))[:, None]
-        return found.position_tiles(bias)
+        lookup, config = found.lookup, _POSITION_TILES
+        tiles = self.empty(self.heads, *lookup.shape)
+        table, entries, number = (
+            bias.flatten(1).contiguous(),
+            lookup.number,
+            tiles.numel() // self.heads,
+        )
+        values = (
+            table,
+            lookup.index,
+            tiles,
+            entries,
+            number,
+            1 / self.scale,
+            hidden(tiles.dtype),
+            config.block_n,
+        )
+        programs = (ceil_div(number, config.block_n), self.heads, 1)
+        prepared = self.known.setdefault(keys_hold, {})
+        launch(position_tiles_kernel, programs, config, values, prepared)
+        return tiles
 
     @property
     @_once
@@ -424,7 +453,7 @@ class Call:
     def extra_keys(self) -> Extra | None:
         if self.extra_k is None or self.extra_v is None:
             return None
-        b, t, n, e = [0] * 4 if self.extra_bias is None else _strides(self.extra_bias, 4)
+        b, t, n, e = (0,) * 4 if self.extra_bias is None else _strides(self.extra_bias, 4)
         return Extra(_map(self.extra_k), _map(self.extra_v), self.extra_bias, b, t, n, e)
 
     @_once
@@ -515,29 +544,32 @@ class Call:
         )
 
     def run(
-        self, kernel: Any, meta: Meta, shape: tuple[int, int], sums: int, one: _One
+        self, kernel: Any, keys_hold: bool | None, shape: tuple[int, int], sums: int, one: _One
     ) -> tuple[Tensor, ...]:
         """What `one` returns for the best config that is known of a kernel for tiles of a shape.
 
         `one(config, go)` allocates what the kernel writes and calls `go(programs, ...)` with the kernel's arguments up
         to those that are the same for all.
         """
+        meta = self.meta(keys_hold)
 
         def run(config: Config) -> tuple[Tensor, ...]:
             def go(programs: int | tuple[int, ...], *arguments: Any) -> None:
                 arguments = (*arguments, self.scale, meta, config.block_m, config.block_n)
-                named = dict(zip(kernel.arg_names, arguments, strict=True))
-                launch(kernel, programs, config, named, self.known)
+                launch(kernel, programs, config, arguments, self.known)
 
             return one(config, go)
 
-        name = f"attention_{kernel.__name__.removesuffix('_kernel')}"
-        candidates = self.configs(meta, shape[1], sums)
-        return run_tuned(name, self.shape_class(*shape), self.q.device, candidates, run)
+        name, shape_class, candidates = self._choices(kernel.__name__, keys_hold, shape, sums)
+        return run_tuned(name, shape_class, self.q.device, candidates, run)
 
     @_once
-    def configs(self, meta: Meta, columns: int, sums: int) -> list[Config]:
-        return _configs(meta, columns, self.q.dtype, sums)
+    def _choices(
+        self, kernel: str, keys_hold: bool | None, shape: tuple[int, int], sums: int
+    ) -> tuple[str, tuple[int | str, ...], list[Config]]:
+        """Name, shape class and candidates of a kernel."""
+        candidates = _configs(self.meta(keys_hold), shape[1], self.q.dtype, sums)
+        return f"attention_{kernel.removesuffix('_kernel')}", self._shape_class(*shape), candidates
 
 
 _One = Callable[[Config, Callable[..., None]], tuple[Tensor, ...]]
@@ -569,7 +601,7 @@ def run_forward(call: Call) -> tuple[Tensor, Tensor]:
         go(call.grid(False, config), *maps, Out(_map(o), lse), mask, listed, extra, sizes)
         return (o, lse) if sizes.splits == 1 else _merge(call, o, lse)
 
-    o, lse = call.run(forward_kernel, meta, (meta.ROWS, call.columns(mask)), 1, one)
+    o, lse = call.run(forward_kernel, False, (meta.ROWS, call.columns(mask)), 1, one)
     return o, lse
 
 
@@ -598,7 +630,7 @@ def _queries_backward(call: Call, do: Tensor, saved: Saved) -> tuple[Stats, Grad
         dq = call.joined(False, dq)
         return (*stats, dq, *(x for x in (drel_pos, dweight) if x is not None))
 
-    lse, delta, dq, *more = call.run(queries_backward_kernel, meta, (meta.ROWS, columns), 2, one)
+    lse, delta, dq, *more = call.run(queries_backward_kernel, False, (meta.ROWS, columns), 2, one)
     grads = Grads(dq)
     if call.rel_pos is not None:
         grads.rel_pos = more.pop(0)
@@ -654,7 +686,7 @@ def _keys_backward(call: Call, do: Tensor, stats: Stats) -> tuple[Tensor, ...]:
         )
         return call.joined(True, dk), call.joined(True, dv)
 
-    return call.run(keys_backward_kernel, meta, (meta.ROWS, columns), 3, one)
+    return call.run(keys_backward_kernel, True, (meta.ROWS, columns), 3, one)
 
 
 def _tiles_backward(call: Call, do: Tensor, stats: Stats) -> Tensor:
@@ -682,7 +714,7 @@ def _tiles_backward(call: Call, do: Tensor, stats: Stats) -> Tensor:
         )
         return (torch.stack([part.sum(0) for part in partial.split(numbers)], dim=1),)
 
-    (summed,) = call.run(tiles_backward_kernel, meta, (meta.ROWS, mask.columns_number), 2, one)
+    (summed,) = call.run(tiles_backward_kernel, False, (meta.ROWS, mask.columns_number), 2, one)
     if call.is_full:
         return summed[:, 0, : bias.shape[1], : bias.shape[2]].to(bias.dtype)
     return found.position_gradient(summed).to(bias.dtype)
@@ -705,7 +737,7 @@ def _extra_backward(call: Call, do: Tensor, stats: Stats) -> tuple[Tensor, ...]:
         go(blocks * splits, _map(call.q), _map(do), stats, grads, extra, call.sizes(None), splits)
         return tuple(x.unflatten(0, (splits, -1)).sum(0).to(call.q.dtype) for x in (dk, dv))
 
-    return call.run(extra_backward_kernel, meta, (meta.ROWS, call.queries), 3, one)
+    return call.run(extra_backward_kernel, None, (meta.ROWS, call.queries), 3, one)
 
 
 def _extra_bias_backward(call: Call, do: Tensor, stats: Stats) -> Tensor:
@@ -728,7 +760,7 @@ def _extra_bias_backward(call: Call, do: Tensor, stats: Stats) -> Tensor:
         go(groups * blocks, _map(call.q), _map(do), stats, dbias, extra, call.sizes(None), groups)
         return (dbias.sum(shared, keepdim=True) if shared else dbias,)
 
-    (dbias,) = call.run(extra_bias_backward_kernel, meta, (meta.ROWS, call.extra), 2, one)
+    (dbias,) = call.run(extra_bias_backward_kernel, None, (meta.ROWS, call.extra), 2, one)
     return dbias.to(bias.dtype)
 
 

@@ -163,7 +163,7 @@ class Prepared(NamedTuple):
     paths: list[tuple[int, ...]]
 
 
-Prepare = dict[tuple[Any, Config], Prepared]
+Prepare = dict[Any, Any]  # by name of the kernel and config, beside other things of the caller
 
 
 def _paths(arguments: Sequence[Any], within: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
@@ -189,30 +189,33 @@ def launch(
     kernel: Any,
     programs: int | tuple[int, ...],
     config: Config,
-    arguments: dict[str, Any],
+    arguments: dict[str, Any] | tuple[Any, ...],
     prepared: Prepare | None = None,
 ) -> None:
     """Launch so many programs of a kernel, per axis if several, with the warps and stages of a config.
 
-    Triton looks at every argument to find the compiled kernel, which takes as long as the rest of a call. The caller
-    spares it that by a `prepared` for each device and all arguments but tensors, of which it stands for dtypes: the
-    kernel is then kept there. Tensors that do not begin at 16-byte borders have kernels of their own, and are left to
-    Triton.
+    Arguments are given by name, or in the kernel's order. To find the compiled kernel Triton looks at each of them,
+    which takes as long as the rest of a call. A caller spares it that by a `prepared` that it keeps for one device and
+    all arguments but tensors, of which it stands for the dtypes: there the kernel is kept. Tensors that do not begin
+    at 16-byte borders have kernels of their own, and are left to Triton.
     """
+    values = arguments
+    if isinstance(values, dict):
+        values = [values[name] for name in kernel.arg_names]
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     grid = programs if isinstance(programs, tuple) else (programs, 1, 1)
     if _recorded:
-        _recorded[-1].append(Launch(kernel, arguments, **options, programs=grid))
+        named = dict(zip(kernel.arg_names, values, strict=True))
+        _recorded[-1].append(Launch(kernel, named, **options, programs=grid))
         return
-    values = [arguments[name] for name in kernel.arg_names]
-    found = None if prepared is None else prepared.get((kernel, config))
+    found = None if prepared is None else prepared.get((kernel.__name__, config))
     if found is not None and _are_aligned(values, found.paths):
         found.compiled[grid](*values)  # on the current stream, with Triton's hooks for profilers
         return
     compiled = kernel[grid](*values, **options, **OPTIONS)
     paths = list(_paths(values))
     if prepared is not None and _is_compiled(compiled) and _are_aligned(values, paths):
-        prepared[kernel, config] = Prepared(compiled, paths)
+        prepared[kernel.__name__, config] = Prepared(compiled, paths)
 
 
 def _is_compiled(kernel: Any) -> bool:

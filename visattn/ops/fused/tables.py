@@ -53,6 +53,11 @@ def padded_columns(number: int) -> int:
 
 def encode(axes: Sequence[AnyAxis]) -> list[int]:
     """Axes as ints, the form in which they pass through custom ops."""
+    return list(_encode(tuple(axes)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _encode(axes: tuple[AnyAxis, ...]) -> list[int]:
     fields = [[int(x) for x in vars(axis).values()] for axis in axes]
     return [n for axis, x in zip(axes, fields, strict=True) for n in (axis.code, len(x), *x)]
 
@@ -94,7 +99,7 @@ class Lookup:
     def __init__(self, index: Tensor, number: int, device: torch.device) -> None:
         self.shape, self.number, self.device = index.shape, number, device
         self._values = index.flatten()  # on the CPU
-        self._index = self._values.to(device)
+        self.index = self._values.to(device)
 
     @functools.cached_property
     def places(self) -> Tensor:
@@ -105,12 +110,12 @@ class Lookup:
 
     def read(self, x: Tensor, none: float = 0.0) -> Tensor:
         """[..., number] -> [..., *index], `none` where the index is no entry."""
-        return F.pad(x, (0, 1), value=none).index_select(-1, self._index).unflatten(-1, self.shape)
+        return F.pad(x, (0, 1), value=none).index_select(-1, self.index).unflatten(-1, self.shape)
 
     def add(self, x: Tensor) -> Tensor:
         """Transpose of `read`: [..., *index] -> [..., number]."""
         leading = x.shape[: -len(self.shape)]
-        lines = F.pad(x.reshape(-1, len(self._index)), (0, 1))
+        lines = F.pad(x.reshape(-1, len(self.index)), (0, 1))
         step = max(1, _MOST // self.places.numel())
         parts = [part.index_select(1, self.places.flatten()) for part in lines.split(step)]
         found = torch.cat([part.unflatten(1, self.places.shape).sum(2) for part in parts])

@@ -25,7 +25,7 @@ def is_symbolic(*sizes: Any) -> bool:
 
 def plain(sizes: Sequence[int]) -> list[int]:
     """List sizes; as plain ints under `torch.jit.trace`, which is for one map size."""
-    return [int(n) for n in sizes] if torch.jit.is_tracing() else list(sizes)
+    return list(sizes) if torch._C._get_tracing_state() is None else [int(n) for n in sizes]
 
 
 def outer_index(per_axis: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:

@@ -11,7 +11,7 @@ from visattn.ops import checks
 from visattn.ops.autocast import to_autocast, without_autocast
 from visattn.ops.checks import default_scale, per_axis, spatial_axes
 from visattn.ops.dispatch import AttentionProblem, Backends
-from visattn.ops.geometry import Axis, is_symbolic
+from visattn.ops.geometry import Axis
 from visattn.ops.neighborhood import eager, reference, triton
 from visattn.ops.registration import traced_as_one
 
@@ -40,17 +40,19 @@ class NeighborhoodProblem(AttentionProblem):
         checks.check_qkv(self.q, self.k, self.v)
         kernel, dilation, size = self.kernel_size, self.dilation, self.size
         for k, d, n in zip(kernel, dilation, size, strict=True):
-            if not is_symbolic(n) and k * d > n:
+            if isinstance(n, int) and k * d > n:
                 raise ValueError(
                     f"expected kernel_size * dilation <= size on every axis, got kernel_size {kernel}, dilation "
                     f"{dilation} on a map of {tuple(size)}; try visattn.ops.pad_to_at_least before projecting q, k, v"
                 )
-        self._check_extra()
+        if not (self.extra_k is self.extra_v is self.extra_bias is None):
+            self._check_extra()
         if self.bias is not None and any(self.is_causal):
             got = list(self.is_causal)
             raise ValueError(f"expected no causal axis with a bias, got is_causal {got}")
         checks.check_table(self.q, self.bias, self.kernel_size)
-        checks.check_mask("key_mask", self.key_mask, self.q.shape[:-2])
+        if self.key_mask is not None:
+            checks.check_mask("key_mask", self.key_mask, self.q.shape[:-2])
 
     def _check_extra(self) -> None:
         q, extra_k, extra_v, extra_bias = self.q, self.extra_k, self.extra_v, self.extra_bias
