@@ -12,9 +12,17 @@ from torch import Tensor
 
 from visattn.ops.fused.launch import launch, power_of_2
 from visattn.ops.fused.support import MOST_BYTES, is_interpreting, precision
-from visattn.ops.fused.tables import BlockMask, block_mask, decode, hidden, padded_columns, regions
+from visattn.ops.fused.tables import (
+    BlockMask,
+    block_mask,
+    decode,
+    hidden,
+    lane_terms,
+    padded_columns,
+    regions,
+)
 from visattn.ops.fused.tuning import Config, run_tuned
-from visattn.ops.geometry import TOGETHER, AnyAxis, ceil_div, relation
+from visattn.ops.geometry import TOGETHER, AnyAxis, ceil_div
 
 # Programs that a reduction is cut into, if it has the work. No property of a GPU, so that sums have one order on all.
 _SPLIT = 512
@@ -49,7 +57,7 @@ class Mask(NamedTuple):
     hidden: Tensor | None = None  # [kinds, ROWS, LANES]
     spread: Tensor | None = None  # [width, LANES]
     rel_pos: Map | None = None  # a query's terms, of rows and of columns
-    turns: Tensor | None = None  # int32 [2, queries], which of them are the lanes
+    terms: Tensor | None = None  # int16 [queries, LANES], which of them each lane is
     codes: Tensor | None = None  # int32 of the side that holds the keys
     key_mask: Tensor | None = None  # uint8 [B, keys]
 
@@ -131,8 +139,6 @@ class Meta(NamedTuple):
     BLOCK_D: int
     BLOCK_DV: int
     LANES: int  # of positions
-    WINDOW_H: int  # lanes that stand for relative terms of rows
-    WINDOW_W: int  # and of columns
     ROWS: int  # of a tile
     TILES: int  # that a program holds, each with its own columns
     SPLIT: bool  # programs go over a part of the columns
@@ -382,7 +388,8 @@ class Call:
         found = self.block_mask(keys_hold)
         mask = Mask(found.rows, found.columns, found.columns.shape[1], found.kind)
         if self.rel_pos is not None:
-            mask = mask._replace(codes=found.codes, turns=found.turns)
+            terms = lane_terms(self.axes, self.q.device)
+            mask = mask._replace(codes=found.codes, terms=terms)
         if self.bias is not None or not found.masked:
             return mask
         if self.rel_pos is None and self.q.element_size() == 2:
@@ -495,7 +502,7 @@ class Call:
     def meta(self, keys_hold: bool | None) -> Meta:
         """The constants of a kernel with the tiles of a direction, or of one without tiles."""
         mask = None if keys_hold is None else self.mask(keys_hold)
-        lanes = rows = segment = window_h = window_w = 0
+        lanes = rows = segment = 0
         half = self.q.element_size() == 2
         checked = False
         together = 1
@@ -504,9 +511,8 @@ class Call:
             together = TOGETHER if self.few and rows == 16 else 1
             if mask.hidden is not None:
                 lanes = mask.hidden.shape[2]
-            elif self.rel_pos is not None:
-                window_h, window_w = (relation(axis).window for axis in self.axes)
-                lanes = 2 * power_of_2(max(8, window_h, window_w))
+            elif mask.terms is not None:
+                lanes = mask.terms.shape[1]
             if self.kv_indices is not None:
                 segment = mask.columns_number
             # Tiles hide places that no key has, but not those outside the map, nor what a key mask hides.
@@ -518,8 +524,6 @@ class Call:
             BLOCK_D=_block(self.dim),
             BLOCK_DV=_block(self.value_dim),
             LANES=lanes,
-            WINDOW_H=window_h,
-            WINDOW_W=window_w,
             ROWS=rows or _block(min(self.extra, 64)),
             TILES=together,
             SPLIT=keys_hold is not None and self.splits(keys_hold) > 1,
