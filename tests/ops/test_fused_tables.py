@@ -257,8 +257,10 @@ def test_regions_are_windows_row_by_row(axes):
     (rows, row_rank), (columns, column_rank) = (axis.place() for axis in axes)
     (_, high, _), (across, wide, _) = (axis.layout() for axis in axes)
     padded, found = regions(axes, CPU)
-    assert torch.equal(padded[:, : found.shape[1]], found)
-    assert (padded[:, found.shape[1] :] == NONE).all()
+    number, places = found.shape
+    assert torch.equal(padded[:number, :places], found)
+    assert (padded[number:] == NONE).all()
+    assert (padded[:, places:] == NONE).all()
     place = (rows[:, None] * across + columns) * high * wide + row_rank[:, None] * wide + column_rank
     expected = torch.full((found.numel(),), OUTSIDE, dtype=torch.int32)
     expected[place.flatten()] = torch.arange(place.numel(), dtype=torch.int32)
