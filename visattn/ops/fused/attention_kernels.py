@@ -124,6 +124,24 @@ def store_rows(
 
 
 @triton.jit
+def at_lanes(x, b, head, token, mask, META: tl.constexpr):
+    """[rows, R] where the lanes of queries are among their relative terms, and which there are."""
+    place = column(wide(token, META))
+    line = mask.terms + place * META.LANES + row(tl.arange(0, META.LANES))
+    term = tl.load(line, mask=column(token) >= 0, other=-1).to(tl.int32)
+    base = x.ptr + b * x.stride_b + head.to(tl.int64) * x.stride_n
+    return base + place * x.stride_t + term, term >= 0
+
+
+@triton.jit
+def load_rel_pos(mask, b, head, token, META: tl.constexpr):
+    """[rows, R] relative terms of queries by lanes."""
+    at, keep = at_lanes(mask.rel_pos, b, head, token, mask, META)
+    lanes = tl.load(at, mask=keep, other=0.0)
+    return lanes.to(tl.float32) if META.UPCAST else lanes
+
+
+@triton.jit
 def at_line(ptr, b, head, token, sizes, META: tl.constexpr):
     """[rows] where the numbers of queries are, of [B, queries, heads]."""
     return ptr + (b * sizes.queries * sizes.heads + head) + wide(token, META) * sizes.heads
@@ -312,7 +330,7 @@ def forward_kernel(
     q_i = load_rows(q, b, head, token, META.D, META.BLOCK_D, META)  # [M, D]
     base, held = tile_of(mask, head, tile, META), eye(q_i, META, BLOCK_M, q_i.dtype)
     if mask.rel_pos is not None:
-        held = load_rows(mask.rel_pos, b, head, token, META.LANES, META.LANES, META)  # [M, R]
+        held = load_rel_pos(mask, b, head, token, META)  # [M, R]
     if mask.hidden is not None:
         held = load_hidden(mask, tile, offs_m, META)  # [M, R]
     first, total = columns_of(mask, listed, b, head, tile, sizes, META)
@@ -394,7 +412,7 @@ def queries_backward_kernel(
     tl.store(at_line(stats.delta, b, head, token, sizes, META), delta_i, mask=first_split)
     base, held = tile_of(mask, head, tile, META), eye(q_i, META, BLOCK_M, q_i.dtype)
     if mask.rel_pos is not None:
-        held = load_rows(mask.rel_pos, b, head, token, META.LANES, META.LANES, META)  # [M, R]
+        held = load_rel_pos(mask, b, head, token, META)  # [M, R]
         acc_rel_pos = zeros(token, META.LANES)
     if mask.hidden is not None:
         held = load_hidden(mask, tile, offs_m, META)  # [M, R]
@@ -458,7 +476,8 @@ def queries_backward_kernel(
             acc = dot_add((p * (dp - column(delta_i))).to(k_j.dtype), k_j, acc, META)
     store_rows(grads.dq, z, head, token, acc * sm_scale, META.D, META.BLOCK_D, META)
     if mask.rel_pos is not None:
-        store_rows(grads.drel_pos, b, head, token, acc_rel_pos, META.LANES, META.LANES, META)
+        at, keep = at_lanes(grads.drel_pos, b, head, token, mask, META)
+        tl.store(at, acc_rel_pos.to(grads.drel_pos.ptr.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -509,9 +528,7 @@ def keys_backward_kernel(
             qk = qk * row(factor)
         streamed = held  # stands for none
         if mask.rel_pos is not None:
-            streamed = load_rows(
-                mask.rel_pos, b, head, token_n, META.LANES, META.LANES, META
-            )  # [N, R]
+            streamed = load_rel_pos(mask, b, head, token_n, META)  # [N, R]
         if mask.hidden is not None:
             streamed = load_lanes(mask.spread, tile * 0 + offs_n, META)  # [N, R]
         qk = add_positions(

@@ -10,127 +10,62 @@ shifted into the map, as that of neighborhood attention. Nothing is added atomic
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from visattn.ops.fused.launch import launch, power_of_2, strides
+from visattn.ops.fused.launch import launch, map_of, named, power_of_2
 from visattn.ops.fused.tuning import Config, run_tuned
 from visattn.ops.geometry import ceil_div
 
 _TOGETHER = 32  # taps that are stored at once
+# (numbers of a tile about, its channels at most, warps)
+_TILES = ((2048, 64, 4), (4096, 64, 4), (1024, 64, 4), (2048, 32, 4), (4096, 128, 8))
 _STEPS = 4  # tiles of positions that a program of the kernels' gradient adds up
 
 
-def _config(elements: int, positions: int, block_c: int, num_warps: int) -> Config:
-    """A tile of about so many elements: block_m positions by block_n channels."""
-    return Config(
-        max(1, min(power_of_2(positions), elements // block_c, 256)), block_c, num_warps, 1
-    )
+class Meta(NamedTuple):
+    """What is compiled into a kernel."""
+
+    C: int
+    KH: int
+    KW: int
+    PER_CHANNEL: bool  # weights per sample and channel, not per position and head
+    CLAMPED: bool
+    BLOCK_P: int  # positions
+    BLOCK_C: int
+    TRANSPOSED: bool = False
+    STEPS: int = 1  # blocks of positions
+    TAPS: int = 0  # that are stored at once, padded
+    BY_ROW: bool = False  # those of a row of the window
 
 
 def _candidates(x: Tensor, taps: int, whole: bool) -> list[Config]:
-    """With `whole`, a tile holds all channels of a head. Loops over many taps leave few registers for a tile."""
-    positions, channels = x.shape[1] * x.shape[2], power_of_2(x.shape[4])
-    sizes = ((2048, 64, 4), (4096, 64, 4), (1024, 64, 4), (2048, 32, 4), (4096, 128, 8))
-    share = 4 if taps > _TOGETHER else 1
-    found = [
-        _config(n // share, positions, channels if whole else min(channels, c), warps)
-        for n, c, warps in sizes
-    ]
-    return list(dict.fromkeys(found))
+    """Tiles of block_m positions by block_n channels, with `whole` all channels of a head."""
+    positions, channels = power_of_2(x.shape[1] * x.shape[2]), power_of_2(x.shape[4])
+    found = {}
+    for size, most, warps in _TILES:
+        block_c = channels if whole else min(channels, most)
+        size //= 4 if taps > _TOGETHER else 1  # loops over many taps leave few registers for a tile
+        found[Config(max(1, min(positions, size // block_c, 256)), block_c, warps, 1)] = None
+    return list(found)
 
 
-def _shape_class(x: Tensor, weights: Tensor, *others: Any) -> tuple[int | str, ...]:
-    positions = power_of_2(x.shape[1] * x.shape[2])
-    return (
-        str(x.dtype),
-        str(weights.dtype),
-        positions,
-        x.shape[3],
-        x.shape[4],
-        weights.shape[-1],
-        *map(str, others),
-    )
+def _run(
+    name: str, x: Tensor, taps: int, whole: bool, form: Sequence[Any], one: Callable[[Config], Tensor]
+) -> Tensor:  # fmt: skip
+    """What `one` returns for the best config that is known of a kernel."""
+    positions, candidates = power_of_2(x.shape[1] * x.shape[2]), _candidates(x, taps, whole)
+    form = (str(x.dtype), positions, *x.shape[3:], taps, *map(str, form))
+    with torch.cuda.device_of(x):
+        return run_tuned(name, form, x.device, candidates, lambda config: (one(config),))[0]
 
 
-def _depthwise_launch(
-    x: Tensor,
-    weights: Tensor,
-    out: Tensor,
-    transposed: bool,
-    kernel_size: Sequence[int],
-    clamped: bool,
-    config: Config,
-) -> tuple[int, dict]:
-    """The number of programs and the kernel's arguments."""
+def _programs(x: Tensor, meta: Meta) -> int:
     b, h, w, n, c = x.shape
-    per_channel = weights.ndim == 4
-    if per_channel:
-        weights = weights.mT.contiguous().mT  # neighbouring channels side by side
-    # Weights [B, N, C, K * K] have no strides over positions, weights [B, H, W, N, K * K] none over channels.
-    w_b, *middle, w_j = weights.stride()
-    w_h, w_w, w_n, w_c = (0, 0, *middle) if per_channel else (*middle, 0)
-    arguments = {
-        "x": x,
-        "weights": weights,
-        "out": out,
-        **strides(x, "x", "bhwnc"),
-        "w_b": w_b,
-        "w_h": w_h,
-        "w_w": w_w,
-        "w_n": w_n,
-        "w_c": w_c,
-        "w_j": w_j,
-        "H": h,
-        "W": w,
-        "N": n,
-        "C": c,
-        "KH": kernel_size[0],
-        "KW": kernel_size[1],
-        "PER_CHANNEL": per_channel,
-        "TRANSPOSED": transposed,
-        "CLAMPED": clamped,
-        "BLOCK_P": config.block_m,
-        "BLOCK_C": config.block_n,
-    }
-    return b * n * ceil_div(c, config.block_n) * ceil_div(h * w, config.block_m), arguments
-
-
-def _weights_launch(
-    grad: Tensor,
-    x: Tensor,
-    out: Tensor,
-    kernel_size: Sequence[int],
-    clamped: bool,
-    per_channel: bool,
-    config: Config,
-) -> tuple[int, dict]:
-    b, h, w, n, c = x.shape
-    steps, by_row = _STEPS if per_channel else 1, out.shape[-1] > _TOGETHER
-    arguments = {
-        "grad": grad,
-        "x": x,
-        "out": out,
-        **strides(grad, "g", "bhwnc"),
-        **strides(x, "x", "bhwnc"),
-        "H": h,
-        "W": w,
-        "N": n,
-        "C": c,
-        "KH": kernel_size[0],
-        "KW": kernel_size[1],
-        "TAPS": power_of_2(kernel_size[1] if by_row else out.shape[-1]),
-        "STEPS": steps,
-        "PER_CHANNEL": per_channel,
-        "CLAMPED": clamped,
-        "BY_ROW": by_row,
-        "BLOCK_P": config.block_m,
-        "BLOCK_C": config.block_n,
-    }
-    return b * n * ceil_div(c, config.block_n) * ceil_div(h * w, config.block_m * steps), arguments
+    return b * n * ceil_div(c, meta.BLOCK_C) * ceil_div(h * w, meta.BLOCK_P * meta.STEPS)
 
 
 @torch.library.custom_op("visattn::depthwise", mutates_args=())
@@ -139,69 +74,64 @@ def _depthwise(
 ) -> Tensor:
     from visattn.ops.fused.depthwise_kernels import depthwise_kernel
 
-    def run(config: Config) -> tuple[Tensor]:
-        out = x.new_empty(x.shape)
-        programs, arguments = _depthwise_launch(
-            x, weights, out, transposed, kernel_size, clamped, config
-        )
-        launch(depthwise_kernel, programs, config, arguments)
-        return (out,)
+    (_, h, w, n, c), per_channel, taps = x.shape, weights.ndim == 4, weights.shape[-1]
+    form = weights.dtype, weights.ndim, transposed, clamped
+    if per_channel:
+        weights = weights.mT.contiguous().mT[:, None, None]  # neighbouring channels side by side
+    else:
+        weights = weights.unsqueeze(4)
+    # weights: [B, 1, 1, N, C, taps] or [B, H, W, N, 1, taps]
 
-    key = _shape_class(x, weights, weights.ndim, transposed, clamped)
-    with torch.cuda.device_of(x):
-        return run_tuned(
-            "depthwise", key, x.device, _candidates(x, weights.shape[-1], whole=False), run
-        )[0]
+    def one(config: Config) -> Tensor:
+        out = x.new_empty(x.shape)
+        blocks = config.block_m, config.block_n
+        meta = Meta(c, *kernel_size, per_channel, clamped, *blocks, transposed)
+        maps = map_of(x), map_of(weights[..., 0]), weights.stride(-1), map_of(out)
+        arguments = named(depthwise_kernel, *maps, h, w, n, meta)
+        launch(depthwise_kernel, _programs(x, meta), config, arguments)
+        return out
+
+    return _run("depthwise", x, taps, False, form, one)
 
 
 @_depthwise.register_fake
-def _(
-    x: Tensor, weights: Tensor, transposed: bool, kernel_size: Sequence[int], clamped: bool
-) -> Tensor:
+def _(x: Tensor, *args: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("visattn::depthwise_weights", mutates_args=())
 def _depthwise_weights(
-    grad: Tensor,
-    x: Tensor,
-    kernel_size: Sequence[int],
-    clamped: bool,
-    per_channel: bool,
-    dtype: torch.dtype,
-) -> Tensor:
+    grad: Tensor, x: Tensor,
+    kernel_size: Sequence[int], clamped: bool, per_channel: bool, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     from visattn.ops.fused.depthwise_kernels import depthwise_weights_kernel
 
     (b, h, w, n, c), taps = x.shape, math.prod(kernel_size)
+    steps, by_row = _STEPS if per_channel else 1, taps > _TOGETHER
 
-    def run(config: Config) -> tuple[Tensor]:
+    def one(config: Config) -> Tensor:
         if per_channel:
-            parts = ceil_div(h * w, config.block_m * _STEPS)
+            parts = ceil_div(h * w, config.block_m * steps)
             out = x.new_empty((b, parts, n, c, taps), dtype=torch.float32)
         else:
             out = x.new_empty((b, h, w, n, taps), dtype=dtype)
-        programs, arguments = _weights_launch(
-            grad, x, out, kernel_size, clamped, per_channel, config
-        )
-        launch(depthwise_weights_kernel, programs, config, arguments)
-        return (out.sum(1).to(dtype) if per_channel else out,)
+        stored = power_of_2(kernel_size[1] if by_row else taps)
+        blocks = config.block_m, config.block_n
+        meta = Meta(c, *kernel_size, per_channel, clamped, *blocks, False, steps, stored, by_row)
+        maps = map_of(grad), map_of(x), out
+        arguments = named(depthwise_weights_kernel, *maps, h, w, n, meta)
+        launch(depthwise_weights_kernel, _programs(x, meta), config, arguments)
+        return out.sum(1).to(dtype) if per_channel else out
 
-    key = _shape_class(x, grad, taps, clamped, per_channel, dtype)
-    with torch.cuda.device_of(x):
-        return run_tuned(
-            "depthwise_weights", key, x.device, _candidates(x, taps, whole=not per_channel), run
-        )[0]
+    form = grad.dtype, clamped, per_channel, dtype
+    return _run("depthwise_weights", x, taps, not per_channel, form, one)
 
 
 @_depthwise_weights.register_fake
 def _(
-    grad: Tensor,
-    x: Tensor,
-    kernel_size: Sequence[int],
-    clamped: bool,
-    per_channel: bool,
-    dtype: torch.dtype,
-) -> Tensor:
+    grad: Tensor, x: Tensor,
+    kernel_size: Sequence[int], clamped: bool, per_channel: bool, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     (b, h, w, n, c), taps = x.shape, math.prod(kernel_size)
     return x.new_empty((b, n, c, taps) if per_channel else (b, h, w, n, taps), dtype=dtype)
 
@@ -238,13 +168,9 @@ class _DepthwiseWeights(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        grad: Tensor,
-        x: Tensor,
-        kernel_size: Sequence[int],
-        clamped: bool,
-        per_channel: bool,
-        dtype: torch.dtype,
-    ) -> Tensor:
+        grad: Tensor, x: Tensor,
+        kernel_size: Sequence[int], clamped: bool, per_channel: bool, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
         return torch.ops.visattn.depthwise_weights(
             grad, x, kernel_size, clamped, per_channel, dtype
         )

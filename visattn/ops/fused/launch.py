@@ -125,21 +125,35 @@ def power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def strides(x: Tensor, name: str, axes: str) -> dict[str, int]:
-    """{"x_b": ..., "x_h": ..., "X_UNIT": 8} for name "x" and axes "bh...", one letter per axis.
+class Map(NamedTuple):
+    """A map as a group of kernel arguments. Axes of length 1 have stride 0."""
 
-    All strides but the last axis's are in units of X_UNIT elements. Triton loads several elements at once where it
-    knows that addresses are aligned, and of strides it would only see that they are multiples of 16: not those of heads
-    of 24 channels.
+    ptr: Tensor  # [B, H, W, N, C]
+    stride_b: int
+    stride_h: int
+    stride_w: int
+    stride_n: int
+    stride_c: int
+    by_8: int | None  # 1 where all strides but stride_c count eights of numbers
+
+
+def map_of(x: Tensor) -> Map:
+    """The group of [B, H, W, N, C], or of [B, W, N, C].
+
+    Triton loads several numbers at once where it knows that addresses are aligned, and of strides it would only see
+    that they are multiples of 16: not those of heads of 24 channels. Of eights it sees all.
     """
-    *outer, last = (
-        0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)
-    )
-    unit = 8 if all(stride % 8 == 0 for stride in outer) else 1
-    found = {
-        f"{name}_{axis}": stride // unit for axis, stride in zip(axes[:-1], outer, strict=True)
-    }
-    return {**found, f"{name}_{axes[-1]}": last, f"{name.upper()}_UNIT": unit}
+    *outer, last = (0 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    if x.ndim == 4:
+        outer.insert(1, 0)
+    if any(stride % 8 for stride in outer):
+        return Map(x, *outer, last, None)
+    return Map(x, *(stride // 8 for stride in outer), last, 1)
+
+
+def named(kernel: Any, *arguments: Any) -> dict[str, Any]:
+    """The arguments of a kernel by their names."""
+    return dict(zip(kernel.arg_names, arguments, strict=True))
 
 
 _recorded: list[list[Launch]] = []

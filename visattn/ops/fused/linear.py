@@ -6,43 +6,50 @@ and no sum is added atomically.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from visattn.ops.fused.launch import launch, power_of_2, strides
+from visattn.ops.fused.launch import launch, map_of, named, power_of_2
 from visattn.ops.fused.support import is_interpreting, precision
 from visattn.ops.fused.tuning import Config, run_tuned
 from visattn.ops.geometry import ceil_div
 
 _PROGRAMS = 2048  # of outer, which cuts the positions into parts until there are so many, or parts become short
 _SHORTEST = 256  # positions of a part
-# By bytes of an element: float32 is multiplied without tensor cores, unless tf32 is allowed, and takes many registers.
+_WIDEST = {2: 64, 4: 32}  # channels of a result of apply that a program holds at most
+
+
+def _configs(*configs: tuple[int, int, int, int]) -> list[Config]:
+    return [Config(*config) for config in configs]
+
+
+# By bytes of a number: float32 is multiplied without tensor cores, unless tf32 is allowed, and takes many registers.
 # (channels of either side of a context that a program holds at most, positions it streams per step, ...)
 _OUTER = {
-    2: [
-        Config(*c)
-        for c in ((64, 64, 4, 3), (64, 128, 4, 2), (64, 32, 4, 4), (32, 128, 4, 3), (128, 64, 8, 3))
-    ],
-    4: [Config(*c) for c in ((32, 64, 4, 2), (32, 32, 4, 3), (64, 32, 8, 2))],
+    2: _configs((64, 64, 4, 3), (64, 128, 4, 2), (64, 32, 4, 4), (32, 128, 4, 3), (128, 64, 8, 3)),
+    4: _configs((32, 64, 4, 2), (32, 32, 4, 3), (64, 32, 8, 2)),
 }
 # (queries that a program holds, channels of them it streams per step at most, ...)
 _APPLY = {
-    2: [
-        Config(*c)
-        for c in (
-            (128, 64, 4, 2),
-            (64, 64, 4, 2),
-            (256, 64, 8, 2),
-            (128, 32, 4, 3),
-            (64, 128, 4, 2),
-        )
-    ],
-    4: [Config(*c) for c in ((64, 32, 4, 2), (128, 32, 8, 2), (32, 32, 4, 2))],
+    2: _configs((128, 64, 4, 2), (64, 64, 4, 2), (256, 64, 8, 2), (128, 32, 4, 3), (64, 128, 4, 2)),
+    4: _configs((64, 32, 4, 2), (128, 32, 8, 2), (32, 32, 4, 2)),
 }
-_WIDEST = {2: 64, 4: 32}  # channels of a result of apply that a program holds at most
+
+
+class Meta(NamedTuple):
+    """What is compiled into a kernel."""
+
+    D: int
+    E: int
+    BLOCK_M: int  # positions
+    BLOCK_D: int
+    BLOCK_E: int
+    PRECISION: str
+    UPCAST: bool
 
 
 def _block(n: int, most: int) -> int:
@@ -57,75 +64,34 @@ def _parts(b: int, m: int, n: int, blocks: int) -> tuple[int, int]:
     return ceil_div(m, max(1, rows)), rows
 
 
-def _outer_launch(
-    k: Tensor, v: Tensor, config: Config
-) -> tuple[int, tuple[int, ...], dict[str, Any]]:
-    """The number of programs, the shape of the result [parts, B, N, D, E] and the kernel's arguments without it."""
-    (b, m, n, d), e = k.shape, v.shape[-1]
-    block_d, block_e = _block(d, config.block_m), _block(e, config.block_m)
-    blocks = ceil_div(d, block_d) * ceil_div(e, block_e)
-    parts, rows = _parts(b, m, n, blocks)
-    arguments = {
-        "k": k,
-        "v": v,
-        **strides(k, "k", "bmnd"),
-        **strides(v, "v", "bmne"),
-        "B": b,
-        "M": m,
-        "N": n,
-        "rows": rows,
-        "D": d,
-        "E": e,
-        "PRECISION": precision(),
-        "UPCAST": is_interpreting(),
-        "BLOCK_M": config.block_n,
-        "BLOCK_D": block_d,
-        "BLOCK_E": block_e,
-    }
-    return parts * b * n * blocks, (parts, b, n, d, e), arguments
+def _run(name: str, configs: list[Config], x: Tensor, channels: int, one: _One) -> Tensor:
+    """What `one` returns for the best config that is known of a kernel."""
+    form = (str(x.dtype), power_of_2(x.shape[1]), *x.shape[2:], channels, precision())
+    with torch.cuda.device_of(x):
+        return run_tuned(name, form, x.device, configs, lambda config: (one(config),))[0]
 
 
-def _apply_launch(
-    q: Tensor, context: Tensor, config: Config
-) -> tuple[int, tuple[int, ...], dict[str, Any]]:
-    (b, l, n, d), e = q.shape, context.shape[-1]  # noqa: E741
-    block_l, block_e = _block(l, config.block_m), _block(e, _WIDEST[q.element_size()])
-    arguments = {
-        "q": q,
-        "context": context,
-        **strides(q, "q", "blnd"),
-        **strides(context, "c", "bnde"),
-        "L": l,
-        "N": n,
-        "D": d,
-        "E": e,
-        "PRECISION": precision(),
-        "UPCAST": is_interpreting(),
-        "BLOCK_L": block_l,
-        "BLOCK_D": _block(d, config.block_n),
-        "BLOCK_E": block_e,
-    }
-    return b * n * ceil_div(l, block_l) * ceil_div(e, block_e), (b, l, n, e), arguments
-
-
-def _shape_class(x: Tensor, channels: int) -> tuple[int | str, ...]:
-    return (str(x.dtype), power_of_2(x.shape[1]), x.shape[2], x.shape[3], channels, precision())
+_One = Callable[[Config], Tensor]
 
 
 @torch.library.custom_op("visattn::linear_outer", mutates_args=())
 def _outer(k: Tensor, v: Tensor) -> Tensor:
     from visattn.ops.fused.linear_kernels import outer_kernel
 
-    def run(config: Config) -> tuple[Tensor]:
-        programs, shape, arguments = _outer_launch(k, v, config)
-        out = k.new_empty(shape, dtype=torch.float32)
-        launch(outer_kernel, programs, config, {**arguments, "out": out})
-        return (out[0] if shape[0] == 1 else out.sum(0),)
+    (b, m, n, d), e = k.shape, v.shape[-1]
 
-    with torch.cuda.device_of(k):
-        return run_tuned(
-            "linear_outer", _shape_class(k, v.shape[-1]), k.device, _OUTER[k.element_size()], run
-        )[0]
+    def one(config: Config) -> Tensor:
+        block_d, block_e = _block(d, config.block_m), _block(e, config.block_m)
+        blocks = ceil_div(d, block_d) * ceil_div(e, block_e)
+        parts, rows = _parts(b, m, n, blocks)
+        out = k.new_empty((parts, b, n, d, e), dtype=torch.float32)
+        meta = Meta(d, e, config.block_n, block_d, block_e, precision(), is_interpreting())
+        maps = map_of(k), map_of(v), map_of(out.flatten(0, 1).transpose(1, 2))
+        arguments = named(outer_kernel, *maps, b, m, n, rows, meta)
+        launch(outer_kernel, parts * b * n * blocks, config, arguments)
+        return out[0] if parts == 1 else out.sum(0)
+
+    return _run("linear_outer", _OUTER[k.element_size()], k, e, one)
 
 
 @_outer.register_fake
@@ -138,20 +104,18 @@ def _(k: Tensor, v: Tensor) -> Tensor:
 def _apply(q: Tensor, context: Tensor) -> Tensor:
     from visattn.ops.fused.linear_kernels import apply_kernel
 
-    def run(config: Config) -> tuple[Tensor]:
-        programs, shape, arguments = _apply_launch(q, context, config)
-        out = q.new_empty(shape)
-        launch(apply_kernel, programs, config, {**arguments, "out": out})
-        return (out,)
+    (b, l, n, d), e = q.shape, context.shape[-1]  # noqa: E741
 
-    with torch.cuda.device_of(q):
-        return run_tuned(
-            "linear_apply",
-            _shape_class(q, context.shape[-1]),
-            q.device,
-            _APPLY[q.element_size()],
-            run,
-        )[0]
+    def one(config: Config) -> Tensor:
+        block_m, block_e = _block(l, config.block_m), _block(e, _WIDEST[q.element_size()])
+        out, block_d = q.new_empty((b, l, n, e)), _block(d, config.block_n)
+        meta = Meta(d, e, block_m, block_d, block_e, precision(), is_interpreting())
+        maps = map_of(q), map_of(context.transpose(1, 2)), map_of(out)
+        programs = b * n * ceil_div(l, block_m) * ceil_div(e, block_e)
+        launch(apply_kernel, programs, config, named(apply_kernel, *maps, l, n, meta))
+        return out
+
+    return _run("linear_apply", _APPLY[q.element_size()], q, e, one)
 
 
 @_apply.register_fake
@@ -167,14 +131,16 @@ def _flops(
     return 2 * b * rows * n * d * other_shape[-1]
 
 
-class _Outer(torch.autograd.Function):
-    @staticmethod
-    def forward(k: Tensor, v: Tensor) -> Tensor:
-        return torch.ops.visattn.linear_outer(k, v)
-
+class _Product(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
+
+
+class _Outer(_Product):
+    @staticmethod
+    def forward(k: Tensor, v: Tensor) -> Tensor:
+        return torch.ops.visattn.linear_outer(k, v)
 
     @staticmethod
     # pyrefly: ignore[bad-override]: as many gradients as forward has results
@@ -185,14 +151,10 @@ class _Outer(torch.autograd.Function):
         return dk, dv
 
 
-class _Apply(torch.autograd.Function):
+class _Apply(_Product):
     @staticmethod
     def forward(q: Tensor, context: Tensor) -> Tensor:
         return torch.ops.visattn.linear_apply(q, context)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     # pyrefly: ignore[bad-override]: as many gradients as forward has results
