@@ -137,6 +137,7 @@ def test_halo_gathers_no_relative_terms(tables, dtype):
 
 def test_wide_offsets(monkeypatch):
     monkeypatch.setattr(attention_launch, "_WIDE", 0)
+    monkeypatch.setattr(attention_launch, "_known", lambda *form: {})  # nothing from before
     check(ops.neighborhood_attention, neighborhood(([3, 3], [1, 1], [1, 1], [False] * 2), (2, 7, 9, 2, 24)))
 
 
