@@ -260,7 +260,7 @@ def test_regions_are_windows_row_by_row(axes):
     (rows, row_rank), (columns, column_rank) = (axis.place() for axis in axes)
     (_, high, _), (across, wide, _) = (axis.layout() for axis in axes)
     padded, found = regions(axes, CPU)
-    assert torch.equal(padded[:, : found.shape[1]], found)
+    assert torch.equal(padded[: len(found), : found.shape[1]], found)
     assert (padded[:, found.shape[1] :] == NONE).all()
     place = (rows[:, None] * across + columns) * high * wide + row_rank[:, None] * wide + column_rank
     expected = torch.full((found.numel(),), OUTSIDE, dtype=torch.int32)
