@@ -194,7 +194,7 @@ def fused_attention(
     Returns:
         out [B, Sq, N, Dv] of q's dtype and lse [B, Sq, N] in float32.
     """
-    if scale <= 0:  # the kernels scale by positive numbers
+    if scale < 1e-3:  # the kernels divide by it
         q, scale = q * scale, 1.0
     tensors = (q, k, v, bias, rel_pos, extra_k, extra_v, extra_bias, weight, kv_indices, key_mask)
     args = (*tensors, encode(axes), zero_keys, scale)

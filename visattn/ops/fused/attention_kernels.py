@@ -262,7 +262,7 @@ def add_positions(
         if META.EYE:
             qk = tl.dot(held, tile.to(held.dtype), qk)
         else:
-            qk += tile.to(tl.float32)
+            qk += tile.to(tl.float32) * META.TILE_UNIT
     if mask.rel_pos is not None:
         rel_pos = dot(held, mT(streamed), META)
         qk += rel_pos * (1.0 / sm_scale)
@@ -310,10 +310,10 @@ def join(qk, v, m_i, l_i, acc, sm_scale, META: tl.constexpr):
 
 @triton.jit
 def eye(rows, META: tl.constexpr, ROWS: tl.constexpr, dtype: tl.constexpr):
-    """[M, M] by which a position tile is added in a product, if the dtype allows; else `rows`."""
+    """[M, M] by which a position tile is added in a product, if META.EYE; else `rows`."""
     if META.EYE:
         line = tl.arange(0, ROWS)
-        rows = (line[:, None] == line[None, :]).to(dtype)
+        rows = tl.where(line[:, None] == line[None, :], META.TILE_UNIT, 0.0).to(dtype)
     return rows
 
 
@@ -573,7 +573,7 @@ def tiles_backward_kernel(
     )
     base = head.to(tl.int64) * mask.stride_n + kind.to(tl.int64) * META.ROWS * mask.width
     at_tile = offs_m[:, None] * mask.width + offs_n[None, :]
-    tile_ij = tl.load(mask.tiles + base + at_tile).to(tl.float32)  # [M, N]
+    tile_ij = tl.load(mask.tiles + base + at_tile).to(tl.float32) * META.TILE_UNIT  # [M, N]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i in range(start, stop):
         tile = tl.load(parts.members + first + i // sizes.images)
@@ -678,11 +678,12 @@ def extra_bias_backward_kernel(
 def position_tiles_kernel(
     table, index, tiles, entries, number, factor, HIDDEN: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Position tiles of a head: entries of its table times a factor, HIDDEN where the index is no entry."""
+    """Position tiles of a head: entries of its table times a factor, HIDDEN where the index is no entry, and no less."""
     head = tl.program_id(1).to(tl.int64)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     entry = tl.load(index + offs_n, mask=offs_n < number, other=entries)
     keep = entry < entries
     bias = tl.load(table + head * entries + entry, mask=keep, other=0.0).to(tl.float32) * factor
+    keep = keep & ~(bias < HIDDEN)  # infinities are no factors
     bias = tl.where(keep, bias, HIDDEN)
     tl.store(tiles + head * number + offs_n, bias.to(tiles.dtype.element_ty), mask=offs_n < number)

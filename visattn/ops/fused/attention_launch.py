@@ -20,6 +20,7 @@ from visattn.ops.fused.tables import (
     lane_terms,
     padded_columns,
     regions,
+    tile_unit,
 )
 from visattn.ops.fused.tuning import Config, run_tuned
 from visattn.ops.geometry import TOGETHER, AnyAxis, ceil_div
@@ -147,7 +148,8 @@ class Meta(NamedTuple):
     EXTRA: int  # extra keys at a time
     CHECKED: bool  # keys are to be checked for taking part
     LOWEST: int  # the least token of a key that does
-    HIDDEN: float  # what hides a pair in a position tile
+    HIDDEN: float  # what a position tile adds to the logits of a pair that it hides
+    TILE_UNIT: float  # of position tiles
     EYE: bool  # position tiles are added by a product
     UNIT: int  # numbers of which strides are multiples
     WIDE: bool  # offsets within an image have 64 bits
@@ -412,10 +414,11 @@ class Call:
     def _position_tiles(self, bias: Tensor, keys_hold: bool) -> Tensor:
         from visattn.ops.fused.attention_kernels import position_tiles_kernel
 
-        found = self.block_mask(keys_hold)
+        found, lowest = self.block_mask(keys_hold), hidden(self.q.dtype)
+        factor = 1 / (self.scale * tile_unit(self.q.dtype))
         if self.is_full:
-            bias = (bias / self.scale).to(self.q.dtype)
-            return found.pad(bias.mT if keys_hold else bias, hidden(bias.dtype))[:, None]
+            bias = (bias * factor).clamp(min=lowest).to(self.q.dtype)
+            return found.pad(bias.mT if keys_hold else bias, lowest)[:, None]
         lookup, config = found.lookup, _POSITION_TILES
         tiles = self.empty(self.heads, *lookup.shape)
         table, entries, number = (
@@ -429,8 +432,8 @@ class Call:
             tiles,
             entries,
             number,
-            1 / self.scale,
-            hidden(tiles.dtype),
+            factor,
+            lowest,
             config.block_n,
         )
         programs = (ceil_div(number, config.block_n), self.heads, 1)
@@ -532,7 +535,8 @@ class Call:
             EXTRA=_block(min(self.extra, 64)) if self.extra else 0,
             CHECKED=checked,
             LOWEST=-1 if self.zero_keys else 0,
-            HIDDEN=hidden(self.q.dtype),
+            HIDDEN=hidden(self.q.dtype) * tile_unit(self.q.dtype),
+            TILE_UNIT=tile_unit(self.q.dtype),
             EYE=mask is not None
             and mask.tiles is not None
             and half

@@ -46,6 +46,11 @@ def hidden(dtype: torch.dtype) -> float:
     return -6e4 if dtype == torch.float16 else -1e30
 
 
+def tile_unit(dtype: torch.dtype) -> float:
+    """Of position tiles: what hides is more than float16 holds, since logits are."""
+    return 256.0 if dtype == torch.float16 else 1.0
+
+
 def padded_columns(number: int) -> int:
     """A whole number of steps of any size that is worth a try for so many columns."""
     return max(16, power_of_2(number)) if number <= 64 else ceil_div(number, 128) * 128
@@ -210,7 +215,7 @@ class BlockMask:
     def lanes(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """hidden [kinds, M, R] and spread [width, R], whose product hides what is not visible; None if R were large.
 
-        A column has a one in a lane per axis, and each row sees a run of lanes of each axis; so one that is in all of
+        A column has a `tile_unit` in a lane per axis, and each row sees a run of lanes of each axis; so one that is in all of
         them lies in the row's rectangle. The last lane is that of columns which are not there.
         """
         sizes = [pattern.shape[2] for pattern in self.patterns]
@@ -225,6 +230,7 @@ class BlockMask:
         unseen = F.pad(unseen, (0, 0, 0, self.rows.shape[1] - unseen.shape[1])) * hidden(dtype)
         spread = F.pad(at, (0, number - at.shape[1], 0, self.width - len(at)))
         spread[len(at) :, -1] = 1
+        spread = spread * tile_unit(dtype)
         return unseen.to(self.rows.device, dtype), spread.to(self.rows.device, dtype)
 
     @_keep
