@@ -678,7 +678,7 @@ def extra_bias_backward_kernel(
 def position_tiles_kernel(
     table, index, tiles, entries, number, factor, HIDDEN: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Position tiles of a head: entries of its table times a factor, HIDDEN where the index is no entry, and no less."""
+    """Position tiles of a head: entries of its table times a factor, HIDDEN at least and where there is none."""
     head = tl.program_id(1).to(tl.int64)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     entry = tl.load(index + offs_n, mask=offs_n < number, other=entries)

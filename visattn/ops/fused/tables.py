@@ -215,8 +215,8 @@ class BlockMask:
     def lanes(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """hidden [kinds, M, R] and spread [width, R], whose product hides what is not visible; None if R were large.
 
-        A column has a `tile_unit` in a lane per axis, and each row sees a run of lanes of each axis; so one that is in all of
-        them lies in the row's rectangle. The last lane is that of columns which are not there.
+        A column has a `tile_unit` in a lane per axis, and each row sees a run of lanes of each axis; so one that is in
+        all of them lies in the row's rectangle. The last lane is that of columns which are not there.
         """
         sizes = [pattern.shape[2] for pattern in self.patterns]
         number = max(16, power_of_2(sum(sizes) + 1))
