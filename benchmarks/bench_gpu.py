@@ -28,15 +28,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shutil
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,9 +45,9 @@ import torch
 from bench_device import NO_CUDA, Cuda, slug
 from gpu_models import CUDA_MODELS, TIMM
 from gpu_report import BOTH, FORWARD, TRITON
+from gpu_session import Program, Row, Session, Task, cells, outcomes
 from op_cases import CUDA_CASES, Case
 from op_gate import runner
-from report import number
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests" / "ops" / "test_fused_cuda.py"
@@ -83,119 +79,8 @@ PEER_CASES = (
 )
 TIMM_MODELS = ("maxvit_tiny_va", "halonet50ts_va")  # both compiled
 HOST_CASES = ("na2d_14", "na2d_14_bias", "window_7")
-ABLATED_CASES = ("na2d_56_bias", "window_56", "na2d_56")
+ABLATED_CASES = ("na2d_56_bias", "window_56")
 CASES = {case.name: case for case in CUDA_CASES}
-
-
-@dataclass
-class Row:
-    """A measurement: a time, another figure with its unit, or why there is none."""
-
-    step: str
-    case: str
-    what: str
-    us: float | None = None
-    figure: float | None = None
-    note: str = ""
-
-
-COLUMNS = ("step", "case", "what", "us", "figure", "note")
-TEXT = """# A session on a GPU
-
-`{command}` ({setting}).
-"""
-
-
-def cells(r: Row) -> list[str]:
-    return [r.step, r.case, r.what, number(r.us, ".1f"), number(r.figure, ".4g"), r.note.replace("|", "/")[:300]]
-
-
-@dataclass
-class Task:
-    """A case of a step, after which results are written; `always` whatever the step's limit. `run` returns its rows."""
-
-    step: str
-    name: str
-    run: Callable[[], Iterable[Row]]
-    always: bool = False
-
-
-class Session:
-    """Tasks one after the other, within limits of time, and the rows of all."""
-
-    def __init__(self, out: Path, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.out, self.clock = out, clock
-        self.end = clock() + seconds
-        self.rows: list[Row] = []
-        self.setting: dict[str, str] = {}
-        out.mkdir(parents=True, exist_ok=True)
-
-    def keep(self, setting: dict[str, str], steps: Sequence[str]) -> None:
-        """Go on from the rows of other steps that lie in `out`, as far as they are of this setting."""
-        self.setting = setting
-        found = report.earlier(self.out / "session", setting)
-        self.rows = [Row(**row) for row in found if row["step"] not in steps]
-
-    def left(self) -> float:
-        return self.end - self.clock()
-
-    def go(self, tasks: Sequence[Task], perform: Callable[[Task], Iterable[Row]] = lambda task: task.run()) -> None:
-        late: list[Task] = []
-        ends: dict[str, float] = {}
-        for task in tasks:
-            end = ends.setdefault(task.step, self.clock() + LIMITS[task.step])
-            if self.clock() > end and not task.always:
-                late.append(task)
-            else:
-                self.do(task, perform)
-        for task in late:
-            self.do(task, perform)
-
-    def do(self, task: Task, perform: Callable[[Task], Iterable[Row]]) -> None:
-        start = self.clock()
-        if self.left() <= 0:
-            rows = [Row(task.step, task.name, "all", note="not measured: no time left")]
-        else:
-            try:
-                rows = list(perform(task))
-            except Exception as error:
-                rows = [Row(task.step, task.name, "all", note=report.failure(error))]
-        self.rows += [*rows, Row(task.step, task.name, "seconds it took", figure=self.clock() - start)]
-        self.write()
-        print(f"[{self.left():.0f} s left] {task.step} {task.name}: {self.clock() - start:.1f} s", flush=True)
-
-    def write(self) -> None:
-        report.write(self.rows, COLUMNS, cells, TEXT, "bench_gpu.py", None, self.out / "session", self.setting)
-
-
-class Program:
-    """Another process, whose output goes to the end of the session's log when it has ended or is ended."""
-
-    def __init__(self, *command: str, **environment: str) -> None:
-        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process)
-        streams = {"stdout": self.output, "stderr": subprocess.STDOUT}
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **environment}, start_new_session=True, **streams
-        )
-
-    def finish(self, session: Session, seconds: float) -> tuple[int | None, str]:
-        """Its exit status, None if it had not ended after so many seconds, and its output."""
-        status: int | None = None
-        try:
-            status = self.process.wait(max(0.0, min(seconds, session.left())))
-        except subprocess.TimeoutExpired:
-            self.stop()
-        self.output.seek(0)
-        text = self.output.read()
-        with (session.out / "session.log").open("a") as log:
-            log.write(f"\n=== {' '.join(map(str, self.process.args))}\n{text}")
-        return status, text
-
-    def stop(self) -> None:
-        """End it with all that it has started."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
 
 
 def tests(*arguments: str, **environment: str) -> Program:
@@ -203,23 +88,12 @@ def tests(*arguments: str, **environment: str) -> Program:
     return Program(sys.executable, "-m", "pytest", "-v", "--tb=short", *arguments, str(TESTS), **environment)
 
 
-def outcomes(step: str, name: str, status: int | None, text: str) -> list[Row]:
-    """A row per test that failed, and how many passed."""
-    words = "(PASSED|FAILED|ERROR)"
-    found = dict(re.findall(rf"::(.+?) {words}", text))  # in one process
-    found |= {test: outcome for outcome, test in re.findall(rf"{words} \S+?::(.+?)\s*$", text, re.MULTILINE)}
-    rows = [Row(step, name, test, note=outcome) for test, outcome in found.items() if outcome != "PASSED"]
-    passed = sum(outcome == "PASSED" for outcome in found.values())
-    end = "ended by the limit" if status is None else f"FAILED: exit status {status}" if status else ""
-    return [*rows, Row(step, name, "tests passed", figure=passed or None, note=end)]
-
-
 def background() -> dict[str, Callable[[], Program]]:
     """What runs beside the compilers."""
     tool = partial(Program, sys.executable)
     found = {"ptxas -O0": partial(tests, "-n", "8", "-k", "real_sizes or tiny", PTXAS_OPTIONS="-O0")}
     if sanitizer := shutil.which("compute-sanitizer"):
-        command = (sanitizer, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-n", "0", "-k", "tiny")
+        command = (sanitizer, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-v", "-n", "0", "-k", "tiny")
         found["compute-sanitizer"] = partial(Program, *command, str(TESTS))
     cuda = ("--device", "cuda", "--gate-only")
     for case in FLEX_CASES:
@@ -471,7 +345,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
     name = torch.cuda.get_device_name()
-    session = Session(args.out.resolve(), args.minutes * 60)
+    session = Session(args.out.resolve(), args.minutes * 60, LIMITS)
     keep_earlier(session.out, ROOT / "benchmarks" / "results" / slug(name))
     session.keep({"GPU": name, "triton": report.version("triton")}, args.steps)
     os.environ["VISATTN_CACHE_DIR"] = str(session.out)

@@ -78,21 +78,31 @@ def ceilings(device: Any) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def one_key() -> Generator[None]:
+def _launching(change: Callable[[Any], Any]) -> Generator[None]:
+    """Launches with changed arguments, found by Triton itself: kernels of one name are different ones here."""
+
+    def launch_changed(kernel: Any, programs: Any, config: Config, arguments: Any, *prepared: Any) -> None:
+        launch(kernel, programs, config, change(arguments))
+
+    with mock.patch.object(attention_launch, "launch", launch_changed):
+        yield
+
+
+def one_key() -> contextlib.AbstractContextManager[None]:
     """All keys that a program reads are the same one, which its L1 cache has."""
     tables: dict[int, Tensor] = {}
 
     def changed(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {name: changed(value) for name, value in x.items()}
+        if type(x) is tuple:
+            return tuple(changed(value) for value in x)
         if not hasattr(x, "columns"):
             return x
         zeros = tables.setdefault(x.columns.data_ptr(), x.columns.clamp(max=0))
         return x._replace(columns=zeros)
 
-    def launch_changed(kernel: Any, programs: Any, config: Config, arguments: dict[str, Any], *more: Any) -> None:
-        launch(kernel, programs, config, {name: changed(x) for name, x in arguments.items()}, *more)
-
-    with mock.patch.object(attention_launch, "launch", launch_changed):
-        yield
+    return _launching(changed)
 
 
 @functools.cache
@@ -112,7 +122,8 @@ def _without_exponentials() -> Any:
 @contextlib.contextmanager
 def no_exponentials() -> Generator[None]:
     """Weights that are not exponentials; what they are is no number of use."""
-    with mock.patch.dict(sys.modules, {attention_kernels.__name__: _without_exponentials()}):
+    kernels = mock.patch.dict(sys.modules, {attention_kernels.__name__: _without_exponentials()})
+    with kernels, _launching(lambda arguments: arguments):
         yield
 
 

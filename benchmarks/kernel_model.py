@@ -177,10 +177,22 @@ class Work:
         if self.kernel == "extra_bias_backward":
             return [math.ceil(self("sizes.images") / self("groups"))]
         extra = [math.ceil(self("sizes.extra") / self("META.EXTRA"))] if self("extra.k.ptr") is not None else []
-        return [math.ceil(self.listed * self("mask.columns_number") / self.columns), *extra]
+        splits = self("sizes.splits") if self("META.SPLIT") else 1
+        return [math.ceil(math.ceil(self.listed * self("mask.columns_number") / self.columns) / splits), *extra]
 
-    def l2_bytes(self) -> float:
-        """Read and written by all programs, of rows and columns that exist; position tiles with their padding."""
+    def columns_of(self, together: int, copied: bool) -> float:
+        """That exist of so many tiles, on average. Plain loads find those of several tiles in L1, copies never look."""
+        columns = self("mask.columns")
+        if together > 1 and not copied:
+            groups = [set(group.flatten().tolist()) for group in columns.split(together)]
+            return sum(len(group - {-1, -2}) for group in groups) / len(groups)
+        return together * float((columns >= 0).sum()) / len(columns)
+
+    def l2_bytes(self, copied: bool) -> float:
+        """Read and written by all programs, of rows and columns that exist; position tiles with their padding.
+
+        `copied`: by asynchronous copies to shared memory.
+        """
         held, streamed = (self.token_bytes(maps) for maps in MAPS[self.kernel])
         trips, extra = self.trips(), self("sizes.extra") or 0
         bias = 0 if self("extra.bias") is None else self("extra.bias").element_size()  # of a query and an extra key
@@ -194,7 +206,7 @@ class Work:
         tiles, m = self("mask.rows").shape
         together = self("META.TILES")  # held by a program, each with its columns
         rows = together * float((self("mask.rows") >= 0).sum()) / tiles / math.ceil(m / self.rows)
-        columns = together * self.listed * float((self("mask.columns") >= 0).sum()) / tiles
+        columns = self.listed * self.columns_of(together, copied) / (self("sizes.splits") if self("META.SPLIT") else 1)
         if self.kernel == "tiles_backward":
             columns /= math.ceil(self("mask.columns_number") / self.columns)
             pairs = self.rows * self.columns * (4 + self("mask.tiles").element_size())
@@ -224,7 +236,7 @@ def modeled(case: Case, launch: Launch, program: Any) -> Row:
         raise ValueError("expected Triton with its cuobjdump, got one without; try the wheels of PyPI")
     resident = warps_per_sm(registers, program.metadata.shared, warps, CAPABILITY) // warps
     issue, alu, mufu = (n * warps * work.programs / (4 * PROCESSORS * CLOCK) * 1e6 for n in sass.cycles(counts))
-    l2_bytes = work.l2_bytes()
+    l2_bytes = work.l2_bytes("async_copy_global_to_local" in program.asm["ttgir"])
     limits = {
         "issue": issue / FILLED,
         "L2": l2_bytes / L2_BYTES_PER_S * 1e6,

@@ -128,7 +128,7 @@ def window(dtype: torch.dtype) -> tuple:
 
 
 def halo(dtype: torch.dtype) -> tuple:
-    more = {"rel_pos": table(1, 1024, 4, 32, dtype=dtype), "zero_keys": True}
+    more = {"rel_pos": table(1, 1024, 4, 54, dtype=dtype), "zero_keys": True}
     return maps(dtype, (32, 32), 4, 32), [Halo(32, 8, 3)] * 2, more
 
 

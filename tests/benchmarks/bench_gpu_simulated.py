@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import bench_gpu
-from bench_gpu import FLEX, Row
+from bench_gpu import FLEX, LIMITS
+from gpu_session import Row, Session
 
 CORES = 16
 COMPILED = 0.5  # CPU seconds for a kernel
@@ -71,7 +72,7 @@ def main(out, gpu):
     simulated = Simulated()
     reached = []
     for minutes, steps in bench_gpu.CALLS:
-        session = bench_gpu.Session(out, 60 * minutes, lambda: simulated.now)
+        session = Session(out, 60 * minutes, LIMITS, lambda: simulated.now)
 
         def perform(task, session=session):
             if session.rows:

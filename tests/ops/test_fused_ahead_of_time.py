@@ -34,6 +34,8 @@ def check(results):
         assert result["cubin"] > 1000, name
         if result["dtype"] == "float32":
             assert not result["products"], f"{name}: rounded to tf32"
+        elif result["kernel"] == "position_tiles":
+            assert not result["products"], name
         elif "BLOCK_N" in constants and constants["BLOCK_M"] >= 64:
             assert set(result["products"]) == {PRODUCTS[result["capability"]]}, name
         elif result["case"] != "depthwise":
@@ -55,8 +57,8 @@ def bfloat16(tmp_path_factory):
 def test_bfloat16(bfloat16):
     check(bfloat16)
     assert {result["capability"] for result in bfloat16} == set(EVERY)
-    kernels = {"queries_forward", "queries_backward", "keys_backward", "tiles_backward", "extra_backward"}
-    kernels |= {"extra_bias_backward", "depthwise", "depthwise_weights", "outer", "apply"}
+    kernels = {"forward", "queries_backward", "keys_backward", "tiles_backward", "extra_backward"}
+    kernels |= {"extra_bias_backward", "position_tiles", "depthwise", "depthwise_weights", "outer", "apply"}
     assert {result["kernel"] for result in bfloat16 if result["capability"] == 90} == kernels
 
 
@@ -66,32 +68,18 @@ def test_float16_and_float32(tmp_path):
 
 
 def test_heads_of_24_channels_are_copied_16_bytes_at_once(bfloat16):
-    """As those of 32 are: what else is copied, lists of numbers, has 4 bytes."""
-    found = {(x["case"], x["kernel"]): x for x in bfloat16 if x["capability"] == 90}
-    for kernel in ("queries_forward", "queries_backward", "keys_backward", "extra_backward"):
-        narrow = found["aggregated", kernel]
-        assert narrow["constants"]["D"] == 24
-        assert narrow["wide_copies"] > 0, kernel
-        other = found.get(("neighborhood, bias", kernel))
-        if other is not None:
-            assert narrow["copies"] - narrow["wide_copies"] == other["copies"] - other["wide_copies"], kernel
+    found = {x["kernel"]: x for x in bfloat16 if x["capability"] == 90 and x["case"] == "aggregated"}
+    for kernel in ("forward", "queries_backward"):
+        assert found[kernel]["constants"]["D"] == 24
+        assert found[kernel]["wide_copies"] > 0, kernel
 
 
 def test_options_of_the_kernels_are_among_them(bfloat16):
     """So that no change of the cases leaves one out."""
-    ran = [result["constants"] for result in bfloat16 if "BLOCK_N" in result["constants"]]
-    for option in (
-        "WIDE",
-        "WEIGHTED",
-        "SEGMENT",
-        "EXTRA",
-        "EXTRA_BIASED",
-        "REL_POS",
-        "BIASED",
-        "HAS_LSE",
-        "HAS_KEY_MASK",
-    ):
+    ran = [result["constants"] for result in bfloat16 if "BLOCK_M" in result["constants"]]
+    for option in ("WIDE", "WEIGHTED", "SEGMENT", "EXTRA", "LANES", "CHECKED", "EYE", "SPLIT"):
         assert {option in constants for constants in ran} == {True, False}, option
+    assert {constants.get("TILES", 1) > 1 for constants in ran} == {True, False}
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests import tolerances
 from tests.ops import test_aggregated, test_routed
 from tests.ops.cases import PROBLEMS, agent_shapes, gated_shapes, mix_problems, neighborhood
-from tests.ops.gradients import compare, leaves, results_and_gradients
+from tests.ops.gradients import Recorder, compare, leaves, results_and_gradients
 from tests.tolerances import relative_error
 from visattn import ops
 from visattn.ops.fused import attention_launch
@@ -123,8 +123,21 @@ def test_runs_are_bit_equal(case, dtype):
             assert torch.equal(value, other[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tables", [("rel_h", "rel_w"), ("rel_w",)], ids=str)
+def test_halo_gathers_no_relative_terms(tables, dtype):
+    """The gradient of a gather adds in any order, and is refused by `torch.use_deterministic_algorithms`."""
+    shapes = {n: s for n, s in HALO.items() if n in ("q", "k", "v", *tables)}
+    tensors = {n: t.to(DEVICE).requires_grad_() for n, t in leaves(shapes, 0, dtype).items()}
+    with Recorder() as recorder:
+        ops.halo_attention(**tensors, block_size=(8, 4), halo_size=3, stride=2, backend="triton").sum().backward()
+    assert "fused_backward" in recorder.names
+    assert not [name for name in recorder.names if "gather" in name or "scatter" in name or "index" in name]
+
+
 def test_wide_offsets(monkeypatch):
     monkeypatch.setattr(attention_launch, "_WIDE", 0)
+    monkeypatch.setattr(attention_launch, "_known", lambda *form: {})  # nothing from before
     check(ops.neighborhood_attention, neighborhood(([3, 3], [1, 1], [1, 1], [False] * 2), (2, 7, 9, 2, 24)))
 
 

@@ -48,7 +48,7 @@ def test_one_gradient_at_a_time_equals_all(needed):
     if args[needed] is None:
         args[3], args[8] = None, None
         if needed == 4:  # relative positions of halos
-            args[4] = torch.randn(2, 20, 2, 16, device=DEVICE)
+            args[4] = torch.randn(2, 20, 2, 14, device=DEVICE)
             args[11] = encode([Halo(4, 2, 1), Halo(5, 2, 1)])
         else:  # factors of listed regions
             args[8], args[9] = (

@@ -20,6 +20,7 @@ from visattn.ops.fused.tables import (
     decode,
     encode,
     hidden,
+    lane_terms,
     regions,
     select,
 )
@@ -196,20 +197,16 @@ def test_codes_are_positions_in_the_window(keys_hold):
     assert block_mask(TILED["sliding"], keys_hold, CPU).codes is None
 
 
-@pytest.mark.parametrize("keys_hold", [False, True])
-def test_turns_bring_lanes_to_displacements(keys_hold):
-    axes = (Halo(9, 4, 2), Halo(11, 6, 1, stride=2))
-    found = block_mask(axes, keys_hold, CPU).turns.view(2, axes[0].queries, axes[1].queries)
-    for axis, turn in zip(axes, (found[0].mT, found[1]), strict=True):
-        assert (turn == turn[0]).all()
-        query, window = torch.arange(axis.queries), axis.window
+def test_lanes_are_terms_of_displacements():
+    axes = (Halo(9, 4, 3), Halo(11, 6, 1, stride=2))  # windows of 10 and 8
+    found = lane_terms(axes, CPU).long().view(axes[0].queries, axes[1].queries, 2, 16)
+    for axis, terms, first in ((axes[0], found[:, :, 0].transpose(0, 1), 0), (axes[1], found[:, :, 1], 19)):
+        assert (terms == terms[0]).all()
+        assert (terms[..., axis.window :] == -1).all()
+        query = torch.arange(axis.queries)
         block, rank = query // axis.queries_per_block, query % axis.queries_per_block
-        lane = (block[:, None] * axis.block + torch.arange(window)) % window  # of each slot
-        first, shift = turn[0, :, None] % 65536, turn[0, :, None] >> 16
-        assert (first < window).all()
-        entry = (lane - first) % window + shift
-        assert torch.equal(entry, axis.displacement()[rank])
-    assert block_mask(TILED["sliding"], keys_hold, CPU).turns is None
+        lane = (block[:, None] * axis.block + torch.arange(axis.window)) % axis.window  # of each slot
+        assert torch.equal(terms[0].gather(1, lane), first + axis.displacement()[rank])
 
 
 @dataclass(frozen=True)
@@ -260,8 +257,10 @@ def test_regions_are_windows_row_by_row(axes):
     (rows, row_rank), (columns, column_rank) = (axis.place() for axis in axes)
     (_, high, _), (across, wide, _) = (axis.layout() for axis in axes)
     padded, found = regions(axes, CPU)
-    assert torch.equal(padded[:, : found.shape[1]], found)
-    assert (padded[:, found.shape[1] :] == NONE).all()
+    number, places = found.shape
+    assert torch.equal(padded[:number, :places], found)
+    assert (padded[number:] == NONE).all()
+    assert (padded[:, places:] == NONE).all()
     place = (rows[:, None] * across + columns) * high * wide + row_rank[:, None] * wide + column_rank
     expected = torch.full((found.numel(),), OUTSIDE, dtype=torch.int32)
     expected[place.flatten()] = torch.arange(place.numel(), dtype=torch.int32)

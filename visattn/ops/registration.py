@@ -52,10 +52,10 @@ def known_sizes(*args: Any) -> bool:
 
 # `SymInt`, fake tensors and all other subclasses of tensors are none of these.
 _PLAIN_TENSORS = {Tensor, torch.nn.Parameter}
-_is_wrapped = (
-    torch._C._functorch.is_functorch_wrapped_tensor
-)  # by a transform, even one that has ended
 _PLAIN = {*_PLAIN_TENSORS, int, float, bool, str, list, tuple, type(None)}
+# Tensors that a transform has wrapped: one that may have ended, or the `vmap` of `is_grads_batched`.
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def is_plain(args: Collection[Any]) -> bool:
@@ -64,6 +64,7 @@ def is_plain(args: Collection[Any]) -> bool:
     What otherwise goes through a custom op, for tracers, modes, transforms and subclasses of tensors, may then be
     called as the function that it is, in a fraction of the time.
     """
+    tensors = [x for x in args if type(x) in _PLAIN_TENSORS]
     return (
         not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
@@ -72,7 +73,8 @@ def is_plain(args: Collection[Any]) -> bool:
         and torch._C._get_tracing_state() is None
         and forward_ad._current_level < 0
         and _PLAIN.issuperset(map(type, args))
-        and not any(map(_is_wrapped, [x for x in args if type(x) in _PLAIN_TENSORS]))
+        and not any(map(_is_wrapped, tensors))
+        and not any(map(_is_batched, tensors))
     )
 
 

@@ -42,7 +42,7 @@ def _backward(
     do: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any
 ) -> list[Tensor]:
     *inputs, needs = args
-    call = Call(*inputs, do, dlse, out, lse)
+    call = Call(*inputs, do=do, dlse=dlse, o=out, lse=lse)
     if not (call.q.numel() and call.v.numel()):
         return [x.new_zeros(x.shape) for x, n in zip(inputs, needs, strict=False) if n]
     wanted = dict(zip(_TENSORS, needs, strict=True))
@@ -148,6 +148,7 @@ class _PlainAttention(torch.autograd.Function):
         _Attention.setup_context(ctx, args, output)
         return output
 
+    # pyrefly: ignore[bad-override]: as many gradients as forward has results
     backward = _Attention.backward
 
 
@@ -179,9 +180,9 @@ def fused_attention(
         axes: Which keys a query sees, per axis; with `kv_indices` the two axes of the queries' regions, then the keys'.
         scale: Factor of q k^T.
         bias: Position table [N, entries per axis], or with one axis [N, Sq, Sk] one number per pair.
-        rel_pos: Decomposed relative position [B, Sq, N, R] for axes of halos, R a power of 2 from 16: the pair of a
-            query and a key at row position i and column position j (counted from `halo` places before the map) gets
-            rel_pos[i % window] + rel_pos[R / 2 + j % window]. Not together with `bias`.
+        rel_pos: Decomposed relative position [B, Sq, N, 2 * window_h - 1 + 2 * window_w - 1] for two axes of halos, a
+            query's terms for all displacements of rows, then of columns: a pair gets the sum of its two, entry slot in
+            the window - rank of the query in its block + window - 1 of each axis. Not together with `bias`.
         extra_k: More keys [B, E, N, D] that every query sees, in the same softmax.
         extra_v: Their values [B, E, N, Dv].
         extra_bias: [B or 1, Sq or 1, N or 1, E or 1], added to their logits.

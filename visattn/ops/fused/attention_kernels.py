@@ -59,7 +59,7 @@ def rows_of(META: tl.constexpr, BLOCK_M: tl.constexpr):
     BLOCKS: tl.constexpr = META.ROWS // BLOCK_M
     if META.TILES > 1:
         tile = (pid * META.TILES + tl.arange(0, META.TILES))[:, None]
-        block, offs_m = 0, tl.arange(0, BLOCK_M)[None, :]
+        block, offs_m = pid * 0, tl.arange(0, BLOCK_M)[None, :]
     else:
         tile, block = pid // BLOCKS, pid % BLOCKS
         offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -77,7 +77,7 @@ def image_of(sizes, META: tl.constexpr):
 @triton.jit
 def columns_to_do(total, z, sizes, META: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which columns this program goes over: all, most of any tile, or a split of them."""
-    begin, end = 0, total
+    begin, end = tl.program_id(2) * 0, total
     if META.SEGMENT > 0 and META.TILES > 1:
         end = tl.max(tl.max(total, 0), 0)
     if META.SPLIT:
@@ -124,6 +124,24 @@ def store_rows(
 
 
 @triton.jit
+def at_lanes(x, b, head, token, mask, META: tl.constexpr):
+    """[rows, R] where the lanes of queries are among their relative terms, and which there are."""
+    place = column(wide(token, META))
+    line = mask.terms + place * META.LANES + row(tl.arange(0, META.LANES))
+    term = tl.load(line, mask=column(token) >= 0, other=-1).to(tl.int32)
+    base = x.ptr + b * x.stride_b + head.to(tl.int64) * x.stride_n
+    return base + place * x.stride_t + term, term >= 0
+
+
+@triton.jit
+def load_rel_pos(mask, b, head, token, META: tl.constexpr):
+    """[rows, R] relative terms of queries by lanes."""
+    at, keep = at_lanes(mask.rel_pos, b, head, token, mask, META)
+    lanes = tl.load(at, mask=keep, other=0.0)
+    return lanes.to(tl.float32) if META.UPCAST else lanes
+
+
+@triton.jit
 def at_line(ptr, b, head, token, sizes, META: tl.constexpr):
     """[rows] where the numbers of queries are, of [B, queries, heads]."""
     return ptr + (b * sizes.queries * sizes.heads + head) + wide(token, META) * sizes.heads
@@ -143,7 +161,7 @@ def load_tokens(
 ):
     """[N] tokens of the columns from `start_n` on, -2 past the end: of a row of the table, or of the regions listed."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    inside = offs_n < total
+    inside = tile * 0 + offs_n < total
     place = tile * mask.columns_number + offs_n
     if META.SEGMENT > 0:
         region = tl.load(listed.indices + first + offs_n // META.SEGMENT, mask=inside, other=0)
@@ -312,7 +330,7 @@ def forward_kernel(
     q_i = load_rows(q, b, head, token, META.D, META.BLOCK_D, META)  # [M, D]
     base, held = tile_of(mask, head, tile, META), eye(q_i, META, BLOCK_M, q_i.dtype)
     if mask.rel_pos is not None:
-        held = load_rows(mask.rel_pos, b, head, token, META.LANES, META.LANES, META)  # [M, R]
+        held = load_rel_pos(mask, b, head, token, META)  # [M, R]
     if mask.hidden is not None:
         held = load_hidden(mask, tile, offs_m, META)  # [M, R]
     first, total = columns_of(mask, listed, b, head, tile, sizes, META)
@@ -394,8 +412,8 @@ def queries_backward_kernel(
     tl.store(at_line(stats.delta, b, head, token, sizes, META), delta_i, mask=first_split)
     base, held = tile_of(mask, head, tile, META), eye(q_i, META, BLOCK_M, q_i.dtype)
     if mask.rel_pos is not None:
-        held = load_rows(mask.rel_pos, b, head, token, META.LANES, META.LANES, META)  # [M, R]
-        acc_rel_pos = tl.zeros([BLOCK_M, META.LANES], tl.float32)
+        held = load_rel_pos(mask, b, head, token, META)  # [M, R]
+        acc_rel_pos = zeros(token, META.LANES)
     if mask.hidden is not None:
         held = load_hidden(mask, tile, offs_m, META)  # [M, R]
     first, total = columns_of(mask, listed, b, head, tile, sizes, META)
@@ -458,7 +476,8 @@ def queries_backward_kernel(
             acc = dot_add((p * (dp - column(delta_i))).to(k_j.dtype), k_j, acc, META)
     store_rows(grads.dq, z, head, token, acc * sm_scale, META.D, META.BLOCK_D, META)
     if mask.rel_pos is not None:
-        store_rows(grads.drel_pos, b, head, token, acc_rel_pos, META.LANES, META.LANES, META)
+        at, keep = at_lanes(grads.drel_pos, b, head, token, mask, META)
+        tl.store(at, acc_rel_pos.to(grads.drel_pos.ptr.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -509,9 +528,7 @@ def keys_backward_kernel(
             qk = qk * row(factor)
         streamed = held  # stands for none
         if mask.rel_pos is not None:
-            streamed = load_rows(
-                mask.rel_pos, b, head, token_n, META.LANES, META.LANES, META
-            )  # [N, R]
+            streamed = load_rel_pos(mask, b, head, token_n, META)  # [N, R]
         if mask.hidden is not None:
             streamed = load_lanes(mask.spread, tile * 0 + offs_n, META)  # [N, R]
         qk = add_positions(
@@ -598,8 +615,8 @@ def extra_backward_kernel(
     token_e = tl.where(offs_e < sizes.extra, offs_e, -2)
     k_i = load_rows(extra.k, b, head, token_e, META.D, META.BLOCK_D, META)  # [M, D]
     v_i = load_rows(extra.v, b, head, token_e, META.DV, META.BLOCK_DV, META)  # [M, DV]
-    acc_dk = tl.zeros([BLOCK_M, META.BLOCK_D], tl.float32)
-    acc_dv = tl.zeros([BLOCK_M, META.BLOCK_DV], tl.float32)
+    acc_dk = zeros(token_e, META.BLOCK_D)
+    acc_dv = zeros(token_e, META.BLOCK_DV)
     size = tl.cdiv(tl.cdiv(sizes.queries, BLOCK_N), splits) * BLOCK_N
     for start_n in range(part * size, tl.minimum(part * size + size, sizes.queries), BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from visattn.ops.fused.launch import launch, power_of_2
 from visattn.ops.fused.support import MOST_BYTES, is_interpreting, precision
-from visattn.ops.fused.tables import BlockMask, block_mask, decode, hidden, padded_columns, regions
+from visattn.ops.fused.tables import (
+    BlockMask,
+    block_mask,
+    decode,
+    hidden,
+    lane_terms,
+    padded_columns,
+    regions,
+)
 from visattn.ops.fused.tuning import Config, run_tuned
 from visattn.ops.geometry import TOGETHER, AnyAxis, ceil_div
 
@@ -20,7 +28,7 @@ from visattn.ops.geometry import TOGETHER, AnyAxis, ceil_div
 _SPLIT = 512
 _SPLIT_TILES = 2048  # of images, whose sums are long
 _PROGRAMS = 264  # below so many, columns are split among more, 256 or more of them to each
-_POSITION_TILES = Config(1, 4096, 8, 1)
+_POSITION_TILES = Config(1, 4096, 8, 1)  # numbers that a program writes
 _WIDE = 2**31  # numbers of an image from which offsets have 64 bits
 
 
@@ -48,7 +56,8 @@ class Mask(NamedTuple):
     width: int = 0
     hidden: Tensor | None = None  # [kinds, ROWS, LANES]
     spread: Tensor | None = None  # [width, LANES]
-    rel_pos: Map | None = None  # LANES channels
+    rel_pos: Map | None = None  # a query's terms, of rows and of columns
+    terms: Tensor | None = None  # int16 [queries, LANES], which of them each lane is
     codes: Tensor | None = None  # int32 of the side that holds the keys
     key_mask: Tensor | None = None  # uint8 [B, keys]
 
@@ -168,9 +177,15 @@ def _configs(meta: Meta, columns: int, dtype: torch.dtype, sums: int = 1) -> lis
     sizes = [n for n in sizes if n <= width]
     sizes.sort(key=lambda n: (n > most, ceil_div(columns, n) * (n + 40)))
     # With one stage a tile is loaded in the layout of a plain load, and its softmax computed there too; with more it is
-    # copied. Three sums leave no room for copies in flight; those pass by L1, in which tiles held together find the keys
+    # copied. Three sums leave no room for copies in flight. Copies pass by L1, where tiles held together find the keys
     # that they share.
-    stages = (1, 2, 3) if sums == 3 or meta.TILES > 1 else (2, 1) if columns <= sizes[0] else (3, 2, 5, 1)
+    stages = (
+        (1, 2, 3)
+        if sums == 3 or meta.TILES > 1
+        else (2, 1)
+        if columns <= sizes[0]
+        else (3, 2, 5, 1)
+    )
     if max(meta.BLOCK_D, meta.BLOCK_DV) * dtype.itemsize > MOST_BYTES // 2:
         sizes, stages = [n for n in (16, 32) if n <= width], (1,)  # for the sake of shared memory
     found = [Config(held, n, 2 * warps if is_wide else warps, s) for n in sizes for s in stages]
@@ -324,8 +339,8 @@ class Call:
     def wide(self) -> bool:
         """Whether places in an image need 64 bits, in one of the given tensors or of the contiguous results."""
         given = (self.q, self.k, self.v, self.do, self.extra_bias)
-        lanes = 0 if self.rel_pos is None else self.rel_pos.shape[-1]
-        results = max(self.queries, self.keys) * self.heads * max(self.dim, self.value_dim, lanes)
+        terms = 0 if self.rel_pos is None else self.rel_pos.shape[-1]
+        results = max(self.queries, self.keys) * self.heads * max(self.dim, self.value_dim, terms)
         return max(results, *(x.stride(1) * x.shape[1] for x in given if x is not None)) >= _WIDE
 
     @property
@@ -373,7 +388,8 @@ class Call:
         found = self.block_mask(keys_hold)
         mask = Mask(found.rows, found.columns, found.columns.shape[1], found.kind)
         if self.rel_pos is not None:
-            mask = mask._replace(codes=found.codes)
+            terms = lane_terms(self.axes, self.q.device)
+            mask = mask._replace(codes=found.codes, terms=terms)
         if self.bias is not None or not found.masked:
             return mask
         if self.rel_pos is None and self.q.element_size() == 2:
@@ -402,7 +418,11 @@ class Call:
             return found.pad(bias.mT if keys_hold else bias, hidden(bias.dtype))[:, None]
         lookup, config = found.lookup, _POSITION_TILES
         tiles = self.empty(self.heads, *lookup.shape)
-        table, entries, number = bias.flatten(1).contiguous(), lookup.number, tiles[0].numel()
+        table, entries, number = (
+            bias.flatten(1).contiguous(),
+            lookup.number,
+            tiles.numel() // self.heads,
+        )
         values = (
             table,
             lookup.index,
@@ -466,6 +486,7 @@ class Call:
         splits = self.splits(keys_hold)
         return x if splits == 1 else x.unflatten(0, (splits, -1)).sum(0).to(self.q.dtype)
 
+    @_once
     def grid(self, keys_hold: bool, config: Config) -> tuple[int, int, int]:
         meta = self.meta(keys_hold)
         tiles = self.sizes(keys_hold).tiles or len(self.mask(keys_hold).rows)
@@ -490,8 +511,8 @@ class Call:
             together = TOGETHER if self.few and rows == 16 else 1
             if mask.hidden is not None:
                 lanes = mask.hidden.shape[2]
-            elif self.rel_pos is not None:
-                lanes = self.rel_pos.shape[3]
+            elif mask.terms is not None:
+                lanes = mask.terms.shape[1]
             if self.kv_indices is not None:
                 segment = mask.columns_number
             # Tiles hide places that no key has, but not those outside the map, nor what a key mask hides.
@@ -597,7 +618,7 @@ def _queries_backward(call: Call, do: Tensor, saved: Saved) -> tuple[Stats, Grad
             Stats(torch.empty_like(saved.lse), torch.empty_like(saved.lse)),
             call.partial(False, *call.q.shape),
         )
-        drel_pos = None if call.rel_pos is None else call.empty(*call.rel_pos.shape)
+        drel_pos = None if call.rel_pos is None else torch.zeros_like(call.rel_pos)
         dweight = None
         if call.weight is not None:
             shape = (call.images, call.heads, sizes.tiles, meta.ROWS // config.block_m, columns)

@@ -154,7 +154,6 @@ class BlockMask:
         counts: How many tiles there are of each kind.
         codes: With decomposed relative positions, int32 of the side that holds the keys, [T, M] or [T, U]: lane of the
             rows' position + 65536 * that of the columns'; see `Spans.window`.
-        turns: int32 [axes, queries] `Spans.turn` of each token.
         patterns: On the CPU, per axis [C, t, U] the entry of a position table for each pair, -1 where not visible.
         entries: Of a position table per axis.
         masked: Whether some row and column of a tile do not see each other.
@@ -168,7 +167,6 @@ class BlockMask:
     members: Tensor
     counts: tuple[int, ...]
     codes: Tensor | None
-    turns: Tensor | None
     patterns: tuple[Tensor, ...]
     entries: tuple[int, ...]
     masked: bool
@@ -278,7 +276,7 @@ def block_mask(
         rows, columns = pad_rows(rows), F.pad(columns, (0, -columns.shape[1] % STEP), value=NONE)
         kinds = [len(cut.pattern) for cut in cuts]
         kind = outer_index([cut.kind[:, None] for cut in cuts], kinds).flatten()
-        codes = turns = None
+        codes = None
         if len(axes) <= 2 and all(s.window for s in spans):
             place = [cut.query_position if keys_hold else cut.key_position for cut in cuts]
             place = [
@@ -286,8 +284,7 @@ def block_mask(
             ]
             codes = outer_index(place, [1] * len(axes))
             codes = F.pad(codes, (0, (rows if keys_hold else columns).shape[1] - codes.shape[1]))
-            turn = torch.meshgrid([cast(Tensor, s.turn) for s in spans], indexing="ij")
-            codes, turns = put(codes), put(torch.stack(turn).flatten(1))
+            codes = put(codes)
         together = TOGETHER if few and rows.shape[1] == 16 else 1
         more = (0, 0, 0, -len(rows) % together)
         members = torch.sort(kind, stable=True).indices
@@ -302,12 +299,27 @@ def block_mask(
             counts=counts,
             together=together,
             codes=codes,
-            turns=turns,
             patterns=tuple(cut.pattern for cut in cuts),
             entries=tuple(s.entries for s in spans),
             masked=any(cut.masked for cut in cuts),
             has_holes=any(bool((cut.key == OUTSIDE).any()) for cut in cuts),
         )
+
+
+@_keep
+def lane_terms(axes: tuple[AnyAxis, ...], device: torch.device) -> Tensor:
+    """int16 [queries, R] which relative term of a query each lane is, -1 for none.
+
+    Terms and lanes of both axes stand side by side, R / 2 lanes of each: a power of 2 from 8.
+    """
+    with torch.inference_mode(False):
+        spans, found, first = [relation(axis) for axis in axes], [], 0
+        half = max(8, *(power_of_2(s.window) for s in spans))
+        for s in spans:
+            terms = cast(Tensor, s.terms) + first
+            found.append(F.pad(terms, (0, 0, 0, half - s.window), value=-1))
+            first += 2 * s.window - 1
+        return _side_by_side(found).flatten(1).mT.contiguous().to(device, torch.int16)
 
 
 @_keep

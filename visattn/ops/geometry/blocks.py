@@ -154,8 +154,8 @@ class Halo(AnyAxis):
         query, window = ranks(self.queries), self.window
         start = query // self.queries_per_block * self.block
         first = window - 1 - query % self.queries_per_block  # `displacement` of slot 0
-        turn = (start % window + (first << 16))[0]
-        return Spans(query, key, start, start + window, window=window, turn=turn)
+        terms = (torch.arange(window, device=CPU)[:, None] - start) % window + first
+        return Spans(query, key, start, start + window, window=window, terms=terms)
 
 
 def bins(length: int, number: int) -> list[tuple[int, int]]:

@@ -99,7 +99,7 @@ class Spans:
         entries: How many entries the table has.
         sign: 1 if entries grow with key position - query position, -1 if with the opposite.
         window: With decomposed relative positions, how many lanes there are, else 0; a key position's is the remainder.
-        turn: [queries] c + 65536 * s: lane j is entry (j - c) % window + s of a query's 2 * window - 1 products.
+        terms: [window, queries] which of a query's 2 * window - 1 relative terms each lane is.
     """
 
     query: Tensor
@@ -110,7 +110,7 @@ class Spans:
     entries: int = 1
     sign: int = 1
     window: int = 0
-    turn: Tensor | None = None
+    terms: Tensor | None = None
 
     def reversed(self) -> Spans:
         """The same relation with keys in the role of queries."""

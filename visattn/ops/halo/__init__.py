@@ -1,6 +1,6 @@
 """Halo attention: the queries of a block attend to the block and its surroundings. See README.md in this folder.
 
-Gradients of the relative tables: `eager._Relative.gradients`; for Triton autograd through `triton._rel_pos`.
+Gradients of the relative tables: `eager._Relative.gradients`; for Triton autograd through their product with q.
 """
 
 from __future__ import annotations
