@@ -84,8 +84,8 @@ def _depthwise(
 
     def one(config: Config) -> Tensor:
         out = x.new_empty(x.shape)
-        blocks = config.block_m, config.block_n
-        meta = Meta(c, *kernel_size, per_channel, clamped, *blocks, transposed)
+        (kh, kw), block_p, block_c = kernel_size, config.block_m, config.block_n
+        meta = Meta(c, kh, kw, per_channel, clamped, block_p, block_c, transposed)
         maps = map_of(x), map_of(weights[..., 0]), weights.stride(-1), map_of(out)
         arguments = named(depthwise_kernel, *maps, h, w, n, meta)
         launch(depthwise_kernel, _programs(x, meta), config, arguments)
@@ -116,8 +116,8 @@ def _depthwise_weights(
         else:
             out = x.new_empty((b, h, w, n, taps), dtype=dtype)
         stored = power_of_2(kernel_size[1] if by_row else taps)
-        blocks = config.block_m, config.block_n
-        meta = Meta(c, *kernel_size, per_channel, clamped, *blocks, False, steps, stored, by_row)
+        (kh, kw), block_p, block_c = kernel_size, config.block_m, config.block_n
+        meta = Meta(c, kh, kw, per_channel, clamped, block_p, block_c, False, steps, stored, by_row)
         maps = map_of(grad), map_of(x), out
         arguments = named(depthwise_weights_kernel, *maps, h, w, n, meta)
         launch(depthwise_weights_kernel, _programs(x, meta), config, arguments)

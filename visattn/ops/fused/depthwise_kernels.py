@@ -42,6 +42,8 @@ def depthwise_kernel(x, weights, stride_j, out, H, W, N, META: tl.constexpr):
     """
     KH: tl.constexpr = META.KH
     KW: tl.constexpr = META.KW
+    BLOCK_P: tl.constexpr = META.BLOCK_P
+    BLOCK_C: tl.constexpr = META.BLOCK_C
     b, n, _, p, c = locate(H, W, N, META)
     row, column = p // W, p % W
     x_head, weights_head = head_of(x, b, n), head_of(weights, b, n)
@@ -54,7 +56,7 @@ def depthwise_kernel(x, weights, stride_j, out, H, W, N, META: tl.constexpr):
         first = tl.min(tl.where(row < KH, KH - 1 - row, KH // 2), 0)
         last = tl.max(tl.where(row >= H - KH, H - row, KH // 2 + 1), 0) + KH - 1
 
-    acc = tl.zeros([META.BLOCK_P, META.BLOCK_C], tl.float32)
+    acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for i in range(first, last):
         for j in tl.static_range(COLUMNS):
             tap = i * KW + j
@@ -94,9 +96,12 @@ def depthwise_weights_kernel(grad, x, out, H, W, N, META: tl.constexpr):
     """
     KH: tl.constexpr = META.KH
     KW: tl.constexpr = META.KW
+    BLOCK_P: tl.constexpr = META.BLOCK_P
+    BLOCK_C: tl.constexpr = META.BLOCK_C
+    TAPS: tl.constexpr = META.TAPS
     b, n, tile, first, c = locate(H, W, N, META)
     grad_head, x_head = head_of(grad, b, n), head_of(x, b, n)
-    taps = tl.arange(0, META.TAPS)
+    taps = tl.arange(0, TAPS)
     if META.PER_CHANNEL:
         tiles = tl.cdiv(H * W, META.BLOCK_P * META.STEPS)
         line = ((b * tiles + tile) * N + n) * META.C + c
@@ -108,13 +113,13 @@ def depthwise_weights_kernel(grad, x, out, H, W, N, META: tl.constexpr):
     mask = valid[:, None] & (taps < (KW if META.BY_ROW else KH * KW))[None, :]
 
     # The sums of few taps are stored together, those of many row by row: one by one they would lie apart in memory.
-    LENGTH: tl.constexpr = META.BLOCK_C if META.PER_CHANNEL else META.BLOCK_P
-    result = tl.zeros([LENGTH, META.TAPS], tl.float32)
+    LENGTH: tl.constexpr = BLOCK_C if META.PER_CHANNEL else BLOCK_P
+    result = tl.zeros([LENGTH, TAPS], tl.float32)
     for i in range(KH):
         for j in tl.static_range(KW):
-            acc = tl.zeros([META.BLOCK_P, META.BLOCK_C], tl.float32)
+            acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
             for step in range(META.STEPS):
-                p = first + step * META.BLOCK_P
+                p = first + step * BLOCK_P
                 row, column = p // W, p % W
                 r = window_start(row, H, KH, META.CLAMPED) + i
                 s = window_start(column, W, KW, META.CLAMPED) + j

@@ -34,7 +34,9 @@ def outer_kernel(k, v, out, B, M, N, rows, META: tl.constexpr):
     d = block // across * META.BLOCK_D + tl.arange(0, META.BLOCK_D)
     e = block % across * META.BLOCK_E + tl.arange(0, META.BLOCK_E)
 
-    acc = tl.zeros([META.BLOCK_D, META.BLOCK_E], tl.float32)
+    BLOCK_D: tl.constexpr = META.BLOCK_D
+    BLOCK_E: tl.constexpr = META.BLOCK_E
+    acc = tl.zeros([BLOCK_D, BLOCK_E], tl.float32)
     for start in range(first, last, META.BLOCK_M):
         m = start + tl.arange(0, META.BLOCK_M)
         k_j = tokens(k, z % B, n, m, d, last, META.D, META)  # [M, D]
@@ -54,7 +56,9 @@ def apply_kernel(q, context, out, L, N, META: tl.constexpr):
     m = pid // (across * N) % tiles * META.BLOCK_M + tl.arange(0, META.BLOCK_M)
     b = (pid // (across * N * tiles)).to(tl.int64)
 
-    acc = tl.zeros([META.BLOCK_M, META.BLOCK_E], tl.float32)
+    BLOCK_M: tl.constexpr = META.BLOCK_M
+    BLOCK_E: tl.constexpr = META.BLOCK_E
+    acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     for start in range(0, META.D, META.BLOCK_D):
         d = start + tl.arange(0, META.BLOCK_D)
         q_i = tokens(q, b, n, m, d, L, META.D, META)  # [M, D]
