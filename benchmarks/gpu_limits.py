@@ -22,7 +22,7 @@ from op_cases import Case
 from op_gate import runner
 from torch import Tensor
 
-from visattn.ops.fused import attention_kernels, attention_launch
+from visattn.ops.fused import attention_call, attention_kernels
 from visattn.ops.fused.launch import launch
 from visattn.ops.fused.tuning import Config
 
@@ -84,7 +84,7 @@ def _launching(change: Callable[[Any], Any]) -> Generator[None]:
     def launch_changed(kernel: Any, programs: Any, config: Config, arguments: Any, *prepared: Any) -> None:
         launch(kernel, programs, config, change(arguments))
 
-    with mock.patch.object(attention_launch, "launch", launch_changed):
+    with mock.patch.object(attention_call, "launch", launch_changed):
         yield
 
 

@@ -81,7 +81,7 @@ def install() -> StubDriver:
     """
     from triton.runtime import driver
 
-    from visattn.ops.fused import attention_launch, linear, support  # noqa: F401 (they ask the real one)
+    from visattn.ops.fused import attention_call, linear, support  # noqa: F401 (they ask the real one)
 
     if support.is_interpreting():
         raise RuntimeError("expected kernels that can be compiled, got interpreted ones; try tests.stub_gpu.run")

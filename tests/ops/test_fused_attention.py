@@ -15,7 +15,7 @@ from tests.ops.cases import PROBLEMS, agent_shapes, gated_shapes, mix_problems, 
 from tests.ops.gradients import Recorder, compare, leaves, results_and_gradients
 from tests.tolerances import relative_error
 from visattn import ops
-from visattn.ops.fused import attention_launch
+from visattn.ops.fused import attention_call
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)  # shrinking takes minutes in the interpreter
@@ -136,8 +136,8 @@ def test_halo_gathers_no_relative_terms(tables, dtype):
 
 
 def test_wide_offsets(monkeypatch):
-    monkeypatch.setattr(attention_launch, "_WIDE", 0)
-    monkeypatch.setattr(attention_launch, "_known", lambda *form: {})  # nothing from before
+    monkeypatch.setattr(attention_call, "_WIDE", 0)
+    monkeypatch.setattr(attention_call, "_known", lambda *form: {})  # nothing from before
     check(ops.neighborhood_attention, neighborhood(([3, 3], [1, 1], [1, 1], [False] * 2), (2, 7, 9, 2, 24)))
 
 

@@ -8,9 +8,9 @@ from tests.ops.gradients import leaves, results_and_gradients
 from tests.ops.test_fused_attention import DEVICE, check
 from tests.tolerances import OP, relative_error
 from visattn import ops
-from visattn.ops.fused import attention_launch
+from visattn.ops.fused import attention_call
 from visattn.ops.fused.attention import fused_attention
-from visattn.ops.fused.attention_launch import Call
+from visattn.ops.fused.attention_call import Call
 from visattn.ops.geometry import Whole
 
 PLAIN = [3, 3], [1, 1], [1, 1], [False, False]
@@ -51,7 +51,7 @@ def test_tiles_together_and_alone_are_equal(monkeypatch, metas, bias):
     shapes, call, _, seed = problem(8, bias, size=(7, 6))
     tensors, found = {n: t.to(DEVICE) for n, t in leaves(shapes, seed, torch.float32).items()}, []
     for few in (True, False):
-        attention_launch._known.cache_clear()
+        attention_call._known.cache_clear()
         monkeypatch.setattr(Call, "few", few)
         found.append(
             results_and_gradients(
@@ -59,7 +59,7 @@ def test_tiles_together_and_alone_are_equal(monkeypatch, metas, bias):
             )
         )
         assert forms(metas, "TILES") == [4 if few else 1] * 3
-    attention_launch._known.cache_clear()
+    attention_call._known.cache_clear()
     for name, value in found[0].items():
         assert relative_error(found[1][name], value) <= OP[torch.float32], name
 

@@ -80,7 +80,7 @@ def test_calls_and_ops_of_a_warm_call(tmp_path):
 
 FORMS = """
 from itertools import count
-from visattn.ops.fused import attention_launch
+from visattn.ops.fused import attention_call
 
 numbers, functions = count(1), []
 gpu.load_binary = lambda name, *rest: (1, next(numbers), 64, 0, 1024)
@@ -118,7 +118,7 @@ def run(name):
 
 truth = {}
 for name in forms:
-    attention_launch._known.cache_clear()
+    attention_call._known.cache_clear()
     truth[name] = run(name)[0]
 for _ in range(2):
     for name in [*forms, *reversed(forms)]:

@@ -146,9 +146,9 @@ def map_of(x: Tensor) -> Map:
     *outer, last = (0 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True))
     if x.ndim == 4:
         outer.insert(1, 0)
-    if any(stride % 8 for stride in outer):
-        return Map(x, *outer, last, None)
-    return Map(x, *(stride // 8 for stride in outer), last, 1)
+    whole = not any(stride % 8 for stride in outer)
+    b, h, w, n = (stride // 8 if whole else stride for stride in outer)
+    return Map(x, b, h, w, n, last, 1 if whole else None)
 
 
 def named(kernel: Any, *arguments: Any) -> dict[str, Any]:
