@@ -18,7 +18,7 @@ from visattn.ops.fused.attention_arguments import (
     Saved,
     Stats,
 )
-from visattn.ops.fused.attention_call import Call, token_map, strides
+from visattn.ops.fused.attention_call import Call, strides, token_map
 from visattn.ops.fused.tuning import Config
 from visattn.ops.geometry import ceil_div
 
