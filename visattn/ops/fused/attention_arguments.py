@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Map(NamedTuple):
-    """A tensor [B, tokens, N, channels]; strides in numbers."""
+    """A tensor [B, tokens, N, channels]; strides in units of `Meta.UNIT` numbers."""
 
     ptr: Tensor
     stride_b: int
@@ -32,6 +32,9 @@ class Mask(NamedTuple):
     terms: Tensor | None = None  # int16 [queries, LANES], which of them each lane is
     codes: Tensor | None = None  # int32 of the side that holds the keys
     key_mask: Tensor | None = None  # uint8 [B, keys]
+    eye: Tensor | None = (
+        None  # [128, 128] `tile_unit` on the diagonal, by which tiles are added in a product
+    )
 
 
 class Listed(NamedTuple):
@@ -113,6 +116,7 @@ class Meta(NamedTuple):
     LANES: int  # of positions
     ROWS: int  # of a tile
     TILES: int  # that a program holds, each with its own columns
+    ONE_STEP: bool  # all columns are streamed at once
     SPLIT: bool  # programs go over a part of the columns
     SEGMENT: int  # tokens of a listed region, 0 without a list
     WEIGHTED: bool

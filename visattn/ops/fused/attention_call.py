@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,27 +41,16 @@ def _configs(meta: Meta, columns: int, dtype: torch.dtype, sums: int = 1) -> lis
     warps = 2 if held == 16 or (held == 32 and sums == 1) else 4
     if meta.TILES > 1:
         warps = 4
-    # Few padded columns in few steps, as far as registers go: a backward pass needs twice as many, more sums and exact
-    # products of float32 still more.
-    most = 32 if sums == 3 or is_wide else 64
+    # Few padded columns in few steps, as far as registers go: a backward pass needs more sums, and exact products of
+    # float32 twice as many registers.
     width = padded_columns(columns)
-    sizes = [
-        n
-        for n in (16, 32, 64, 128)
-        if n <= min(64, width) or (sums == 1 and meta.D <= 64 and not is_wide)
-    ]
-    sizes = [n for n in sizes if n <= width]
+    most = 32 if sums == 3 or is_wide else 64 if sums == 2 or meta.TILES > 1 or meta.D > 64 else 128
+    sizes = [n for n in (16, 32, 64, 128) if n <= min(width, max(64, most))]
     sizes.sort(key=lambda n: (n > most, ceil_div(columns, n) * (n + 40)))
-    # With one stage a tile is loaded in the layout of a plain load, and its softmax computed there too; with more it is
-    # copied. Three sums leave no room for copies in flight. Copies pass by L1, where tiles held together find the keys
-    # that they share.
-    stages = (
-        (1, 2, 3)
-        if sums == 3 or meta.TILES > 1
-        else (2, 1)
-        if columns <= sizes[0]
-        else (3, 2, 5, 1)
-    )
+    # A single step has nothing to overlap with, and three sums leave no room for copies in flight. Copies pass by L1,
+    # where tiles held together find the keys that they share.
+    in_one = columns <= sizes[0]
+    stages = (1, 2) if in_one else (1, 2, 3) if sums == 3 or meta.TILES > 1 else (3, 2, 5, 1)
     if max(meta.BLOCK_D, meta.BLOCK_DV) * dtype.itemsize > MOST_BYTES // 2:
         sizes, stages = [n for n in (16, 32) if n <= width], (1,)  # for the sake of shared memory
     found = [Config(held, n, 2 * warps if is_wide else warps, s) for n in sizes for s in stages]
@@ -75,8 +65,9 @@ def _with_channels_together(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def token_map(x: Tensor) -> Map:
-    return Map(x, *_outer_strides(x.shape, x.stride(), 3))
+@functools.cache
+def _eye(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return tile_unit(dtype) * torch.eye(128, dtype=dtype, device=device)
 
 
 def strides(x: Tensor, number: int) -> tuple[int, ...]:
@@ -152,6 +143,7 @@ class Call:
         self.o, self.lse = o, lse
         self.extra = 0 if extra_k is None else extra_k.shape[1]
         self._masks: dict[bool, Mask] = {}
+        self._alone = False
         tensors = (
             self.q,
             self.k,
@@ -217,6 +209,13 @@ class Call:
         whole = all(n % unit == 0 for n in numbers) and all(x.data_ptr() % 16 == 0 for x in found)
         return unit if whole else 1
 
+    def map(self, x: Tensor) -> Map:
+        return Map(x, *self._in_units(x.shape, x.stride()))
+
+    @_once
+    def _in_units(self, shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(n // self.unit for n in _outer_strides(shape, stride, 3))
+
     def mask(self, keys_hold: bool) -> Mask:
         """The block mask of one direction and what it adds to logits."""
         if keys_hold not in self._masks:
@@ -228,10 +227,12 @@ class Call:
         if self.key_mask is not None:
             mask = mask._replace(key_mask=self.key_mask)
         if self.rel_pos is not None:
-            mask = mask._replace(rel_pos=token_map(self.rel_pos))
+            mask = mask._replace(rel_pos=self.map(self.rel_pos))
         if self.bias is not None:
             tiles = self._position_tiles(self.bias.detach(), keys_hold)
             mask = mask._replace(tiles=tiles, stride_n=strides(tiles, 1)[0], width=tiles.shape[3])
+        if mask.tiles is not None:
+            mask = mask._replace(eye=_eye(self.q.dtype, self.q.device))
         return mask
 
     @_once
@@ -267,7 +268,14 @@ class Call:
     @property
     def few(self) -> bool:
         """Whether tiles of few rows are held together: what they read is not much, and they meet nothing else."""
-        return max(self.dim, self.value_dim) <= 64 and not self.extra and self.rel_pos is None
+        narrow = max(self.dim, self.value_dim) <= 64 and not self.extra and self.rel_pos is None
+        return narrow and not self._alone
+
+    def alone(self) -> Call:
+        """The same call with tiles that are held one at a time."""
+        found = copy.copy(self)
+        found._alone, found._masks, found.known = True, {}, self.known.setdefault("alone", {})
+        return found
 
     def _position_tiles(self, bias: Tensor, keys_hold: bool) -> Tensor:
         from visattn.ops.fused.attention_kernels import position_tiles_kernel
@@ -315,7 +323,7 @@ class Call:
         if self.extra_k is None or self.extra_v is None:
             return None
         b, t, n, e = (0,) * 4 if self.extra_bias is None else strides(self.extra_bias, 4)
-        return Extra(token_map(self.extra_k), token_map(self.extra_v), self.extra_bias, b, t, n, e)
+        return Extra(self.map(self.extra_k), self.map(self.extra_v), self.extra_bias, b, t, n, e)
 
     @_once
     def sizes(self, keys_hold: bool | None) -> Sizes:
@@ -369,7 +377,10 @@ class Call:
         together = 1
         if mask is not None:
             rows, has_tiles = mask.rows.shape[1], mask.tiles is not None or mask.hidden is not None
-            together = TOGETHER if self.few and rows == 16 else 1
+            if self.kv_indices is None:
+                together = self.block_mask(keys_hold).together
+            elif self.few and rows == 16 and self.sizes(keys_hold).tiles >= TOGETHER:
+                together = TOGETHER
             if mask.hidden is not None:
                 lanes = mask.hidden.shape[2]
             elif mask.terms is not None:
@@ -387,6 +398,7 @@ class Call:
             LANES=lanes,
             ROWS=rows or _block(min(self.extra, 64)),
             TILES=together,
+            ONE_STEP=False,  # until the config is known
             SPLIT=keys_hold is not None and self.splits(keys_hold) > 1,
             SEGMENT=segment,
             WEIGHTED=self.weight is not None,
@@ -414,9 +426,10 @@ class Call:
         `one(config, go)` allocates what the kernel writes and calls `go(programs, ...)` with the kernel's arguments up
         to those that are the same for all.
         """
-        meta = self.meta(keys_hold)
 
         def run(config: Config) -> tuple[Tensor, ...]:
+            meta = self._compiled(keys_hold, shape[1], sums, config)
+
             def go(programs: int | tuple[int, ...], *arguments: Any) -> None:
                 arguments = (*arguments, self.scale, meta, config.block_m, config.block_n)
                 launch(kernel, programs, config, arguments, self.known)
@@ -425,6 +438,14 @@ class Call:
 
         name, shape_class, candidates = self._choices(kernel.__name__, keys_hold, shape, sums)
         return run_tuned(name, shape_class, self.q.device, candidates, run)
+
+    @_once
+    def _compiled(self, keys_hold: bool | None, columns: int, sums: int, config: Config) -> Meta:
+        """The constants of a kernel with a config."""
+        meta = self.meta(keys_hold)
+        # How many regions list a region of keys is known to the GPU alone.
+        at_once = columns <= config.block_n and not (sums == 3 and meta.SEGMENT)
+        return meta._replace(ONE_STEP=at_once)
 
     @_once
     def _choices(

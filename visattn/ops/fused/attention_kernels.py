@@ -95,14 +95,13 @@ def wide(token, META: tl.constexpr):
 
 @triton.jit
 def at_rows(x, b, head, token, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, META: tl.constexpr):
-    """[rows, BLOCK] where the channels of tokens are, and which there are; strides are seen to be multiples of UNIT."""
+    """[rows, BLOCK] where the channels of tokens are, and which there are; strides are in UNITs."""
     offs_d = tl.arange(0, BLOCK)
     keep = column(token) >= 0
     if CHANNELS < BLOCK:
         keep = keep & row(offs_d < CHANNELS)
-    stride_b, stride_n = x.stride_b // META.UNIT * META.UNIT, x.stride_n // META.UNIT * META.UNIT
-    base = x.ptr + b * stride_b + head.to(tl.int64) * stride_n
-    place = column(wide(token, META)) * (x.stride_t // META.UNIT * META.UNIT)
+    base = x.ptr + b * (x.stride_b * META.UNIT) + head.to(tl.int64) * (x.stride_n * META.UNIT)
+    place = column(wide(token, META)) * (x.stride_t * META.UNIT)
     return base + place + row(offs_d), keep
 
 
@@ -303,17 +302,18 @@ def join(qk, v, m_i, l_i, acc, sm_scale, META: tl.constexpr):
     m_ij = tl.maximum(m_i, tl.max(qk, len(qk.shape) - 1))
     shift = tl.where(m_ij == float("-inf"), 0.0, m_ij) if META.CHECKED else m_ij
     c = sm_scale * LOG2E
-    p, alpha = tl.exp2(qk * c - column(shift * c)), tl.exp2((m_i - shift) * c)
+    shift = shift * c
+    p, alpha = tl.exp2(qk * c - column(shift)), tl.exp2(m_i * c - shift)
     l_i = l_i * alpha + tl.sum(p, len(qk.shape) - 1)
     return m_ij, l_i, dot_add(p.to(v.dtype), v, acc * column(alpha), META)
 
 
 @triton.jit
-def eye(rows, META: tl.constexpr, ROWS: tl.constexpr, dtype: tl.constexpr):
+def eye(mask, rows, META: tl.constexpr, ROWS: tl.constexpr):
     """[M, M] by which a position tile is added in a product, if META.EYE; else `rows`."""
     if META.EYE:
         line = tl.arange(0, ROWS)
-        rows = tl.where(line[:, None] == line[None, :], META.TILE_UNIT, 0.0).to(dtype)
+        rows = tl.load(mask.eye + line[:, None] * 128 + line[None, :]).to(rows.dtype)
     return rows
 
 
@@ -328,16 +328,18 @@ def forward_kernel(
     tile, _, offs_m = rows_of(META, BLOCK_M)
     token = tl.load(mask.rows + tile * META.ROWS + offs_m)
     q_i = load_rows(q, b, head, token, META.D, META.BLOCK_D, META)  # [M, D]
-    base, held = tile_of(mask, head, tile, META), eye(q_i, META, BLOCK_M, q_i.dtype)
+    base, held = tile_of(mask, head, tile, META), eye(mask, q_i, META, BLOCK_M)
     if mask.rel_pos is not None:
         held = load_rel_pos(mask, b, head, token, META)  # [M, R]
     if mask.hidden is not None:
         held = load_hidden(mask, tile, offs_m, META)  # [M, R]
     first, total = columns_of(mask, listed, b, head, tile, sizes, META)
 
-    acc, l_i = zeros(token, META.BLOCK_DV), token.to(tl.float32) * 0.0
+    acc, l_i = zeros(token, META.BLOCK_DV), tl.zeros_like(token).to(tl.float32)
     m_i = l_i - float("inf")
     begin, end = columns_to_do(total, z, sizes, META, BLOCK_N)
+    if META.ONE_STEP:
+        begin, end = 0, BLOCK_N  # no loop
     # Tokens are read a step ahead, so that copies overlap with products.
     ahead = load_tokens(mask, listed, first, tile, begin, total, META, BLOCK_N)
     for start_n in range(begin, end, BLOCK_N):
@@ -410,7 +412,7 @@ def queries_backward_kernel(
     first_split = there & (z < sizes.images)
     tl.store(at_line(stats.lse, b, head, token, sizes, META), lse_i, mask=first_split)
     tl.store(at_line(stats.delta, b, head, token, sizes, META), delta_i, mask=first_split)
-    base, held = tile_of(mask, head, tile, META), eye(q_i, META, BLOCK_M, q_i.dtype)
+    base, held = tile_of(mask, head, tile, META), eye(mask, q_i, META, BLOCK_M)
     if mask.rel_pos is not None:
         held = load_rel_pos(mask, b, head, token, META)  # [M, R]
         acc_rel_pos = zeros(token, META.LANES)
@@ -420,6 +422,8 @@ def queries_backward_kernel(
 
     acc = zeros(token, META.BLOCK_D)
     begin, end = columns_to_do(total, z, sizes, META, BLOCK_N)
+    if META.ONE_STEP:
+        begin, end = 0, BLOCK_N  # no loop
     # Tokens are read a step ahead, so that copies overlap with products.
     ahead = load_tokens(mask, listed, first, tile, begin, total, META, BLOCK_N)
     for start_n in range(begin, end, BLOCK_N):
@@ -496,7 +500,7 @@ def keys_backward_kernel(
     token = tl.load(mask.rows + tile * META.ROWS + offs_m)
     k_i = load_rows(k, b, head, token, META.D, META.BLOCK_D, META)  # [M, D]
     v_i = load_rows(v, b, head, token, META.DV, META.BLOCK_DV, META)  # [M, DV]
-    base, held = tile_of(mask, head, tile, META), eye(k_i, META, BLOCK_M, k_i.dtype)
+    base, held = tile_of(mask, head, tile, META), eye(mask, k_i, META, BLOCK_M)
     if mask.rel_pos is not None:
         held = one_hot(tl.load(mask.codes + tile * META.ROWS + offs_m), META, k_i.dtype)  # [M, R]
     if mask.hidden is not None:
@@ -513,6 +517,8 @@ def keys_backward_kernel(
     acc_dk = zeros(token, META.BLOCK_D)
     acc_dv = zeros(token, META.BLOCK_DV)
     begin, end = columns_to_do(total, z, sizes, META, BLOCK_N)
+    if META.ONE_STEP:
+        begin, end = 0, BLOCK_N  # no loop
     # Tokens are read a step ahead, so that copies overlap with products.
     ahead = load_tokens(mask, listed, first, tile, begin, total, META, BLOCK_N)
     for start_n in range(begin, end, BLOCK_N):

@@ -18,7 +18,7 @@ from visattn.ops.fused.attention_arguments import (
     Saved,
     Stats,
 )
-from visattn.ops.fused.attention_call import Call, strides, token_map
+from visattn.ops.fused.attention_call import Call, strides
 from visattn.ops.fused.tuning import Config
 from visattn.ops.geometry import ceil_div
 
@@ -64,8 +64,8 @@ def run_forward(call: Call) -> tuple[Tensor, Tensor]:
     def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:
         o = call.partial(False, call.images, call.queries, call.heads, call.value_dim)
         lse = call.empty(*o.shape[:3], dtype=torch.float32)
-        maps = (token_map(call.q), token_map(call.k), token_map(call.v))
-        go(call.grid(False, config), *maps, Out(token_map(o), lse), mask, listed, extra, sizes)
+        maps = (call.map(call.q), call.map(call.k), call.map(call.v))
+        go(call.grid(False, config), *maps, Out(call.map(o), lse), mask, listed, extra, sizes)
         return (o, lse) if sizes.splits == 1 else _merge(call, o, lse)
 
     o, lse = call.run(forward_kernel, False, (meta.ROWS, call.columns(mask)), 1, one)
@@ -89,10 +89,8 @@ def _queries_backward(call: Call, do: Tensor, saved: Saved) -> tuple[Stats, Grad
         if call.weight is not None:
             shape = (call.images, call.heads, sizes.tiles, meta.ROWS // config.block_m, columns)
             dweight = call.empty(*shape, dtype=torch.float32)
-        grads = QueryGrads(
-            token_map(dq), None if drel_pos is None else token_map(drel_pos), dweight
-        )
-        maps = (token_map(call.q), token_map(call.k), token_map(call.v), token_map(do))
+        grads = QueryGrads(call.map(dq), None if drel_pos is None else call.map(drel_pos), dweight)
+        maps = (call.map(call.q), call.map(call.k), call.map(call.v), call.map(do))
         go(call.grid(False, config), *maps, saved, stats, grads, mask, listed, extra, sizes)
         if dweight is not None:
             dweight = dweight.sum(3).unflatten(3, (-1, mask.columns_number)).sum(4)
@@ -143,12 +141,12 @@ def _keys_backward(call: Call, do: Tensor, stats: Stats) -> tuple[Tensor, ...]:
 
     def one(config: Config, go: Callable[..., None]) -> tuple[Tensor, ...]:
         dk, dv = call.partial(True, *call.k.shape), call.partial(True, *call.v.shape)
-        maps = (token_map(call.q), token_map(call.k), token_map(call.v), token_map(do))
+        maps = (call.map(call.q), call.map(call.k), call.map(call.v), call.map(do))
         go(
             call.grid(True, config),
             *maps,
             stats,
-            KeyGrads(token_map(dk), token_map(dv)),
+            KeyGrads(call.map(dk), call.map(dv)),
             mask,
             listed,
             call.sizes(True),
@@ -162,6 +160,7 @@ def _tiles_backward(call: Call, do: Tensor, stats: Stats) -> Tensor:
     """The gradient of bias."""
     from visattn.ops.fused.attention_kernels import tiles_backward_kernel
 
+    call = call.alone()  # few rows at a time would read their keys too often
     found, mask, bias = call.block_mask(False), call.mask(False), cast(Tensor, call.bias)
     meta = call.meta(False)
 
@@ -171,7 +170,7 @@ def _tiles_backward(call: Call, do: Tensor, stats: Stats) -> Tensor:
         )
         parts, numbers = found.parts(call.images, max(1, _SPLIT_TILES // blocks))
         partial = call.empty(len(parts), call.heads, meta.ROWS, mask.width, dtype=torch.float32)
-        maps = (token_map(call.q), token_map(call.k), token_map(call.v), token_map(do))
+        maps = (call.map(call.q), call.map(call.k), call.map(call.v), call.map(do))
         go(
             blocks * len(parts),
             *maps,
@@ -202,11 +201,11 @@ def _extra_backward(call: Call, do: Tensor, stats: Stats) -> tuple[Tensor, ...]:
             call.empty(splits * call.images, call.extra, call.heads, n, dtype=torch.float32)
             for n in (call.dim, call.value_dim)
         )
-        grads = KeyGrads(token_map(dk), token_map(dv))
+        grads = KeyGrads(call.map(dk), call.map(dv))
         go(
             blocks * splits,
-            token_map(call.q),
-            token_map(do),
+            call.map(call.q),
+            call.map(do),
             stats,
             grads,
             extra,
@@ -237,8 +236,8 @@ def _extra_bias_backward(call: Call, do: Tensor, stats: Stats) -> Tensor:
         dbias = call.empty(groups, call.queries, call.heads, call.extra, dtype=torch.float32)
         go(
             groups * blocks,
-            token_map(call.q),
-            token_map(do),
+            call.map(call.q),
+            call.map(do),
             stats,
             dbias,
             extra,
@@ -254,7 +253,7 @@ def _extra_bias_backward(call: Call, do: Tensor, stats: Stats) -> Tensor:
 def run_backward(call: Call, wanted: dict[str, bool]) -> Grads:
     """Gradients of q, rel_pos and weight in any case and of the others that are wanted."""
     do, o, lse = (cast(Tensor, x) for x in (call.do, call.o, call.lse))
-    stats, grads = _queries_backward(call, do, Saved(token_map(o), lse, call.dlse))
+    stats, grads = _queries_backward(call, do, Saved(call.map(o), lse, call.dlse))
     if wanted["k"] or wanted["v"]:
         grads.k, grads.v = _keys_backward(call, do, stats)
     if wanted["bias"]:

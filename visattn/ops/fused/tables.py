@@ -291,7 +291,7 @@ def block_mask(
             codes = outer_index(place, [1] * len(axes))
             codes = F.pad(codes, (0, (rows if keys_hold else columns).shape[1] - codes.shape[1]))
             codes = put(codes)
-        together = TOGETHER if few and rows.shape[1] == 16 else 1
+        together = TOGETHER if few and rows.shape[1] == 16 and len(rows) >= TOGETHER else 1
         more = (0, 0, 0, -len(rows) % together)
         members = torch.sort(kind, stable=True).indices
         counts = tuple(torch.bincount(kind, minlength=math.prod(kinds)).tolist())
