@@ -37,6 +37,7 @@ from report import number, show, version, write
 from torch import Tensor
 
 from visattn.ops.fused import support
+from visattn.ops.fused.attention_call import Call
 from visattn.ops.fused.launch import Launch, record
 
 LAYERS = (
@@ -318,6 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     known, modes = {case.name: case for case in CUDA_CASES}, ("forward", "backward")
     parser.add_argument("--cases", nargs="+", default=LAYERS, choices=known)
     parser.add_argument("--modes", nargs="+", default=modes, choices=modes)
+    parser.add_argument("--alone", action="store_true", help="tiles of any size one at a time, none held together")
     parser.add_argument("--stages", type=int, help="of the software pipeline, in place of the default config's")
     parser.add_argument(
         "--state", default="after", choices=("before", "after"), help="of a change; OUT keeps the other"
@@ -328,6 +330,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("expected kernels that can be compiled, got interpreted ones; try without TRITON_INTERPRET", flush=True)
         return 2
     os.environ["VISATTN_TUNE"] = "off"
+    if args.alone:
+        Call.few = False  # pyrefly: ignore[bad-assignment]: of this process
     places = earlier(args.out, args.state) if args.out else {}
     programs: dict[tuple, Any] = {}
     for case in (known[name] for name in args.cases):

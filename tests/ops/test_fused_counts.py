@@ -17,12 +17,14 @@ def rows(tmp_path_factory):
     folder, found = tmp_path_factory.mktemp("counts"), {}
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env.update(TRITON_CACHE_DIR=str(folder / "cache"), OMP_NUM_THREADS="1")
-    for mode, cases in {
-        "forward": ("na2d_56", "window_56", "aggregated_56"),
-        "backward": ("na2d_56", "window_56"),
-    }.items():
+    for mode, *argv in (
+        ("forward", "na2d_56", "window_56"),
+        ("backward", "na2d_56", "window_56"),
+        ("alone", "na2d_56_bias", "--alone", "--modes", "forward"),
+    ):
         out = folder / mode
-        command = [sys.executable, str(TOOL), "--modes", mode, "--out", str(out), "--cases", *cases]
+        command = [sys.executable, str(TOOL), "--out", str(out), "--cases", *argv]
+        command += [] if mode == "alone" else ["--modes", mode]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         for place in json.loads(out.with_suffix(".json").read_text())["results"]:
@@ -37,13 +39,13 @@ def test_queries_of_small_windows_see_few_keys_too_many(rows):
     assert row["mufu_per_query"] <= 140
 
 
-def test_a_step_of_64_keys(rows):
+def test_a_step_of_128_keys(rows):
     """With a position tile, which is added in a product, and copies that fly while the step computes."""
-    (row,) = rows["aggregated_56", "forward"]
-    assert row["config"] == "64x64 w4 s3"
-    instructions, exponentials = row["loops"][0]
-    assert instructions <= 370
-    assert exponentials == 34  # a thread has 32 of the 64 x 64 weights, and 2 rows to rescale
+    (row,) = rows["na2d_56_bias", "alone"]
+    assert row["config"] == "64x128 w4 s3"
+    ((instructions, exponentials),) = row["loops"]
+    assert instructions <= 2 * 370
+    assert exponentials == 66  # a thread has 64 of the 64 x 128 weights, and 2 rows to rescale
     assert min(int(event.split()[1]) for event in row["order"][0] if event.startswith("wait")) >= 2
 
 

@@ -58,8 +58,8 @@ for name, op in (("neighborhood", ops.neighborhood_attention), ("window", ops.wi
         for mode, run in (("forward", forward), ("train", train)):
             print((name, bias is not None, mode, calls(run), dispatched(run)))
 """
-# Of Python functions in a warm call; there were 139, 170, 326 and 472 when this was written.
-MOST_CALLS = {("forward", False): 150, ("forward", True): 180, ("train", False): 355, ("train", True): 510}
+# Of Python functions in a warm call; there were 139, 170, 326 and 543 when this was written.
+MOST_CALLS = {("forward", False): 150, ("forward", True): 180, ("train", False): 355, ("train", True): 570}
 ALLOCATING = {"empty", "empty_like", "empty_strided"}
 VIEWING = {"flatten", "reshape", "_reshape_alias", "view", "_unsafe_view", "unflatten", "detach", "as_strided"}
 SUMMING = {"cat", "stack", "index_select", "split", "split_with_sizes", "slice", "narrow", "sum", "pad", "to"}
@@ -126,7 +126,8 @@ for _ in range(2):
         assert function == truth[name], name
         for map, x in zip(maps, forms[name]):
             assert name == "transposed map" or map.ptr.data_ptr() == x.data_ptr()
-            assert tuple(map[1:]) == tuple(0 if n == 1 else s for n, s in zip(map.ptr.shape[:3], map.ptr.stride()))
+            strides = tuple(0 if n == 1 else s for n, s in zip(map.ptr.shape[:3], map.ptr.stride()))
+            assert strides in [tuple(unit * n for n in map[1:]) for unit in (1, 16 // x.element_size())]
 print(len(set(truth.values())))
 """
 
