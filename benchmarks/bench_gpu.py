@@ -1,4 +1,4 @@
-"""All that a lent GPU is needed for, in two calls of 9 minutes together.
+"""All that a GPU is needed for, in two calls of 9 minutes together.
 
     python benchmarks/bench_gpu.py --out $OUT --minutes 4.3 --steps gates compile triton
     python benchmarks/bench_gpu.py --out $OUT --minutes 4.7 --steps ablations ceilings peers host models

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Map(NamedTuple):
-    """A tensor [B, tokens, N, channels]; strides in units of `Meta.UNIT` numbers."""
+    """A tensor [B, tokens, N, channels]; strides in units of `Meta.UNIT` numbers, of `rel_pos` in numbers."""
 
     ptr: Tensor
     stride_b: int

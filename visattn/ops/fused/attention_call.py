@@ -227,7 +227,7 @@ class Call:
         if self.key_mask is not None:
             mask = mask._replace(key_mask=self.key_mask)
         if self.rel_pos is not None:
-            mask = mask._replace(rel_pos=self.map(self.rel_pos))
+            mask = mask._replace(rel_pos=Map(self.rel_pos, *strides(self.rel_pos, 3)))
         if self.bias is not None:
             tiles = self._position_tiles(self.bias.detach(), keys_hold)
             mask = mask._replace(tiles=tiles, stride_n=strides(tiles, 1)[0], width=tiles.shape[3])

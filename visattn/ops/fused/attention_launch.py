@@ -12,6 +12,7 @@ from torch import Tensor
 from visattn.ops.fused.attention_arguments import (
     KeyGrads,
     Listed,
+    Map,
     Out,
     Parts,
     QueryGrads,
@@ -89,7 +90,8 @@ def _queries_backward(call: Call, do: Tensor, saved: Saved) -> tuple[Stats, Grad
         if call.weight is not None:
             shape = (call.images, call.heads, sizes.tiles, meta.ROWS // config.block_m, columns)
             dweight = call.empty(*shape, dtype=torch.float32)
-        grads = QueryGrads(call.map(dq), None if drel_pos is None else call.map(drel_pos), dweight)
+        terms = None if drel_pos is None else Map(drel_pos, *strides(drel_pos, 3))
+        grads = QueryGrads(call.map(dq), terms, dweight)
         maps = (call.map(call.q), call.map(call.k), call.map(call.v), call.map(do))
         go(call.grid(False, config), *maps, saved, stats, grads, mask, listed, extra, sizes)
         if dweight is not None:
@@ -246,7 +248,7 @@ def _extra_bias_backward(call: Call, do: Tensor, stats: Stats) -> Tensor:
         )
         return (dbias.sum(shared, keepdim=True) if shared else dbias,)
 
-    (dbias,) = call.run(extra_bias_backward_kernel, None, (meta.ROWS, call.extra), 2, one)
+    (dbias,) = call.run(extra_bias_backward_kernel, None, (meta.ROWS, call.extra), 3, one)
     return dbias.to(bias.dtype)
 
 
