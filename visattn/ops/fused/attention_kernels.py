@@ -358,7 +358,7 @@ def forward_kernel(
             qk, mask, held, streamed, base, offs_m, offs_n, token_n, sm_scale, META, META.CHECKED
         )
         m_i, l_i, acc = join(qk, v_j, m_i, l_i, acc, sm_scale, META)
-    if extra is not None:
+    if META.EXTRA > 0:
         for start_e in range(0, sizes.extra, META.EXTRA):
             offs_e = start_e + tl.arange(0, META.EXTRA)
             token_e = tl.where(offs_e < sizes.extra, offs_e, -2)
@@ -468,7 +468,7 @@ def queries_backward_kernel(
         acc = dot_add(ds.to(k_j.dtype), k_j, acc, META)
         if mask.rel_pos is not None:
             acc_rel_pos = dot_add(ds.to(streamed.dtype), streamed, acc_rel_pos, META)
-    if extra is not None:
+    if META.EXTRA > 0:
         for start_e in range(0, sizes.extra, META.EXTRA):
             offs_e = start_e + tl.arange(0, META.EXTRA)
             token_e = tl.where(offs_e < sizes.extra, offs_e, -2)
