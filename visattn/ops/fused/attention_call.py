@@ -45,7 +45,8 @@ def _configs(meta: Meta, columns: int, dtype: torch.dtype, sums: int = 1) -> lis
     # float32 twice as many registers.
     width = padded_columns(columns)
     most = 32 if sums == 3 or is_wide else 64 if sums == 2 or meta.TILES > 1 or meta.D > 64 else 128
-    sizes = [n for n in (16, 32, 64, 128) if n <= min(width, max(64, most))]
+    least = 16 if width <= 64 else 32
+    sizes = [n for n in (16, 32, 64, 128) if least <= n <= min(width, max(64, most))]
     sizes.sort(key=lambda n: (n > most, ceil_div(columns, n) * (n + 40)))
     # A single step has nothing to overlap with, and three sums leave no room for copies in flight. Copies pass by L1,
     # where tiles held together find the keys that they share.
