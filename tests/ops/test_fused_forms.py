@@ -106,7 +106,7 @@ def test_position_tiles_as_a_product(metas):
     assert forms(metas, "EYE") == [True] * 3
 
 
-@pytest.mark.parametrize("scale", [-0.5, 0.0, 1e-4])
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 1e-7])
 def test_any_scale(scale, poisoned_empty):
     check(ops.neighborhood_attention, problem(8, bias=True, scale=scale), torch.float16)
 
