@@ -152,27 +152,39 @@ def test_tilings_know_of_holes(axes):
     assert found.has_holes == bool((found.columns == OUTSIDE).any())
 
 
+def groups(found):
+    """[groups, together] tiles, NONE where there is none; and which hold rows."""
+    members = found.members.long().view(-1, found.together)
+    tiles = (found.rows >= 0).any(1).nonzero().flatten().tolist()
+    return members, tiles
+
+
+@pytest.mark.parametrize("few", [False, True])
 @each_tiling
-def test_members_list_each_tile_once_by_kind(axes, keys_hold):
-    found = block_mask(axes, keys_hold, CPU)
-    assert found.members.sort().values.tolist() == list(range(len(found.rows)))
-    assert sum(found.counts) == len(found.rows)
-    for kind, members in enumerate(found.members.long().split(found.counts)):
-        assert (found.kind[members] == kind).all()
+def test_members_list_each_tile_once_by_kind(axes, keys_hold, few):
+    found = block_mask(axes, keys_hold, CPU, 0, few)
+    members, tiles = groups(found)
+    assert members[members != NONE].sort().values.tolist() == tiles
+    assert sum(found.counts) == len(members)
+    for kind, group in enumerate(members.split(found.counts)):
+        assert (group[:, 0] != NONE).all()
+        assert (found.kind[group[group != NONE]] == kind).all()
 
 
 @pytest.mark.parametrize("number", [1, 7, 10**6])
+@pytest.mark.parametrize("few", [False, True])
 @each_tiling
-def test_parts_are_the_tiles_of_all_images(axes, keys_hold, number):
-    found, images = block_mask(axes, keys_hold, CPU), 3
+def test_parts_are_the_tiles_of_all_images(axes, keys_hold, few, number):
+    found, images = block_mask(axes, keys_hold, CPU, 0, few), 3
+    members, tiles = groups(found)
     parts, numbers = found.parts(images, number)
     assert len(parts) == sum(numbers) <= number + len(found.counts)
-    seen = [
-        (int(found.members[first + i // images]), i % images) for _, first, a, b in parts.tolist() for i in range(a, b)
-    ]
-    assert sorted(seen) == [(tile, image) for tile in range(len(found.rows)) for image in range(images)]
+    met = [(members[first + i // images], i % images) for _, first, a, b in parts.tolist() for i in range(a, b)]
+    seen = [(tile, image) for group, image in met for tile in group.tolist() if tile != NONE]
+    assert sorted(seen) == [(tile, image) for tile in tiles for image in range(images)]
     for which, first, start, stop in parts.tolist():
-        assert (found.kind[found.members[first + start // images : first + -(-stop // images)].long()] == which).all()
+        group = members[first + start // images : first + -(-stop // images)]
+        assert (found.kind[group[group != NONE]] == which).all()
     assert parts[:, 0].bincount(minlength=len(numbers)).tolist() == numbers
 
 

@@ -102,8 +102,8 @@ class KeyGrads(NamedTuple):
 
 
 class Parts(NamedTuple):
-    parts: Tensor  # int32 [parts, 4]: kind, first of its tiles in members, start and stop among their images
-    members: Tensor  # int32 [T]
+    parts: Tensor  # int32 [parts, 4]: kind, first of its groups in members, start and stop among their images
+    members: Tensor  # int32 [groups * TILES]
 
 
 class Meta(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -144,7 +143,6 @@ class Call:
         self.o, self.lse = o, lse
         self.extra = 0 if extra_k is None else extra_k.shape[1]
         self._masks: dict[bool, Mask] = {}
-        self._alone = False
         tensors = (
             self.q,
             self.k,
@@ -269,14 +267,7 @@ class Call:
     @property
     def few(self) -> bool:
         """Whether tiles of few rows are held together: what they read is not much, and they meet nothing else."""
-        narrow = max(self.dim, self.value_dim) <= 64 and not self.extra and self.rel_pos is None
-        return narrow and not self._alone
-
-    def alone(self) -> Call:
-        """The same call with tiles that are held one at a time."""
-        found = copy.copy(self)
-        found._alone, found._masks, found.known = True, {}, self.known.setdefault("alone", {})
-        return found
+        return max(self.dim, self.value_dim) <= 64 and not self.extra and self.rel_pos is None
 
     def _position_tiles(self, bias: Tensor, keys_hold: bool) -> Tensor:
         from visattn.ops.fused.attention_kernels import position_tiles_kernel

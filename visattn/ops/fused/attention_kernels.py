@@ -561,46 +561,47 @@ def tiles_backward_kernel(
     q, k, v, do, stats, dtiles, parts, mask, sizes, sm_scale,
     META: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradient [parts, N, M, U] of the position tiles: a program sums a part of the images of the tiles of a kind."""
+    """Gradient [parts, N, M, U] of the position tiles: a program sums a part of the images of the tiles of a kind.
+
+    With META.TILES > 1 it goes over so many tiles at a time.
+    """
     pid = tl.program_id(0)
     column_blocks = tl.cdiv(mask.columns_number, BLOCK_N)
-    offs_n = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start_n = (pid % column_blocks) * BLOCK_N
+    offs_n = start_n + tl.arange(0, BLOCK_N)
     pid = pid // column_blocks
     offs_m = (pid % (META.ROWS // BLOCK_M)) * BLOCK_M + tl.arange(0, BLOCK_M)
     pid = pid // (META.ROWS // BLOCK_M)
     head = pid % sizes.heads
     pid = pid // sizes.heads
     part = parts.parts + pid * 4
-    kind, first, start, stop = (
-        tl.load(part),
-        tl.load(part + 1),
-        tl.load(part + 2),
-        tl.load(part + 3),
-    )
+    kind, first = tl.load(part), tl.load(part + 1)
+    start, stop = tl.load(part + 2), tl.load(part + 3)
     base = head.to(tl.int64) * mask.stride_n + kind.to(tl.int64) * META.ROWS * mask.width
     at_tile = offs_m[:, None] * mask.width + offs_n[None, :]
     tile_ij = tl.load(mask.tiles + base + at_tile).to(tl.float32) * META.TILE_UNIT  # [M, N]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    held = tl.arange(0, META.TILES)[:, None] if META.TILES > 1 else 0
+    acc = zeros(held + offs_m, BLOCK_N)
     for i in range(start, stop):
-        tile = tl.load(parts.members + first + i // sizes.images)
+        tile = tl.load(parts.members + (first + i // sizes.images) * META.TILES + held)
         b = (i % sizes.images).to(tl.int64)
-        token = tl.load(mask.rows + tile * META.ROWS + offs_m)
-        token_n = tl.load(
-            mask.columns + tile * mask.columns_number + offs_n,
-            mask=offs_n < mask.columns_number,
-            other=-2,
-        )
+        there = (tile >= 0) & (offs_m >= 0)
+        token = tl.load(mask.rows + tile * META.ROWS + offs_m, mask=there, other=-2)
+        total = tl.where(tile >= 0, mask.columns_number, 0)
+        token_n = load_tokens(mask, None, 0, tile, start_n, total, META, BLOCK_N)
         token_n = without_hidden(token_n, mask, b, sizes)
         q_i = load_rows(q, b, head, token, META.D, META.BLOCK_D, META)
         do_i = load_rows(do, b, head, token, META.DV, META.BLOCK_DV, META)
         k_j = load_rows(k, b, head, token_n, META.D, META.BLOCK_D, META)
         v_j = load_rows(v, b, head, token_n, META.DV, META.BLOCK_DV, META)
         lse_i, delta_i = load_stats(stats, b, head, token, sizes, META)
-        qk = dot_add(q_i, tl.trans(k_j), tile_ij, META)
+        qk = dot(q_i, mT(k_j), META) + tile_ij  # [M, N]
         if META.CHECKED:
-            qk = tl.where((token_n >= META.LOWEST)[None, :], qk, float("-inf"))
-        p = weights(qk, lse_i[:, None], sm_scale)
-        acc += p * (dot(do_i, tl.trans(v_j), META) - delta_i[:, None])
+            qk = tl.where(row(token_n >= META.LOWEST), qk, float("-inf"))
+        p = weights(qk, column(lse_i), sm_scale)
+        acc += p * (dot(do_i, mT(v_j), META) - column(delta_i))
+    if META.TILES > 1:
+        acc = tl.sum(acc, 0)
     place = (pid.to(tl.int64) * sizes.heads + head) * META.ROWS * mask.width
     tl.store(dtiles + place + at_tile, acc)
 

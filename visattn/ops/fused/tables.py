@@ -155,8 +155,8 @@ class BlockMask:
         rows: int32 [T, M] tokens, negative where there is none; M is a whole number of blocks of rows.
         columns: int32 [T, U] tokens, OUTSIDE or NONE where there is none; U is a multiple of `STEP`.
         kind: int32 [T] which of the `kinds` different tiles a tile is.
-        members: int32 [T] tiles in the order of their kinds.
-        counts: How many tiles there are of each kind.
+        members: int32 [sum(counts) * together] tiles in the order of their kinds, NONE where groups are not full.
+        counts: How many groups of `together` tiles there are of each kind.
         codes: With decomposed relative positions, int32 of the side that holds the keys, [T, M] or [T, U]: lane of the
             rows' position + 65536 * that of the columns'; see `Spans.window`.
         patterns: On the CPU, per axis [C, t, U] the entry of a position table for each pair, -1 where not visible.
@@ -182,7 +182,7 @@ class BlockMask:
     def parts(self, images: int, number: int) -> tuple[Tensor, list[int]]:
         """The tiles of all images in about `number` equal parts of one kind each, and how many parts a kind has.
 
-        Parts are int32 [parts, 4]: kind, first of its tiles in `members`, start and stop among their images.
+        Parts are int32 [parts, 4]: kind, first of its groups in `members`, start and stop among their images.
         """
         size, parts, first, numbers = ceil_div(sum(self.counts) * images, number), [], 0, []
         for kind, count in enumerate(self.counts):
@@ -293,8 +293,9 @@ def block_mask(
             codes = put(codes)
         together = TOGETHER if few and rows.shape[1] == 16 and len(rows) >= TOGETHER else 1
         more = (0, 0, 0, -len(rows) % together)
-        members = torch.sort(kind, stable=True).indices
-        counts = tuple(torch.bincount(kind, minlength=math.prod(kinds)).tolist())
+        counts = torch.bincount(kind, minlength=math.prod(kinds)).tolist()
+        members = torch.sort(kind, stable=True).indices.split(counts)
+        members = torch.cat([F.pad(m, (0, -len(m) % together), value=NONE) for m in members])
         rows, columns = (F.pad(x, more, value=NONE) for x in (rows, columns))
         kind = F.pad(kind, more[2:])
         return BlockMask(
@@ -302,7 +303,7 @@ def block_mask(
             put(columns),
             put(kind),
             members=put(members),
-            counts=counts,
+            counts=tuple(ceil_div(count, together) for count in counts),
             together=together,
             codes=codes,
             patterns=tuple(cut.pattern for cut in cuts),
