@@ -579,15 +579,19 @@ def tiles_backward_kernel(
     start, stop = tl.load(part + 2), tl.load(part + 3)
     base = head.to(tl.int64) * mask.stride_n + kind.to(tl.int64) * META.ROWS * mask.width
     at_tile = offs_m[:, None] * mask.width + offs_n[None, :]
-    tile_ij = tl.load(mask.tiles + base + at_tile).to(tl.float32) * META.TILE_UNIT  # [M, N]
-    held = tl.arange(0, META.TILES)[:, None] if META.TILES > 1 else 0
-    acc = zeros(held + offs_m, BLOCK_N)
+    held = tl.arange(0, META.TILES)[:, None] if META.TILES > 1 else 0  # [TILES, 1]
+    acc = zeros(held + offs_m, BLOCK_N)  # [M, N], or of each tile
+    tile_ij = acc + tl.load(mask.tiles + base + at_tile).to(tl.float32) * META.TILE_UNIT
     for i in range(start, stop):
         tile = tl.load(parts.members + (first + i // sizes.images) * META.TILES + held)
         b = (i % sizes.images).to(tl.int64)
-        there = (tile >= 0) & (offs_m >= 0)
-        token = tl.load(mask.rows + tile * META.ROWS + offs_m, mask=there, other=-2)
-        total = tl.where(tile >= 0, mask.columns_number, 0)
+        total = mask.columns_number
+        if META.TILES > 1:  # the last group of a kind may have fewer
+            total = tl.where(tile >= 0, total, 0)
+            tile = tl.maximum(tile, 0)
+        token = tl.load(mask.rows + tile * META.ROWS + offs_m)
+        if META.TILES > 1:
+            token = tl.where(total > 0, token, -2)
         token_n = load_tokens(mask, None, 0, tile, start_n, total, META, BLOCK_N)
         token_n = without_hidden(token_n, mask, b, sizes)
         q_i = load_rows(q, b, head, token, META.D, META.BLOCK_D, META)
@@ -595,7 +599,7 @@ def tiles_backward_kernel(
         k_j = load_rows(k, b, head, token_n, META.D, META.BLOCK_D, META)
         v_j = load_rows(v, b, head, token_n, META.DV, META.BLOCK_DV, META)
         lse_i, delta_i = load_stats(stats, b, head, token, sizes, META)
-        qk = dot(q_i, mT(k_j), META) + tile_ij  # [M, N]
+        qk = dot_add(q_i, mT(k_j), tile_ij, META)
         if META.CHECKED:
             qk = tl.where(row(token_n >= META.LOWEST), qk, float("-inf"))
         p = weights(qk, column(lse_i), sm_scale)
