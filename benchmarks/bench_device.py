@@ -6,12 +6,13 @@ import re
 import statistics
 import sys
 import time
-import weakref
 from collections.abc import Callable
 
 import torch
 from op_floors import Rates
 from torch.profiler import profile
+
+from visattn.ops.fused.tuning_search import CudaTimer
 
 NO_CUDA = "no CUDA device: not measured"
 
@@ -66,44 +67,22 @@ def slug(name: str) -> str:
 
 
 class Cuda(Cpu):
-    """The current GPU, in seconds between two events around the call.
-
-    Before each call the L2 cache is filled with other data by reading it (writing would leave lines that the call had
-    to evict), and the GPU waits until the host has launched the call's kernels, so that they are timed, not Python.
-    What the host took is kept as `host_seconds`.
-    """
+    """The current GPU, timed as the tuner does; what the host took to launch a call is kept as `host_seconds`."""
 
     is_gpu = True
-    CLOCK = 2e9  # cycles per second, at least: for the wait
-    WAIT = (1e-3, 20e-3)  # seconds, before the first call of a run and at most
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
         properties = torch.cuda.get_device_properties(self.torch_device)
         self.name = properties.name
         self.processors = properties.multi_processor_count
-        cache = getattr(properties, "L2_cache_size", 0) or 64 << 20
-        self._other = torch.zeros(cache, device=self.torch_device)  # four times the cache
-        self._sum = torch.zeros((), device=self.torch_device)
-        self._hosts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self._timer = CudaTimer()
 
     def seconds(self, run: Callable[[], object]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        last = self._hosts.get(run)
-        wait = self.WAIT[0] if last is None else min(2 * last + 1e-4, self.WAIT[1])
-        torch.sum(self._other, dim=0, out=self._sum)
-        torch.cuda._sleep(int(wait * self.CLOCK))
-        start.record()
-        began = time.perf_counter()
-        kept = run()
-        self._hosts[run] = time.perf_counter() - began
-        end.record()
-        end.synchronize()
-        del kept
-        return start.elapsed_time(end) / 1e3
+        return self._timer(run) / 1e3
 
     def host_seconds(self, run: Callable[[], object]) -> float | None:
-        return self._hosts.get(run)
+        return self._timer.host_seconds.get(run)
 
     def peak_bytes(self, run: Callable[[], object]) -> int:
         self.synchronize()
