@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from op_floors import Rates
@@ -14,6 +15,7 @@ from torch.profiler import profile
 
 from visattn.ops.fused.tuning_search import CudaTimer
 
+T = TypeVar("T")
 NO_CUDA = "no CUDA device: not measured"
 
 
@@ -117,6 +119,20 @@ class Cuda(Cpu):
         for _ in range(3):
             run()
         return statistics.median(self.seconds(run) for _ in range(10))
+
+
+def captured(run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A call as a CUDA graph, and what it returned: tensors that each replay writes again."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    return graph, found
 
 
 def open_device(name: str) -> Cpu:
