@@ -6,13 +6,16 @@ import re
 import statistics
 import sys
 import time
-import weakref
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from op_floors import Rates
 from torch.profiler import profile
 
+from visattn.ops.fused.tuning_search import CudaTimer
+
+T = TypeVar("T")
 NO_CUDA = "no CUDA device: not measured"
 
 
@@ -66,44 +69,22 @@ def slug(name: str) -> str:
 
 
 class Cuda(Cpu):
-    """The current GPU, in seconds between two events around the call.
-
-    Before each call the L2 cache is filled with other data by reading it (writing would leave lines that the call had
-    to evict), and the GPU waits until the host has launched the call's kernels, so that they are timed, not Python.
-    What the host took is kept as `host_seconds`.
-    """
+    """The current GPU, timed as the tuner does; what the host took to launch a call is kept as `host_seconds`."""
 
     is_gpu = True
-    CLOCK = 2e9  # cycles per second, at least: for the wait
-    WAIT = (1e-3, 20e-3)  # seconds, before the first call of a run and at most
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
         properties = torch.cuda.get_device_properties(self.torch_device)
         self.name = properties.name
         self.processors = properties.multi_processor_count
-        cache = getattr(properties, "L2_cache_size", 0) or 64 << 20
-        self._other = torch.zeros(cache, device=self.torch_device)  # four times the cache
-        self._sum = torch.zeros((), device=self.torch_device)
-        self._hosts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self._timer = CudaTimer()
 
     def seconds(self, run: Callable[[], object]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        last = self._hosts.get(run)
-        wait = self.WAIT[0] if last is None else min(2 * last + 1e-4, self.WAIT[1])
-        torch.sum(self._other, dim=0, out=self._sum)
-        torch.cuda._sleep(int(wait * self.CLOCK))
-        start.record()
-        began = time.perf_counter()
-        kept = run()
-        self._hosts[run] = time.perf_counter() - began
-        end.record()
-        end.synchronize()
-        del kept
-        return start.elapsed_time(end) / 1e3
+        return self._timer(run) / 1e3
 
     def host_seconds(self, run: Callable[[], object]) -> float | None:
-        return self._hosts.get(run)
+        return self._timer.host_seconds.get(run)
 
     def peak_bytes(self, run: Callable[[], object]) -> int:
         self.synchronize()
@@ -138,6 +119,20 @@ class Cuda(Cpu):
         for _ in range(3):
             run()
         return statistics.median(self.seconds(run) for _ in range(10))
+
+
+def captured(run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A call as a CUDA graph, and what it returned: tensors that each replay writes again."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    return graph, found
 
 
 def open_device(name: str) -> Cpu:

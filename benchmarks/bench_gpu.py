@@ -42,7 +42,7 @@ import bench_ops
 import gpu_report
 import report
 import torch
-from bench_device import NO_CUDA, Cuda, slug
+from bench_device import NO_CUDA, Cuda, captured, slug
 from gpu_models import CUDA_MODELS, TIMM
 from gpu_report import BOTH, FORWARD, TRITON
 from gpu_session import Program, Row, Session, Task, cells, outcomes
@@ -300,7 +300,7 @@ def host_seconds(case: Case, mode: str, way: str, device: torch.device, calls: i
         attend = torch.compile(attend, mode="reduce-overhead", dynamic=False)
     run = runner(attend, inputs, mode, torch.ones((case.batch, *case.size, case.heads, case.dim), device=device))
     if way == "CUDA graph":
-        run = captured(run).replay
+        run = captured(run)[0].replay
     for _ in range(3):
         run()
     torch.cuda.synchronize()
@@ -309,20 +309,6 @@ def host_seconds(case: Case, mode: str, way: str, device: torch.device, calls: i
         run()
     torch.cuda.synchronize()
     return (time.perf_counter() - start) / calls
-
-
-def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A call as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
 
 
 def keep_earlier(out: Path, results: Path) -> None:

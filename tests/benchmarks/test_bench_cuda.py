@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-import weakref
+from types import SimpleNamespace
 from typing import ClassVar
 
 import bench_device
@@ -260,9 +260,14 @@ class Clock:
 
 
 def test_time_between_events(monkeypatch):
-    device = bench_device.Cuda.__new__(bench_device.Cuda)
-    device._other, device._sum, device._hosts = torch.ones(8), torch.zeros(()), weakref.WeakKeyDictionary()
-    waits = []
+    zeros, waits = torch.zeros, []
+    properties = SimpleNamespace(name="GPU", multi_processor_count=1, L2_cache_size=8)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *device: properties)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: zeros(*shape))
+    device = bench_device.Cuda()
+    timer = device._timer
+    timer._other.fill_(1)
     monkeypatch.setattr(Clock, "log", [])
     monkeypatch.setattr(torch.cuda, "Event", Clock)
     monkeypatch.setattr(torch.cuda, "_sleep", waits.append)
@@ -273,9 +278,9 @@ def test_time_between_events(monkeypatch):
 
     assert device.seconds(run) == 0.003
     assert Clock.log == ["record", "run", "record", "synchronize"]
-    assert device._sum == 8, "other data went through the cache"
+    assert timer._sum == 8, "other data went through the cache"
     assert 0.01 < device.host_seconds(run) < 0.1
     device.seconds(run)
-    assert waits[0] == 1e-3 * device.CLOCK
-    assert waits[1] == device.WAIT[1] * device.CLOCK, "at most"
+    assert waits[0] == 1e-3 * timer.CLOCK
+    assert waits[1] == timer.WAIT[1] * timer.CLOCK, "at most"
     assert device.host_seconds(lambda: None) is None

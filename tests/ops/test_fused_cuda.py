@@ -6,6 +6,7 @@ Benchmarks time nothing before these have passed, also as ptxas compiles without
 import pytest
 import timm
 import torch
+from bench_device import captured
 from gpu_report import BOTH
 from op_cases import TINY
 from op_gate import Given, runner
@@ -112,15 +113,7 @@ def test_a_layer_in_a_cuda_graph():
             out = layer(image)
         return [out, *torch.autograd.grad(out.float().square().sum(), wanted)]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = run()
+    graph, found = captured(run)
     for _ in range(2):
         with torch.no_grad():
             image.normal_()

@@ -53,9 +53,14 @@ def zeros(token, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def rows_of(META: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The tile, its block and the rows in the tile that this program holds; or tiles [TILES, 1] and rows [1, M]."""
-    pid = tl.program_id(0)
+def place_of(mask, sizes, META: tl.constexpr, BLOCK_M: tl.constexpr):
+    """What this program holds.
+
+    Head; image, and where its results are: behind those of all images for the splits of columns before; the tile, its
+    block and the rows in the tile, or tiles [TILES, 1] and rows [1, M]; the tokens of the rows.
+    """
+    pid, head, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b = z % sizes.images if META.SPLIT else z
     BLOCKS: tl.constexpr = META.ROWS // BLOCK_M
     if META.TILES > 1:
         tile = (pid * META.TILES + tl.arange(0, META.TILES))[:, None]
@@ -63,15 +68,8 @@ def rows_of(META: tl.constexpr, BLOCK_M: tl.constexpr):
     else:
         tile, block = pid // BLOCKS, pid % BLOCKS
         offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    return tile, block, offs_m
-
-
-@triton.jit
-def image_of(sizes, META: tl.constexpr):
-    """The image, and where its results are: behind those of all images for the splits of columns before."""
-    z = tl.program_id(2)
-    b = z % sizes.images if META.SPLIT else z
-    return b.to(tl.int64), z.to(tl.int64)
+    token = tl.load(mask.rows + tile * META.ROWS + offs_m)
+    return head, b.to(tl.int64), z.to(tl.int64), tile, block, offs_m, token
 
 
 @triton.jit
@@ -84,6 +82,8 @@ def columns_to_do(total, z, sizes, META: tl.constexpr, BLOCK_N: tl.constexpr):
         size = tl.cdiv(tl.cdiv(total, BLOCK_N), sizes.splits) * BLOCK_N
         begin = (z // sizes.images).to(tl.int32) * size
         end = tl.minimum(begin + size, total)
+    if META.ONE_STEP:
+        begin, end = 0, BLOCK_N  # no loop
     return begin, end
 
 
@@ -291,6 +291,16 @@ def extra_logits(q, k, extra, b, head, token, offs_e, sizes, sm_scale, META: tl.
 
 
 @triton.jit
+def extra_step(q, extra, b, head, token, start_e, sizes, sm_scale, META: tl.constexpr):
+    """Extra keys [E, D] and values [E, DV] from `start_e` on, and the logits of queries [M, E]."""
+    offs_e = start_e + tl.arange(0, META.EXTRA)
+    token_e = tl.where(offs_e < sizes.extra, offs_e, -2)
+    k = load_rows(extra.k, b, head, token_e, META.D, META.BLOCK_D, META)
+    v = load_rows(extra.v, b, head, token_e, META.DV, META.BLOCK_DV, META)
+    return k, v, extra_logits(q, k, extra, b, head, token, offs_e, sizes, sm_scale, META)
+
+
+@triton.jit
 def weights(qk, lse, sm_scale):
     """softmax of logits, for lse times log2(e)."""
     return tl.exp2(qk * (sm_scale * LOG2E) - lse)
@@ -318,28 +328,32 @@ def eye(mask, rows, META: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def positions_of(
+    mask, q_i, b, head, tile, offs_m, token, META: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Where the position tile of a tile of queries begins, and what they hold to be added to logits, if anything."""
+    held = eye(mask, q_i, META, BLOCK_M)
+    if mask.rel_pos is not None:
+        held = load_rel_pos(mask, b, head, token, META)  # [M, R]
+    if mask.hidden is not None:
+        held = load_hidden(mask, tile, offs_m, META)  # [M, R]
+    return tile_of(mask, head, tile, META), held
+
+
+@triton.jit
 def forward_kernel(
     q, k, v, out, mask, listed, extra, sizes, sm_scale,
     META: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of the queries of a tile."""
-    head = tl.program_id(1)
-    b, z = image_of(sizes, META)
-    tile, _, offs_m = rows_of(META, BLOCK_M)
-    token = tl.load(mask.rows + tile * META.ROWS + offs_m)
+    head, b, z, tile, _, offs_m, token = place_of(mask, sizes, META, BLOCK_M)
     q_i = load_rows(q, b, head, token, META.D, META.BLOCK_D, META)  # [M, D]
-    base, held = tile_of(mask, head, tile, META), eye(mask, q_i, META, BLOCK_M)
-    if mask.rel_pos is not None:
-        held = load_rel_pos(mask, b, head, token, META)  # [M, R]
-    if mask.hidden is not None:
-        held = load_hidden(mask, tile, offs_m, META)  # [M, R]
+    base, held = positions_of(mask, q_i, b, head, tile, offs_m, token, META, BLOCK_M)
     first, total = columns_of(mask, listed, b, head, tile, sizes, META)
 
     acc, l_i = zeros(token, META.BLOCK_DV), tl.zeros_like(token).to(tl.float32)
     m_i = l_i - float("inf")
     begin, end = columns_to_do(total, z, sizes, META, BLOCK_N)
-    if META.ONE_STEP:
-        begin, end = 0, BLOCK_N  # no loop
     # Tokens are read a step ahead, so that copies overlap with products.
     ahead = load_tokens(mask, listed, first, tile, begin, total, META, BLOCK_N)
     for start_n in range(begin, end, BLOCK_N):
@@ -360,11 +374,7 @@ def forward_kernel(
         m_i, l_i, acc = join(qk, v_j, m_i, l_i, acc, sm_scale, META)
     if META.EXTRA > 0:
         for start_e in range(0, sizes.extra, META.EXTRA):
-            offs_e = start_e + tl.arange(0, META.EXTRA)
-            token_e = tl.where(offs_e < sizes.extra, offs_e, -2)
-            k_j = load_rows(extra.k, b, head, token_e, META.D, META.BLOCK_D, META)
-            v_j = load_rows(extra.v, b, head, token_e, META.DV, META.BLOCK_DV, META)
-            qk = extra_logits(q_i, k_j, extra, b, head, token, offs_e, sizes, sm_scale, META)
+            k_j, v_j, qk = extra_step(q_i, extra, b, head, token, start_e, sizes, sm_scale, META)
             m_i, l_i, acc = join(qk, v_j, m_i, l_i, acc, sm_scale, META)
     if (
         mask.key_mask is not None
@@ -391,10 +401,7 @@ def queries_backward_kernel(
     Those are [B, queries, heads], for all kernels that follow: lse times log2(e), inf where a query sees nothing so
     that weights are 0, and delta, which softmax's derivative subtracts: sum of o * do, less the gradient of the lse.
     """
-    head = tl.program_id(1)
-    b, z = image_of(sizes, META)
-    tile, block, offs_m = rows_of(META, BLOCK_M)
-    token = tl.load(mask.rows + tile * META.ROWS + offs_m)
+    head, b, z, tile, block, offs_m, token = place_of(mask, sizes, META, BLOCK_M)
     q_i = load_rows(q, b, head, token, META.D, META.BLOCK_D, META)  # [M, D]
     do_i = load_rows(do, b, head, token, META.DV, META.BLOCK_DV, META)  # [M, DV]
     o_i = load_rows(saved.o, b, head, token, META.DV, META.BLOCK_DV, META)
@@ -412,18 +419,13 @@ def queries_backward_kernel(
     first_split = there & (z < sizes.images)
     tl.store(at_line(stats.lse, b, head, token, sizes, META), lse_i, mask=first_split)
     tl.store(at_line(stats.delta, b, head, token, sizes, META), delta_i, mask=first_split)
-    base, held = tile_of(mask, head, tile, META), eye(mask, q_i, META, BLOCK_M)
-    if mask.rel_pos is not None:
-        held = load_rel_pos(mask, b, head, token, META)  # [M, R]
-        acc_rel_pos = zeros(token, META.LANES)
-    if mask.hidden is not None:
-        held = load_hidden(mask, tile, offs_m, META)  # [M, R]
+    base, held = positions_of(mask, q_i, b, head, tile, offs_m, token, META, BLOCK_M)
     first, total = columns_of(mask, listed, b, head, tile, sizes, META)
 
     acc = zeros(token, META.BLOCK_D)
+    if mask.rel_pos is not None:
+        acc_rel_pos = zeros(token, META.LANES)
     begin, end = columns_to_do(total, z, sizes, META, BLOCK_N)
-    if META.ONE_STEP:
-        begin, end = 0, BLOCK_N  # no loop
     # Tokens are read a step ahead, so that copies overlap with products.
     ahead = load_tokens(mask, listed, first, tile, begin, total, META, BLOCK_N)
     for start_n in range(begin, end, BLOCK_N):
@@ -470,11 +472,7 @@ def queries_backward_kernel(
             acc_rel_pos = dot_add(ds.to(streamed.dtype), streamed, acc_rel_pos, META)
     if META.EXTRA > 0:
         for start_e in range(0, sizes.extra, META.EXTRA):
-            offs_e = start_e + tl.arange(0, META.EXTRA)
-            token_e = tl.where(offs_e < sizes.extra, offs_e, -2)
-            k_j = load_rows(extra.k, b, head, token_e, META.D, META.BLOCK_D, META)
-            v_j = load_rows(extra.v, b, head, token_e, META.DV, META.BLOCK_DV, META)
-            qk = extra_logits(q_i, k_j, extra, b, head, token, offs_e, sizes, sm_scale, META)
+            k_j, v_j, qk = extra_step(q_i, extra, b, head, token, start_e, sizes, sm_scale, META)
             p = weights(qk, column(lse_i), sm_scale)
             dp = dot(do_i, mT(v_j), META)
             acc = dot_add((p * (dp - column(delta_i))).to(k_j.dtype), k_j, acc, META)
@@ -494,10 +492,7 @@ def keys_backward_kernel(
     With SEGMENT > 0 these are the queries of the regions that list this region: entries first[region] to
     first[region + 1] of a list that is sorted by listed region.
     """
-    head = tl.program_id(1)
-    b, z = image_of(sizes, META)
-    tile, _, offs_m = rows_of(META, BLOCK_M)
-    token = tl.load(mask.rows + tile * META.ROWS + offs_m)
+    head, b, z, tile, _, offs_m, token = place_of(mask, sizes, META, BLOCK_M)
     k_i = load_rows(k, b, head, token, META.D, META.BLOCK_D, META)  # [M, D]
     v_i = load_rows(v, b, head, token, META.DV, META.BLOCK_DV, META)  # [M, DV]
     base, held = tile_of(mask, head, tile, META), eye(mask, k_i, META, BLOCK_M)
@@ -517,8 +512,6 @@ def keys_backward_kernel(
     acc_dk = zeros(token, META.BLOCK_D)
     acc_dv = zeros(token, META.BLOCK_DV)
     begin, end = columns_to_do(total, z, sizes, META, BLOCK_N)
-    if META.ONE_STEP:
-        begin, end = 0, BLOCK_N  # no loop
     # Tokens are read a step ahead, so that copies overlap with products.
     ahead = load_tokens(mask, listed, first, tile, begin, total, META, BLOCK_N)
     for start_n in range(begin, end, BLOCK_N):

@@ -6,12 +6,7 @@ A launcher hands `run_tuned` its candidates, the default first. The environment 
     cached   what a search found before on this GPU, else the default (this is how it is when nothing is set)
     search   what a search found before, else search now
 
-`tune()` searches for as long as its body runs, whatever the variable says. A search runs every candidate, drops those
-that fail and those whose results differ from the default's, and times the rest in turns. It never runs while a graph
-is traced or captured, takes no lock that it waits for, and talks to no other process.
-
-The results are in `<cache>/tuning/<gpu>.json`, where `<cache>` is $VISATTN_CACHE_DIR, else $XDG_CACHE_HOME/visattn,
-else ~/.cache/visattn; below them are those that came with this package, `configs/<gpu>.json` beside this file.
+`tune()` searches for as long as its body runs, whatever the variable says. README.md beside this file has the rest.
 """
 
 from __future__ import annotations
@@ -22,7 +17,7 @@ import logging
 import os
 import threading
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -73,13 +68,13 @@ _searching = threading.Lock()
 _trying_all = 0  # contexts of `all_candidates` that are open
 
 
+@dataclass
 class _Session:
     """One `tune()` that is open."""
 
-    def __init__(self, again: bool) -> None:
-        self.again = again
-        self.report: list[Choice] = []
-        self.seen: set[_Key] = set()
+    again: bool
+    report: list[Choice] = field(default_factory=list)
+    seen: set[_Key] = field(default_factory=set)
 
 
 # Of the whole process, because autograd runs the backward of CUDA tensors in threads of its own.
@@ -90,15 +85,6 @@ def forget() -> None:
     """Drop what was read from files or found by searches in this process; the files are read again when needed."""
     _choices.clear()
     tuning_cache.forget()
-
-
-def _mode() -> str:
-    mode = os.environ.get("VISATTN_TUNE") or "cached"
-    if mode not in MODES:
-        raise ValueError(
-            f"expected VISATTN_TUNE to be one of {', '.join(map(repr, MODES))}, got {mode!r}"
-        )
-    return mode
 
 
 def run_tuned(
@@ -129,7 +115,10 @@ def run_tuned(
     key = (kernel, shape_class, device)
     if _sessions:
         return run(_choose(key, candidates, run, True).config)
-    mode = _mode()
+    mode = os.environ.get("VISATTN_TUNE") or "cached"
+    if mode not in MODES:
+        known = ", ".join(map(repr, MODES))
+        raise ValueError(f"expected VISATTN_TUNE to be one of {known}, got {mode!r}")
     if mode == "off":
         return run(candidates[0])
     choice = _choices.get(key)
@@ -164,14 +153,13 @@ def _name(device: torch.device) -> str:
 def _look_up(key: _Key, candidates: Sequence[Config]) -> Choice:
     """What the files know, the user's above the package's, as far as it is among the candidates."""
     kernel, shape_class, device = key
-    name = _name(device)
-    for source, entry in tuning_cache.find(name, (kernel, shape_class)):
-        config = next((c for c in candidates if vars(c) == entry.config), None)
-        if config is not None:
-            return Choice(
-                *key[:2], name, config, candidates[0], source, entry.median_ms, entry.default_ms
-            )
-    return Choice(*key[:2], name, candidates[0], candidates[0], "default")
+    choice = Choice(kernel, shape_class, _name(device), candidates[0], candidates[0], "default")
+    for source, entry in tuning_cache.find(choice.device, (kernel, shape_class)):
+        for config in candidates:
+            if vars(config) == entry.config:
+                times = {"median_ms": entry.median_ms, "default_ms": entry.default_ms}
+                return replace(choice, config=config, source=source, **times)
+    return choice
 
 
 def _search(known: Choice, key: _Key, candidates: Sequence[Config], run: Run) -> Choice | None:
@@ -184,39 +172,23 @@ def _search(known: Choice, key: _Key, candidates: Sequence[Config], run: Run) ->
     if not _searching.acquire(blocking=False):
         return None
     try:
-        found = search(
-            candidates, run, device, [word for word in shape_class if isinstance(word, str)]
-        )
+        found = search(candidates, run, device, shape_class)
     except torch.OutOfMemoryError:
         found = None
     finally:
         _searching.release()
+    name = f"{kernel} {shape_class}"
     if found is None:
-        _logger.debug(
-            "%s %s: no search, for lack of memory or because the default gives NaN",
-            kernel,
-            shape_class,
-        )
+        _logger.debug("%s: no search, for lack of memory or because the default gives NaN", name)
         return None
     for config, reason in found.dropped.items():
-        _logger.debug("%s %s: dropped %s: %s", kernel, shape_class, config, reason)
-    median, default = (round(found.median_ms[config], 5) for config in (found.best, candidates[0]))
-    tuning_cache.add(
-        known.device,
-        (kernel, shape_class),
-        tuning_cache.Entry(dict(vars(found.best)), median, default),
-    )
+        _logger.debug("%s: dropped %s: %s", name, config, reason)
+    median, default = (round(found.median_ms[c], 5) for c in (found.best, candidates[0]))
+    entry = tuning_cache.Entry(dict(vars(found.best)), median, default)
+    tuning_cache.add(known.device, (kernel, shape_class), entry)
     return Choice(
-        kernel,
-        shape_class,
-        known.device,
-        found.best,
-        candidates[0],
-        "search",
-        median,
-        default,
-        found.dropped,
-        found.median_ms,
+        *(kernel, shape_class, known.device, found.best, candidates[0], "search"),
+        *(median, default, found.dropped, found.median_ms),
     )
 
 

@@ -38,11 +38,10 @@ def directory() -> Path:
     try:
         if given := os.environ.get("VISATTN_CACHE_DIR"):
             return Path(given).expanduser() / "tuning"
-        return (
-            Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "visattn" / "tuning"
-        )
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     except RuntimeError:  # a user without a home, as in some containers
-        return Path(tempfile.gettempdir()) / "visattn" / "tuning"
+        cache = Path(tempfile.gettempdir())
+    return cache / "visattn" / "tuning"
 
 
 def file_name(gpu: str) -> str:
@@ -87,19 +86,11 @@ def add(gpu: str, key: Key, entry: Entry) -> None:
 
 
 def _render(gpu: str, entries: Mapping[Key, Entry]) -> str:
-    lines = [
-        json.dumps({"kernel": kernel, "shape_class": list(shape_class), **vars(entry)})
-        for (kernel, shape_class), entry in sorted(
-            entries.items(), key=lambda item: (item[0][0], str(item[0][1]))
-        )
-    ]
-    body = ",\n".join(lines)
+    body = ",\n".join(
+        json.dumps({"kernel": kernel, "shape_class": shape_class, **vars(entry)})
+        for (kernel, shape_class), entry in sorted(entries.items(), key=lambda item: str(item[0]))
+    )
     return f'{{\n"format": {FORMAT},\n"gpu": {json.dumps(gpu)},\n"entries": [\n{body}\n]\n}}\n'
-
-
-@functools.cache
-def _read_once(path: Path, gpu: str) -> Mapping[Key, Entry]:
-    return _parse(path, gpu)
 
 
 def _parse(path: Path, gpu: str) -> dict[Key, Entry]:
@@ -109,12 +100,11 @@ def _parse(path: Path, gpu: str) -> dict[Key, Entry]:
             raise ValueError(
                 f"expected format {FORMAT} for {gpu}, got format {data['format']} for {data['gpu']}"
             )
-        return {
-            (e["kernel"], tuple(e["shape_class"])): Entry(
-                dict(e["config"]), e.get("median_ms"), e.get("default_ms")
-            )
-            for e in data["entries"]
-        }
+        found = {}
+        for e in data["entries"]:
+            entry = Entry(dict(e["config"]), e.get("median_ms"), e.get("default_ms"))
+            found[e["kernel"], tuple(e["shape_class"])] = entry
+        return found
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -122,6 +112,9 @@ def _parse(path: Path, gpu: str) -> dict[Key, Entry]:
             f"tuning results in {path} are ignored: {error!r}; remove the file, or search anew"
         )
         return {}
+
+
+_read_once = functools.cache(_parse)
 
 
 @functools.cache

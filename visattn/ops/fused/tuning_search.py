@@ -6,6 +6,7 @@ import contextlib
 import functools
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -50,12 +51,12 @@ class Found:
 
 
 def search(
-    candidates: Sequence[Config], run: Run, device: torch.device, dtypes: Iterable[str]
+    candidates: Sequence[Config], run: Run, device: torch.device, dtypes: Iterable[object]
 ) -> Found | None:
     """Time the candidates whose results agree with those of the first, the default.
 
     Args:
-        dtypes: Names of dtypes that are computed in, beside those of the outputs; other words are passed over.
+        dtypes: Names of dtypes that are computed in, beside those of the outputs; what is none is passed over.
 
     Returns:
         None if the default gives NaN, which says nothing about the others.
@@ -71,46 +72,35 @@ def search(
         expected = run(candidates[0])
         if any(t.is_floating_point() and t.isnan().any() for t in expected):
             return None
-        tolerance = _tolerance([*dtypes, *(str(t.dtype) for t in expected)])
+        tolerance = _tolerance([*dtypes, *(t.dtype for t in expected)])
         timed, dropped = [candidates[0]], {}
         for config in dict.fromkeys(c for c in candidates if c != candidates[0]):
             try:
                 reason = _difference(run(config), expected, tolerance)
-            except torch.OutOfMemoryError:
-                raise
-            except _failures() as error:
+            except Exception as error:
+                # Of what does not fit the GPU. Compiler passes and the driver raise plain RuntimeErrors.
+                is_known = isinstance(error, RuntimeError) or type(error).__module__.startswith(
+                    "triton."
+                )
+                if not is_known or isinstance(error, torch.OutOfMemoryError):
+                    raise
                 reason = f"{type(error).__name__}: {error}"
             if reason is None:
                 timed.append(config)
             else:
                 dropped[config] = reason
         del expected
-        medians = dict(
-            zip(timed, _medians([functools.partial(run, c) for c in timed], device), strict=True)
-        )
+        runs = [functools.partial(run, config) for config in timed]
+        medians = dict(zip(timed, _medians(runs, device), strict=True))
     return Found(min(medians, key=medians.__getitem__), medians, dropped)
 
 
-def _failures() -> tuple[type[Exception], ...]:
-    """What a config that does not fit the GPU raises: compiler passes and the driver raise plain RuntimeErrors."""
-    try:
-        from triton.errors import TritonError
-    except ImportError:
-        return (RuntimeError,)
-    return (RuntimeError, TritonError)
-
-
-def _tolerance(dtypes: Sequence[str]) -> float:
-    """That of the coarsest dtype: float32 outputs of bfloat16 inputs are as inexact as those."""
-    table = (
-        {**TOLERANCE, "float32": TOLERANCE_TF32}
-        if torch.backends.cuda.matmul.allow_tf32
-        else TOLERANCE
-    )
-    return max(
-        (table[d] for d in (name.removeprefix("torch.") for name in dtypes) if d in table),
-        default=0.0,
-    )
+def _tolerance(words: Iterable[object]) -> float:
+    """That of the coarsest dtype among words: float32 outputs of bfloat16 inputs are as inexact as those."""
+    table = dict(TOLERANCE)
+    if torch.backends.cuda.matmul.allow_tf32:
+        table["float32"] = TOLERANCE_TF32
+    return max((table.get(str(word).removeprefix("torch."), 0.0) for word in words), default=0.0)
 
 
 def _difference(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> str | None:
@@ -130,10 +120,8 @@ def _difference(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: fl
         wide = torch.promote_types(e.dtype, torch.float32)
         g, e = g.where(finite, 0), e.where(finite, 0)
         for order, bound in ((2, tolerance), (float("inf"), 4 * tolerance)):
-            error, scale = (
-                torch.linalg.vector_norm(t, order, dtype=wide).item() for t in (g - e, e)
-            )
-            error /= scale or 1.0
+            norm = functools.partial(torch.linalg.vector_norm, ord=order, dtype=wide)
+            error = norm(g - e).item() / (norm(e).item() or 1.0)
             if not error <= bound:  # NaN fails too
                 return f"results differ from the default's by {error:.1e} (norm {order}), more than {bound:.1e}"
     return None
@@ -141,7 +129,7 @@ def _difference(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: fl
 
 def _medians(runs: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
     """Median milliseconds of every run, one call of each in turn so that drifts of the clock meet all alike."""
-    time_call = _CudaTimer() if device.type == "cuda" else _cpu_time
+    time_call = CudaTimer() if device.type == "cuda" else _cpu_time
     for run in runs:
         for _ in range(WARM_UP):
             time_call(run)
@@ -155,7 +143,7 @@ def _cpu_time(run: Callable[[], object]) -> float:
     return (_clock() - start) * 1e3
 
 
-class _CudaTimer:
+class CudaTimer:
     """Milliseconds of a call between two events, of the device alone.
 
     Before it the L2 cache is filled with other data by reading it (writing would leave lines that the call had to
@@ -169,16 +157,20 @@ class _CudaTimer:
         cache = getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0) or 64 << 20
         self._other = torch.zeros(cache, device="cuda")  # four times the cache
         self._sum = torch.zeros((), device="cuda")
-        self._waits: dict[Callable[[], object], float] = {}
+        # Seconds that the host took to launch the last call of each run that is still in use.
+        self.host_seconds = weakref.WeakKeyDictionary[Callable[[], object], float]()
 
     def __call__(self, run: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        last = self.host_seconds.get(run)
+        wait = self.WAIT[0] if last is None else min(2 * last + 1e-4, self.WAIT[1])
         torch.sum(self._other, dim=0, out=self._sum)
-        torch.cuda._sleep(int(self._waits.get(run, self.WAIT[0]) * self.CLOCK))
+        torch.cuda._sleep(int(wait * self.CLOCK))
         start.record()
         began = _clock()
-        run()
-        self._waits[run] = min(2 * (_clock() - began) + 1e-4, self.WAIT[1])
+        kept = run()
+        self.host_seconds[run] = _clock() - began
         end.record()
         end.synchronize()
+        del kept  # not within the call's time
         return start.elapsed_time(end)
