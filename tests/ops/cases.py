@@ -109,7 +109,7 @@ def halo_problems(draw):
     for name, b, h in zip(("rel_h", "rel_w"), block, halo, strict=True):
         if draw(st.booleans()):
             shapes[name] = (2 * (b + 2 * h) - 1, dim)
-    call = {"block_size": block, "halo_size": halo, "stride": stride}
+    call = {"block_size": block, "halo_size": halo, "stride": stride, "return_lse": draw(st.booleans())}
     return shapes, {**call, "mask_border": draw(st.booleans()), "scale": draw(SCALES)}, strided, seed
 
 
@@ -470,7 +470,7 @@ TABLES = {
     ),
     "resize_rel_pos": Case(ops.resize_rel_pos, lambda b, h, w, n, d: {"table": (n, 5, 7)}, {"size": [9, 3]}),
 }
-WITH_LSE = ("neighborhood", "window")
+WITH_LSE = ("neighborhood", "window", "halo", "halo of zeros")
 ATTENTIONS |= {
     f"{n} with lse": replace(ATTENTIONS[n], call={**ATTENTIONS[n].call, "return_lse": True}, problems=None)
     for n in WITH_LSE

@@ -473,6 +473,9 @@ def test_fitting_calls_and_tensors_of_two_dtypes(name):
 KEYS = [  # a call with logits of zero, and how many keys take part
     ("neighborhood", {"kernel_size": (5, 3)}, 15),
     ("window", {"window_size": (8, 10)}, 72),
+    ("halo", {"block_size": (8, 9)}, 72),
+    ("halo", {"mask_border": False}, 36),
+    ("halo", {"block_size": 99, "halo_size": 50, "mask_border": False}, 199**2),
 ]  # fmt: skip
 
 
