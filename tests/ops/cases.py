@@ -124,7 +124,7 @@ def routed_problems(draw):
     if draw(st.booleans()):
         shapes["weight"] = lists
     index = torch.randint(regions[1], lists, generator=torch.Generator().manual_seed(seed))
-    call = {"index": index, "region_size": region, "kv_region_size": kv_region}
+    call = {"index": index, "region_size": region, "kv_region_size": kv_region, "return_lse": draw(st.booleans())}
     return shapes, {**call, "mask_border": draw(st.booleans()), "scale": draw(SCALES)}, strided, seed
 
 
@@ -470,9 +470,9 @@ TABLES = {
     ),
     "resize_rel_pos": Case(ops.resize_rel_pos, lambda b, h, w, n, d: {"table": (n, 5, 7)}, {"size": [9, 3]}),
 }
-WITH_LSE = ("neighborhood", "window", "halo", "halo of zeros")
+WITH_LSE = ("neighborhood", "window", "halo", "halo of zeros", "routed", "bilevel", "bilevel of zeros")
 ATTENTIONS |= {
-    f"{n} with lse": replace(ATTENTIONS[n], call={**ATTENTIONS[n].call, "return_lse": True}, problems=None)
+    f"{n} with lse": replace(ATTENTIONS[n], call={**ATTENTIONS[n].call, "return_lse": True}, problems=None, twice=True)
     for n in WITH_LSE
 }
 CASES = {**ATTENTIONS, **MAPS, **TABLES}

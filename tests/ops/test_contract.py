@@ -40,7 +40,8 @@ from visattn.ops.registration import decompose
 
 # What an op cannot do, and why.
 REFUSED = {
-    ("routed", "export_with_dynamic_sizes"): "its lists of regions are inputs, as many as the map has regions",
+    (name, "export_with_dynamic_sizes"): "its lists of regions are inputs, as many as the map has regions"
+    for name in ("routed", "routed with lse")
 }
 # In graphs for every batch, sums are taken in another order.
 REORDERED = ["convolution"]
@@ -475,6 +476,11 @@ KEYS = [  # a call with logits of zero, and how many keys take part
     ("window", {"window_size": (8, 10)}, 72),
     ("halo", {"block_size": (8, 9)}, 72),
     ("halo", {"mask_border": False}, 36),
+    ("routed", {}, 8),
+    *(("routed", {"index": torch.ones(1, 1, 6, 2).long(), "kv_region_size": (4, 5), "mask_border": masked}, keys)
+      for masked, keys in ((True, 8), (False, 40))),
+    ("bilevel", {"topk": 9}, 49),
+    ("bilevel", {"rule": "zero"}, 4),
     ("halo", {"block_size": 99, "halo_size": 50, "mask_border": False}, 199**2),
 ]  # fmt: skip
 
