@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -93,7 +93,8 @@ def window_problems(draw):
     if draw(st.booleans()):
         shapes["bias"] = (heads, *(2 * w - 1 for w in window))
     shift = [0 if grid else draw(st.integers(0, w - 1)) for w in window]
-    return shapes, {"window_size": window, "shift": shift, "grid": grid, "scale": draw(SCALES)}, strided, seed
+    call = {"window_size": window, "shift": shift, "grid": grid}
+    return shapes, {**call, "scale": draw(SCALES), "return_lse": draw(st.booleans())}, strided, seed
 
 
 @st.composite
@@ -108,7 +109,7 @@ def halo_problems(draw):
     for name, b, h in zip(("rel_h", "rel_w"), block, halo, strict=True):
         if draw(st.booleans()):
             shapes[name] = (2 * (b + 2 * h) - 1, dim)
-    call = {"block_size": block, "halo_size": halo, "stride": stride}
+    call = {"block_size": block, "halo_size": halo, "stride": stride, "return_lse": draw(st.booleans())}
     return shapes, {**call, "mask_border": draw(st.booleans()), "scale": draw(SCALES)}, strided, seed
 
 
@@ -123,7 +124,7 @@ def routed_problems(draw):
     if draw(st.booleans()):
         shapes["weight"] = lists
     index = torch.randint(regions[1], lists, generator=torch.Generator().manual_seed(seed))
-    call = {"index": index, "region_size": region, "kv_region_size": kv_region}
+    call = {"index": index, "region_size": region, "kv_region_size": kv_region, "return_lse": draw(st.booleans())}
     return shapes, {**call, "mask_border": draw(st.booleans()), "scale": draw(SCALES)}, strided, seed
 
 
@@ -273,8 +274,12 @@ class Case:
         return leaves(self.shapes(*numbers), seed, dtype)
 
     def run(self, **tensors):
-        """The op on these, with the case's arguments unless others are given."""
-        return self.op(**{**self.call, **self.derive(**tensors)})
+        """The op on these, with the case's arguments unless others are given; log-sum-exps as one more channel."""
+        out = self.op(**{**self.call, **self.derive(**tensors)})
+        if self.call.get("return_lse"):
+            out, lse = out
+            out = torch.cat([out, lse.unsqueeze(-1).to(out)], -1)
+        return out
 
     def inputs(self, numbers=SIZE, dtype=torch.float64):
         """All its tensors."""
@@ -464,6 +469,11 @@ TABLES = {
         {"size": [8, 9], "agent_size": [2, 3]},
     ),
     "resize_rel_pos": Case(ops.resize_rel_pos, lambda b, h, w, n, d: {"table": (n, 5, 7)}, {"size": [9, 3]}),
+}
+WITH_LSE = ("neighborhood", "window", "halo", "halo of zeros", "routed", "bilevel", "bilevel of zeros")
+ATTENTIONS |= {
+    f"{n} with lse": replace(ATTENTIONS[n], call={**ATTENTIONS[n].call, "return_lse": True}, problems=None, twice=True)
+    for n in WITH_LSE
 }
 CASES = {**ATTENTIONS, **MAPS, **TABLES}
 PROBLEMS = {name: case.problems for name, case in ATTENTIONS.items() if case.problems is not None}

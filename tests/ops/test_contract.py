@@ -25,6 +25,7 @@ from tests.ops.cases import (
     PROBLEMS,
     SIZE,
     TABLES,
+    WITH_LSE,
     agent_shapes,
     aggregated_shapes,
     gated_shapes,
@@ -39,7 +40,8 @@ from visattn.ops.registration import decompose
 
 # What an op cannot do, and why.
 REFUSED = {
-    ("routed", "export_with_dynamic_sizes"): "its lists of regions are inputs, as many as the map has regions",
+    (name, "export_with_dynamic_sizes"): "its lists of regions are inputs, as many as the map has regions"
+    for name in ("routed", "routed with lse")
 }
 # In graphs for every batch, sums are taken in another order.
 REORDERED = ["convolution"]
@@ -128,6 +130,19 @@ def test_of_the_whole_map_is_attention(name, backend):
     flat = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
     expected = torch.nn.functional.scaled_dot_product_attention(*flat).transpose(1, 2).reshape(q.shape)
     assert relative_error(CASES[name].op(q, k, v, **WHOLE[name], backend=backend), expected) <= FLOAT64
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+@pytest.mark.parametrize("name", WITH_LSE)
+def test_log_sum_exps(name, backend, device):
+    """In float32 at least, next to the same result."""
+    case = CASES[name]
+    inputs = {n: t.to(device) for n, t in case.derive(**case.inputs(dtype=torch.float16)).items()}
+    out, lse = case.op(**inputs, **case.call, return_lse=True, backend=backend)
+    assert lse.dtype == torch.float32
+    assert lse.shape == out.shape[:-1]
+    plain = case.op(**inputs, **case.call, backend=backend)
+    assert relative_error(out, plain) <= tolerances.OP[torch.float16]
 
 
 @pytest.mark.parametrize("name", ["halo", "routed", "mix"])
@@ -454,6 +469,28 @@ def test_fitting_calls_and_tensors_of_two_dtypes(name):
     last = next(n for n in ("v", "pool_v", "agents", "kernels") if n in call)
     with pytest.raises(TypeError, match="one floating dtype"):
         CASES[name].op(**{**call, last: call[last].double()})
+
+
+KEYS = [  # a call with logits of zero, and how many keys take part
+    ("neighborhood", {"kernel_size": (5, 3)}, 15),
+    ("window", {"window_size": (8, 10)}, 72),
+    ("halo", {"block_size": (8, 9)}, 72),
+    ("halo", {"mask_border": False}, 36),
+    ("routed", {}, 8),
+    *(("routed", {"index": torch.ones(1, 1, 6, 2).long(), "kv_region_size": (4, 5), "mask_border": masked}, keys)
+      for masked, keys in ((True, 8), (False, 40))),
+    ("bilevel", {"topk": 9}, 49),
+    ("bilevel", {"rule": "zero"}, 4),
+    ("halo", {"block_size": 99, "halo_size": 50, "mask_border": False}, 199**2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+@pytest.mark.parametrize(("name", "change", "keys"), KEYS)
+def test_log_sum_exps_count_what_takes_part(name, change, keys, backend, device):
+    call = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in fitting(name, change).items()}
+    _, lse = CASES[name].op(**call, return_lse=True, backend=backend)
+    torch.testing.assert_close(lse, torch.full_like(lse, math.log(keys)))
 
 
 # Tracers

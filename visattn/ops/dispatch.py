@@ -90,7 +90,10 @@ class AttentionProblem(Problem):
         return torch.promote_types(self.q.dtype, torch.float32)
 
     def empty(self) -> Tensor | tuple[Tensor, ...]:
-        return self.v.new_empty((*self.q.shape[:-1], self.v.shape[-1]))
+        """The result, and the log-sum-exps where a problem has `return_lse` and asks for them."""
+        out = self.v.new_empty((*self.q.shape[:-1], self.v.shape[-1]))
+        lse = self.q.new_empty(self.q.shape[:-1], dtype=self.dtype)
+        return (out, lse) if getattr(self, "return_lse", False) else out
 
 
 P = TypeVar("P", bound=Problem)

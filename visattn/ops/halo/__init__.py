@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -30,6 +31,7 @@ class HaloProblem(AttentionProblem):
     rel_w: Tensor | None
     mask_border: bool
     scale: float
+    return_lse: bool
 
     def __post_init__(self) -> None:
         q, k, v = self.q, self.k, self.v
@@ -77,7 +79,7 @@ class HaloProblem(AttentionProblem):
             first = axis.block - c.block + 3 * (axis.halo - c.halo)
             tables.append(None if table is None else table[first : first + 2 * c.window - 1])
         sizes, (rel_h, rel_w) = ([a.block, b.block], [a.halo, b.halo], self.stride), tables
-        how = rel_h, rel_w, self.mask_border, self.scale
+        how = rel_h, rel_w, self.mask_border, self.scale, self.return_lse
         return HaloProblem(self.q, self.k, self.v, *sizes, *how)
 
     def flops(self) -> int:
@@ -92,6 +94,25 @@ class HaloProblem(AttentionProblem):
 _backends = Backends("halo_attention", HaloProblem, triton.attend, eager.attend, reference.attend)
 
 
+@overload
+def halo_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: int | Sequence[int],
+    halo_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    rel_h: Tensor | None = None,
+    rel_w: Tensor | None = None,
+    mask_border: bool = True,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def halo_attention(
+    *args: Any, return_lse: Literal[True], **kwargs: Any
+) -> tuple[Tensor, Tensor]: ...
 @traced_as_one
 def halo_attention(
     q: Tensor,
@@ -104,8 +125,9 @@ def halo_attention(
     rel_w: Tensor | None = None,
     mask_border: bool = True,
     scale: float | None = None,
+    return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * q k^T + q (r_h + r_w)^T) v over the window of a query's block.
 
     The map is cut into blocks of `block_size` keys from the top left, the last ones possibly partial. All queries of a
@@ -125,11 +147,13 @@ def halo_attention(
         mask_border: True: keys outside the map take no part (the paper). False: they take part with k = v = 0, so that
             their logit is the relative term (timm's trained weights).
         scale: Factor of q k^T. Default: D ** -0.5.
+        return_lse: Also return the natural log of the sum of the exponentials of the logits.
         backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
 
     Returns:
         [B, ceil(H / stride), ceil(W / stride), N, Dv] of v's dtype; under autocast of its dtype, to which q, k and v
         are cast.
+        With `return_lse` also [B, ceil(H / stride), ceil(W / stride), N], float32 (float64 for float64).
 
     Raises:
         ValueError: Shapes or window arguments that do not fit.
@@ -143,6 +167,7 @@ def halo_attention(
     halo, step = per_axis("halo_size", halo_size, int, 2), per_axis("stride", stride, int, 2)
     scale = default_scale(q.shape[-1], scale)
     q, k, v = to_autocast(q, k, v)
-    problem = HaloProblem(q, k, v, block, halo, step, rel_h, rel_w, bool(mask_border), scale)
+    how = rel_h, rel_w, bool(mask_border), scale, return_lse
+    problem = HaloProblem(q, k, v, block, halo, step, *how)
     with without_autocast(q.device):
         return _backends.choose(problem, backend)(problem)

@@ -5,7 +5,8 @@ The relative term of a query is a number per window row plus a number per window
 of the size of the logits outlives a chunk: the backward pass makes them again, and the only things kept for it are the
 inputs. Windows are strided views of the padded map, copied once; their gradients are added up block by block.
 
-With symbolic sizes, and for windows that mostly hold zeros outside the map, there is a form without chunks.
+With symbolic sizes, for log-sum-exps, and for windows that mostly hold zeros outside the map, there is a form without
+chunks.
 """
 
 from __future__ import annotations
@@ -245,7 +246,7 @@ def _terms(query: Tensor, table: Tensor | None, axis: Halo, cut: Halo) -> Tensor
     return torch.cat([terms[..., first:last], others], dim=-1)  # [..., t, w]
 
 
-def _whole(problem: HaloProblem, cut: tuple[Halo, ...]) -> Tensor:
+def _whole(problem: HaloProblem, cut: tuple[Halo, ...]) -> Tensor | tuple[Tensor, Tensor]:
     """Attend in one go, in operations that do not depend on sizes; with windows cut to `cut`."""
     axes, device, dtype = problem.axes, problem.q.device, problem.dtype
     tile, index = [c.queries_per_block for c in cut], []
@@ -268,11 +269,15 @@ def _whole(problem: HaloProblem, cut: tuple[Halo, ...]) -> Tensor:
         outside = [(s < 0) | (s >= axis.length) for s, axis in zip(slots, axes, strict=True)]
         outside = outside[0][:, None, :, None] | outside[1][:, None, :]  # [rows, columns, w_h, w_w]
         scores = scores.masked_fill(outside[:, :, None, None, None], float("-inf"))
-    weights = scores.flatten(-2).softmax(-1).flatten(-3, -2)  # [B, rows, columns, N, t, U]
-    return join_blocks(weights.to(value.dtype) @ value, tile, [axis.queries for axis in axes])
+    scores = scores.flatten(-2).flatten(-3, -2)  # [B, rows, columns, N, t, U]
+    size = [axis.queries for axis in axes]
+    out = join_blocks(scores.softmax(-1).to(value.dtype) @ value, tile, size)
+    if not problem.return_lse:
+        return out
+    return out, join_blocks(scores.logsumexp(-1, keepdim=True), tile, size).squeeze(-1)
 
 
-def attend(problem: HaloProblem) -> Tensor:
+def attend(problem: HaloProblem) -> Tensor | tuple[Tensor, Tensor]:
     """See `visattn.ops.halo_attention`."""
     axes = problem.axes
     if is_symbolic(*problem.size, *(axis.length for axis in axes)):
@@ -282,6 +287,8 @@ def attend(problem: HaloProblem) -> Tensor:
         if any(2 * c.window < axis.window for c, axis in zip(cut, axes, strict=True)):
             return _whole(problem, cut)
     problem = problem.clipped()
+    if problem.return_lse:
+        return _whole(problem, problem.axes)
     tensors = (problem.q, problem.k, problem.v, *problem.tables)
     run = _HaloAttention.apply if problem.trains() else _forward
     return run(*tensors, problem.axes, problem.mask_border, problem.scale)

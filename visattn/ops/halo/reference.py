@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from visattn.ops.halo import HaloProblem
 
 
-def attend(problem: HaloProblem) -> Tensor:
+def attend(problem: HaloProblem) -> Tensor | tuple[Tensor, Tensor]:
     """See `visattn.ops.halo_attention`; `y, x` are a query's row and column, `i, j` those of a slot of its window."""
     axes, dtype, device = problem.axes, problem.dtype, problem.q.device
     query, key, value = (x.to(dtype) for x in (problem.q, problem.k, problem.v))
@@ -40,4 +40,5 @@ def attend(problem: HaloProblem) -> Tensor:
         outside = ~there[..., 0, 0].permute(0, 2, 1, 3)  # [y, x, i, j]
         scores = scores.masked_fill(outside[:, :, None], float("-inf"))
     weights = scores.flatten(-2).softmax(dim=-1).view_as(scores)
-    return torch.einsum("byxnij,byixjnd->byxnd", weights, value).to(problem.v.dtype)
+    out = torch.einsum("byxnij,byixjnd->byxnd", weights, value).to(problem.v.dtype)
+    return (out, scores.flatten(-2).logsumexp(dim=-1)) if problem.return_lse else out

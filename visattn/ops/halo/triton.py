@@ -23,7 +23,7 @@ def _rel_pos(problem: HaloProblem) -> Tensor | None:
     return q @ torch.cat(tables).mT
 
 
-def attend(problem: HaloProblem) -> Tensor:
+def attend(problem: HaloProblem) -> Tensor | tuple[Tensor, Tensor]:
     """See `visattn.ops.halo_attention`."""
     from visattn.ops.fused.attention import flat, fused_attention
 
@@ -33,5 +33,8 @@ def attend(problem: HaloProblem) -> Tensor:
         "rel_pos": None if rel_pos is None else flat(rel_pos),
         "zero_keys": not problem.mask_border,
     }
-    out, _ = fused_attention(flat(q), flat(problem.k), flat(v), problem.axes, problem.scale, **how)
-    return out.view(*q.shape[:-1], v.shape[-1])  # [B, H', W', N, Dv]
+    out, lse = fused_attention(
+        flat(q), flat(problem.k), flat(v), problem.axes, problem.scale, **how
+    )
+    out = out.view(*q.shape[:-1], v.shape[-1])  # [B, H', W', N, Dv]
+    return (out, lse.view(q.shape[:-1])) if problem.return_lse else out

@@ -91,12 +91,6 @@ class NeighborhoodProblem(AttentionProblem):
         hidden = ~self.key_mask[..., None, None]  # [B, *spatial, 1, 1]
         return self.k.masked_fill(hidden, 0), self.v.masked_fill(hidden, 0)
 
-    def empty(self) -> Tensor | tuple[Tensor, ...]:
-        """The result, and the log-sum-exps if they are asked for."""
-        out = self.v.new_empty((*self.q.shape[:-1], self.v.shape[-1]))
-        lse = self.q.new_empty(self.q.shape[:-1], dtype=self.dtype)
-        return (out, lse) if self.return_lse else out
-
     def flops(self) -> int:
         """Those of the keys in a query's window and of the extra ones, causal axes and hidden keys in full."""
         keys = math.prod(self.kernel_size) + (0 if self.extra_k is None else self.extra_k.shape[1])

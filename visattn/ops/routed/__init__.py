@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -70,6 +71,7 @@ class RoutedProblem(AttentionProblem):
     weight: Tensor | None
     mask_border: bool
     scale: float
+    return_lse: bool
 
     def __post_init__(self) -> None:
         q, k, v, index, weight = self.q, self.k, self.v, self.index, self.weight
@@ -140,6 +142,7 @@ class BilevelProblem(AttentionProblem):
     kv_pool: str
     kv_size: int
     scale: float
+    return_lse: bool
 
     def __post_init__(self) -> None:
         q, k, v = self.q, self.k, self.v
@@ -171,7 +174,8 @@ class BilevelProblem(AttentionProblem):
             v, _ = pool_regions(v, axes, self.kv_pool, self.kv_size)
         sizes = [axis.window for axis in axes], [axis.window for axis in k_axes]
         factors = weight if self.soft else None
-        return RoutedProblem(q, k, v, index, *sizes, factors, self.rule == "mask", scale)
+        how = factors, self.rule == "mask", scale, self.return_lse
+        return RoutedProblem(q, k, v, index, *sizes, *how)
 
     def flops(self) -> int:
         """Those of attention with full regions; routing is left out."""
@@ -193,6 +197,24 @@ _bilevel = Backends(
 )
 
 
+@overload
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    region_size: int | Sequence[int],
+    kv_region_size: int | Sequence[int] | None = None,
+    weight: Tensor | None = None,
+    mask_border: bool = True,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def routed_attention(
+    *args: Any, return_lse: Literal[True], **kwargs: Any
+) -> tuple[Tensor, Tensor]: ...
 @traced_as_one
 def routed_attention(
     q: Tensor,
@@ -204,8 +226,9 @@ def routed_attention(
     weight: Tensor | None = None,
     mask_border: bool = True,
     scale: float | None = None,
+    return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * q k^T) v over the keys of the regions listed for a query's region.
 
     Both maps are cut into regions from the top left, the last ones possibly partial; regions are counted row by row.
@@ -223,10 +246,12 @@ def routed_attention(
         weight: Factors like `index` of the keys and values of each listed region. None: no factors.
         mask_border: What a partial key region lacks takes no part (True), or takes part with k = v = 0 (False).
         scale: Factor of q k^T. Default: D ** -0.5.
+        return_lse: Also return the natural log of the sum of the exponentials of the logits.
         backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
 
     Returns:
         [B, H, W, N, Dv] of v's dtype; under autocast of its dtype, to which q, k and v are cast.
+        With `return_lse` also [B, H, W, N], float32 (float64 for float64).
 
     Raises:
         ValueError: Shapes, sizes or indices that do not fit.
@@ -239,8 +264,8 @@ def routed_attention(
     kv_size = size if kv_region_size is None else per_axis("kv_region_size", kv_region_size, int, 2)
     check_tensors(q=q, k=k, v=v)
     q, k, v = to_autocast(q, k, v)
-    scale = default_scale(q.shape[-1], scale)
-    problem = RoutedProblem(q, k, v, index, size, kv_size, weight, bool(mask_border), scale)
+    how = weight, bool(mask_border), default_scale(q.shape[-1], scale), return_lse
+    problem = RoutedProblem(q, k, v, index, size, kv_size, *how)
     with without_autocast(q.device):
         return _routed.choose(problem, backend)(problem)
 
@@ -310,6 +335,29 @@ def region_routing(
     return choose(means, topk, scale, per_head, (router_weight, router_bias))
 
 
+@overload
+def bilevel_routing_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    n_win: int | Sequence[int],
+    topk: int,
+    rule: str = "mask",
+    per_head: bool = False,
+    soft: bool = False,
+    diff: bool = False,
+    router_weight: Tensor | None = None,
+    router_bias: Tensor | None = None,
+    kv_pool: str = "none",
+    kv_size: int = 1,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def bilevel_routing_attention(
+    *args: Any, return_lse: Literal[True], **kwargs: Any
+) -> tuple[Tensor, Tensor]: ...
 @traced_as_one
 def bilevel_routing_attention(
     q: Tensor,
@@ -326,8 +374,9 @@ def bilevel_routing_attention(
     kv_pool: str = "none",
     kv_size: int = 1,
     scale: float | None = None,
+    return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """BiFormer's attention: `region_routing` of the map with itself, then `routed_attention`.
 
     Args:
@@ -349,10 +398,12 @@ def bilevel_routing_attention(
         kv_size: See `kv_pool`.
         scale: Factor of the products of tokens and of regions. Default: (N * D) ** -0.5, which is the released models'
             choice (not D ** -0.5).
+        return_lse: Also return the natural log of the sum of the exponentials of the logits.
         backend: As in `routed_attention`.
 
     Returns:
         [B, H, W, N, Dv] of v's dtype; under autocast of its dtype, to which q, k and v are cast.
+        With `return_lse` also [B, H, W, N], float32 (float64 for float64).
 
     Raises:
         ValueError: Shapes or sizes that do not fit.
@@ -367,7 +418,7 @@ def bilevel_routing_attention(
     scale = default_scale(q.shape[3] * q.shape[4], scale)
     windows, router = per_axis("n_win", n_win, int, 2), (router_weight, router_bias)
     topk, kv_size = checks.one_int("topk", topk), checks.one_int("kv_size", kv_size)
-    how = (windows, topk, rule, per_head, soft, diff, *router, kv_pool, kv_size, scale)
+    how = (windows, topk, rule, per_head, soft, diff, *router, kv_pool, kv_size, scale, return_lse)
     problem = BilevelProblem(q, k, v, *how)
     with without_autocast(q.device):
         return _bilevel.choose(problem, backend)(problem)

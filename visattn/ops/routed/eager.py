@@ -6,7 +6,8 @@ for it, and where a token was copied for several query regions, its gradients ar
 On small maps it is attention over the whole map with a mask instead: the copies would be as large and the batch of
 small products slower.
 
-With symbolic sizes all regions are copied at once, each with all its slots, and what a slot does not hold is masked.
+With symbolic sizes, and for log-sum-exps, all regions are copied at once, each with all its slots, and what a slot does
+not hold is masked.
 """
 
 from __future__ import annotations
@@ -238,8 +239,11 @@ def _tokens(cut: list[_Cut], device: torch.device) -> Tensor:
 
 def _attend_regions(
     qkv: Sequence[Tensor], index: Tensor, weight: Tensor | None, takes_part: Tensor, scale: float
-) -> Tensor:
-    """Attend from [B, N, R, t, D] to keys [B, N, Rk, u, D] of listed regions, those that take part [Rk, u]."""
+) -> tuple[Tensor, Tensor]:
+    """Attend from [B, N, R, t, D] to keys [B, N, Rk, u, D] of listed regions, those that take part [Rk, u].
+
+    Also returns the log-sum-exps [B, N, R, t, 1].
+    """
     query, key, value = qkv
     image = torch.arange(query.shape[0], device=query.device)[:, None, None, None]
     head = torch.arange(query.shape[1], device=query.device)[:, None, None]
@@ -251,7 +255,17 @@ def _attend_regions(
     scores = (query * scale) @ keys.flatten(3, 4).mT  # [B, N, R, t, topk u]
     scores = scores.to(torch.promote_types(query.dtype, torch.float32))
     scores = scores.masked_fill(hidden, float("-inf"))
-    return scores.softmax(-1).to(value.dtype) @ values.flatten(3, 4)  # [B, N, R, t, Dv]
+    out = scores.softmax(-1).to(value.dtype) @ values.flatten(3, 4)  # [B, N, R, t, Dv]
+    return out, scores.logsumexp(-1, keepdim=True)
+
+
+def _joined(
+    out: Tensor, lse: Tensor, cut: list[_Cut], return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Join what `_attend_regions` found to maps [B, H, W, N, Dv] and, if they are wanted, [B, H, W, N]."""
+    if not return_lse:
+        return _join_regions(out, cut)
+    return _join_regions(out, cut), _join_regions(lse, cut).squeeze(-1)
 
 
 def _join_regions(x: Tensor, cut: list[_Cut]) -> Tensor:
@@ -261,18 +275,18 @@ def _join_regions(x: Tensor, cut: list[_Cut]) -> Tensor:
     return join_blocks(x, (rows.slots, columns.slots), (rows.length, columns.length))
 
 
-def _whole(problem: RoutedProblem) -> Tensor:
+def _whole(problem: RoutedProblem) -> Tensor | tuple[Tensor, Tensor]:
     """Attend in one go, in operations that do not depend on sizes."""
     axes = (problem.q_axes, problem.k_axes)
     q_cut, k_cut = ([_Cut(axis.length, *axis.layout()[:2]) for axis in part] for part in axes)
     takes_part = _tokens(k_cut, problem.q.device)
     takes_part = takes_part if problem.mask_border else torch.ones_like(takes_part)
     qkv = _regions(problem.q, q_cut), _regions(problem.k, k_cut), _regions(problem.v, k_cut)
-    out = _attend_regions(qkv, problem.index, problem.weight, takes_part, problem.scale)
-    return _join_regions(out, q_cut)
+    found = _attend_regions(qkv, problem.index, problem.weight, takes_part, problem.scale)
+    return _joined(*found, q_cut, problem.return_lse)
 
 
-def attend_bilevel(problem: BilevelProblem) -> Tensor:
+def attend_bilevel(problem: BilevelProblem) -> Tensor | tuple[Tensor, Tensor]:
     """See `visattn.ops.bilevel_routing_attention`, in operations that do not depend on sizes.
 
     There are always as many regions as there can be, on small maps some of them empty; these are never taken.
@@ -300,16 +314,17 @@ def attend_bilevel(problem: BilevelProblem) -> Tensor:
         means, topk, scale, problem.per_head, problem.router, empty, counting=True
     )
     takes_part = there if is_mask else ~empty[:, None].expand_as(there)
-    out = _attend_regions(qkv, index, weight if problem.soft else None, takes_part, scale)
-    return _join_regions(out, cut)
+    found = _attend_regions(qkv, index, weight if problem.soft else None, takes_part, scale)
+    return _joined(*found, cut, problem.return_lse)
 
 
-def attend(problem: RoutedProblem) -> Tensor:
+def attend(problem: RoutedProblem) -> Tensor | tuple[Tensor, Tensor]:
     """See `visattn.ops.routed_attention`."""
     q, k, v, index, weight = problem.q, problem.k, problem.v, problem.index, problem.weight
     q_axes, k_axes = problem.q_axes, problem.k_axes
     lengths = [axis.length for axis in (*q_axes, *k_axes)]
-    if is_symbolic(*lengths, *problem.region_size, *problem.kv_region_size):
+    sizes = *lengths, *problem.region_size, *problem.kv_region_size
+    if problem.return_lse or is_symbolic(*sizes):
         return _whole(problem)
     if weight is None and lengths[2] * lengths[3] <= chunking.DENSE_KEYS:
         return _dense(problem)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from visattn.ops.routed import RoutedProblem
 
 
-def attend(problem: RoutedProblem) -> Tensor:
+def attend(problem: RoutedProblem) -> Tensor | tuple[Tensor, Tensor]:
     """See `visattn.ops.routed_attention`; `t` are tokens, `m` the keys of a query."""
     q, v, weight, k_axes = problem.q, problem.v, problem.weight, problem.k_axes
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -37,4 +37,6 @@ def attend(problem: RoutedProblem) -> Tensor:
     if problem.mask_border:
         scores = scores.masked_fill(listed == key.shape[1] - 1, float("-inf"))
     out = torch.einsum("bntm,bntmd->btnd", scores.softmax(-1), values)
-    return out.unflatten(1, (h, w)).to(v.dtype)  # [B, H, W, N, Dv]
+    out = out.unflatten(1, (h, w)).to(v.dtype)  # [B, H, W, N, Dv]
+    lse = scores.logsumexp(-1).transpose(1, 2).unflatten(1, (h, w))  # [B, H, W, N]
+    return (out, lse) if problem.return_lse else out

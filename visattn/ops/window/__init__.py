@@ -6,6 +6,7 @@ Which tokens see each other: `geometry.Partition`, read by `reference`, `eager._
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -26,6 +27,7 @@ class WindowProblem(AttentionProblem):
     grid: bool
     bias: Tensor | None
     scale: float
+    return_lse: bool
 
     def __post_init__(self) -> None:
         check_qkv(self.q, self.k, self.v)
@@ -55,6 +57,23 @@ _backends = Backends(
 )
 
 
+@overload
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: int | Sequence[int],
+    shift: int | Sequence[int] = 0,
+    grid: bool = False,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def window_attention(
+    *args: Any, return_lse: Literal[True], **kwargs: Any
+) -> tuple[Tensor, Tensor]: ...
 @traced_as_one
 def window_attention(
     q: Tensor,
@@ -65,8 +84,9 @@ def window_attention(
     grid: bool = False,
     bias: Tensor | None = None,
     scale: float | None = None,
+    return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * q k^T + bias) v among the tokens of each window.
 
     Maps of any size: where windows do not fit, those at the border have fewer tokens. Differentiable in every tensor.
@@ -83,10 +103,12 @@ def window_attention(
         bias: Relative position table [N, 2 * window_size - 1 per axis]; entry `window_size - 1` is displacement 0 (key
             - query, in ranks inside the window).
         scale: Factor of q k^T. Default: D ** -0.5.
+        return_lse: Also return the natural log of the sum of the exponentials of the logits.
         backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
 
     Returns:
         [B, *spatial, N, Dv] of v's dtype; under autocast of its dtype, to which q, k and v are cast.
+        With `return_lse` also [B, *spatial, N], float32 (float64 for float64).
 
     Raises:
         ValueError: Shapes or window arguments that do not fit.
@@ -99,6 +121,7 @@ def window_attention(
     window = per_axis("window_size", window_size, int, axes)
     offset = per_axis("shift", shift, int, axes)
     q, k, v = to_autocast(q, k, v)
-    problem = WindowProblem(q, k, v, window, offset, grid, bias, default_scale(q.shape[-1], scale))
+    scale = default_scale(q.shape[-1], scale)
+    problem = WindowProblem(q, k, v, window, offset, grid, bias, scale, return_lse)
     with without_autocast(q.device):
         return _backends.choose(problem, backend)(problem)

@@ -80,7 +80,7 @@ def _hidden(axes: tuple[Partition, ...], device: torch.device) -> Tensor:
     return empty.flatten(0, len(axes) - 1).flatten(1)[:, None, None, :]  # [T, 1, 1, t]
 
 
-def attend(problem: WindowProblem) -> Tensor:
+def attend(problem: WindowProblem) -> Tensor | tuple[Tensor, Tensor]:
     """See `visattn.ops.window_attention`. T windows of t slots."""
     q, bias, axes, scale = problem.q, problem.bias, problem.axes, problem.scale
     layouts, symbolic = [axis.layout() for axis in axes], is_symbolic(*problem.size)
@@ -88,7 +88,8 @@ def attend(problem: WindowProblem) -> Tensor:
     masked = symbolic or any(windows * slots != n for n, (windows, slots, _) in places)
     # A bias that trains would push SDPA off its flash path: explicit products are then faster on a CPU. With symbolic
     # sizes SDPA ties the graph to more than one image.
-    explicit = symbolic or (bias is not None and bias.requires_grad and torch.is_grad_enabled())
+    trains = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    explicit = symbolic or trains or problem.return_lse
     dtype = problem.dtype if explicit else q.dtype
     added = None  # [N, t, t]
     if bias is not None:
@@ -109,7 +110,11 @@ def attend(problem: WindowProblem) -> Tensor:
         else:
             scores = scores if added is None else scores.add_(added)
             scores = scores if hidden is None else scores.masked_fill_(hidden, float("-inf"))
-        return _join(scores.softmax(dim=-1).to(value.dtype) @ value, axes, windows_first)
+        out = _join(scores.softmax(dim=-1).to(value.dtype) @ value, axes, windows_first)
+        if not problem.return_lse:
+            return out
+        lse = scores.logsumexp(dim=-1, keepdim=True)  # [B, T, N, t, 1]
+        return out, _join(lse, axes, windows_first).squeeze(-1)
 
     lead = query.shape[:3]
     if hidden is None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from visattn.ops.window import WindowProblem
 
 
-def attend(problem: WindowProblem) -> Tensor:
+def attend(problem: WindowProblem) -> Tensor | tuple[Tensor, Tensor]:
     """See `visattn.ops.window_attention`; `S` below is the number of tokens."""
     q, v, bias, axes = problem.q, problem.v, problem.bias, problem.axes
     sizes = [axis.length for axis in axes]
@@ -35,4 +35,6 @@ def attend(problem: WindowProblem) -> Tensor:
         scores = scores + table.reshape(len(bias), tokens, tokens)
     scores = scores.masked_fill(~together.reshape(tokens, tokens), float("-inf"))
     out = torch.einsum("bnqk,bknd->bqnd", scores.softmax(dim=-1), value)
-    return out.to(v.dtype).reshape(*q.shape[:-1], v.shape[-1])
+    out = out.to(v.dtype).reshape(*q.shape[:-1], v.shape[-1])
+    lse = scores.logsumexp(dim=-1).transpose(1, 2)  # [B, S, N]
+    return (out, lse.reshape(q.shape[:-1])) if problem.return_lse else out
