@@ -9,7 +9,7 @@ import re
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -77,18 +77,7 @@ def ceilings(device: Any) -> dict[str, float]:
     }
 
 
-@contextlib.contextmanager
-def _launching(change: Callable[[Any], Any]) -> Generator[None]:
-    """Launches with changed arguments, found by Triton itself: kernels of one name are different ones here."""
-
-    def launch_changed(kernel: Any, programs: Any, config: Config, arguments: Any, *prepared: Any) -> None:
-        launch(kernel, programs, config, change(arguments))
-
-    with mock.patch.object(attention_call, "launch", launch_changed):
-        yield
-
-
-def one_key() -> contextlib.AbstractContextManager[None]:
+def one_key() -> contextlib.AbstractContextManager[Any]:
     """All keys that a program reads are the same one, which its L1 cache has."""
     tables: dict[int, Tensor] = {}
 
@@ -102,7 +91,10 @@ def one_key() -> contextlib.AbstractContextManager[None]:
         zeros = tables.setdefault(x.columns.data_ptr(), x.columns.clamp(max=0))
         return x._replace(columns=zeros)
 
-    return _launching(changed)
+    def launch_changed(kernel: Any, programs: Any, config: Config, arguments: Any, *prepared: Any) -> None:
+        launch(kernel, programs, config, changed(arguments), *prepared)
+
+    return mock.patch.object(attention_call, "launch", launch_changed)
 
 
 @functools.cache
@@ -119,12 +111,9 @@ def _without_exponentials() -> Any:
     return module
 
 
-@contextlib.contextmanager
-def no_exponentials() -> Generator[None]:
+def no_exponentials() -> contextlib.AbstractContextManager[Any]:
     """Weights that are not exponentials; what they are is no number of use."""
-    kernels = mock.patch.dict(sys.modules, {attention_kernels.__name__: _without_exponentials()})
-    with kernels, _launching(lambda arguments: arguments):
-        yield
+    return mock.patch.dict(sys.modules, {attention_kernels.__name__: _without_exponentials()})
 
 
 ABLATIONS = {

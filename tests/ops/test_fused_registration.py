@@ -42,6 +42,16 @@ def test_opcheck():
         )
 
 
+def test_backward_of_an_output_and_lse_that_are_not_contiguous():
+    args = inputs()
+    out, lse = torch.ops.visattn.fused_forward(*args)
+    given, needs = (torch.randn_like(out), torch.randn_like(lse)), [x is not None for x in args[:9]]
+    expected = torch.ops.visattn.fused_backward(*given, out, lse, *args, needs)
+    strided = (torch.stack([x, x], -1)[..., 0] for x in (out, lse))
+    for got, e in zip(torch.ops.visattn.fused_backward(*given, *strided, *args, needs), expected, strict=True):
+        assert torch.equal(got, e)
+
+
 @pytest.mark.parametrize("needed", range(9))
 def test_one_gradient_at_a_time_equals_all(needed):
     args = list(inputs())

@@ -140,7 +140,9 @@ class Call:
         self.key_mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
         self.do = None if do is None else _with_channels_together(do)
         self.dlse = None if dlse is None else dlse.contiguous()
-        self.o, self.lse = o, lse
+        # The forward pass wrote them so, but slices of what `torch.vmap` stacked may lie otherwise.
+        self.o = None if o is None else o.contiguous()
+        self.lse = None if lse is None else lse.contiguous()
         self.extra = 0 if extra_k is None else extra_k.shape[1]
         self._masks: dict[bool, Mask] = {}
         tensors = (
@@ -153,7 +155,8 @@ class Call:
             self.extra_v,
             extra_bias,
         )
-        tensors += (self.weight, self.kv_indices, self.key_mask, self.do, self.dlse, o, lse)
+        tensors += (self.weight, self.kv_indices, self.key_mask)
+        tensors += (self.do, self.dlse, self.o, self.lse)
         forms = [
             x if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0)
             for x in tensors

@@ -177,7 +177,7 @@ class Prepared(NamedTuple):
     paths: list[tuple[int, ...]]
 
 
-Prepare = dict[Any, Any]  # by name of the kernel and config, beside other things of the caller
+Prepare = dict[Any, Any]  # by function of the kernel and config, beside other things of the caller
 
 
 def _paths(arguments: Sequence[Any], within: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
@@ -222,14 +222,14 @@ def launch(
         named = dict(zip(kernel.arg_names, values, strict=True))
         _recorded[-1].append(Launch(kernel, named, **options, programs=grid))
         return
-    found = None if prepared is None else prepared.get((kernel.__name__, config))
+    found = None if prepared is None else prepared.get((kernel.fn, config))
     if found is not None and _are_aligned(values, found.paths):
         found.compiled[grid](*values)  # on the current stream, with Triton's hooks for profilers
         return
     compiled = kernel[grid](*values, **options, **OPTIONS)
     paths = list(_paths(values))
     if prepared is not None and _is_compiled(compiled) and _are_aligned(values, paths):
-        prepared[kernel.__name__, config] = Prepared(compiled, paths)
+        prepared[kernel.fn, config] = Prepared(compiled, paths)
 
 
 def _is_compiled(kernel: Any) -> bool:
