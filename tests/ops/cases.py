@@ -179,6 +179,7 @@ def aggregated_problems(draw):
     kernel = draw(st.sampled_from([None, 1, 3, 3, 5]))
     if kernel is not None:
         call["kernel_size"] = kernel
+    call["return_lse"] = draw(st.booleans())
     local, hidden = [n for n in LOCAL if draw(st.booleans())], draw(st.sampled_from([1, 7]))
     shapes = aggregated_shapes(batch, size, pool, heads, dim, hidden, value_dim, kernel, local)
     return shapes, call, kernel is not None and strided, seed
@@ -470,7 +471,17 @@ TABLES = {
     ),
     "resize_rel_pos": Case(ops.resize_rel_pos, lambda b, h, w, n, d: {"table": (n, 5, 7)}, {"size": [9, 3]}),
 }
-WITH_LSE = ("neighborhood", "window", "halo", "halo of zeros", "routed", "bilevel", "bilevel of zeros")
+WITH_LSE = (
+    "neighborhood",
+    "window",
+    "halo",
+    "halo of zeros",
+    "routed",
+    "bilevel",
+    "bilevel of zeros",
+    "aggregated",
+    "interpolated",
+)
 ATTENTIONS |= {
     f"{n} with lse": replace(ATTENTIONS[n], call={**ATTENTIONS[n].call, "return_lse": True}, problems=None, twice=True)
     for n in WITH_LSE

@@ -481,6 +481,8 @@ KEYS = [  # a call with logits of zero, and how many keys take part
       for masked, keys in ((True, 8), (False, 40))),
     ("bilevel", {"topk": 9}, 49),
     ("bilevel", {"rule": "zero"}, 4),
+    ("aggregated", dict.fromkeys(("k", "v", "local_bias", "tokens", "token_bias")), 9),
+    ("aggregated", {"kernel_size": 1, "local_bias": (2, 1), "tokens": (2, 4, 1), "token_bias": (2, 1)}, 10),
     ("halo", {"block_size": 99, "halo_size": 50, "mask_border": False}, 199**2),
 ]  # fmt: skip
 

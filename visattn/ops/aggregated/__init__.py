@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,7 @@ class AggregatedProblem(Problem):
     local_bias: Tensor | None
     tokens: Tensor | None
     token_bias: Tensor | None
+    return_lse: bool
 
     def __post_init__(self) -> None:
         q, pool_k, pool_v = self.q, self.pool_k, self.pool_v
@@ -129,8 +130,10 @@ class AggregatedProblem(Problem):
         """[N] softplus(temperature)"""
         return F.softplus(self.temperature)
 
-    def empty(self) -> Tensor:
-        return self.pool_v.new_empty((*self.q.shape[:-1], self.pool_v.shape[-1]))
+    def empty(self) -> Tensor | tuple[Tensor, Tensor]:
+        out = self.pool_v.new_empty((*self.q.shape[:-1], self.pool_v.shape[-1]))
+        lse = self.q.new_empty(self.q.shape[:-1], dtype=self.dtype)
+        return (out, lse) if self.return_lse else out
 
     def flops(self) -> int:
         """Those of the pairs that take part, the learnable tokens and the bias of distinct distances."""
@@ -152,7 +155,7 @@ def _pairs(length: int, kernel_size: int) -> int:
 
 
 def _problem(
-    q: Tensor, maps: Sequence[Any], parameters: Sequence[Any], *sizes: Any
+    q: Tensor, maps: Sequence[Any], parameters: Sequence[Any], *sizes: Any, return_lse: bool = False
 ) -> AggregatedProblem:
     """Normalise arguments; maps are (pool_k, pool_v, k, v), then the other tensors and the sizes in their order."""
     check_tensors(q=q)
@@ -166,7 +169,7 @@ def _problem(
     pretrain = per_axis("pretrain_size", pretrain, int, 2)
     bias = per_axis("bias_size", bias, int, len(bias))
     (kernel,) = per_axis("kernel_size", kernel, int, 1)
-    how: Any = (w1, b1, w2, b2, pretrain, bias, k, v, kernel, *local)
+    how: Any = (w1, b1, w2, b2, pretrain, bias, k, v, kernel, *local, return_lse)
     return AggregatedProblem(q, pool_k, pool_v, temperature, embedding, *how)
 
 
@@ -181,6 +184,32 @@ _backends = Backends(
 )
 
 
+@overload
+def aggregated_attention(
+    q: Tensor,
+    pool_k: Tensor,
+    pool_v: Tensor,
+    temperature: Tensor,
+    query_embedding: Tensor,
+    cpb_weight1: Tensor,
+    cpb_bias1: Tensor,
+    cpb_weight2: Tensor,
+    cpb_bias2: Tensor,
+    pretrain_size: int | Sequence[int],
+    bias_size: Sequence[int] = (),
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    kernel_size: int = 3,
+    local_bias: Tensor | None = None,
+    tokens: Tensor | None = None,
+    token_bias: Tensor | None = None,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def aggregated_attention(
+    *args: Any, return_lse: Literal[True], **kwargs: Any
+) -> tuple[Tensor, Tensor]: ...
 @traced_as_one
 def aggregated_attention(
     q: Tensor,
@@ -200,8 +229,9 @@ def aggregated_attention(
     local_bias: Tensor | None = None,
     tokens: Tensor | None = None,
     token_bias: Tensor | None = None,
+    return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(q' [k_local, pool_k]^T + bias) [v_local, pool_v], with one softmax over neighbours and pooled keys.
 
     q, k and pool_k are normalised to length 1 here. q' = (q + query_embedding) * softplus(temperature) * log(number of
@@ -229,10 +259,12 @@ def aggregated_attention(
         local_bias: Added to the logits of neighbours [N, K * K], row by row.
         tokens: Learnable tokens [N, D, K * K]: q tokens, with q of length 1, is added to the weights of neighbours.
         token_bias: [N, K * K], added to the weights of neighbours.
+        return_lse: Also return the natural log of the sum of the exponentials of the logits.
         backend: "auto", "triton", "eager" or "reference". See `visattn.ops.use_backend` for other ways to choose.
 
     Returns:
         [B, H, W, N, Dv] of pool_v's dtype; under autocast of its dtype, to which q, keys and values are cast.
+        With `return_lse` also [B, H, W, N], float32 (float64 for float64).
 
     Raises:
         ValueError: Shapes or sizes that do not fit.
@@ -244,7 +276,8 @@ def aggregated_attention(
     """
     cpb = (cpb_weight1, cpb_bias1, cpb_weight2, cpb_bias2)
     parameters = (temperature, query_embedding, *cpb, local_bias, tokens, token_bias)
-    problem = _problem(q, (pool_k, pool_v, k, v), parameters, pretrain_size, bias_size, kernel_size)
+    maps, sizes = (pool_k, pool_v, k, v), (pretrain_size, bias_size, kernel_size)
+    problem = _problem(q, maps, parameters, *sizes, return_lse=return_lse)
     with without_autocast(q.device):
         return _backends.choose(problem, backend)(problem)
 
@@ -279,5 +312,5 @@ def aggregated_weights(
     parameters = (temperature, query_embedding, *cpb, local_bias, None, None)
     problem = _problem(q, (pool_k, pool_k, k, k), parameters, pretrain_size, bias_size, kernel_size)
     with without_autocast(q.device):
-        _, local, pooled = reference.weights(problem)
+        _, local, pooled, _ = reference.weights(problem)
     return local, pooled.unflatten(-1, problem.pooled)  # [B, H, W, N, PH, PW]

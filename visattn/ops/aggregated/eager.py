@@ -5,6 +5,8 @@ some displacement are one contiguous slice: their logits are a product and a sum
 Pooled keys are ordinary products of matrices, and their position bias is read from a small table. Nothing of the size
 of the logits outlives a chunk: the backward pass makes them again, and the only things kept for it are the inputs.
 
+With symbolic sizes, and for log-sum-exps, there is a form without chunks.
+
 Shapes: T places of a chunk of rows, zeros included; P pooled keys.
 """
 
@@ -272,7 +274,9 @@ class _AggregatedAttention(chunking.Recomputed):
         return call.all()
 
 
-def _attend_to_any_size(problem: AggregatedProblem, table: Tensor) -> Tensor:
+def _attend_to_any_size(
+    problem: AggregatedProblem, table: Tensor
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attend with all logits at once, in operations that are the same for every size and write to nothing.
 
     S tokens; j is a place in the window, P the pooled keys.
@@ -307,7 +311,7 @@ def _attend_to_any_size(problem: AggregatedProblem, table: Tensor) -> Tensor:
     bias = PositionBias(problem.axes, size, problem.pooled, table).all()  # [N, S, P]
     pooled = query @ keys.mT + bias  # [B, N, S, P]
     if problem.local_k is None or problem.local_v is None:
-        out = pooled.softmax(-1) @ values
+        out, lse = pooled.softmax(-1) @ values, pooled.logsumexp(-1, keepdim=True)
     else:
         near = [
             x.index_select(1, row).index_select(2, column)
@@ -324,6 +328,7 @@ def _attend_to_any_size(problem: AggregatedProblem, table: Tensor) -> Tensor:
         m_i = torch.maximum(local.amax(-1, keepdim=True), pooled.amax(-1, keepdim=True))
         local, pooled = (local - m_i).exp(), (pooled - m_i).exp()
         l_i = local.sum(-1, keepdim=True) + pooled.sum(-1, keepdim=True)
+        lse = m_i + l_i.log()  # [B, N, S, 1]
         out, mixing = pooled @ values / l_i, local / l_i
         if problem.tokens is not None:
             mixing = mixing + unit @ problem.tokens
@@ -331,14 +336,17 @@ def _attend_to_any_size(problem: AggregatedProblem, table: Tensor) -> Tensor:
             mixing = mixing + problem.token_bias[:, None]
         for weight, value in zip((mixing * there).unbind(-1), near[len(places) :], strict=True):
             out = out + weight[..., None] * value
-    out = out.unflatten(2, size).permute(0, 2, 3, 1, 4).to(problem.v.dtype)  # [B, H, W, N, Dv]
-    return contiguous_copy(out)
+    out, lse = (
+        contiguous_copy(x.unflatten(2, size).permute(0, 2, 3, 1, 4))  # [B, H, W, N, Dv or 1]
+        for x in (out.to(problem.v.dtype), lse)
+    )
+    return (out, lse.squeeze(-1)) if problem.return_lse else out
 
 
-def attend(problem: AggregatedProblem) -> Tensor:
+def attend(problem: AggregatedProblem) -> Tensor | tuple[Tensor, Tensor]:
     """See `visattn.ops.aggregated_attention`."""
     table = position_table(problem)
-    if is_symbolic(*problem.size, *problem.pooled):
+    if problem.return_lse or is_symbolic(*problem.size, *problem.pooled):
         return _attend_to_any_size(problem, table)
     pooled = (problem.q, problem.pool_k, problem.pool_v)
     shared = (problem.scale, problem.query_embedding, table)

@@ -63,8 +63,11 @@ def visible(size: Sequence[int], kernel_size: int, device: torch.device | None =
     return neighbours(ones, kernel_size)[0, ..., 0, 0] > 0
 
 
-def weights(problem: AggregatedProblem) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Compute unit queries and what the softmax gives to neighbours [B, H, W, N, K * K] and pooled keys [.., P]."""
+def weights(problem: AggregatedProblem) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Compute unit queries and what the softmax gives to neighbours [B, H, W, N, K * K] and pooled keys [.., P].
+
+    Also returns the log-sum-exps of the logits [B, H, W, N].
+    """
     size, slots, dtype = problem.size, problem.kernel_size**2, problem.dtype
     k, count = problem.local_k, math.prod(problem.pooled)
     unit = F.normalize(problem.q.to(dtype), dim=-1)  # [B, H, W, N, D]
@@ -77,19 +80,20 @@ def weights(problem: AggregatedProblem) -> tuple[Tensor, Tensor | None, Tensor]:
     bias = _position_bias(problem).unflatten(1, size).permute(1, 2, 0, 3)  # [H, W, N, P]
     pooled = pooled + bias  # [B, H, W, N, P]
     if there is None or k is None:
-        return unit, None, pooled.softmax(-1)
+        return unit, None, pooled.softmax(-1), pooled.logsumexp(-1)
     gathered = neighbours(F.normalize(k.to(dtype), dim=-1), problem.kernel_size)
     local = torch.einsum("bhwnd,bhwjnd->bhwnj", query, gathered)
     if problem.local_bias is not None:
         local = local + problem.local_bias
     local = local.masked_fill(~there[:, :, None], float("-inf"))
-    weight = torch.cat([local, pooled], dim=-1).softmax(-1)
-    return unit, weight[..., :slots], weight[..., slots:]
+    logits = torch.cat([local, pooled], dim=-1)
+    weight = logits.softmax(-1)
+    return unit, weight[..., :slots], weight[..., slots:], logits.logsumexp(-1)
 
 
-def attend(problem: AggregatedProblem) -> Tensor:
+def attend(problem: AggregatedProblem) -> Tensor | tuple[Tensor, Tensor]:
     """See `visattn.ops.aggregated_attention`."""
-    unit, local, pooled = weights(problem)
+    unit, local, pooled, lse = weights(problem)
     out = torch.einsum("bhwnp,bpnd->bhwnd", pooled, problem.pool_v.flatten(1, 2).to(problem.dtype))
     if local is not None and problem.local_v is not None:
         if problem.tokens is not None:
@@ -98,4 +102,5 @@ def attend(problem: AggregatedProblem) -> Tensor:
             local = local + problem.token_bias
         gathered = neighbours(problem.local_v.to(problem.dtype), problem.kernel_size)
         out = out + torch.einsum("bhwnj,bhwjnd->bhwnd", local, gathered)
-    return out.to(problem.v.dtype)
+    out = out.to(problem.v.dtype)
+    return (out, lse) if problem.return_lse else out

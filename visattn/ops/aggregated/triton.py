@@ -78,7 +78,7 @@ def _read_any_size(table: Tensor, sizes: Sequence[int]) -> Tensor:
 _read_positions = register("aggregated_positions", _read, fake=_empty, decomposition=_read_any_size)
 
 
-def attend(problem: AggregatedProblem) -> Tensor:
+def attend(problem: AggregatedProblem) -> Tensor | tuple[Tensor, Tensor]:
     """See `visattn.ops.aggregated_attention`."""
     from visattn.ops.fused.attention import flat, fused_attention
     from visattn.ops.fused.depthwise import mix_neighbours
@@ -98,8 +98,9 @@ def attend(problem: AggregatedProblem) -> Tensor:
     if k is None or v is None:
         query = (unit_q + problem.query_embedding) * (scale * math.log(count))
         query, axes = flat(query.to(q.dtype)), [Whole(math.prod(size), count)]
-        out, _ = fused_attention(query, pool_k, pool_v, axes, 1.0, bias=bias)
-        return out.view(*q.shape[:-1], pool_v.shape[-1])  # [B, H, W, N, Dv]
+        out, lse = fused_attention(query, pool_k, pool_v, axes, 1.0, bias=bias)
+        out = out.view(*q.shape[:-1], pool_v.shape[-1])  # [B, H, W, N, Dv]
+        return (out, lse.view(q.shape[:-1])) if problem.return_lse else out
 
     length = (visible(size, kernel_size, q.device).sum(-1) + count).to(dtype).log()  # [H, W]
     query = (unit_q + problem.query_embedding) * (scale * length[..., None, None])
@@ -109,13 +110,13 @@ def attend(problem: AggregatedProblem) -> Tensor:
         local_bias = local_bias.unflatten(1, (kernel_size, kernel_size))  # [N, K, K]
     extra = {"extra_k": pool_k, "extra_v": pool_v, "extra_bias": bias.transpose(0, 1)[None]}
     axes = [Clipped(n, kernel_size) for n in size]
-    out, _ = fused_attention(query, key, flat(v), axes, 1.0, bias=local_bias, **extra)
+    out, lse = fused_attention(query, key, flat(v), axes, 1.0, bias=local_bias, **extra)
     out = out.view(v.shape)  # [B, H, W, N, Dv]
-    if tokens is None and token_bias is None:
-        return out
-    mixing = unit_q.new_zeros(*q.shape[:-1], 1)
-    if tokens is not None:
-        mixing = torch.einsum("bhwnd,ndj->bhwnj", unit_q, tokens)
-    if token_bias is not None:
-        mixing = mixing + token_bias
-    return (out + mix_neighbours(v, mixing)).to(v.dtype)
+    if tokens is not None or token_bias is not None:
+        mixing = unit_q.new_zeros(*q.shape[:-1], 1)
+        if tokens is not None:
+            mixing = torch.einsum("bhwnd,ndj->bhwnj", unit_q, tokens)
+        if token_bias is not None:
+            mixing = mixing + token_bias
+        out = (out + mix_neighbours(v, mixing)).to(v.dtype)
+    return (out, lse.view(q.shape[:-1])) if problem.return_lse else out
