@@ -105,7 +105,7 @@ class CosineAttention(_CosineAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self._project(x)
-        x = aggregated_attention(q, k, v, **self._position(x))
+        x = aggregated_attention(q, k, v, return_lse=False, **self._position(x))
         return self.proj_drop(self.proj(x.flatten(3)))  # [B, H, W, C]
 
     def attended(self, x: Tensor) -> dict[str, Tensor]:
@@ -217,6 +217,7 @@ class AggregatedAttention(_CosineAttention):
             local_bias=self.local_bias,
             tokens=self.tokens,
             token_bias=self.token_bias,
+            return_lse=False,
         )
         return self.proj_drop(self.proj(x.flatten(3)))  # [B, H, W, C]
 

@@ -129,8 +129,8 @@ class BiLevelRoutingAttention(nn.Module):
         _, h, w, _ = x.shape
         q, k, v = self._project(x)
         weights = {"soft": self.soft_routing, "diff": self.diff_routing}
-        pool = {"kv_pool": self.kv_pool, "kv_size": self.kv_size}
-        out = bilevel_routing_attention(q, k, v, **self._routing(x), **weights, **pool)
+        pool, how = {"kv_pool": self.kv_pool, "kv_size": self.kv_size}, self._routing(x)
+        out = bilevel_routing_attention(q, k, v, **how, **weights, **pool, return_lse=False)
         out = out.flatten(3)  # [B, H', W', C]
         if self.lepe is not None:
             out = out + self.lepe(v.flatten(3))  # [B, H', W', C]
